@@ -1,0 +1,62 @@
+"""holdfast: checkpoints for PyTorch distributed training that hold.
+
+The public surface, loaded on first use: importing the package imports neither torch nor hydra.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.config import CheckpointConfig
+    from holdfast.errors import CheckpointError
+    from holdfast.events import CallbackManager, CheckpointEvent
+    from holdfast.factory import create_checkpoint_manager
+    from holdfast.manager import DefaultCheckpointManager
+    from holdfast.protocol import (
+        CheckpointLoadContext,
+        CheckpointManager,
+        CheckpointSaveContext,
+        GlobalState,
+        LoadResult,
+        TrainState,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CallbackManager": "events",
+    "CheckpointConfig": "config",
+    "CheckpointError": "errors",
+    "CheckpointEvent": "events",
+    "CheckpointLoadContext": "protocol",
+    "CheckpointManager": "protocol",
+    "CheckpointSaveContext": "protocol",
+    "DefaultCheckpointManager": "manager",
+    "GlobalState": "protocol",
+    "LoadResult": "protocol",
+    "TrainState": "protocol",
+    "create_checkpoint_manager": "factory",
+}
+
+__all__ = [
+    "CallbackManager",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointEvent",
+    "CheckpointLoadContext",
+    "CheckpointManager",
+    "CheckpointSaveContext",
+    "DefaultCheckpointManager",
+    "GlobalState",
+    "LoadResult",
+    "TrainState",
+    "create_checkpoint_manager",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+    return getattr(import_module(f"holdfast.{_HOMES[name]}"), name)

@@ -1,0 +1,280 @@
+"""What a run may ask of its checkpoints: plain dataclasses with types, checks and safe defaults.
+
+Owns every setting, its meaning and its limits. Promises that all problems of a configuration are
+reported at once, each with the path of its field, and that a setting without effect beside the others
+is warned about. Refuses to know Hydra (`hydra_schema` registers these classes with it) and to read
+files. `null` means off: there are no `enabled` flags.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from holdfast.errors import ConfigError
+
+STAGINGS = ("blocking", "overlapped")
+FAILURE_POLICIES = ("raise", "warn")
+VERIFY_MODES = ("while_reading", "first")
+MISSING_POLICIES = ("start_fresh", "error")
+
+
+@dataclass
+class KeepConfig:
+    """Which committed checkpoints retention keeps; the newest and the tracker's target always stay."""
+
+    last: int | None = 3
+    """The newest this many, by order of commit. None: all of them."""
+
+
+@dataclass
+class PersistentConfig:
+    """The durable tier: a store of torch.distributed.checkpoint directories on a shared disk."""
+
+    directory: str | None = None
+    save_interval: int | None = 1000
+    """Iterations between saves, for the loop that asks. None: no periodic save."""
+    keep: KeepConfig = field(default_factory=KeepConfig)
+
+
+@dataclass
+class LocalKeepConfig:
+    """As `KeepConfig`, for the local tier."""
+
+    last: int | None = 2
+
+
+@dataclass
+class ReplicationConfig:
+    """Copies of each local shard file on other nodes."""
+
+    factor: int = 1
+    """Copies in all; 1: no replication."""
+    jump: int | None = None
+    """Distance in ranks between the holders of one shard. None: computed from the host names."""
+
+
+@dataclass
+class LocalConfig:
+    """The fast tier on a node's own disk or RAM."""
+
+    directory: str | None = None
+    """None: no local tier."""
+    save_interval: int | None = None
+    keep: LocalKeepConfig = field(default_factory=LocalKeepConfig)
+    replication: ReplicationConfig = field(default_factory=ReplicationConfig)
+
+
+@dataclass
+class LoadConfig:
+    """Which checkpoint a load takes and how strictly."""
+
+    directory: str | None = None
+    """A store, or one `iter_*` directory of it. None: the persistent tier's own directory."""
+    step: int | None = None
+    """Exactly this iteration, never another. None: the newest that can be loaded."""
+    strict: bool = True
+    """Whether every name must be on both sides."""
+    verify: str = "while_reading"
+    """`while_reading`: in the pass that fills the tensors, where the reader can; `first`: before."""
+    on_missing: str = "start_fresh"
+    """What an empty store means: `start_fresh` or `error`."""
+    accept_data_restart: bool = False
+    """Whether data that cannot be resharded to another data-parallel size may start from its beginning."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Everything a checkpoint manager is told. See the field docstrings and docs/configuration.md."""
+
+    custom_manager_class: str | None = None
+    """`package.module.Class` of the manager to use; None: holdfast's own. This runs its code."""
+    custom_manager_allowlist: list[str] | None = None
+    """Prefixes that `custom_manager_class` must match; None: any."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Free-form, for custom managers."""
+    run_id: str | None = None
+    """None: the one in the store's run.json, or a fresh one."""
+    async_save: bool = True
+    """Whether `save` returns once the snapshot is taken and a thread writes it."""
+    staging: str = "blocking"
+    on_save_failure: str = "raise"
+    """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
+    timeout_seconds: float = 600.0
+    """How long ranks wait for one another in any stage."""
+    persistent: PersistentConfig = field(default_factory=PersistentConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> CheckpointConfig:
+        """Build and validate from a nested mapping, for people without Hydra.
+
+        Raises:
+            ConfigError: unknown fields, wrong types or impossible values; all of them.
+        """
+        problems: list[str] = []
+        config: CheckpointConfig = _build(cls, values, "checkpoint", problems)
+        problems += config.problems()
+        if problems:
+            raise ConfigError(problems)
+        config.warn_without_effect()
+        return config
+
+    def validate(self) -> None:
+        """Check every value and warn of every setting without effect.
+
+        Raises:
+            ConfigError: with all problems at once.
+        """
+        problems: list[str] = []
+        _check_types(self, "checkpoint", problems)
+        if not problems:
+            problems = self.problems()
+        if problems:
+            raise ConfigError(problems)
+        self.warn_without_effect()
+
+    def problems(self) -> list[str]:
+        """Name every impossible value, assuming that types are right; empty: none."""
+        found: list[str] = []
+
+        def require(holds: bool, path: str, rule: str) -> None:
+            if not holds:
+                found.append(f"checkpoint.{path} {rule}")
+
+        def require_choice(value: str, path: str, choices: tuple[str, ...]) -> None:
+            require(value in choices, path, f"is {value!r}; choose one of {', '.join(choices)}")
+
+        def require_positive(value: float | None, path: str) -> None:
+            require(value is None or value > 0, path, f"is {value}; it must be above 0, or null")
+
+        require_choice(self.staging, "staging", STAGINGS)
+        require_choice(self.on_save_failure, "on_save_failure", FAILURE_POLICIES)
+        require_choice(self.load.verify, "load.verify", VERIFY_MODES)
+        require_choice(self.load.on_missing, "load.on_missing", MISSING_POLICIES)
+        require(self.timeout_seconds > 0, "timeout_seconds", "must be above 0")
+        require_positive(self.persistent.save_interval, "persistent.save_interval")
+        require_positive(self.persistent.keep.last, "persistent.keep.last")
+        require_positive(self.local.save_interval, "local.save_interval")
+        require_positive(self.local.keep.last, "local.keep.last")
+        require(self.local.replication.factor >= 1, "local.replication.factor", "must be at least 1")
+        require_positive(self.local.replication.jump, "local.replication.jump")
+        require(
+            self.load.step is None or self.load.step >= 0, "load.step", "must be 0 or more, or null"
+        )
+        require(
+            self.run_id is None or _is_run_id(self.run_id),
+            "run_id",
+            f"is {self.run_id!r}; use 1 to 64 letters, digits, '.', '_' or '-', not '.' first",
+        )
+        for path, directory in (
+            ("persistent.directory", self.persistent.directory),
+            ("load.directory", self.load.directory),
+        ):
+            if directory is not None:
+                require(directory.strip() != "", path, "is empty; name a directory or use null")
+                require(
+                    "://" not in directory,
+                    path,
+                    f"is {directory!r}; this version stores on mounted file systems only: "
+                    "name a path",
+                )
+        if self.local.directory is not None:
+            found.append(
+                "checkpoint.local.directory is set, but this version has no local tier yet; "
+                "set it to null"
+            )
+        return found
+
+    def warn_without_effect(self) -> None:
+        """Warn once of every known setting that changes nothing beside the others."""
+        inert = []
+        if self.staging == "overlapped":
+            inert.append("checkpoint.staging=overlapped: this version stages blocking")
+        if self.local.directory is None:
+            if self.local.save_interval is not None:
+                inert.append("checkpoint.local.save_interval: local.directory is null")
+            if self.local.replication.factor != 1:
+                inert.append("checkpoint.local.replication.factor: local.directory is null")
+        if self.custom_manager_class is None:
+            if self.options:
+                inert.append("checkpoint.options: only custom managers read it")
+            if self.custom_manager_allowlist is not None:
+                inert.append("checkpoint.custom_manager_allowlist: custom_manager_class is null")
+        for each in inert:
+            warnings.warn(f"setting without effect: {each}", UserWarning, stacklevel=3)
+
+
+def _is_run_id(value: str) -> bool:
+    allowed = all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in value)
+    return allowed and 0 < len(value) <= 64 and value[0] != "."
+
+
+def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
+    """Make a dataclass from a mapping, listing every unknown name and wrong type."""
+    result = kind()
+    if not isinstance(values, Mapping):
+        problems.append(f"{path} is {values!r}; it must be a mapping")
+        return result
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        where = f"{path}.{name}"
+        if name not in hints:
+            known = ", ".join(each.name for each in fields(kind))
+            problems.append(f"{where} is unknown; {path} has {known}")
+        elif is_dataclass(hints[name]):
+            setattr(result, name, _build(hints[name], value, where, problems))
+        elif not _fits(value, hints[name]):
+            problems.append(f"{where} is {value!r}; it must be {_describe(hints[name])}")
+        else:
+            setattr(result, name, value)
+    return result
+
+
+def _check_types(node: Any, path: str, problems: list[str]) -> None:
+    """List every field of a dataclass tree that holds a value of the wrong type."""
+    hints = get_type_hints(type(node))
+    for each in fields(node):
+        where, value, hint = f"{path}.{each.name}", getattr(node, each.name), hints[each.name]
+        if is_dataclass(hint):
+            if isinstance(value, hint):  # type: ignore[arg-type]  # is_dataclass holds for types here
+                _check_types(value, where, problems)
+            else:
+                problems.append(f"{where} is {value!r}; it must be a {hint.__name__}")
+        elif not _fits(value, hint):
+            problems.append(f"{where} is {value!r}; it must be {_describe(hint)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is type(None):
+        return value is None
+    if hint is Any:
+        return True
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if isinstance(value, bool):
+        return hint is bool  # a bool is an int to Python, not to a person
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    names = {
+        int: "a whole number", float: "a number", str: "a text", bool: "true or false",
+        type(None): "null",
+    }  # fmt: skip
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        return "a list of texts"
+    return names.get(hint, "a mapping")

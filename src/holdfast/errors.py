@@ -1,0 +1,241 @@
+"""Every error that holdfast raises on purpose, as one tree.
+
+Owns the types and the fields they carry; each also derives from the builtin that it resembles, so
+that code which never heard of holdfast still catches it. Promises that a message says what happened,
+where, and what to do, in at most three lines, and that every error survives pickling with its fields
+(ranks send failures to one another). Refuses to hold policy: who raises, decides.
+
+    CheckpointError
+    |-- ConfigError                    (ValueError)       every problem of a configuration at once
+    |-- ManagerPathError               (ValueError)       custom_manager_class is not a dotted path
+    |   `-- ManagerRefusedError                           ... or is not on the allow-list
+    |-- ManagerImportError             (ImportError)      its module cannot be imported
+    |-- ManagerNotFoundError           (AttributeError)   its module has no such class
+    |-- ManagerShapeError              (TypeError)        it is not a checkpoint manager
+    |-- CheckpointNotFoundError        (FileNotFoundError) what was asked for is not there
+    |-- CorruptCheckpointError         (ValueError)       bytes differ from the manifest
+    |-- NoLoadableCheckpointError      (RuntimeError)     candidates exist, none can be loaded
+    |   `-- StatePartlyLoadedError                        ... and live state was already overwritten
+    |-- StateMismatchError             (ValueError)       names or shapes differ from the live state
+    |-- UnsupportedStateError          (TypeError)        state that no safe loader could read back
+    |-- DataReshardError               (ValueError)       data state of another world size
+    |-- StoreIdentityError             (ValueError)       the store belongs to another run
+    |   |-- StoreNotLoadedError                           first save beside checkpoints never loaded
+    |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
+    `-- StageFailedError               (RuntimeError)     a stage failed, on which ranks and why
+        |-- StageTimeoutError          (TimeoutError)     ranks that never reached a stage
+        `-- SaveFailedError                               the save that a stage belonged to
+"""
+
+from __future__ import annotations
+
+import errno as errno_names
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class CheckpointError(Exception):
+    """Base of every error raised by holdfast on purpose."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception.__reduce__ would call the subclass with the message alone; fields must survive.
+        return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+
+
+def _rebuild(kind: type[CheckpointError], message: str, fields: dict[str, Any]) -> CheckpointError:
+    error = kind.__new__(kind, message)
+    error.__dict__.update(fields)
+    return error
+
+
+class ConfigError(CheckpointError, ValueError):
+    """A configuration has problems; all of them are listed, each with its field path."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        """One sentence each, starting with the path of the field."""
+        super().__init__("; ".join(self.problems))
+
+
+class ManagerPathError(CheckpointError, ValueError):
+    """`custom_manager_class` is not of the form `package.module.Class`."""
+
+
+class ManagerRefusedError(ManagerPathError):
+    """`custom_manager_class` matches no prefix of `custom_manager_allowlist`; nothing was imported."""
+
+
+class ManagerImportError(CheckpointError, ImportError):
+    """The module named by `custom_manager_class` could not be imported; the cause is chained."""
+
+
+class ManagerNotFoundError(CheckpointError, AttributeError):
+    """The module was imported but has no class of that name."""
+
+
+class ManagerShapeError(CheckpointError, TypeError):
+    """The named object is not a class that the training loop could use as a manager."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A checkpoint, store or file that was asked for does not exist."""
+
+
+class CorruptCheckpointError(CheckpointError, ValueError):
+    """Bytes on disk are not the bytes that were committed."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path = path
+        """The damaged file or directory."""
+        self.reason = reason
+        super().__init__(f"{path}: {reason}")
+
+
+class NoLoadableCheckpointError(CheckpointError, RuntimeError):
+    """Checkpoints of this run exist and none of them can be loaded."""
+
+    def __init__(self, root: str, reasons: Sequence[str]) -> None:
+        self.root = root
+        self.reasons = tuple(reasons)
+        """One per candidate, newest first: its path and why it was passed over."""
+        shown = "; ".join(self.reasons[:3]) + ("; ..." if len(self.reasons) > 3 else "")
+        super().__init__(
+            f"{root}: no checkpoint can be loaded: {shown}\n"
+            f'Run "holdfast verify {root}" to see every damaged file. To start over, use an empty '
+            "directory: a run never starts fresh over broken checkpoints."
+        )
+
+
+class StatePartlyLoadedError(NoLoadableCheckpointError):
+    """As its base, and model or optimizer tensors were already overwritten: do not train on."""
+
+
+class StateMismatchError(CheckpointError, ValueError):
+    """The checkpoint and the live state disagree about names, shapes or types."""
+
+    def __init__(
+        self,
+        path: str,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        different: Sequence[str] = (),
+    ) -> None:
+        self.path = path
+        self.missing = tuple(missing)
+        """Names the live state has and the checkpoint lacks."""
+        self.unexpected = tuple(unexpected)
+        """Names the checkpoint has and the live state lacks."""
+        self.different = tuple(different)
+        """Names both have, with what differs."""
+        parts = [
+            f"{label}: {', '.join(names)}"
+            for label, names in (
+                ("missing from the checkpoint", self.missing),
+                ("unexpected in the checkpoint", self.unexpected),
+                ("different", self.different),
+            )
+            if names
+        ]
+        super().__init__(
+            f"{path} does not fit the live state: {'; '.join(parts)}.\n"
+            "Build the model and optimizer as they were saved, or set load.strict=false to load "
+            "what fits (shapes must agree either way)."
+        )
+
+
+class UnsupportedStateError(CheckpointError, TypeError):
+    """State holds a type that cannot be read back without running code from the file."""
+
+
+class DataReshardError(CheckpointError, ValueError):
+    """Data state was saved at another data-parallel size and the loader cannot take it over."""
+
+
+class StoreIdentityError(CheckpointError, ValueError):
+    """The store belongs to another run than the one configured."""
+
+
+class StoreNotLoadedError(StoreIdentityError):
+    """A first save into a store that holds checkpoints which this manager has not loaded."""
+
+
+class SupersededAttemptError(StoreIdentityError):
+    """Another start of the same run has begun to save; this one must stop."""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """What went wrong on one rank, in a form that can be sent to the others."""
+
+    rank: int
+    error: str
+    """Name of the exception type."""
+    reason: str
+    path: str | None = None
+    errno: int | None = None
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> RankFailure:
+        """Describe an exception raised on a rank, keeping errno and path of an OSError."""
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            path = None if error.filename is None else str(error.filename)
+            name = errno_names.errorcode.get(error.errno or 0, "")
+            reason = f"{name} {error.strerror or error}".strip()
+            return cls(rank, type(error).__name__, reason, path, error.errno)
+        path = getattr(error, "path", None)
+        reason = str(error) or type(error).__name__
+        return cls(rank, type(error).__name__, reason, path if isinstance(path, str) else None)
+
+    def __str__(self) -> str:
+        where = f" ({self.path})" if self.path and self.path not in self.reason else ""
+        return f"rank {self.rank}: {self.error}: {self.reason}{where}"
+
+
+class StageFailedError(CheckpointError, RuntimeError):
+    """A stage that all ranks pass together failed on some of them; every rank raises this."""
+
+    def __init__(self, stage: str, failures: Sequence[RankFailure]) -> None:
+        self.stage = stage
+        self.failures = tuple(failures)
+        """At least one, in rank order."""
+        super().__init__(f'stage "{stage}" failed: {_listed(self.failures)}')
+
+
+class StageTimeoutError(StageFailedError, TimeoutError):
+    """Some ranks did not reach a stage within `timeout_seconds`."""
+
+    def __init__(self, stage: str, missing_ranks: Sequence[int], timeout_seconds: float) -> None:
+        self.missing_ranks = tuple(missing_ranks)
+        self.timeout_seconds = timeout_seconds
+        failures = [
+            RankFailure(rank, "Timeout", f"did not answer within {timeout_seconds:g} s")
+            for rank in self.missing_ranks
+        ]
+        super().__init__(stage, failures)
+
+
+class SaveFailedError(StageFailedError):
+    """The save of one iteration failed; earlier checkpoints are untouched and the next save works."""
+
+    def __init__(self, iteration: int, stage: str, failures: Sequence[RankFailure]) -> None:
+        super().__init__(stage, failures)
+        self.iteration = iteration
+        self.message = (
+            f'The save of iteration {iteration} failed in stage "{stage}": '
+            f"{_listed(self.failures)}.\n"
+            "Earlier checkpoints are untouched. Mend the cause, or set on_save_failure=warn to "
+            "train on without this checkpoint."
+        )
+
+
+def _listed(failures: Sequence[RankFailure]) -> str:
+    shown = "; ".join(str(failure) for failure in failures[:3])
+    return shown if len(failures) <= 3 else f"{shown}; and {len(failures) - 3} more ranks"

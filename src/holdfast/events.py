@@ -1,0 +1,73 @@
+"""What happened to checkpoints, as values, and who is told.
+
+Owns the event values and the small callback manager that delivers them; the manager accepts any
+object with the same `fire(name, context)`, Megatron-Bridge's among them. Promises that an event named
+`on_checkpoint_save` is fired on every rank at the same step and only after the commit is durable.
+Knows nothing about how checkpoints are made. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+ON_CHECKPOINT_STAGED = "on_checkpoint_staged"
+"""The snapshot is taken: training may change every tensor. Context: `CheckpointEvent`."""
+ON_CHECKPOINT_SAVE = "on_checkpoint_save"
+"""The checkpoint is committed: complete, durable and visible. Context: `CheckpointEvent`."""
+ON_CHECKPOINT_SAVE_FAILED = "on_checkpoint_save_failed"
+"""The save was given up; earlier checkpoints stand. Context: `CheckpointEvent` with `error`."""
+EVENT_NAMES = (ON_CHECKPOINT_STAGED, ON_CHECKPOINT_SAVE, ON_CHECKPOINT_SAVE_FAILED)
+
+
+@dataclass
+class CheckpointEvent:
+    """One thing that happened in the life of a save.
+
+    Carries the attributes that callbacks written for Megatron-Bridge read (`state`, `model`,
+    `optimizer`, `scheduler`, `user_state`) beside the facts of the save itself: `state` is live and
+    may be steps ahead, `iteration` is the one that was saved.
+    """
+
+    iteration: int
+    tier: str
+    """`persistent` or `local`."""
+    path: str | None = None
+    """The committed directory; None while there is none."""
+    size_bytes: int = 0
+    """Of all files of the checkpoint, over all ranks."""
+    stall_seconds: float = 0.0
+    """How long `save` kept the training thread."""
+    total_seconds: float = 0.0
+    """From the call of `save` to this event."""
+    removed_iterations: tuple[int, ...] = ()
+    """What retention removed after this commit."""
+    error: BaseException | None = None
+    state: Any = None
+    model: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    user_state: dict[str, Any] = field(default_factory=dict)
+
+
+class CallbackManager:
+    """Call functions when named things happen, in the order in which they were registered."""
+
+    def __init__(self) -> None:
+        self._callbacks: dict[str, list[Callable[[Any], None]]] = {}
+
+    def register(self, event_name: str, callback: Callable[[Any], None]) -> None:
+        """Call `callback(context)` at every event of this name (see `EVENT_NAMES`).
+
+        Raises:
+            ValueError: the name is not one of `EVENT_NAMES`.
+        """
+        if event_name not in EVENT_NAMES:
+            raise ValueError(f"unknown event {event_name!r}; known are {', '.join(EVENT_NAMES)}")
+        self._callbacks.setdefault(event_name, []).append(callback)
+
+    def fire(self, event_name: str, context: Any) -> None:
+        """Call everything registered under this name; an exception reaches the caller."""
+        for callback in self._callbacks.get(event_name, ()):
+            callback(context)

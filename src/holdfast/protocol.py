@@ -1,0 +1,166 @@
+"""The contract between a training loop and a checkpoint manager.
+
+Owns the protocol, the two contexts, the result, and the counters of a run. Names and positional order
+follow Megatron-Bridge, so that a loop or a manager written for its protocol plugs in. Promises to stay
+free of torch at import and of any behaviour: everything here is a value or a signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from holdfast.config import CheckpointConfig
+
+
+@dataclass
+class TrainState:
+    """The counters of a run. Saved with every checkpoint and restored in place by `load`."""
+
+    step: int = 0
+    """Completed optimizer steps; a checkpoint's iteration."""
+    consumed_train_samples: int = 0
+    consumed_valid_samples: int = 0
+    skipped_train_samples: int = 0
+    tokens_seen: int = 0
+    floating_point_operations_so_far: int = 0
+    """An exact integer, however large."""
+    do_train: bool = True
+    do_valid: bool = True
+    do_test: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Whatever else a loop counts; JSON values only."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counters as plain JSON values."""
+        return asdict(self)
+
+    def update_from(self, values: Mapping[str, Any]) -> None:
+        """Overwrite the counters in place; a name that is absent keeps its value.
+
+        Raises:
+            ValueError: `values` has a name that is no counter.
+        """
+        known = {each.name for each in fields(self)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown train state fields: {', '.join(unknown)}")
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class GlobalState:
+    """What a loop carries from step to step and hands to its manager."""
+
+    cfg: Any = None
+    """The composed run config: a dataclass, a DictConfig, a mapping or None. Saved as YAML."""
+    train_state: TrainState = field(default_factory=TrainState)
+
+
+@dataclass
+class CheckpointSaveContext:
+    """Everything one save covers."""
+
+    state: GlobalState
+    model: nn.Module | Sequence[nn.Module]
+    optimizer: Optimizer | Sequence[Optimizer] | None
+    opt_param_scheduler: Any | None
+    """An object with `state_dict` and `load_state_dict`; None: there is no scheduler."""
+    num_floating_point_operations_so_far: int = 0
+    """What is saved and given back by `load`."""
+    train_data_iterator: Any | None = None
+    """Saved, one state per data-parallel rank, where it has `state_dict` and `load_state_dict`."""
+    non_persistent_ckpt: bool = False
+    """True: to the local tier only."""
+    pg_collection: Any | None = None
+    """Process groups; of these only `dp`, the data-parallel group, is read. None: the world."""
+    module_name: str | None = None
+    """Megatron-Bridge's name for one of several co-trained modules; kept for custom managers."""
+
+
+@dataclass
+class CheckpointLoadContext:
+    """Where a load puts what it restores."""
+
+    state: GlobalState
+    model: nn.Module | Sequence[nn.Module]
+    optimizer: Optimizer | Sequence[Optimizer] | None
+    opt_param_scheduler: Any | None
+    strict: bool | None = None
+    """Whether names must agree exactly; None: the config's `load.strict`."""
+    skip_load_to_model_and_opt: bool = False
+    """True: counters, scheduler, RNG and data only."""
+    pg_collection: Any | None = None
+    module_name: str | None = None
+    train_data_iterator: Any | None = None
+
+
+@dataclass(frozen=True)
+class SkippedCheckpoint:
+    """A candidate that a load passed over."""
+
+    path: str
+    reason: str
+    iteration: int | None = None
+    """None where not even the iteration could be read."""
+    tier: str = "persistent"
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What a load restored. Unpacks as `iteration, num_floating_point_operations_so_far`."""
+
+    iteration: int = 0
+    num_floating_point_operations_so_far: int = 0
+    found: bool = False
+    """False: nothing was there, the run starts fresh and both numbers are 0."""
+    tier: str | None = None
+    path: Path | None = None
+    skipped: tuple[SkippedCheckpoint, ...] = ()
+    """Newer candidates that were passed over, newest first, each with its reason."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield self.iteration
+        yield self.num_floating_point_operations_so_far
+
+
+@runtime_checkable
+class CheckpointManager(Protocol):
+    """What a training loop needs of a checkpoint manager. All ranks call each method together."""
+
+    def __init__(self, checkpoint_config: CheckpointConfig) -> None: ...
+
+    def save(self, ctx: CheckpointSaveContext, callback_manager: Any | None = None) -> None:
+        """Save at `ctx.state.train_state.step`, due or not; returns when training may go on."""
+
+    def load(self, ctx: CheckpointLoadContext) -> LoadResult:
+        """Restore the newest loadable checkpoint; a plain `(int, int)` is accepted too."""
+        raise NotImplementedError  # a protocol's body; never reached through an implementation
+
+    def finalize_async_saves(
+        self, state: GlobalState, blocking: bool = False, terminate: bool = False
+    ) -> None:
+        """Call once per step, and with `blocking=True, terminate=True` once at the end."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything whose state can be taken and given back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@runtime_checkable
+class ReshardableData(Protocol):
+    """A data iterator that can go on at another data-parallel size."""
+
+    def load_resharded_state(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over the states of every data-parallel rank of the saved run, in rank order."""
