@@ -1,0 +1,56 @@
+# Every target does its own set-up: Python >= 3.11 with its venv module, make and a package index suffice.
+# PYTHON chooses the interpreter; ARGS is handed on: make train ARGS="model=tiny steps=50".
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The stamp is named after what was installed and where, so that touching a file reinstalls nothing, while
+# another pyproject.toml, another pin or a moved checkout does.
+CHECKSUM := $(shell { cat pyproject.toml constraints.txt; pwd; } | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(CHECKSUM)
+CHECKED := src recipes tests/support
+
+# nvidia-resiliency-ext brings pynvml, and torch warns of it at every import: nothing a reader could mend.
+QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
+
+.DEFAULT_GOAL := help
+.PHONY: help train test drill lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+train: $(INSTALLED) ## train a small model on real text with checkpoints; run it again and it resumes
+	@$(QUIET) $(RUN) recipes/pretrain.py $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	@$(RUN) -m pytest $(ARGS)
+
+drill: $(INSTALLED) ## kill a run, resume it, and compare it with an uninterrupted one to the last bit
+	@$(QUIET) $(RUN) recipes/drill.py $(ARGS)
+
+lint: $(INSTALLED) ## ruff, mypy and the import layers
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy $(wildcard $(CHECKED))
+	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+format: $(INSTALLED) ## rewrite the code as ruff would have it
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## remove the virtual environment and every cache; runs/ with its checkpoints stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find src tests recipes -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf src/*.egg-info
+
+# Tools run as modules of the interpreter: the scripts in bin/ name the place where they were installed.
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'holdfast needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@echo "setting up $(VENV) (once; torch takes a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@rm -f $(VENV)/installed-*
+	@touch $@
