@@ -1,17 +1,19 @@
 """What a run may ask of its checkpoints: plain dataclasses with types, checks and safe defaults.
 
 Owns every setting, its meaning and its limits. Promises that all problems of a configuration are
-reported at once, each with the path of its field, and that a setting without effect beside the others
-is warned about. Refuses to know Hydra (`hydra_schema` registers these classes with it) and to read
-files. `null` means off: there are no `enabled` flags.
+reported at once, each with the path of its field, and that a setting without effect beside the
+others is warned about. Refuses to know Hydra (`hydra_schema` registers these classes with it) and
+to read files. `null` means off: there are no `enabled` flags.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import types
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from holdfast.errors import ConfigError
@@ -24,7 +26,7 @@ MISSING_POLICIES = ("start_fresh", "error")
 
 @dataclass
 class KeepConfig:
-    """Which committed checkpoints retention keeps; the newest and the tracker's target always stay."""
+    """Which committed checkpoints stay; the newest and the tracker's target always do."""
 
     last: int | None = 3
     """The newest this many, by order of commit. None: all of them."""
@@ -79,16 +81,16 @@ class LoadConfig:
     strict: bool = True
     """Whether every name must be on both sides."""
     verify: str = "while_reading"
-    """`while_reading`: in the pass that fills the tensors, where the reader can; `first`: before."""
+    """`while_reading`: in the pass that fills the tensors, if the reader can; `first`: before."""
     on_missing: str = "start_fresh"
     """What an empty store means: `start_fresh` or `error`."""
     accept_data_restart: bool = False
-    """Whether data that cannot be resharded to another data-parallel size may start from its beginning."""
+    """Whether data that cannot follow to another data-parallel size may start over."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Everything a checkpoint manager is told. See the field docstrings and docs/configuration.md."""
+    """Everything a checkpoint manager is told."""
 
     custom_manager_class: str | None = None
     """`package.module.Class` of the manager to use; None: holdfast's own. This runs its code."""
@@ -131,9 +133,8 @@ class CheckpointConfig:
             ConfigError: with all problems at once.
         """
         problems: list[str] = []
-        _check_types(self, "checkpoint", problems)
-        if not problems:
-            problems = self.problems()
+        sound = _with_sound_types(self, "checkpoint", problems)
+        problems += sound.problems()
         if problems:
             raise ConfigError(problems)
         self.warn_without_effect()
@@ -156,12 +157,15 @@ class CheckpointConfig:
         require_choice(self.on_save_failure, "on_save_failure", FAILURE_POLICIES)
         require_choice(self.load.verify, "load.verify", VERIFY_MODES)
         require_choice(self.load.on_missing, "load.on_missing", MISSING_POLICIES)
-        require(self.timeout_seconds > 0, "timeout_seconds", "must be above 0")
+        require(
+            0 < self.timeout_seconds < math.inf, "timeout_seconds", "must be above 0 and finite"
+        )
         require_positive(self.persistent.save_interval, "persistent.save_interval")
         require_positive(self.persistent.keep.last, "persistent.keep.last")
         require_positive(self.local.save_interval, "local.save_interval")
         require_positive(self.local.keep.last, "local.keep.last")
-        require(self.local.replication.factor >= 1, "local.replication.factor", "must be at least 1")
+        factor = self.local.replication.factor
+        require(factor >= 1, "local.replication.factor", "must be at least 1")
         require_positive(self.local.replication.jump, "local.replication.jump")
         require(
             self.load.step is None or self.load.step >= 0, "load.step", "must be 0 or more, or null"
@@ -235,18 +239,19 @@ def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
     return result
 
 
-def _check_types(node: Any, path: str, problems: list[str]) -> None:
-    """List every field of a dataclass tree that holds a value of the wrong type."""
+def _with_sound_types(node: Any, path: str, problems: list[str]) -> Any:
+    """Copy a dataclass tree; list every value of the wrong type and put the default there."""
+    sound = copy.copy(node)
     hints = get_type_hints(type(node))
     for each in fields(node):
         where, value, hint = f"{path}.{each.name}", getattr(node, each.name), hints[each.name]
-        if is_dataclass(hint):
-            if isinstance(value, hint):  # type: ignore[arg-type]  # is_dataclass holds for types here
-                _check_types(value, where, problems)
-            else:
-                problems.append(f"{where} is {value!r}; it must be a {hint.__name__}")
+        if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, hint):
+            setattr(sound, each.name, _with_sound_types(value, where, problems))
         elif not _fits(value, hint):
             problems.append(f"{where} is {value!r}; it must be {_describe(hint)}")
+            factory = each.default_factory
+            setattr(sound, each.name, each.default if factory is MISSING else factory())
+    return sound
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -277,4 +282,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in get_args(hint))
     if get_origin(hint) is list:
         return "a list of texts"
+    if is_dataclass(hint):
+        return f"a {getattr(hint, '__name__', hint)}"
     return names.get(hint, "a mapping")

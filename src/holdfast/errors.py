@@ -1,9 +1,9 @@
 """Every error that holdfast raises on purpose, as one tree.
 
 Owns the types and the fields they carry; each also derives from the builtin that it resembles, so
-that code which never heard of holdfast still catches it. Promises that a message says what happened,
-where, and what to do, in at most three lines, and that every error survives pickling with its fields
-(ranks send failures to one another). Refuses to hold policy: who raises, decides.
+that code which never heard of holdfast still catches it. Promises that a message says what
+happened, where, and what to do, in at most three lines, and that every error survives pickling with
+its fields (ranks send failures to one another). Refuses to hold policy: who raises, decides.
 
     CheckpointError
     |-- ConfigError                    (ValueError)       every problem of a configuration at once
@@ -70,7 +70,7 @@ class ManagerPathError(CheckpointError, ValueError):
 
 
 class ManagerRefusedError(ManagerPathError):
-    """`custom_manager_class` matches no prefix of `custom_manager_allowlist`; nothing was imported."""
+    """`custom_manager_class` is not on `custom_manager_allowlist`; nothing was imported."""
 
 
 class ManagerImportError(CheckpointError, ImportError):
@@ -223,7 +223,7 @@ class StageTimeoutError(StageFailedError, TimeoutError):
 
 
 class SaveFailedError(StageFailedError):
-    """The save of one iteration failed; earlier checkpoints are untouched and the next save works."""
+    """The save of one iteration failed; earlier checkpoints stand and the next save works."""
 
     def __init__(self, iteration: int, stage: str, failures: Sequence[RankFailure]) -> None:
         super().__init__(stage, failures)

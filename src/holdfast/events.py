@@ -1,9 +1,9 @@
 """What happened to checkpoints, as values, and who is told.
 
 Owns the event values and the small callback manager that delivers them; the manager accepts any
-object with the same `fire(name, context)`, Megatron-Bridge's among them. Promises that an event named
-`on_checkpoint_save` is fired on every rank at the same step and only after the commit is durable.
-Knows nothing about how checkpoints are made. Importing this module does not import torch.
+object with the same `fire(name, context)`, Megatron-Bridge's among them. Promises that an event
+named `on_checkpoint_save` is fired on every rank at the same step and only after the commit is
+durable. Knows nothing about how checkpoints are made. Importing this module does not import torch.
 """
 
 from __future__ import annotations

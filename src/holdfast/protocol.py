@@ -1,8 +1,9 @@
 """The contract between a training loop and a checkpoint manager.
 
-Owns the protocol, the two contexts, the result, and the counters of a run. Names and positional order
-follow Megatron-Bridge, so that a loop or a manager written for its protocol plugs in. Promises to stay
-free of torch at import and of any behaviour: everything here is a value or a signature.
+Owns the protocol, the two contexts, the result, and the counters of a run. Names and positional
+order follow Megatron-Bridge, so that a loop or a manager written for its protocol plugs in.
+Promises to stay free of torch at import and of any behaviour: everything here is a value or a
+signature.
 """
 
 from __future__ import annotations
