@@ -51,7 +51,13 @@ class CheckpointError(Exception):
 
 
 def _rebuild(kind: type[CheckpointError], message: str, fields: dict[str, Any]) -> CheckpointError:
-    error = kind.__new__(kind, message)
+    # The builtin whose memory layout the type has; `kind.__new__` finds the first builtin by name,
+    # which for an error that is two builtins is the wrong one.
+    builtin: Any = kind
+    while builtin.__module__ != "builtins":
+        builtin = builtin.__base__
+    error: CheckpointError = builtin.__new__(kind, message)
+    builtin.__init__(error, message)  # sets what lives outside __dict__, such as ImportError.msg
     error.__dict__.update(fields)
     return error
 

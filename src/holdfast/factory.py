@@ -1,0 +1,241 @@
+"""A dotted path becomes a checked checkpoint manager.
+
+Owns the way from `custom_manager_class` to an object that the training loop can use, holdfast's own
+manager included: it is named by path and checked like any other. Promises that everything the loop
+will call is checked now, not at the first save hours later, that a refused path imports nothing,
+and that each failure says which check failed and what to do. Refuses to guess: it completes no
+name, changes no search path, adapts no method. The named code runs when imported: whoever writes
+the config answers for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, cast
+
+from holdfast.config import CheckpointConfig
+from holdfast.errors import (
+    ConfigError,
+    ManagerImportError,
+    ManagerNotFoundError,
+    ManagerPathError,
+    ManagerRefusedError,
+    ManagerShapeError,
+)
+from holdfast.protocol import CheckpointManager
+
+DEFAULT_MANAGER = "holdfast.manager.DefaultCheckpointManager"
+
+FIELD = "checkpoint.custom_manager_class"
+
+
+@dataclass(frozen=True)
+class LoopCall:
+    """How a training loop calls one method of its manager."""
+
+    name: str
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        arguments = [*self.positional, *(f"{keyword}=..." for keyword in self.keywords)]
+        return f"manager.{self.name}({', '.join(arguments)})"
+
+
+LOOP_CALLS = {
+    call.name: call
+    for call in (
+        LoopCall("save", ("ctx", "callback_manager")),
+        LoopCall("load", ("ctx",)),
+        LoopCall("finalize_async_saves", ("state",), ("blocking", "terminate")),
+    )
+}
+
+
+def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
+    """Make the manager that a config asks for and check that a training loop can use it.
+
+    The config is a `CheckpointConfig`, which is validated first, or any object with
+    `custom_manager_class` and, if it likes, `custom_manager_allowlist`. The manager's constructor
+    gets that very object; what the constructor raises reaches the caller unchanged.
+
+    Raises:
+        ConfigError: the config is impossible, or is no config.
+        ManagerPathError: `custom_manager_class` is not of the form `package.module.Class`.
+        ManagerRefusedError: it matches no prefix of the allow-list; nothing was imported.
+        ManagerImportError: importing its module failed; the cause is chained.
+        ManagerNotFoundError: its module has no such name.
+        ManagerShapeError: it is no class, or its constructor or a method cannot be called.
+    """
+    if isinstance(checkpoint_config, CheckpointConfig):
+        checkpoint_config.validate()
+    path, allowlist = _read_choice(checkpoint_config)
+    if path is None:
+        path = DEFAULT_MANAGER
+    else:
+        _check_path(path)
+        _check_allowed(path, allowlist)
+    manager_class = _load_class(path)
+    _check_constructor(path, manager_class)
+    manager = manager_class(checkpoint_config)
+    for name in LOOP_CALLS:
+        _check_method(path, manager, name)
+    return cast(CheckpointManager, manager)
+
+
+def _read_choice(checkpoint_config: Any) -> tuple[Any, Sequence[str] | None]:
+    if not hasattr(checkpoint_config, "custom_manager_class"):
+        problem = (
+            f"checkpoint is a {type(checkpoint_config).__name__} without custom_manager_class; "
+            "make it a CheckpointConfig, by CheckpointConfig.from_mapping({...}) for one"
+        )
+        raise ConfigError([problem])
+    allowlist = getattr(checkpoint_config, "custom_manager_allowlist", None)
+    # A text is a sequence of texts too: its letters would be taken for the prefixes.
+    if allowlist is not None and (
+        isinstance(allowlist, str)
+        or not isinstance(allowlist, Sequence)
+        or not all(isinstance(prefix, str) for prefix in allowlist)
+    ):
+        raise ConfigError(
+            [f"checkpoint.custom_manager_allowlist is {allowlist!r}; it must be a list of texts"]
+        )
+    return checkpoint_config.custom_manager_class, allowlist
+
+
+def _check_path(path: Any) -> None:
+    parts = path.split(".") if isinstance(path, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ManagerPathError(
+            f"{FIELD} is {path!r}, which names no class.\n"
+            'Write "package.module.Class", or null for the default manager.'
+        )
+
+
+def _check_allowed(path: str, allowlist: Sequence[str] | None) -> None:
+    if allowlist is None:
+        return
+    parts = path.split(".")
+    for prefix in allowlist:
+        # Whole components, so that "lab" does not let "labelled.Manager" pass; "lab." means "lab".
+        wanted = prefix.removesuffix(".").split(".")
+        if parts[: len(wanted)] == wanted:
+            return
+    raise ManagerRefusedError(
+        f"{FIELD} is {path!r}, which is not on the allow-list {list(allowlist)!r}; nothing was "
+        "imported.\nAdd its package to checkpoint.custom_manager_allowlist if you trust its code."
+    )
+
+
+def _load_class(path: str) -> Any:
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        module = import_module(module_name)
+    except (Exception, SystemExit) as error:  # a module that exits would end training in silence
+        raise ManagerImportError(
+            f"{FIELD} is {path!r}, but importing {module_name!r} failed: {_summarise(error)}\n"
+            "Mend that module, or check the spelling and that its folder is on sys.path."
+        ) from error
+    try:
+        return getattr(module, class_name)
+    except AttributeError as error:
+        own = [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        raise ManagerNotFoundError(
+            f"{FIELD} is {path!r}, but module {module_name!r} has no {class_name!r}.\n"
+            f"Name one of its classes: {', '.join(sorted(own)[:8]) or '(it defines none)'}."
+        ) from error
+    except (Exception, SystemExit) as error:  # a module that imports its names on first use
+        raise ManagerImportError(
+            f"{FIELD} is {path!r}, but importing it failed: {_summarise(error)}\n"
+            "Mend that module; the whole error is chained to this one."
+        ) from error
+
+
+def _check_constructor(path: str, manager_class: Any) -> None:
+    if not isinstance(manager_class, type):
+        raise ManagerShapeError(
+            f"{FIELD} is {path!r}, which is a {type(manager_class).__name__}, not a class.\n"
+            "Name a class whose constructor takes the checkpoint config."
+        )
+    if vars(manager_class).get("_is_protocol", False) or inspect.isabstract(manager_class):
+        lacking = sorted(getattr(manager_class, "__abstractmethods__", ())) or list(LOOP_CALLS)
+        raise ManagerShapeError(
+            f"{FIELD} is {path!r}, which is abstract: it does not implement {', '.join(lacking)}.\n"
+            "Name a class that does."
+        )
+    if not _accepts(manager_class, ("checkpoint_config",), ()):
+        raise ManagerShapeError(
+            f"{FIELD} is {path!r}, whose constructor {_describe_signature(manager_class)} cannot "
+            "be called with the config alone.\n"
+            "Make it __init__(self, checkpoint_config); further parameters need defaults."
+        )
+
+
+def _check_method(path: str, manager: object, name: str) -> None:
+    """Check on the object: a manager may make or delegate its methods as it likes."""
+    call = LOOP_CALLS[name]
+
+    def refuse(what: str) -> ManagerShapeError:
+        return ManagerShapeError(
+            f"{FIELD} is {path!r}, {what}.\nThe training loop calls {call}: make that work."
+        )
+
+    method = getattr(manager, name, None)
+    if method is None or _is_protocol_body(manager, name):
+        raise refuse(f"which has no method {name!r}")
+    if not callable(method):
+        raise refuse(f"whose {name!r} is a {type(method).__name__}, not a method")
+    kinds = (
+        inspect.iscoroutinefunction,
+        inspect.isasyncgenfunction,
+        inspect.isgeneratorfunction,
+    )
+    if any(is_kind(method) for is_kind in kinds):
+        raise refuse(f"whose {name!r} does nothing when called: it is a coroutine or a generator")
+    if not _accepts(method, call.positional, call.keywords):
+        raise refuse(f"whose {name}{_describe_signature(method)} cannot be called so")
+
+
+def _is_protocol_body(manager: object, name: str) -> bool:
+    """Whether a method is only what a Protocol in the bases declares, which would do nothing."""
+    if name in getattr(manager, "__dict__", {}):
+        return False
+    for each in type(manager).__mro__:
+        if name in vars(each):
+            return bool(vars(each).get("_is_protocol", False))
+    return False
+
+
+def _accepts(
+    target: Callable[..., Any], positional: Sequence[str], keywords: Sequence[str]
+) -> bool:
+    try:
+        signature = inspect.signature(target)
+    except ValueError:
+        return True  # code without a readable signature, from a C extension: only a call can tell
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError:
+        return False
+    return True
+
+
+def _describe_signature(target: Callable[..., Any]) -> str:
+    parameters = inspect.signature(target).parameters.values()
+    bare = [
+        each.replace(annotation=inspect.Parameter.empty)
+        for each in parameters  # annotations and results would bury the names
+    ]
+    return str(inspect.Signature(bare))
+
+
+def _summarise(error: BaseException) -> str:
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first_line}"

@@ -1,0 +1,183 @@
+"""The error tree: what each error is to code that knows holdfast, and to code that does not."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import pickle
+from typing import Any
+
+import pytest
+
+import holdfast.errors
+from holdfast.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    DataReshardError,
+    ManagerImportError,
+    ManagerNotFoundError,
+    ManagerPathError,
+    ManagerRefusedError,
+    ManagerShapeError,
+    NoLoadableCheckpointError,
+    RankFailure,
+    SaveFailedError,
+    StageFailedError,
+    StageTimeoutError,
+    StateMismatchError,
+    StatePartlyLoadedError,
+    StoreIdentityError,
+    StoreNotLoadedError,
+    SupersededAttemptError,
+    UnsupportedStateError,
+)
+
+_FAILURES = (
+    RankFailure(1, "OSError", "ENOSPC No space left on device", "/store/x", errno.ENOSPC),
+    RankFailure(3, "ValueError", "bad"),
+)
+
+EXAMPLES: list[tuple[CheckpointError, tuple[type[BaseException], ...], dict[str, Any]]] = [
+    (CheckpointError("a"), (Exception,), {}),
+    (ConfigError(["a b", "c d"]), (ValueError,), {"problems": ("a b", "c d")}),
+    (ManagerPathError("a"), (ValueError,), {}),
+    (ManagerRefusedError("a"), (ManagerPathError, ValueError), {}),
+    (ManagerImportError("a"), (ImportError,), {}),
+    (ManagerNotFoundError("a"), (AttributeError,), {}),
+    (ManagerShapeError("a"), (TypeError,), {}),
+    (CheckpointNotFoundError("a"), (FileNotFoundError, OSError), {}),
+    (CorruptCheckpointError("p", "r"), (ValueError,), {"path": "p", "reason": "r"}),
+    (
+        NoLoadableCheckpointError("/store", ["x", "y"]),
+        (RuntimeError,),
+        {"root": "/store", "reasons": ("x", "y")},
+    ),
+    (
+        StatePartlyLoadedError("/store", ["x"]),
+        (NoLoadableCheckpointError, RuntimeError),
+        {"root": "/store", "reasons": ("x",)},
+    ),
+    (
+        StateMismatchError("p", missing=["m"], unexpected=["u"], different=["d"]),
+        (ValueError,),
+        {"path": "p", "missing": ("m",), "unexpected": ("u",), "different": ("d",)},
+    ),
+    (UnsupportedStateError("a"), (TypeError,), {}),
+    (DataReshardError("a"), (ValueError,), {}),
+    (StoreIdentityError("a"), (ValueError,), {}),
+    (StoreNotLoadedError("a"), (StoreIdentityError,), {}),
+    (SupersededAttemptError("a"), (StoreIdentityError,), {}),
+    (
+        StageFailedError("write", _FAILURES),
+        (RuntimeError,),
+        {"stage": "write", "failures": _FAILURES},
+    ),
+    (
+        StageTimeoutError("commit", [2, 5], 1.5),
+        (StageFailedError, TimeoutError),
+        {"stage": "commit", "missing_ranks": (2, 5), "timeout_seconds": 1.5},
+    ),
+    (
+        SaveFailedError(40, "write", _FAILURES),
+        (StageFailedError, RuntimeError),
+        {"iteration": 40, "stage": "write", "failures": _FAILURES},
+    ),
+]
+
+
+def _name(example: object) -> str:
+    return type(example).__name__ if isinstance(example, CheckpointError) else ""
+
+
+@pytest.mark.parametrize(("error", "bases", "values"), EXAMPLES, ids=_name)
+def test_an_error_is_also_the_builtin_it_resembles(
+    error: CheckpointError, bases: tuple[type[BaseException], ...], values: dict[str, Any]
+) -> None:
+    """Each error is a CheckpointError, the builtins it claims to be, and carries its fields."""
+    assert isinstance(error, CheckpointError)
+    assert all(isinstance(error, base) for base in bases)
+    assert {name: getattr(error, name) for name in values} == values
+
+
+@pytest.mark.parametrize(("error", "bases", "values"), EXAMPLES, ids=_name)
+@pytest.mark.parametrize("carry", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_an_error_survives_the_way_to_another_rank(
+    carry: Any, error: CheckpointError, bases: tuple[type[BaseException], ...], values: Any
+) -> None:
+    """Pickled or copied, an error keeps its type, its message and every field."""
+    arrived = carry(error)
+    assert type(arrived) is type(error)
+    assert str(arrived) == str(error)
+    assert vars(arrived) == vars(error)
+    assert {name: getattr(arrived, name) for name in values} == values
+
+
+@pytest.mark.parametrize(("error", "bases", "values"), EXAMPLES, ids=_name)
+def test_a_message_has_at_most_three_lines(error: CheckpointError, bases: Any, values: Any) -> None:
+    """A message is what str shows, and fits three lines."""
+    assert str(error) == error.message
+    assert 1 <= len(str(error).splitlines()) <= 3
+
+
+def test_the_examples_cover_the_tree() -> None:
+    """No error type is left out of the table, nor of the tree drawn in the module's docstring."""
+    types = {
+        value
+        for value in vars(holdfast.errors).values()
+        if isinstance(value, type) and issubclass(value, CheckpointError)
+    }
+    assert types == {type(error) for error, _, _ in EXAMPLES}
+    drawn = holdfast.errors.__doc__ or ""
+    assert [each.__name__ for each in types if each.__name__ not in drawn] == []
+
+
+RANK_FAILURES = [
+    (
+        OSError(errno.ENOSPC, "No space left on device", "/store/x"),
+        RankFailure(2, "OSError", "ENOSPC No space left on device", "/store/x", errno.ENOSPC),
+        "rank 2: OSError: ENOSPC No space left on device (/store/x)",
+    ),
+    (
+        CorruptCheckpointError("/store/y", "is short"),
+        RankFailure(2, "CorruptCheckpointError", "/store/y: is short", "/store/y"),
+        "rank 2: CorruptCheckpointError: /store/y: is short",
+    ),
+    (
+        CheckpointNotFoundError("nothing at /store"),
+        RankFailure(2, "CheckpointNotFoundError", "nothing at /store"),
+        "rank 2: CheckpointNotFoundError: nothing at /store",
+    ),
+    (ValueError("bad"), RankFailure(2, "ValueError", "bad"), "rank 2: ValueError: bad"),
+    (
+        KeyboardInterrupt(),
+        RankFailure(2, "KeyboardInterrupt", "KeyboardInterrupt"),
+        "rank 2: KeyboardInterrupt: KeyboardInterrupt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "failure", "text"), RANK_FAILURES)
+def test_a_failure_is_described_for_other_ranks(
+    error: BaseException, failure: RankFailure, text: str
+) -> None:
+    """A rank's exception becomes a value with its type, reason, path and errno, and one line."""
+    assert RankFailure.of(2, error) == failure
+    assert str(failure) == text
+    assert pickle.loads(pickle.dumps(failure)) == failure
+
+
+def test_a_long_list_of_failures_is_cut() -> None:
+    """A thousand failing ranks give a message that names three and counts the rest."""
+    many = [RankFailure(rank, "OSError", "EIO") for rank in range(1000)]
+    message = str(StageFailedError("write", many))
+    assert "rank 2: OSError: EIO; and 997 more ranks" in message
+    assert "rank 3:" not in message
+
+
+def test_a_mismatch_names_only_what_differs() -> None:
+    """The message leaves out the empty lists."""
+    message = str(StateMismatchError("iter_0000040", missing=["model.a", "model.b"]))
+    assert "missing from the checkpoint: model.a, model.b" in message
+    assert "unexpected" not in message
