@@ -131,11 +131,12 @@ MISTYPED = [
 @pytest.mark.parametrize("road", ["mapping", "attributes"])
 def test_a_bad_value_is_named_by_its_path(road: str, path: str, value: Any, rule: str) -> None:
     """One bad value gives one problem that starts with the path of its field, by either road."""
+    configure = {
+        "mapping": lambda: CheckpointConfig.from_mapping(_nest(path, value)),
+        "attributes": lambda: _set(CheckpointConfig(), path, value).validate(),
+    }
     with pytest.raises(ConfigError) as caught:
-        if road == "mapping":
-            CheckpointConfig.from_mapping(_nest(path, value))
-        else:
-            _set(CheckpointConfig(), path, value).validate()
+        configure[road]()
     (problem,) = caught.value.problems
     assert problem.startswith(f"checkpoint.{path} ")
     assert rule in problem
@@ -244,7 +245,7 @@ INERT = [
 @pytest.mark.parametrize(("values", "setting"), INERT)
 def test_a_setting_without_effect_is_warned_about(values: dict[str, Any], setting: str) -> None:
     """A known setting that changes nothing is named in one warning that says why."""
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match=setting) as caught:
         CheckpointConfig.from_mapping(values)
     (warning,) = caught
     assert str(warning.message).startswith(f"setting without effect: {setting}: ")

@@ -111,6 +111,7 @@ def test_an_error_survives_the_way_to_another_rank(
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
     assert vars(arrived) == vars(error)
+    assert getattr(arrived, "msg", None) == getattr(error, "msg", None)  # ImportError's own field
     assert {name: getattr(arrived, name) for name in values} == values
 
 

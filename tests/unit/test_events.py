@@ -14,7 +14,7 @@ from holdfast.events import (
 
 
 def test_callbacks_are_called_in_order_of_registration() -> None:
-    """Each callback of an event gets the very context, first registered first; others get nothing."""
+    """Each callback of an event gets the very context; those of other events get nothing."""
     manager, calls = CallbackManager(), []
     manager.register(ON_CHECKPOINT_SAVE, lambda context: calls.append(("first", context)))
     manager.register(ON_CHECKPOINT_SAVE, lambda context: calls.append(("second", context)))
