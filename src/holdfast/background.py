@@ -1,0 +1,95 @@
+"""One job beside the training thread, and the step at which its outcome is acted on.
+
+Owns the writer thread and the agreement on when every rank looks at what became of it. Promises that
+all ranks act on an outcome at the same step, that a step without an outcome costs one local look and no
+communication, and that an outcome is handed out once. Knows nothing of what the job does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from holdfast.coordination import Coordinator
+from holdfast.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """How a job ended: with a value, or with an error."""
+
+    value: T | None = None
+    error: BaseException | None = None
+
+
+class Background(Generic[T]):
+    """Runs one job at a time on a thread; every rank starts and polls in the same order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._polls = 0
+        self._hold_at: int | None = None
+        self._act_at = 0
+        self._decided = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome[T] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job was started whose outcome nobody has taken yet."""
+        return self._thread is not None
+
+    def start(self, work: Callable[[], T], coordinator: Coordinator) -> None:
+        """Begin a job; its outcome is agreed on through the coordinator, which is the job's alone."""
+        assert self._thread is None, "the previous job's outcome was not taken"
+        self._decided.clear()
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(work, coordinator),
+            name="holdfast-writer",
+            daemon=False,  # a save in flight is finished when the program ends
+        )
+        self._thread.start()
+
+    def poll(self) -> Outcome[T] | None:
+        """Count one training step; return the outcome if this is the step at which all ranks act."""
+        with self._lock:
+            self._polls += 1
+            step, hold_at = self._polls, self._hold_at
+        if hold_at is None or step < hold_at:
+            return None
+        self._decided.wait()  # the other ranks' threads are naming their steps: no training needed
+        return self._take() if step >= self._act_at else None
+
+    def wait(self) -> Outcome[T] | None:
+        """Wait for the job and return its outcome; None: there is none. All ranks call it together."""
+        if self._thread is None:
+            return None
+        return self._take()
+
+    def _take(self) -> Outcome[T] | None:
+        assert self._thread is not None
+        self._thread.join()
+        outcome, self._outcome = self._outcome, None
+        self._thread = None
+        self._hold_at = None
+        return outcome
+
+    def _run(self, work: Callable[[], T], coordinator: Coordinator) -> None:
+        try:
+            self._outcome = Outcome(value=work())
+        except BaseException as error:  # noqa: BLE001  # handed to the training thread, never lost
+            self._outcome = Outcome(error=error)
+        with self._lock:
+            # From here the training thread stops at the end of the step it is in, until all ranks
+            # have said which step that is.
+            in_progress = self._hold_at = self._polls + 1
+        try:
+            self._act_at = max(coordinator.together("outcome", lambda: in_progress))
+        except CheckpointError:
+            self._act_at = in_progress  # the others are unreachable: act alone, and soon
+        self._decided.set()

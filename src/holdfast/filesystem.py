@@ -1,0 +1,214 @@
+"""Every durable step on a disk, one method each: the seam at which faults are injected.
+
+Owns the calls that change or read a file system, and the few compositions of them that make a small
+file appear whole or not at all. Promises that whatever a method reports as synced survives power loss,
+that files are written in full or an OSError with errno and path is raised, and that no symbolic link is
+followed out of a directory. Knows nothing of checkpoints. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+PENDING_MARK = ".pending-"
+"""Between a name and a nonce: not committed, never listed, swept by the next save."""
+
+
+@dataclass(frozen=True)
+class DirectoryEntry:
+    """One name in a directory; a symbolic link is neither a file nor a directory."""
+
+    name: str
+    is_file: bool
+    is_directory: bool
+
+
+class Filesystem(Protocol):
+    """The primitive steps. Every method raises OSError with errno and path, and does nothing else."""
+
+    def make_directory(self, path: Path) -> None: ...
+    def open_new(self, path: Path) -> BinaryIO: ...
+    def sync_file(self, path: Path) -> None: ...
+    def sync_directory(self, path: Path) -> None: ...
+    def rename(self, source: Path, target: Path) -> None: ...
+    def link(self, source: Path, target: Path) -> None: ...
+    def remove_file(self, path: Path) -> None: ...
+    def remove_directory(self, path: Path) -> None: ...
+    def list_directory(self, path: Path) -> list[DirectoryEntry]: ...
+    def open_existing(self, path: Path) -> BinaryIO: ...
+    def size_bytes(self, path: Path) -> int: ...
+    def is_directory(self, path: Path) -> bool: ...
+
+
+class LocalFilesystem:
+    """A mounted POSIX file system."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create one directory, with its parents where they are missing; present is fine."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def open_new(self, path: Path) -> BinaryIO:
+        """Open a file that must not exist yet, for writing and reading back."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return os.fdopen(descriptor, "w+b")
+
+    def sync_file(self, path: Path) -> None:
+        """Make the bytes and the size of a file durable."""
+        self._sync(path, os.O_RDONLY)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+        self._sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    @staticmethod
+    def _sync(path: Path, flags: int) -> None:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or directory another name at once, over an existing file."""
+        source.rename(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name that must not exist yet."""
+        os.link(source, target, follow_symlinks=False)
+
+    def remove_file(self, path: Path) -> None:
+        """Remove a file or a link; the link's target stays."""
+        path.unlink()
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
+
+    def list_directory(self, path: Path) -> list[DirectoryEntry]:
+        """Return the entries by name."""
+        with os.scandir(path) as entries:
+            found = [
+                DirectoryEntry(
+                    each.name,
+                    is_file=each.is_file(follow_symlinks=False),
+                    is_directory=each.is_dir(follow_symlinks=False),
+                )
+                for each in entries
+            ]
+        return sorted(found, key=lambda each: each.name)
+
+    def open_existing(self, path: Path) -> BinaryIO:
+        """Open a regular file for reading; a symbolic link is refused (ELOOP)."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return os.fdopen(descriptor, "rb")
+
+    def size_bytes(self, path: Path) -> int:
+        """Return the size of a regular file; anything else is an error."""
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return found.st_size
+
+    def is_directory(self, path: Path) -> bool:
+        """Whether a directory, not a link to one, is there."""
+        try:
+            return stat.S_ISDIR(path.lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
+def write_new(filesystem: Filesystem, path: Path, content: bytes) -> None:
+    """Write a file that must not exist yet and make its bytes durable; its name is the caller's."""
+    with naming(path), filesystem.open_new(path) as stream:
+        stream.write(content)  # buffered: a short write is continued, an error reaches us at close
+    filesystem.sync_file(path)
+
+
+def replace(filesystem: Filesystem, path: Path, content: bytes) -> None:
+    """Give a small file new content at once: at any crash it holds the old bytes or the new."""
+    aside = set_aside(path)
+    try:
+        write_new(filesystem, aside, content)  # durable before it has the name
+        filesystem.rename(aside, path)  # visible from here
+        filesystem.sync_directory(path.parent)  # durable from here
+    except OSError:
+        _discard(filesystem, aside)
+        raise
+
+
+def create_once(filesystem: Filesystem, path: Path, content: bytes) -> None:
+    """Create a small file whole, as the first to do so.
+
+    Raises:
+        FileExistsError: somebody else was first; nothing was changed.
+    """
+    aside = set_aside(path)
+    try:
+        write_new(filesystem, aside, content)
+        filesystem.link(aside, path)  # fails where the name exists; the bytes are already durable
+        filesystem.remove_file(aside)
+        filesystem.sync_directory(path.parent)
+    except FileExistsError:
+        _discard(filesystem, aside)
+        raise
+    except OSError as error:
+        _discard(filesystem, aside)
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links here: exclusive creation is still atomic as to who is first.
+        write_new(filesystem, path, content)
+        filesystem.sync_directory(path.parent)
+
+
+def read_bytes(filesystem: Filesystem, path: Path) -> bytes:
+    """Return the whole content of a small file."""
+    with naming(path), filesystem.open_existing(path) as stream:
+        return stream.read()
+
+
+def remove_tree(filesystem: Filesystem, path: Path) -> None:
+    """Remove a directory and all in it, following no link; absent is fine."""
+    try:
+        entries = filesystem.list_directory(path)
+    except FileNotFoundError:
+        return
+    for each in entries:
+        if each.is_directory:
+            remove_tree(filesystem, path / each.name)
+        else:
+            filesystem.remove_file(path / each.name)
+    filesystem.remove_directory(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Return a fresh pending name beside a path."""
+    return path.with_name(f"{path.name}{PENDING_MARK}{secrets.token_hex(4)}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file (a failed write or read) the path it happened on."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _discard(filesystem: Filesystem, path: Path) -> None:
+    """Remove a leftover where that is possible; the next save sweeps it otherwise."""
+    try:
+        filesystem.remove_file(path)
+    except OSError:
+        return

@@ -1,0 +1,18 @@
+"""The checkpoint settings as a Hydra schema.
+
+Owns the one registration of `CheckpointConfig` with Hydra's ConfigStore, as `checkpoint/schema`. Promises
+that a YAML file beginning with `defaults: [schema, _self_]` in a group named `checkpoint` is checked field
+by field while Hydra composes it. Refuses to act on import: a program calls `register()` before
+`hydra.main`. No other file of the package imports Hydra.
+"""
+
+from __future__ import annotations
+
+from hydra.core.config_store import ConfigStore
+
+from holdfast.config import CheckpointConfig
+
+
+def register() -> None:
+    """Offer `CheckpointConfig` to Hydra as `checkpoint/schema`; calling it again changes nothing."""
+    ConfigStore.instance().store(group="checkpoint", name="schema", node=CheckpointConfig)

@@ -1,0 +1,163 @@
+"""Whose checkpoints a store holds: the run id and the attempts at that run.
+
+Owns run.json and the attempt_*.json claims beside it. A run id is made by the first job that uses an
+empty store; each start of the run that saves takes the next attempt number by exclusive creation of its
+claim, so two jobs never hold one number, without locks, clocks or cleaning up. The claims are the truth;
+run.json repeats them for people. Refuses another run's id and an attempt that has been overtaken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import CorruptCheckpointError, StoreIdentityError, SupersededAttemptError
+from holdfast.filesystem import Filesystem, create_once, read_bytes, replace
+
+RUN_NAME = "run.json"
+_CLAIM_NAME = re.compile(r"attempt_(\d{7,})\.json")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run that has saved, or is about to."""
+
+    number: int
+    """From 1; the largest is the one that may commit."""
+    resumed_from: int | None = None
+    """The iteration of this store that it loaded; None: it started fresh or from another store."""
+    resumed_path: str | None = None
+    """The checkpoint that was loaded, in whatever store."""
+
+
+class RunIdentity:
+    """The run id and the attempts recorded at the root of one store."""
+
+    def __init__(self, root: Path, filesystem: Filesystem) -> None:
+        self._root = root
+        self._filesystem = filesystem
+
+    def read_run_id(self) -> str | None:
+        """Return the run id; None: no job has saved here yet.
+
+        Raises:
+            CorruptCheckpointError: run.json is there and cannot be read.
+        """
+        path = self._root / RUN_NAME
+        try:
+            content = read_bytes(self._filesystem, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        run_id = _parse(content, path).get("run_id")
+        if not isinstance(run_id, str) or not run_id:
+            raise CorruptCheckpointError(str(path), "names no run_id; restore it from any manifest")
+        return run_id
+
+    def attempts(self) -> list[Attempt]:
+        """Return every attempt claimed so far, oldest first."""
+        found = []
+        for number, name in self._claims():
+            path = self._root / name
+            try:
+                values = _parse(read_bytes(self._filesystem, path), path)
+                found.append(Attempt(number, values["resumed_from"], values["resumed_path"]))
+            except (CorruptCheckpointError, KeyError):
+                found.append(Attempt(number))  # the number is taken by its name alone
+        return found
+
+    def agree_run_id(self, configured: str | None) -> str:
+        """Return the store's run id, making one for an empty store.
+
+        Raises:
+            StoreIdentityError: another run id is configured than the store has.
+        """
+        run_id = self.read_run_id()
+        if run_id is None:
+            fresh = {"format": 1, "run_id": configured or secrets.token_hex(8), "attempts": []}
+            try:
+                create_once(self._filesystem, self._root / RUN_NAME, _encode(fresh))
+            except FileExistsError:
+                pass  # another job was first: its id is the store's
+            run_id = self.read_run_id()
+            assert run_id is not None
+        self.check_run_id(configured, run_id)
+        return run_id
+
+    def check_run_id(self, configured: str | None, found: str) -> None:
+        """Refuse a store of another run than the one configured.
+
+        Raises:
+            StoreIdentityError: the two differ.
+        """
+        if configured is not None and configured != found:
+            raise StoreIdentityError(
+                f"{self._root} belongs to run {found!r}, but checkpoint.run_id is {configured!r}.\n"
+                "Name another checkpoint.persistent.directory, or set checkpoint.run_id=null to go "
+                "on with the store's run."
+            )
+
+    def claim_attempt(self, run_id: str, resumed_from: int | None, path: str | None) -> Attempt:
+        """Take the next attempt number; every earlier attempt may no longer commit."""
+        while True:
+            claims = self._claims()
+            number = claims[-1][0] + 1 if claims else 1
+            attempt = Attempt(number, resumed_from, path)
+            try:
+                create_once(
+                    self._filesystem, self._root / _claim_name(number), _encode(asdict(attempt))
+                )
+            except FileExistsError:
+                continue  # a twin took this number between the listing and the claim
+            # For people; a twin's later version may win, and is rebuilt from the claims as well.
+            summary = [asdict(each) for each in self.attempts()]
+            shown = {"format": 1, "run_id": run_id, "attempts": summary}
+            replace(self._filesystem, self._root / RUN_NAME, _encode(shown))
+            return attempt
+
+    def check_newest(self, attempt: Attempt) -> None:
+        """Refuse to go on for an attempt that has been overtaken.
+
+        Raises:
+            SupersededAttemptError: a newer attempt of this run has begun to save.
+        """
+        claims = self._claims()
+        if claims and claims[-1][0] > attempt.number:
+            raise SupersededAttemptError(
+                f"{self._root}: attempt {claims[-1][0]} of this run has taken over from attempt "
+                f"{attempt.number}, which may no longer save here.\n"
+                "Stop this job: another one is running, or give it its own "
+                "checkpoint.persistent.directory."
+            )
+
+    def _claims(self) -> list[tuple[int, str]]:
+        try:
+            entries = self._filesystem.list_directory(self._root)
+        except FileNotFoundError:
+            return []
+        return sorted(
+            (int(match[1]), each.name)
+            for each in entries
+            if each.is_file and (match := _CLAIM_NAME.fullmatch(each.name))
+        )
+
+
+def _claim_name(number: int) -> str:
+    return f"attempt_{number:07d}.json"
+
+
+def _encode(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise CorruptCheckpointError(str(path), f"is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CorruptCheckpointError(str(path), "is not a JSON object")
+    return values

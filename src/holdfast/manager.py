@@ -1,0 +1,430 @@
+"""holdfast's own checkpoint manager: the order of the stages, and only the order.
+
+A save: settle the previous one, be admitted to the store, capture, stage, then write, commit and retain
+on a thread. A load: resolve, verify, open, compare, and only then touch live state: tensors, optimizer,
+scheduler, counters, data, RNG last. Promises that all ranks take every turn together and that an
+outcome is told once. What a stage does is its room's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.background import Background, Outcome
+from holdfast.config import CheckpointConfig
+from holdfast.coordination import Coordinator, open_channels
+from holdfast.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    NoLoadableCheckpointError,
+    RankFailure,
+    SaveFailedError,
+    StageFailedError,
+    StatePartlyLoadedError,
+    UnsupportedStateError,
+)
+from holdfast.events import (
+    ON_CHECKPOINT_SAVE,
+    ON_CHECKPOINT_SAVE_FAILED,
+    ON_CHECKPOINT_STAGED,
+    CallbackManager,
+    CheckpointEvent,
+)
+from holdfast.filesystem import LocalFilesystem
+from holdfast.protocol import (
+    CheckpointLoadContext,
+    CheckpointSaveContext,
+    GlobalState,
+    LoadResult,
+    SkippedCheckpoint,
+)
+from holdfast.shards.staging import Stager
+from holdfast.state.capture import AppState, Place, SavedRun
+from holdfast.state.run_config import to_yaml
+from holdfast.state.safety import decode, encode
+from holdfast.store import Checkpoint, Store
+from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier, Snapshot
+from holdfast.tiers.reading import Contents, open_contents, verify_together
+from holdfast.tiers.resolve import resolve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Save:
+    """One call of `save`, until its outcome was told."""
+
+    context: CheckpointSaveContext
+    callback_manager: Any | None
+    event: CheckpointEvent
+    started: float
+
+
+class DefaultCheckpointManager:
+    """Saves to and loads from a store of torch.distributed.checkpoint directories."""
+
+    def __init__(self, checkpoint_config: CheckpointConfig) -> None:
+        """Check the configuration; nothing is read, written or communicated yet.
+
+        Raises:
+            ConfigError: with every problem of the configuration.
+        """
+        checkpoint_config.validate()
+        self.checkpoint_config = checkpoint_config
+        directory = checkpoint_config.persistent.directory
+        if directory is None:
+            raise ConfigError(
+                ["checkpoint.persistent.directory is null; name where checkpoints are kept"]
+            )
+        self._filesystem = LocalFilesystem()
+        self._tier = PersistentTier(
+            Path(directory).absolute(),
+            self._filesystem,
+            checkpoint_config.run_id,
+            checkpoint_config.persistent.keep.last,
+        )
+        self._stager = Stager()
+        self._background: Background[Committed] = Background()
+        self._in_flight: _Save | None = None
+        self._channels: list[Coordinator] | None = None
+
+    # -- save ------------------------------------------------------------------------------------
+
+    def save(self, ctx: CheckpointSaveContext, callback_manager: Any | None = None) -> None:
+        """Save at `ctx.state.train_state.step`; with `async_save` return once the copy is taken.
+
+        Raises:
+            CheckpointError: this save could not begin, or the previous one had failed.
+        """
+        started = time.monotonic()
+        if ctx.non_persistent_ckpt:
+            raise ConfigError(
+                ["checkpoint.local.directory is null: there is no local tier to save to"]
+            )
+        self._settle(self._background.wait())
+        control, writer = self._coordinators()
+        control.lead("admit", self._tier.admit)
+        snapshot = self._take_snapshot(ctx, control)
+        event = CheckpointEvent(
+            iteration=snapshot.iteration,
+            tier=TIER_NAME,
+            state=ctx.state,
+            model=ctx.model,
+            optimizer=ctx.optimizer,
+            scheduler=ctx.opt_param_scheduler,
+        )
+        self._in_flight = _Save(ctx, callback_manager, event, started)
+
+        def write() -> Committed:
+            return self._tier.write(snapshot, writer)
+
+        if self.checkpoint_config.async_save:
+            self._background.start(write, writer)
+            event.stall_seconds = time.monotonic() - started
+            self._tell(ON_CHECKPOINT_STAGED)
+            return
+        outcome = _outcome_of(write)
+        event.stall_seconds = time.monotonic() - started
+        self._settle(outcome)
+
+    def finalize_async_saves(
+        self, state: GlobalState, blocking: bool = False, terminate: bool = False
+    ) -> None:
+        """Act on a finished save, at the same step on every rank; call once per step.
+
+        `blocking` waits for the save in flight; `terminate` does so too, at the end of the run.
+
+        Raises:
+            CheckpointError: the save in flight had failed, and `on_save_failure` is `raise`.
+        """
+        if blocking or terminate:
+            self._settle(self._background.wait())
+        else:
+            self._settle(self._background.poll())
+
+    def _take_snapshot(self, ctx: CheckpointSaveContext, control: Coordinator) -> Snapshot:
+        """Copy everything out of training's reach; a failure on one rank fails all."""
+        taken: list[Snapshot] = []
+
+        def take() -> int:
+            app = _app_state(ctx, ctx.pg_collection, control)
+            captured = app.capture()
+            if self.checkpoint_config.async_save:
+                tensors = self._stager.stage(captured.tensors)
+            else:
+                tensors = captured.tensors  # written before `save` returns: nothing to copy
+            iteration = ctx.state.train_state.step
+            taken.append(
+                Snapshot(
+                    iteration,
+                    tensors,
+                    encode(captured.rank),
+                    encode(captured.shared),
+                    _encode_counters(ctx),
+                    to_yaml(ctx.state.cfg),
+                )
+            )
+            return iteration
+
+        iterations = control.together("capture", take)
+        if len(set(iterations)) > 1:
+            raise StageFailedError(
+                "capture",
+                [
+                    RankFailure(rank, "Disagreement", f"saves at step {iteration}")
+                    for rank, iteration in enumerate(iterations)
+                    if iteration != iterations[0]
+                ],
+            )
+        return taken[0]
+
+    def _settle(self, outcome: Outcome[Committed] | None) -> None:
+        """Tell what became of the save in flight, once: events, then the error if there is one."""
+        if outcome is None or self._in_flight is None:
+            return
+        save, event = self._in_flight, self._in_flight.event
+        event.total_seconds = time.monotonic() - save.started
+        if outcome.value is not None:
+            event.path = str(outcome.value.path)
+            event.size_bytes = outcome.value.size_bytes
+            event.removed_iterations = outcome.value.removed_iterations
+            self._tell(ON_CHECKPOINT_SAVE)
+            self._in_flight = None
+            return
+        assert outcome.error is not None
+        event.error = _as_save_failure(event.iteration, outcome.error, self._rank())
+        self._tell(ON_CHECKPOINT_SAVE_FAILED)
+        self._in_flight = None
+        if self.checkpoint_config.on_save_failure == "raise":
+            raise event.error from outcome.error
+        logger.warning("%s", event.error)
+
+    def _tell(self, event_name: str) -> None:
+        assert self._in_flight is not None
+        listener = self._in_flight.callback_manager
+        if listener is None:
+            return
+        # Other callback managers know Megatron-Bridge's event only.
+        if event_name == ON_CHECKPOINT_SAVE or isinstance(listener, CallbackManager):
+            listener.fire(event_name, self._in_flight.event)
+
+    # -- load ------------------------------------------------------------------------------------
+
+    def load(self, ctx: CheckpointLoadContext) -> LoadResult:
+        """Restore the newest checkpoint that verifies, or exactly the one that was asked for.
+
+        Raises:
+            CheckpointNotFoundError: what was named is not there, or nothing is and
+                `load.on_missing` is `error`.
+            NoLoadableCheckpointError: checkpoints are there and none can be loaded.
+            StateMismatchError, DataReshardError: the checkpoint is sound but does not fit this run.
+        """
+        self._settle(self._background.wait())
+        control, _ = self._coordinators()
+        config = self.checkpoint_config
+        decision = control.lead(
+            "resolve",
+            lambda: resolve(
+                config.load, self._tier.store.root, config.run_id, self._filesystem
+            ),
+        )
+        skipped = list(decision.skipped)
+        touched = False
+        for checkpoint in decision.candidates:
+            reason, contents = self._open(checkpoint, control)
+            if contents is not None:
+                prepared = self._prepare(ctx, contents, control)
+                touched = True
+                reason = self._fill(prepared, control)
+                if reason is None:
+                    return self._finish_load(ctx, prepared, control, tuple(skipped))
+            if decision.asked_for:
+                if touched:
+                    raise StatePartlyLoadedError(str(decision.root), [f"{checkpoint.path}: {reason}"])
+                raise CorruptCheckpointError(str(checkpoint.path), str(reason))
+            logger.warning("%s is passed over: %s", checkpoint.path, reason)
+            skipped.append(
+                SkippedCheckpoint(str(checkpoint.path), str(reason), checkpoint.iteration)
+            )
+        if skipped:
+            kind = StatePartlyLoadedError if touched else NoLoadableCheckpointError
+            raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in skipped])
+        if config.load.on_missing == "error":
+            raise CheckpointNotFoundError(
+                f"{decision.root} holds no checkpoint, and checkpoint.load.on_missing is error.\n"
+                "Name the store with checkpoint.load.directory, or set on_missing=start_fresh."
+            )
+        return LoadResult()
+
+    def _open(
+        self, checkpoint: Checkpoint, control: Coordinator
+    ) -> tuple[str | None, Contents | None]:
+        """Verify and open a candidate; return the reason if it is damaged."""
+        store = Store(checkpoint.path.parent, self._filesystem)
+        damages = verify_together(store, checkpoint, control)
+        if damages:
+            return "; ".join(str(damage) for damage in damages[:3]), None
+        opened: list[Contents] = []
+        try:
+            control.together(
+                "open", lambda: opened.append(open_contents(checkpoint, self._filesystem))
+            )
+        except (CorruptCheckpointError, StageFailedError) as error:
+            return str(error), None
+        return None, opened[0]
+
+    def _prepare(
+        self, ctx: CheckpointLoadContext, contents: Contents, control: Coordinator
+    ) -> _Prepared:
+        """Compare a checkpoint with the live state on every rank, touching nothing."""
+        prepared: list[_Prepared] = []
+        load = self.checkpoint_config.load
+        strict = load.strict if ctx.strict is None else ctx.strict
+
+        def prepare() -> None:
+            app = _app_state(ctx, ctx.pg_collection, control)
+            path = str(contents.checkpoint.path)
+            states = self._rank_states(contents, control)
+            shared = decode(contents.shared_state, path)
+            if ctx.skip_load_to_model_and_opt:
+                targets = {}
+            else:
+                tensors = contents.reader.tensors()
+                app.check(path, tensors, contents.values, shared, states[0], strict)
+                targets = tensors
+            app.check_data(states[0], path, load.accept_data_restart)
+            prepared.append(_Prepared(app, contents, targets, shared, states))
+
+        control.together("compare", prepare)
+        return prepared[0]
+
+    def _rank_states(self, contents: Contents, control: Coordinator) -> list[dict[str, Any]]:
+        """Read this rank's saved state, or every rank's where the world has changed."""
+        saved_size = contents.checkpoint.manifest.world_size
+        ranks = [control.rank] if control.world_size == saved_size else list(range(saved_size))
+        path = contents.checkpoint.path
+        return [
+            decode(contents.read_rank_state(rank, self._filesystem), f"{path}: state of rank {rank}")
+            for rank in ranks
+        ]
+
+    def _fill(self, prepared: _Prepared, control: Coordinator) -> str | None:
+        """Read tensors into place; return the reason if the bytes could not be read."""
+        if not prepared.tensors:
+            return None
+        try:
+            control.together("read", prepared.fill)
+        except (CorruptCheckpointError, StageFailedError) as error:
+            return str(error)
+        return None
+
+    def _finish_load(
+        self,
+        ctx: CheckpointLoadContext,
+        prepared: _Prepared,
+        control: Coordinator,
+        skipped: tuple[SkippedCheckpoint, ...],
+    ) -> LoadResult:
+        checkpoint, counters = prepared.contents.checkpoint, prepared.contents.counters
+        control.together("apply", prepared.apply)
+        ctx.state.train_state.update_from(counters["train_state"])
+        self._tier.resume_from(checkpoint)
+        return LoadResult(
+            iteration=checkpoint.iteration,
+            num_floating_point_operations_so_far=counters["num_floating_point_operations_so_far"],
+            found=True,
+            tier=checkpoint.manifest.tier,
+            path=checkpoint.path,
+            skipped=skipped,
+        )
+
+    # -- ranks -----------------------------------------------------------------------------------
+
+    def _coordinators(self) -> list[Coordinator]:
+        """Return the training thread's channel and the writer thread's, opened at first use."""
+        if self._channels is None:
+            self._channels = open_channels(2, self.checkpoint_config.timeout_seconds)
+        return self._channels
+
+    def _rank(self) -> int:
+        return self._coordinators()[0].rank
+
+
+@dataclass
+class _Prepared:
+    """A checkpoint that fits the live state, about to be applied."""
+
+    app: AppState
+    contents: Contents
+    tensors: dict[str, Any]
+    """Descriptions of the tensors to read; empty: model and optimizer are left alone."""
+    shared: dict[str, Any]
+    rank_states: list[dict[str, Any]]
+
+    def fill(self) -> None:
+        """Read the tensors in place."""
+        reader = self.contents.reader
+        self.key_paths = {
+            name: reader.key_path(name) for name in (*self.tensors, *self.contents.values)
+        }
+        self.targets = self.app.targets(self.tensors, self.key_paths)
+        reader.read_tensors(self.targets)
+
+    def apply(self) -> None:
+        """Give every live object its state; RNG last."""
+        if self.tensors:
+            self.app.apply({**self.contents.values, **self.targets}, self.key_paths)
+        self.app.apply_scheduler(self.shared)
+        manifest = self.contents.checkpoint.manifest
+        saved = SavedRun(manifest.run_id, manifest.iteration, manifest.world_size)
+        self.app.apply_rank(self.rank_states, saved)
+
+
+def _app_state(
+    ctx: CheckpointSaveContext | CheckpointLoadContext, groups: Any | None, control: Coordinator
+) -> AppState:
+    return AppState(
+        ctx.model,
+        ctx.optimizer,
+        ctx.opt_param_scheduler,
+        ctx.train_data_iterator,
+        Place.of(control.rank, control.world_size, groups),
+    )
+
+
+def _encode_counters(ctx: CheckpointSaveContext) -> bytes:
+    values = {
+        "train_state": ctx.state.train_state.to_dict(),
+        "num_floating_point_operations_so_far": ctx.num_floating_point_operations_so_far,
+    }
+    try:
+        return json.dumps(values, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise UnsupportedStateError(
+            f"train_state holds a value that is no JSON: {error}. Use numbers, texts, lists and "
+            "dicts in its fields and in extra."
+        ) from error
+
+
+def _outcome_of(work: Callable[[], Committed]) -> Outcome[Committed]:
+    try:
+        return Outcome(value=work())
+    except CheckpointError as error:
+        return Outcome(error=error)
+
+
+def _as_save_failure(iteration: int, error: BaseException, rank: int) -> CheckpointError:
+    """Name the save that failed; an error that speaks for itself stays what it is."""
+    if isinstance(error, StageFailedError):
+        return SaveFailedError(iteration, error.stage, error.failures)
+    if isinstance(error, CheckpointError):
+        return error
+    return SaveFailedError(iteration, "write", [RankFailure.of(rank, error)])

@@ -1,0 +1,157 @@
+"""The commit record of a checkpoint and the digests it holds: on-disk format 1.
+
+Owns the JSON of manifest.json and the digest of a file. Promises that a manifest is read back exactly
+or refused with a reason, and that a difference is reported as a byte range. A file's digest is xxh3-128
+over the concatenated xxh3-128 digests of its 8 MiB blocks; the manifest's last line is the xxh3-128 of
+all bytes before it. Refuses paths that leave the checkpoint. Knows no file system: it reads streams.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import xxhash
+
+from holdfast.errors import CorruptCheckpointError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    path: str
+    """Relative to the checkpoint, with forward slashes."""
+    size_bytes: int
+    digest: str
+    """32 hexadecimal digits."""
+    blocks: tuple[str, ...]
+    """The digest of each 8 MiB block, in file order; the last may be shorter."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was committed, by whom, and in which order."""
+
+    run_id: str
+    attempt: int
+    """Which start of the run wrote it, from 1."""
+    sequence: int
+    """The order of commits in a run, over all tiers; larger is newer."""
+    iteration: int
+    tier: str
+    world_size: int
+    """Ranks that wrote it."""
+    saved_at: str
+    """UTC, ISO 8601. For people: nothing is decided by a clock."""
+    files: tuple[FileRecord, ...]
+    """Every file but the manifest itself, by path."""
+    written_by: str = "holdfast"
+    """Name and version of the writer."""
+    format: int = FORMAT
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together, the manifest not counted."""
+        return sum(each.size_bytes for each in self.files)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of manifest.json."""
+        body = json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"
+        return body + xxhash.xxh3_128_hexdigest(body).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: str) -> Manifest:
+        """Read the content of manifest.json; `path` is for messages.
+
+        Raises:
+            CorruptCheckpointError: torn, altered, of a newer format, or with paths that leave the
+                checkpoint.
+        """
+        body, _, last_line = content.rstrip(b"\n").rpartition(b"\n")
+        body += b"\n"
+        if xxhash.xxh3_128_hexdigest(body).encode() != last_line:
+            raise CorruptCheckpointError(path, "does not match the digest in its last line")
+        try:
+            values = json.loads(body)
+            if values["format"] != FORMAT:
+                raise CorruptCheckpointError(
+                    path,
+                    f"is of format {values['format']}; this version reads {FORMAT}, upgrade holdfast",
+                )
+            files = tuple(
+                FileRecord(**{**each, "blocks": tuple(each["blocks"])}) for each in values["files"]
+            )
+            manifest = cls(**{**values, "files": files})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptCheckpointError(path, f"is not a manifest: {error}") from error
+        for each in files:
+            if not _stays_inside(each.path):
+                raise CorruptCheckpointError(path, f"lists {each.path!r}, outside the checkpoint")
+        return manifest
+
+
+def describe_file(path: str, stream: BinaryIO) -> FileRecord:
+    """Read a stream to its end and return the record of it under a relative path."""
+    size_bytes = 0
+    blocks: list[bytes] = []
+    for block in _blocks(stream):
+        size_bytes += len(block)
+        blocks.append(xxhash.xxh3_128_digest(block))
+    return FileRecord(
+        path, size_bytes, _root_digest(blocks), tuple(digest.hex() for digest in blocks)
+    )
+
+
+def find_difference(record: FileRecord, stream: BinaryIO) -> str | None:
+    """Say where a stream first differs from its record; None: it does not."""
+    position = 0
+    count = 0
+    for block in _blocks(stream):
+        if count >= len(record.blocks):
+            return f"is longer than the {record.size_bytes} bytes committed"
+        if xxhash.xxh3_128_hexdigest(block) != record.blocks[count]:
+            end = position + len(block) - 1
+            return f"block {count} (bytes {position}-{end}) does not match its digest"
+        position += len(block)
+        count += 1
+    if position != record.size_bytes:
+        return f"has {position} bytes, {record.size_bytes} were committed"
+    if _root_digest([bytes.fromhex(each) for each in record.blocks]) != record.digest:
+        return "its block digests do not match its digest"
+    return None
+
+
+def _blocks(stream: BinaryIO) -> Iterator[memoryview]:
+    """Yield the stream in blocks of 8 MiB through one buffer; each is valid until the next."""
+    buffer = bytearray(BLOCK_BYTES)
+    view = memoryview(buffer)
+    while True:
+        filled = 0
+        while filled < BLOCK_BYTES:
+            count = stream.readinto(view[filled:])  # type: ignore[attr-defined]  # BinaryIO lacks it
+            if not count:
+                break
+            filled += count
+        if filled:
+            yield view[:filled]
+        if filled < BLOCK_BYTES:
+            return
+
+
+def _root_digest(blocks: list[bytes]) -> str:
+    return xxhash.xxh3_128_hexdigest(b"".join(blocks))
+
+
+def _stays_inside(path: Any) -> bool:
+    if not isinstance(path, str) or not path or "\\" in path or "\0" in path:
+        return False
+    parts = PurePosixPath(path)
+    return not parts.is_absolute() and ".." not in parts.parts and str(parts) == path

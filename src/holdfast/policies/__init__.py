@@ -1,0 +1,1 @@
+"""Decisions as pure values: questions with reasons, no effects."""

@@ -1,0 +1,1 @@
+"""Tensors to files and back, in the torch.distributed.checkpoint format."""

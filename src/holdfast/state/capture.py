@@ -1,0 +1,343 @@
+"""Capture the app state of a run and apply it again.
+
+Owns which names the state has in a checkpoint and how each part is taken from live objects and given
+back: model and optimizer as one nested state for the shard files, scheduler as shared state, RNG and
+data as this rank's state. Promises that capturing changes nothing (no hidden optimizer step, no draw),
+that `check` touches nothing, and that `apply` restores RNG last. Reads and writes no files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from holdfast.errors import DataReshardError, StateMismatchError
+from holdfast.protocol import ReshardableData, Stateful
+from holdfast.state.rng import apply_rng, capture_rng, reseed
+from holdfast.state.safety import check_plain
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands in the job."""
+
+    rank: int
+    world_size: int
+    data_rank: int
+    """Rank among those that read different data."""
+    data_size: int
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, pg_collection: Any | None) -> Place:
+        """Read the data-parallel group from `pg_collection.dp`; None: all ranks read different data."""
+        group = getattr(pg_collection, "dp", None)
+        if group is None:
+            return cls(rank, world_size, rank, world_size)
+        return cls(rank, world_size, group.rank(), group.size())
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The app state at one step, still referring to live tensors."""
+
+    tensors: dict[str, Any]
+    """`{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}` by parameter name."""
+    shared: dict[str, Any]
+    """The same on every rank: the scheduler's."""
+    rank: dict[str, Any]
+    """This rank's own: RNG and data."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a checkpoint says of the run that wrote it, as far as applying needs it."""
+
+    run_id: str
+    iteration: int
+    world_size: int
+
+
+class _OptimizerView:
+    """Shows an optimizer to DCP as one that has state, so that DCP takes no step to make some."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.state = {"present": True}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+
+
+class AppState:
+    """The live objects of a run, by the names they have in a checkpoint."""
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        scheduler: Any | None,
+        data: Any | None,
+        place: Place,
+    ) -> None:
+        models = [model] if isinstance(model, nn.Module) else list(model)
+        # Several modules (virtual pipeline stages) become one root, named 0., 1., ... in it.
+        self._model = models[0] if len(models) == 1 else nn.ModuleList(models)
+        if optimizer is None:
+            optimizers = []
+        elif isinstance(optimizer, Sequence):
+            optimizers = list(optimizer)
+        else:
+            optimizers = [optimizer]
+        self._optimizers = [_OptimizerView(each) for each in optimizers]
+        self._scheduler = scheduler
+        self._data = data if isinstance(data, Stateful) else None
+        self._place = place
+
+    def capture(self) -> Captured:
+        """Return the state as it stands, referring to live tensors.
+
+        Raises:
+            UnsupportedStateError: some state could not be read back safely.
+        """
+        rng = capture_rng()  # before anything that might draw
+        tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
+        if self._optimizers:
+            tensors["optimizer"] = self._optimizer_state()
+        shared = {"scheduler": self._scheduler.state_dict() if self._scheduler else None}
+        rank = {
+            "rng": rng,
+            "data": self._data.state_dict() if self._data else None,
+            "data_rank": self._place.data_rank,
+            "data_size": self._place.data_size,
+        }
+        for name, part in (("", tensors), ("", shared), (f"rank {self._place.rank} ", rank)):
+            for key, value in part.items():
+                check_plain(value, f"{name}{key}")
+        return Captured(tensors, shared, rank)
+
+    def check(
+        self,
+        path: str,
+        tensors: Mapping[str, TensorStorageMetadata],
+        values: Mapping[str, Any],
+        shared: Mapping[str, Any],
+        rank: Mapping[str, Any],
+        strict: bool,
+    ) -> None:
+        """Compare names, shapes and types with a checkpoint's, touching nothing.
+
+        Raises:
+            StateMismatchError: shapes differ, or `strict` and anything else does.
+        """
+        live = self._live_model()
+        saved = {**dict.fromkeys(values), **tensors}
+        saved_model = {name for name in saved if name.startswith("model.")}
+        missing = sorted(set(live) - saved_model)
+        unexpected = sorted(saved_model - set(live))
+        different = []
+        if self._optimizers:
+            live_names, saved_names = self._parameter_names(), _saved_parameter_names(values)
+            missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
+            unexpected += [f"optimizer.{name}" for name in sorted(saved_names - live_names)]
+        if self._scheduler is not None and shared.get("scheduler") is None:
+            missing.append("scheduler")
+        if self._data is not None and rank["data"] is None:
+            missing.append("data")
+        for name, target in live.items():
+            source = tensors.get(name)
+            if source is None or not isinstance(target, torch.Tensor):
+                continue
+            if source.size != target.size():
+                different.append(f"{name} is {list(source.size)}, here {list(target.size())}")
+            elif strict and source.properties.dtype != target.dtype:
+                different.append(f"{name} is {source.properties.dtype}, here {target.dtype}")
+        if different or (strict and (missing or unexpected)):
+            raise StateMismatchError(path, missing, unexpected, different)
+        for name in missing:
+            logger.warning("%s: %s is not in the checkpoint and keeps its value", path, name)
+        for name in unexpected:
+            logger.warning("%s: %s is in the checkpoint only and is left out", path, name)
+
+    def targets(
+        self, tensors: Mapping[str, TensorStorageMetadata], key_paths: Mapping[str, Sequence[Any]]
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors to fill, by flat name: live ones where they exist, else new ones."""
+        live = {name: each for name, each in self._live_model().items() if name in tensors}
+        found = {name: each for name, each in live.items() if isinstance(each, torch.Tensor)}
+        if not self._optimizers:
+            return found
+        state = self._optimizer_state()["state"]
+        parameters = self._named_parameters()
+        for name, saved in tensors.items():
+            path = key_paths[name]
+            if path[:2] != ("optimizer", "state"):
+                if path[0] == "optimizer":  # a learning rate kept as a tensor, say
+                    found[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
+                continue
+            parameter = parameters.get(path[2])
+            if parameter is None:
+                continue  # left out, as `check` has said
+            present = state.get(path[2], {}).get(path[3]) if len(path) == 4 else None
+            found[name] = _fitting(present, parameter, saved)
+        return found
+
+    def apply(
+        self,
+        filled: Mapping[str, Any],
+        key_paths: Mapping[str, Sequence[Any]],
+    ) -> None:
+        """Give model and optimizer their state; `filled` holds tensors and values by flat name."""
+        options = StateDictOptions(strict=False)  # `check` has compared the names
+        names = set(self._live_model())
+        model_state = {
+            name.removeprefix("model."): value for name, value in filled.items() if name in names
+        }
+        set_model_state_dict(self._model, model_state, options=options)
+        if self._optimizers:
+            known = self._parameter_names()
+            optimizer_state = _nest(filled, key_paths, known)
+            views: Any = self._optimizers
+            set_optimizer_state_dict(self._model, views, optimizer_state, options=options)
+
+    def apply_scheduler(self, shared: Mapping[str, Any]) -> None:
+        """Give the scheduler its state, where both sides have one."""
+        if self._scheduler is not None and shared.get("scheduler") is not None:
+            self._scheduler.load_state_dict(shared["scheduler"])
+
+    def check_data(self, rank: Mapping[str, Any], path: str, accept_restart: bool) -> None:
+        """Say early whether the data state can be taken over, touching nothing.
+
+        Raises:
+            DataReshardError: another data-parallel size, and the loader cannot reshard.
+        """
+        saved_data_size = rank["data_size"]
+        if self._data is None or rank["data"] is None or saved_data_size == self._place.data_size:
+            return
+        if not isinstance(self._data, ReshardableData) and not accept_restart:
+            raise DataReshardError(
+                f"{path} holds data state of {saved_data_size} data-parallel ranks, this run has "
+                f"{self._place.data_size}, and {type(self._data).__name__} has no "
+                "load_resharded_state.\nGive it one, or set load.accept_data_restart=true to start "
+                "the data from its beginning."
+            )
+
+    def apply_rank(self, states: Sequence[Mapping[str, Any]], saved: SavedRun) -> None:
+        """Give data and then RNG their state. `states`: this rank's alone, or every saved rank's."""
+        place = self._place
+        same_world = saved.world_size == place.world_size
+        own = states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
+        if self._data is not None:
+            if own["data_size"] == place.data_size and same_world:
+                if own["data"] is not None:
+                    self._data.load_state_dict(own["data"])
+            else:
+                self._reshard_data(states, own["data_size"])
+        if same_world:
+            for name in apply_rng(own["rng"]):
+                logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
+            return
+        reseed(saved.run_id, saved.iteration, place.rank)
+        if place.rank == 0:
+            logger.warning(
+                "saved by %d ranks, loaded by %d: RNG reseeded from run id, iteration and rank",
+                saved.world_size,
+                place.world_size,
+            )
+
+    def _reshard_data(self, states: Sequence[Mapping[str, Any]], saved_size: int) -> None:
+        place, data = self._place, self._data
+        by_rank = {each["data_rank"]: each["data"] for each in states}
+        ordered = [by_rank[rank] for rank in sorted(by_rank) if by_rank[rank] is not None]
+        if not ordered:
+            return
+        if isinstance(data, ReshardableData):
+            data.load_resharded_state(ordered)
+            change = "resharded"
+        else:
+            change = "restarted from its beginning (load.accept_data_restart)"
+        if place.rank == 0:
+            logger.warning(
+                "data of %d data-parallel ranks, now %d: %s", saved_size, place.data_size, change
+            )
+
+    def _live_model(self) -> dict[str, Any]:
+        return {f"model.{name}": each for name, each in get_model_state_dict(self._model).items()}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        views: Any = self._optimizers
+        state: dict[str, Any] = get_optimizer_state_dict(self._model, views)
+        return state
+
+    def _parameter_names(self) -> set[str]:
+        groups = self._optimizer_state()["param_groups"]
+        return {name for group in groups for name in group["params"]}
+
+    def _named_parameters(self) -> dict[str, torch.Tensor]:
+        """Return every parameter by the name that DCP gives it, wrappers left out."""
+        live = get_model_state_dict(self._model)
+        return {name: each for name, each in live.items() if isinstance(each, torch.Tensor)}
+
+
+def _saved_parameter_names(values: Mapping[str, Any]) -> set[str]:
+    return {
+        name
+        for key, names in values.items()
+        if key.startswith("optimizer.param_groups.") and key.endswith(".params")
+        for name in names
+    }
+
+
+def _fitting(
+    present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata
+) -> torch.Tensor:
+    """Return the tensor that optimizer state is read into: placed as its parameter where it can be."""
+    dtype = saved.properties.dtype
+    if isinstance(present, torch.Tensor):
+        if present.size() == saved.size and present.dtype == dtype:
+            return present
+    if saved.size == parameter.size():
+        return torch.empty_like(parameter, dtype=dtype)
+    return torch.empty(saved.size, dtype=dtype)
+
+
+def _nest(
+    filled: Mapping[str, Any], key_paths: Mapping[str, Sequence[Any]], known: set[str]
+) -> dict[str, Any]:
+    """Rebuild `{"state": {...}, "param_groups": [...]}` from flat names."""
+    state: dict[str, Any] = {}
+    groups: dict[int, dict[str, Any]] = {}
+    for name, value in filled.items():
+        path = key_paths[name]
+        if path[0] != "optimizer":
+            continue
+        if path[1] == "param_groups":
+            groups.setdefault(int(path[2]), {})[str(path[3])] = value
+        elif path[2] in known:
+            _set_nested(state.setdefault(path[2], {}), path[3:], value)
+    return {"state": state, "param_groups": [groups[number] for number in sorted(groups)]}
+
+
+def _set_nested(node: dict[Any, Any], path: Sequence[Any], value: Any) -> None:
+    for key in path[:-1]:
+        node = node.setdefault(key, {})
+    node[path[-1]] = value

@@ -1,0 +1,78 @@
+"""Values that can be read back without running code from a file.
+
+Owns the check made before writing and the one way of writing and reading such values. Promises that
+what is written here is loaded by weights-only loading, and that what is not is refused while the run is
+still alive to be mended. Knows no files, only bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+from typing import Any
+
+import torch
+
+from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_SEQUENCES = (list, tuple, set)
+_MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
+
+
+def check_plain(value: Any, name: str) -> None:
+    """Refuse state that weights-only loading could not read back.
+
+    Raises:
+        UnsupportedStateError: naming the place of the first such value.
+    """
+    found = _find_foreign(value, name)
+    if found is None:
+        return
+    place, foreign = found
+    try:  # torch's own list is longer than ours, and users may extend it
+        decode(encode(foreign), place)
+    except (CorruptCheckpointError, pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UnsupportedStateError(
+            f"{place} is a {type(foreign).__module__}.{type(foreign).__qualname__}, which could be "
+            "read back only by running code from the checkpoint.\nUse tensors, numbers, texts, and "
+            "lists or dicts of them in state_dict()."
+        ) from error
+
+
+def encode(value: Any) -> bytes:
+    """Return plain values and tensors as the bytes of a torch file."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def decode(content: bytes, name: str) -> Any:
+    """Return what `encode` wrote, running no code.
+
+    Raises:
+        CorruptCheckpointError: the bytes are torn or ask for anything but plain values.
+    """
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torn files and hostile pickles raise anything
+        summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptCheckpointError(name, f"cannot be read: {summary}") from error
+
+
+def _find_foreign(value: Any, place: str) -> tuple[str, Any] | None:
+    kind = type(value)
+    if kind in _PLAIN or isinstance(value, torch.Tensor):
+        return None
+    if kind in _SEQUENCES:
+        inner = [(f"{place}[{position}]", each) for position, each in enumerate(value)]
+    elif kind in _MAPPINGS:
+        keys = [(f"the key {key!r} of {place}", key) for key in value]
+        inner = keys + [(f"{place}.{key}", each) for key, each in value.items()]
+    else:
+        return place, value
+    for where, each in inner:
+        if (found := _find_foreign(each, where)) is not None:
+            return found
+    return None

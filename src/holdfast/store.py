@@ -1,0 +1,300 @@
+"""One root directory of checkpoints.
+
+Owns the names on disk, the order of durable writes, and what counts as a checkpoint: a directory
+iter_N whose manifest is present and lists what is there. Promises that a crash at any point leaves
+every earlier checkpoint loadable and never lists a partial one. Knows nothing about tensors, tiers,
+ranks, or when to save.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError
+from holdfast.filesystem import (
+    PENDING_MARK,
+    Filesystem,
+    naming,
+    read_bytes,
+    remove_tree,
+    replace,
+    write_new,
+)
+from holdfast.manifest import MANIFEST_NAME, FileRecord, Manifest, describe_file, find_difference
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+REPLACED_MARK = ".replaced-"
+_NONCE = "[0-9a-f]{8}"
+_COMMITTED = re.compile(r"iter_(\d{7,})")
+_REPLACED = re.compile(rf"iter_(\d{{7,}}){re.escape(REPLACED_MARK)}{_NONCE}")
+_PENDING = re.compile(
+    rf"(iter_\d{{7,}}|{re.escape(TRACKER_NAME)}|run\.json|attempt_\d{{7,}}\.json)"
+    rf"{re.escape(PENDING_MARK)}{_NONCE}"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed directory whose manifest was read."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def iteration(self) -> int:
+        """The training step it belongs to."""
+        return self.manifest.iteration
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A directory with a checkpoint's name whose manifest cannot be used."""
+
+    path: Path
+    iteration: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a store holds, newest commit first."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    broken: tuple[Broken, ...]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not what the manifest says."""
+
+    path: str
+    """Relative to the store, starting with the checkpoint's directory."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Return the directory name of an iteration: `iter_` and at least seven digits."""
+    return f"iter_{iteration:07d}"
+
+
+def parse_checkpoint_name(name: str) -> int | None:
+    """Return the iteration that a committed directory's name stands for; None: not such a name."""
+    match = _COMMITTED.fullmatch(name)
+    return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
+
+
+class Store:
+    """One root of checkpoints. Writing is for one process at a time; reading is for any."""
+
+    def __init__(self, root: Path, filesystem: Filesystem) -> None:
+        self.root = root
+        self._filesystem = filesystem
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def listing(self) -> Listing:
+        """Read every manifest; an absent root holds nothing."""
+        try:
+            entries = self._filesystem.list_directory(self.root)
+        except FileNotFoundError:
+            entries = []
+        names = {each.name for each in entries if each.is_directory}
+        places: dict[str, int] = {}
+        for name in names:
+            if (iteration := parse_checkpoint_name(name)) is not None:
+                places[name] = iteration
+            elif match := _REPLACED.fullmatch(name):
+                # Its successor was about to take the name: until it has, this one counts.
+                if checkpoint_name(int(match[1])) not in names:
+                    places[name] = int(match[1])
+        checkpoints: list[Checkpoint] = []
+        broken: list[Broken] = []
+        for name, iteration in places.items():
+            try:
+                checkpoints.append(self.open(self.root / name, iteration))
+            except CorruptCheckpointError as error:
+                broken.append(Broken(self.root / name, iteration, str(error)))
+        checkpoints.sort(key=lambda each: (each.manifest.sequence, each.iteration), reverse=True)
+        broken.sort(key=lambda each: each.iteration, reverse=True)
+        return Listing(tuple(checkpoints), tuple(broken))
+
+    def open(self, path: Path, iteration: int) -> Checkpoint:
+        """Read the manifest of one directory.
+
+        Raises:
+            CorruptCheckpointError: it is missing, damaged, or speaks of another iteration.
+        """
+        manifest_path = path / MANIFEST_NAME
+        try:
+            content = read_bytes(self._filesystem, manifest_path)
+        except FileNotFoundError:
+            raise CorruptCheckpointError(
+                str(path), "has no manifest.json: it was never committed, or lost it since"
+            ) from None
+        except OSError as error:
+            raise CorruptCheckpointError(str(manifest_path), f"cannot be read: {error}") from error
+        manifest = Manifest.from_bytes(content, str(manifest_path))
+        if manifest.iteration != iteration:
+            raise CorruptCheckpointError(
+                str(manifest_path),
+                f"is of iteration {manifest.iteration}: the directory was renamed or mixed up",
+            )
+        return Checkpoint(path, manifest)
+
+    def find(self, iteration: int) -> Checkpoint:
+        """Open the checkpoint of one iteration, damaged ones included in the search.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+            CorruptCheckpointError: its manifest is missing or damaged.
+        """
+        listing = self.listing()
+        for each in listing.checkpoints:
+            if each.iteration == iteration:
+                return each
+        for damaged in listing.broken:
+            if damaged.iteration == iteration:
+                raise CorruptCheckpointError(str(damaged.path), damaged.reason)
+        present = ", ".join(str(each.iteration) for each in listing.checkpoints) or "none"
+        raise CheckpointNotFoundError(
+            f"{self.root} has no checkpoint of iteration {iteration}; it has: {present}."
+        )
+
+    def read_tracker(self) -> tuple[int | None, str]:
+        """Return the tracker's iteration and, where that is None, the reason."""
+        path = self.root / TRACKER_NAME
+        try:
+            content = read_bytes(self._filesystem, path)
+        except FileNotFoundError:
+            return None, "missing"
+        except OSError as error:
+            return None, f"unreadable: {error}"
+        text = content.decode("ascii", "replace").strip()
+        if not re.fullmatch(r"[0-9]+", text):
+            return None, f"torn: it holds {text[:20]!r}, not an iteration"
+        iteration = int(text)
+        return iteration, ""
+
+    def check_sizes(self, checkpoint: Checkpoint) -> list[Damage]:
+        """Compare the size of every listed file; cheap, and catches missing and cut files."""
+        damages = []
+        for record in checkpoint.manifest.files:
+            try:
+                size_bytes = self._filesystem.size_bytes(checkpoint.path / record.path)
+            except FileNotFoundError:
+                reason = "is missing"
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror or error}"
+            else:
+                if size_bytes == record.size_bytes:
+                    continue
+                reason = f"has {size_bytes} bytes, {record.size_bytes} were committed"
+            damages.append(Damage(f"{checkpoint.path.name}/{record.path}", reason))
+        return damages
+
+    def verify(
+        self, checkpoint: Checkpoint, records: Sequence[FileRecord] | None = None
+    ) -> list[Damage]:
+        """Read files in full and compare them with the manifest. None: all of them."""
+        damages = []
+        for record in checkpoint.manifest.files if records is None else records:
+            path = checkpoint.path / record.path
+            try:
+                with naming(path), self._filesystem.open_existing(path) as stream:
+                    reason = find_difference(record, stream)
+            except FileNotFoundError:
+                reason = "is missing"
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror or error}"
+            if reason is not None:
+                damages.append(Damage(f"{checkpoint.path.name}/{record.path}", reason))
+        return damages
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def begin(self, iteration: int) -> Path:
+        """Create and return the pending directory of a checkpoint to come."""
+        pending = self.root / f"{checkpoint_name(iteration)}{PENDING_MARK}{secrets.token_hex(4)}"
+        self._filesystem.make_directory(pending)
+        return pending
+
+    def write_file(self, pending: Path, name: str, content: bytes) -> FileRecord:
+        """Write one small file of a pending checkpoint, durable but for its name."""
+        path = pending / name
+        if path.parent != pending:
+            self._filesystem.make_directory(path.parent)
+        write_new(self._filesystem, path, content)
+        return self.seal_file(pending, name)
+
+    def seal_file(self, pending: Path, name: str) -> FileRecord:
+        """Make a file durable that something else wrote, and return its record as read back."""
+        path = pending / name
+        self._filesystem.sync_file(path)
+        with naming(path), self._filesystem.open_existing(path) as stream:
+            return describe_file(name, stream)
+
+    def commit(self, pending: Path, manifest: Manifest) -> Checkpoint:
+        """Make a pending checkpoint durable and visible, and move the tracker to it.
+
+        Every file that the manifest lists must be written and synced. An earlier checkpoint of the
+        same iteration stays loadable until this one is.
+        """
+        filesystem = self._filesystem
+        write_new(filesystem, pending / MANIFEST_NAME, manifest.to_bytes())
+        folders = {(pending / each.path).parent for each in manifest.files} | {pending}
+        for folder in sorted(folders, reverse=True):
+            filesystem.sync_directory(folder)  # the files' names, before the rename shows them
+        final = self.root / checkpoint_name(manifest.iteration)
+        replaced = None
+        if filesystem.is_directory(final):
+            replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
+            filesystem.rename(final, replaced)  # still counts as this iteration under this name
+            filesystem.sync_directory(self.root)  # before the name is taken by the successor
+        try:
+            filesystem.rename(pending, final)  # visible from here
+        except OSError:
+            if replaced is not None:
+                filesystem.rename(replaced, final)
+            raise
+        filesystem.sync_directory(self.root)  # durable from here; only now may the tracker move
+        replace(filesystem, self.root / TRACKER_NAME, str(manifest.iteration).encode())
+        if replaced is not None:
+            remove_tree(filesystem, replaced)
+        return Checkpoint(final, manifest)
+
+    def abandon(self, pending: Path) -> None:
+        """Remove a pending checkpoint that will not be committed."""
+        remove_tree(self._filesystem, pending)
+
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """Delete a committed checkpoint: first it is none any more, then its files go."""
+        doomed = self.root / (
+            f"{checkpoint_name(checkpoint.iteration)}{PENDING_MARK}{secrets.token_hex(4)}"
+        )
+        self._filesystem.rename(checkpoint.path, doomed)  # not listed from here
+        self._filesystem.sync_directory(self.root)  # or a power cut could list it half deleted
+        remove_tree(self._filesystem, doomed)
+
+    def sweep(self) -> list[str]:
+        """Remove what crashed saves left behind and return the names; foreign names stay."""
+        entries = self._filesystem.list_directory(self.root)
+        names = {each.name for each in entries if each.is_directory}
+        swept = []
+        for each in entries:
+            match = _REPLACED.fullmatch(each.name)
+            obsolete = match is not None and checkpoint_name(int(match[1])) in names
+            if not obsolete and not _PENDING.fullmatch(each.name):
+                continue
+            if each.is_directory:
+                remove_tree(self._filesystem, self.root / each.name)
+            else:
+                self._filesystem.remove_file(self.root / each.name)
+            swept.append(each.name)
+        return swept

@@ -1,0 +1,235 @@
+"""The durable tier: snapshots become committed checkpoints of one store, agreed by all ranks.
+
+Owns the order of a save across ranks (begin, plan, write, commit, retain), who may save here, and the
+names of the files beside the shards. Promises that every rank learns the outcome, that a failed save
+leaves nothing listed and the next one works, and that only the newest attempt of the right run commits.
+Knows the live state only as the captured value it is given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast import __version__
+from holdfast.coordination import Coordinator
+from holdfast.errors import CheckpointError, CheckpointNotFoundError, StoreNotLoadedError
+from holdfast.filesystem import Filesystem
+from holdfast.identity import Attempt, RunIdentity
+from holdfast.manifest import FileRecord, Manifest
+from holdfast.policies.keeping import Candidate, retain
+from holdfast.shards.writer import ShardWriter
+from holdfast.store import Checkpoint, Store, checkpoint_name
+
+logger = logging.getLogger(__name__)
+
+TIER_NAME = "persistent"
+TRAIN_STATE_NAME = "train_state.json"
+RUN_CONFIG_NAME = "run_config.yaml"
+SHARED_STATE_NAME = "state/shared.pt"
+
+
+def rank_state_name(rank: int) -> str:
+    """Return the file that holds one rank's RNG and data state."""
+    return f"state/rank_{rank:05d}.pt"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one save writes, out of training's reach: tensors for the shards, the rest as bytes."""
+
+    iteration: int
+    tensors: dict[str, Any]
+    """Nested, by component; what is no tensor in it is a plain value."""
+    rank_state: bytes
+    """This rank's own; each rank writes it."""
+    shared_state: bytes
+    """The same on every rank, as the two below; rank 0 writes it."""
+    train_state: bytes
+    run_config: bytes
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A save that succeeded."""
+
+    path: Path
+    size_bytes: int
+    removed_iterations: tuple[int, ...]
+    """What retention removed afterwards."""
+
+
+@dataclass
+class _Admission:
+    """What rank 0 was granted by the store at the first save."""
+
+    run_id: str
+    attempt: Attempt
+    next_sequence: int
+
+
+class PersistentTier:
+    """One store as all ranks of a job write it."""
+
+    def __init__(
+        self, root: Path, filesystem: Filesystem, run_id: str | None, keep_last: int | None
+    ) -> None:
+        self.store = Store(root, filesystem)
+        self.identity = RunIdentity(root, filesystem)
+        self._filesystem = filesystem
+        self._configured_run_id = run_id
+        self._keep_last = keep_last
+        self._resumed: Checkpoint | None = None
+        self._admission: _Admission | None = None
+
+    def resume_from(self, checkpoint: Checkpoint) -> None:
+        """Note on every rank what was loaded; a later first save goes on from there."""
+        self._resumed = checkpoint
+        self._admission = None  # what follows is another lineage of this store: a new attempt
+
+    def admit(self) -> None:
+        """Take an attempt at this store, on rank 0, before the first save; repeated calls are free.
+
+        Raises:
+            StoreIdentityError: the store belongs to another run.
+            StoreNotLoadedError: it holds checkpoints and this job loaded none of them.
+        """
+        if self._admission is not None:
+            self.identity.check_newest(self._admission.attempt)
+            return
+        root = self.store.root
+        self._filesystem.make_directory(root)
+        found = self.identity.read_run_id()
+        if found is not None:
+            self.identity.check_run_id(self._configured_run_id, found)
+        listing = self.store.listing()
+        resumed = self._resumed
+        loaded_here = resumed is not None and resumed.path.parent.resolve() == root.resolve()
+        if (listing.checkpoints or listing.broken) and not loaded_here:
+            raise StoreNotLoadedError(
+                f"{root} holds checkpoints that this job has not loaded; saving beside them could "
+                "supersede them.\nCall load first (with load.directory=null), or name another "
+                "checkpoint.persistent.directory."
+            )
+        lineage = resumed.manifest.run_id if resumed is not None and loaded_here else None
+        run_id = self.identity.agree_run_id(self._configured_run_id or lineage)
+        attempt = self.identity.claim_attempt(
+            run_id,
+            resumed.iteration if resumed is not None and loaded_here else None,
+            str(resumed.path) if resumed is not None else None,
+        )
+        newest = max((each.manifest.sequence for each in listing.checkpoints), default=0)
+        self._admission = _Admission(run_id, attempt, newest + 1)
+
+    def write(self, snapshot: Snapshot, coordinator: Coordinator) -> Committed:
+        """Write, commit and retain, together with every other rank; any thread may do it.
+
+        Raises:
+            CheckpointError: on every rank, naming the stage, the ranks and the cause.
+        """
+        pending = coordinator.lead("begin", lambda: self._begin(snapshot.iteration))
+        try:
+            writer = ShardWriter(
+                pending, checkpoint_name(snapshot.iteration), self._filesystem, coordinator
+            )
+            writer.plan(snapshot.tensors)
+            written = coordinator.gather(
+                "write", lambda: self._write_files(writer, pending, snapshot, coordinator.rank)
+            )
+            checkpoint = coordinator.lead(
+                "commit",
+                lambda: self._commit(writer, pending, snapshot, written or [], coordinator),
+            )
+        except CheckpointError:
+            if coordinator.rank == 0:
+                self._abandon(pending)
+            raise
+        removed = coordinator.lead("retain", self._retain)
+        return Committed(checkpoint.path, checkpoint.manifest.size_bytes, removed)
+
+    def _begin(self, iteration: int) -> Path:
+        assert self._admission is not None
+        # Before anything is swept: what looks like a leftover may be the newer attempt's.
+        self.identity.check_newest(self._admission.attempt)
+        self.store.sweep()
+        return self.store.begin(iteration)
+
+    def _write_files(
+        self, writer: ShardWriter, pending: Path, snapshot: Snapshot, rank: int
+    ) -> tuple[list[FileRecord], list[Any]]:
+        if not self._filesystem.is_directory(pending):
+            raise CheckpointNotFoundError(
+                f"rank {rank} does not see {pending}, which rank 0 created: "
+                "checkpoint.persistent.directory must be on a file system that all ranks share."
+            )
+        names, results = writer.write()
+        records = [self.store.seal_file(pending, name) for name in names]
+        records.append(
+            self.store.write_file(pending, rank_state_name(rank), snapshot.rank_state)
+        )
+        return records, results
+
+    def _commit(
+        self,
+        writer: ShardWriter,
+        pending: Path,
+        snapshot: Snapshot,
+        written: Sequence[tuple[list[FileRecord], list[Any]]],
+        coordinator: Coordinator,
+    ) -> Checkpoint:
+        assert self._admission is not None
+        store, admission = self.store, self._admission
+        records = [record for part, _ in written for record in part]
+        metadata_name = writer.write_metadata([results for _, results in written])
+        records.append(store.seal_file(pending, metadata_name))
+        for name, content in (
+            (SHARED_STATE_NAME, snapshot.shared_state),
+            (TRAIN_STATE_NAME, snapshot.train_state),
+            (RUN_CONFIG_NAME, snapshot.run_config),
+        ):
+            records.append(store.write_file(pending, name, content))
+        manifest = Manifest(
+            run_id=admission.run_id,
+            attempt=admission.attempt.number,
+            sequence=admission.next_sequence,
+            iteration=snapshot.iteration,
+            tier=TIER_NAME,
+            world_size=coordinator.world_size,
+            saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=tuple(sorted(records, key=lambda each: each.path)),
+            written_by=f"holdfast {__version__}",
+        )
+        self.identity.check_newest(admission.attempt)  # the last moment before it is visible
+        checkpoint = store.commit(pending, manifest)
+        admission.next_sequence += 1
+        return checkpoint
+
+    def _retain(self) -> tuple[int, ...]:
+        """Remove what retention does not keep; the checkpoint just committed stands either way."""
+        if self._keep_last is None:
+            return ()
+        removed = []
+        try:
+            checkpoints = {each.iteration: each for each in self.store.listing().checkpoints}
+            candidates = [
+                Candidate(each.iteration, each.manifest.sequence) for each in checkpoints.values()
+            ]
+            tracker_iteration, _ = self.store.read_tracker()
+            for verdict in retain(candidates, self._keep_last, tracker_iteration):
+                if not verdict.keep:
+                    self.store.remove(checkpoints[verdict.iteration])
+                    logger.info("removed iteration %d: %s", verdict.iteration, verdict.reason)
+                    removed.append(verdict.iteration)
+        except OSError as error:
+            logger.warning("retention stopped, the next save goes on with it: %s", error)
+        return tuple(removed)
+
+    def _abandon(self, pending: Path) -> None:
+        try:
+            self.store.abandon(pending)
+        except OSError as error:
+            logger.warning("%s is left behind for the next save to sweep: %s", pending, error)
