@@ -1,8 +1,9 @@
 """One job beside the training thread, and the step at which its outcome is acted on.
 
-Owns the writer thread and the agreement on when every rank looks at what became of it. Promises that
-all ranks act on an outcome at the same step, that a step without an outcome costs one local look and no
-communication, and that an outcome is handed out once. Knows nothing of what the job does.
+Owns the writer thread and the agreement on when every rank looks at what became of it. Promises
+that all ranks act on an outcome at the same step, that a step without an outcome costs one local
+look and no communication, and that an outcome is handed out once. Knows nothing of what the job
+does.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Background(Generic[T]):
         return self._thread is not None
 
     def start(self, work: Callable[[], T], coordinator: Coordinator) -> None:
-        """Begin a job; its outcome is agreed on through the coordinator, which is the job's alone."""
+        """Begin a job; the coordinator is its own while it runs, and agrees on its outcome."""
         assert self._thread is None, "the previous job's outcome was not taken"
         self._decided.clear()
         self._thread = threading.Thread(
@@ -56,7 +57,7 @@ class Background(Generic[T]):
         self._thread.start()
 
     def poll(self) -> Outcome[T] | None:
-        """Count one training step; return the outcome if this is the step at which all ranks act."""
+        """Count one training step; return the outcome at the step at which all ranks act."""
         with self._lock:
             self._polls += 1
             step, hold_at = self._polls, self._hold_at
@@ -66,7 +67,7 @@ class Background(Generic[T]):
         return self._take() if step >= self._act_at else None
 
     def wait(self) -> Outcome[T] | None:
-        """Wait for the job and return its outcome; None: there is none. All ranks call it together."""
+        """Wait for the job and return its outcome; None: no job. All ranks call it together."""
         if self._thread is None:
             return None
         return self._take()

@@ -1,10 +1,11 @@
 """Ranks agree on values and on failures.
 
-Owns how ranks wait for one another: through the rendezvous store, with a deadline in every wait, and
-never in a collective. Promises that a stage which fails on one rank fails on all of them with the same
-named reason, that a rank which never arrives is named, and that any thread may hold a channel of its
-own beside the trainer's process groups. The single process is the null case and needs no
-torch.distributed. Values are pickled: the ranks of one job trust each other, files are never read so.
+Owns how ranks wait for one another: through the rendezvous store, with a deadline in every wait,
+and never in a collective. Promises that a stage which fails on one rank fails on all of them with
+the same named reason, that a rank which never arrives is named, and that any thread may hold a
+channel of its own beside the trainer's process groups. The single process is the null case and
+needs no torch.distributed. Values are pickled: the ranks of one job trust each other, files are
+never read so.
 """
 
 from __future__ import annotations
@@ -107,14 +108,14 @@ class StoreCoordinator:
             StageFailedError: the work raised anything else, on any rank; on every rank.
             StageTimeoutError: ranks did not arrive in time.
         """
-        replies = self._meet(stage, work, lambda outcomes: [outcomes] * self.world_size)
-        assert replies is not None
-        return replies
+        everything: list[T] = self._meet(stage, work, lambda outcomes: [outcomes] * self.world_size)
+        return everything
 
     def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
         """Run the work on every rank; errors as `together`."""
         nothing = [None] * (self.world_size - 1)
-        return self._meet(stage, work, lambda outcomes: [outcomes, *nothing])
+        share: list[T] | None = self._meet(stage, work, lambda outcomes: [outcomes, *nothing])
+        return share
 
     def lead(self, stage: str, work: Callable[[], T]) -> T:
         """Run the work on rank 0; errors as `together`."""
@@ -158,7 +159,7 @@ class StoreCoordinator:
             return ("value", work()), None
         except CheckpointError as error:
             return ("ours", error), error
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # told to every rank, and raised there
             return ("failure", error), error
 
     def _settle(
@@ -190,9 +191,10 @@ class StoreCoordinator:
         kind, value = share
         if kind == "value":
             return value
-        if value is cause:
-            raise value
-        raise value from cause
+        verdict: CheckpointError = value
+        if verdict is cause:
+            raise verdict
+        raise verdict from cause
 
     # -- the store -------------------------------------------------------------------------------
 
@@ -244,7 +246,7 @@ class StoreCoordinator:
     def _set(self, key: str, value: tuple[str, Any], stage: str) -> None:
         try:
             content = pickle.dumps(value)
-        except Exception:
+        except Exception:  # noqa: BLE001  # whatever its __reduce__ raises
             # An exception of the user's that cannot travel: its description can.
             assert value[0] == "failure", f"a value of stage {stage} cannot be pickled"
             content = pickle.dumps(("lost", RankFailure.of(self.rank, value[1])))
@@ -278,7 +280,7 @@ def open_channels(count: int, timeout_seconds: float) -> list[Coordinator]:
         return [SingleProcess() for _ in range(count)]
     if distributed.get_world_size() == 1:
         return [SingleProcess() for _ in range(count)]
-    store = distributed.distributed_c10d._get_default_store()
+    store: Any = distributed.distributed_c10d._get_default_store()
     instance = next(_instances)
     return [
         StoreCoordinator(

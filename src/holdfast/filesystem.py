@@ -1,9 +1,10 @@
 """Every durable step on a disk, one method each: the seam at which faults are injected.
 
 Owns the calls that change or read a file system, and the few compositions of them that make a small
-file appear whole or not at all. Promises that whatever a method reports as synced survives power loss,
-that files are written in full or an OSError with errno and path is raised, and that no symbolic link is
-followed out of a directory. Knows nothing of checkpoints. Importing this module does not import torch.
+file appear whole or not at all. Promises that whatever a method reports as synced survives power
+loss, that files are written in full or an OSError with errno and path is raised, and that no
+symbolic link is followed out of a directory. Knows nothing of checkpoints. Importing this module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class DirectoryEntry:
 
 
 class Filesystem(Protocol):
-    """The primitive steps. Every method raises OSError with errno and path, and does nothing else."""
+    """The primitive steps. Every method raises OSError with errno and path, or succeeds."""
 
     def make_directory(self, path: Path) -> None: ...
     def open_new(self, path: Path) -> BinaryIO: ...

@@ -1,9 +1,9 @@
 """The checkpoint settings as a Hydra schema.
 
-Owns the one registration of `CheckpointConfig` with Hydra's ConfigStore, as `checkpoint/schema`. Promises
-that a YAML file beginning with `defaults: [schema, _self_]` in a group named `checkpoint` is checked field
-by field while Hydra composes it. Refuses to act on import: a program calls `register()` before
-`hydra.main`. No other file of the package imports Hydra.
+Owns the one registration of `CheckpointConfig` with Hydra's ConfigStore, as `checkpoint/schema`.
+Promises that a YAML file beginning with `defaults: [schema, _self_]` in a group named `checkpoint`
+is checked field by field while Hydra composes it. Refuses to act on import: a program calls
+`register()` before `hydra.main`. No other file of the package imports Hydra.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Whose checkpoints a store holds: the run id and the attempts at that run.
 
-Owns run.json and the attempt_*.json claims beside it. A run id is made by the first job that uses an
-empty store; each start of the run that saves takes the next attempt number by exclusive creation of its
-claim, so two jobs never hold one number, without locks, clocks or cleaning up. The claims are the truth;
-run.json repeats them for people. Refuses another run's id and an attempt that has been overtaken.
+Owns run.json and the attempt_*.json claims beside it. A run id is made by the first job that uses
+an empty store; each start of the run that saves takes the next attempt number by exclusive creation
+of its claim, so two jobs never hold one number, without locks, clocks or cleaning up. The claims
+are the truth; run.json repeats them for people. Refuses another run's id and an attempt that has
+been overtaken.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +80,8 @@ class RunIdentity:
         run_id = self.read_run_id()
         if run_id is None:
             fresh = {"format": 1, "run_id": configured or secrets.token_hex(8), "attempts": []}
-            try:
+            with suppress(FileExistsError):  # another job was first: its id is the store's
                 create_once(self._filesystem, self._root / RUN_NAME, _encode(fresh))
-            except FileExistsError:
-                pass  # another job was first: its id is the store's
             run_id = self.read_run_id()
             assert run_id is not None
         self.check_run_id(configured, run_id)

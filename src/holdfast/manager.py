@@ -1,9 +1,9 @@
 """holdfast's own checkpoint manager: the order of the stages, and only the order.
 
-A save: settle the previous one, be admitted to the store, capture, stage, then write, commit and retain
-on a thread. A load: resolve, verify, open, compare, and only then touch live state: tensors, optimizer,
-scheduler, counters, data, RNG last. Promises that all ranks take every turn together and that an
-outcome is told once. What a stage does is its room's business.
+A save: settle the previous one, be admitted to the store, capture, stage, then write, commit and
+retain on a thread. A load: resolve, verify, open, compare, and only then touch live state: tensors,
+optimizer, scheduler, counters, data, RNG last. Promises that all ranks take every turn together and
+that an outcome is told once. What a stage does is its room's business.
 """
 
 from __future__ import annotations
@@ -232,9 +232,7 @@ class DefaultCheckpointManager:
         config = self.checkpoint_config
         decision = control.lead(
             "resolve",
-            lambda: resolve(
-                config.load, self._tier.store.root, config.run_id, self._filesystem
-            ),
+            lambda: resolve(config.load, self._tier.store.root, config.run_id, self._filesystem),
         )
         skipped = list(decision.skipped)
         touched = False
@@ -248,7 +246,9 @@ class DefaultCheckpointManager:
                     return self._finish_load(ctx, prepared, control, tuple(skipped))
             if decision.asked_for:
                 if touched:
-                    raise StatePartlyLoadedError(str(decision.root), [f"{checkpoint.path}: {reason}"])
+                    raise StatePartlyLoadedError(
+                        str(decision.root), [f"{checkpoint.path}: {reason}"]
+                    )
                 raise CorruptCheckpointError(str(checkpoint.path), str(reason))
             logger.warning("%s is passed over: %s", checkpoint.path, reason)
             skipped.append(
@@ -312,7 +312,9 @@ class DefaultCheckpointManager:
         ranks = [control.rank] if control.world_size == saved_size else list(range(saved_size))
         path = contents.checkpoint.path
         return [
-            decode(contents.read_rank_state(rank, self._filesystem), f"{path}: state of rank {rank}")
+            decode(
+                contents.read_rank_state(rank, self._filesystem), f"{path}: state of rank {rank}"
+            )
             for rank in ranks
         ]
 

@@ -1,9 +1,10 @@
 """The commit record of a checkpoint and the digests it holds: on-disk format 1.
 
-Owns the JSON of manifest.json and the digest of a file. Promises that a manifest is read back exactly
-or refused with a reason, and that a difference is reported as a byte range. A file's digest is xxh3-128
-over the concatenated xxh3-128 digests of its 8 MiB blocks; the manifest's last line is the xxh3-128 of
-all bytes before it. Refuses paths that leave the checkpoint. Knows no file system: it reads streams.
+Owns the JSON of manifest.json and the digest of a file. Promises that a manifest is read back
+exactly or refused with a reason, and that a difference is reported as a byte range. A file's digest
+is xxh3-128 over the concatenated xxh3-128 digests of its 8 MiB blocks; the manifest's last line is
+the xxh3-128 of all bytes before it. Refuses paths that leave the checkpoint. Knows no file system:
+it reads streams.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Manifest:
             if values["format"] != FORMAT:
                 raise CorruptCheckpointError(
                     path,
-                    f"is of format {values['format']}; this version reads {FORMAT}, upgrade holdfast",
+                    f"is of format {values['format']}, not {FORMAT}: it needs a newer holdfast",
                 )
             files = tuple(
                 FileRecord(**{**each, "blocks": tuple(each["blocks"])}) for each in values["files"]
@@ -113,15 +114,13 @@ def describe_file(path: str, stream: BinaryIO) -> FileRecord:
 def find_difference(record: FileRecord, stream: BinaryIO) -> str | None:
     """Say where a stream first differs from its record; None: it does not."""
     position = 0
-    count = 0
-    for block in _blocks(stream):
+    for count, block in enumerate(_blocks(stream)):
         if count >= len(record.blocks):
             return f"is longer than the {record.size_bytes} bytes committed"
         if xxhash.xxh3_128_hexdigest(block) != record.blocks[count]:
             end = position + len(block) - 1
             return f"block {count} (bytes {position}-{end}) does not match its digest"
         position += len(block)
-        count += 1
     if position != record.size_bytes:
         return f"has {position} bytes, {record.size_bytes} were committed"
     if _root_digest([bytes.fromhex(each) for each in record.blocks]) != record.digest:

@@ -110,10 +110,11 @@ class Store:
         for name in names:
             if (iteration := parse_checkpoint_name(name)) is not None:
                 places[name] = iteration
-            elif match := _REPLACED.fullmatch(name):
+            elif (match := _REPLACED.fullmatch(name)) and checkpoint_name(
+                int(match[1])
+            ) not in names:
                 # Its successor was about to take the name: until it has, this one counts.
-                if checkpoint_name(int(match[1])) not in names:
-                    places[name] = int(match[1])
+                places[name] = int(match[1])
         checkpoints: list[Checkpoint] = []
         broken: list[Broken] = []
         for name, iteration in places.items():

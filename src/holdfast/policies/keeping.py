@@ -1,8 +1,9 @@
 """Which committed checkpoints stay.
 
-Owns the rules of retention as one pure function. Promises that the newest checkpoint and the tracker's
-target always stay, and that "newest" means committed last, so that a save after a rollback outlives the
-larger iterations it supersedes. Removes nothing: the tier that asks acts on the answer.
+Owns the rules of retention as one pure function. Promises that the newest checkpoint and the
+tracker's target always stay, and that "newest" means committed last, so that a save after a
+rollback outlives the larger iterations it supersedes. Removes nothing: the tier that asks acts on
+the answer.
 """
 
 from __future__ import annotations

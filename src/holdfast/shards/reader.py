@@ -1,9 +1,9 @@
 """The shard files of a committed checkpoint become tensors in place.
 
-Owns the dialogue with torch.distributed.checkpoint on the way in. Promises that nothing read from disk
-runs code: `.metadata` goes through an unpickler that knows the few types torch puts there, other values
-through weights-only loading, and no file outside the checkpoint's manifest is opened. Needs no other
-rank: each reads what its own tensors ask for.
+Owns the dialogue with torch.distributed.checkpoint on the way in. Promises that nothing read from
+disk runs code: `.metadata` goes through an unpickler that knows the few types torch puts there,
+other values through weights-only loading, and no file outside the checkpoint's manifest is opened.
+Needs no other rank: each reads what its own tensors ask for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -108,8 +108,8 @@ class ShardReader:
         """Read `.metadata`.
 
         Raises:
-            CorruptCheckpointError: it is no metadata, asks for code, or names files that the manifest
-                does not list.
+            CorruptCheckpointError: it is no metadata, asks for code, or names files that
+                the manifest does not list.
         """
         where = path / METADATA_NAME
         try:

@@ -1,9 +1,9 @@
 """The device-to-host copy: live tensors become a snapshot that training can no longer reach.
 
-Owns the host buffers, which are reused from save to save, pinned where there is a GPU. Promises that
-when `stage` returns no tensor of the result shares memory with its source, that tied tensors are copied
-once and stay tied, and that distributed tensors keep their placement. Refuses tensor types it cannot
-take apart.
+Owns the host buffers, which are reused from save to save, pinned where there is a GPU. Promises
+that when `stage` returns no tensor of the result shares memory with its source, that tied tensors
+are copied once and stay tied, and that distributed tensors keep their placement. Refuses tensor
+types it cannot take apart.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Stager:
     def stage(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of a nested state with every tensor in host memory.
 
-        The previous result of this stager is overwritten: its writer must be done with it. Values that
-        are no tensors must be plain, and are copied in depth.
+        The previous result of this stager is overwritten: its writer must be done with it. Values
+        that are no tensors must be plain, and are copied in depth.
 
         Raises:
             UnsupportedStateError: a tensor subclass that names no inner tensors.
@@ -82,10 +82,16 @@ class _Pass:
                 "__tensor_flatten__, which cannot be staged; convert it to a plain tensor."
             )
         names, context = tensor.__tensor_flatten__()
+        # Some name other things beside tensors: a DTensor its device mesh, which is not data.
+        parts = {name: getattr(tensor, name) for name in names}
         inner = {
-            name: self._copy_tensor(getattr(tensor, name).detach(), (*path, name)) for name in names
+            name: self._copy_tensor(part.detach(), (*path, name))
+            if isinstance(part, torch.Tensor)
+            else part
+            for name, part in parts.items()
         }
-        rebuilt: torch.Tensor = type(tensor).__tensor_unflatten__(
+        kind: Any = type(tensor)
+        rebuilt: torch.Tensor = kind.__tensor_unflatten__(
             inner, context, tensor.size(), tensor.stride()
         )
         return rebuilt

@@ -1,9 +1,10 @@
 """A nested state of tensors becomes the shard files of a pending checkpoint.
 
-Owns the dialogue with torch.distributed.checkpoint on the way out: plan, write, `.metadata`. Promises
-that every byte goes through the filesystem seam, that ranks talk only through the coordinator it is
-given (so it may run on any thread), and that plain `torch.distributed.checkpoint.load` reads the result.
-Refuses to decide where, when or whether: the tier that calls it does.
+Owns the dialogue with torch.distributed.checkpoint on the way out: plan, write, `.metadata`.
+Promises that every byte goes through the filesystem seam, that ranks talk only through the
+coordinator it is given (so it may run on any thread), and that plain
+`torch.distributed.checkpoint.load` reads the result. Refuses to decide where, when or whether: the
+tier that calls it does.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from io import IOBase
 from pathlib import Path
 from typing import Any, cast
 
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -98,7 +99,7 @@ class ShardWriter:
         self._plan = self._planner.finish_plan(self.coordinator.scatter("plan", plan_globally))
 
     def write(self) -> tuple[list[str], list[WriteResult]]:
-        """Write this rank's shard file; return the names of its files and what torch wrote where."""
+        """Write this rank's shard file; return its name in a list, and what torch wrote where."""
         if not self._plan.items:
             return [], []
         results: list[WriteResult] = self._writer.write_data(self._plan, self._planner).wait()

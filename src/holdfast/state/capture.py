@@ -1,9 +1,10 @@
 """Capture the app state of a run and apply it again.
 
-Owns which names the state has in a checkpoint and how each part is taken from live objects and given
-back: model and optimizer as one nested state for the shard files, scheduler as shared state, RNG and
-data as this rank's state. Promises that capturing changes nothing (no hidden optimizer step, no draw),
-that `check` touches nothing, and that `apply` restores RNG last. Reads and writes no files.
+Owns which names the state has in a checkpoint and how each part is taken from live objects and
+given back: model and optimizer as one nested state for the shard files, scheduler as shared state,
+RNG and data as this rank's state. Promises that capturing changes nothing (no hidden optimizer
+step, no draw), that `check` touches nothing, and that `apply` restores RNG last. Reads and writes
+no files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Place:
 
     @classmethod
     def of(cls, rank: int, world_size: int, pg_collection: Any | None) -> Place:
-        """Read the data-parallel group from `pg_collection.dp`; None: all ranks read different data."""
+        """Read the data-parallel group from `pg_collection.dp`; None: every rank of the world."""
         group = getattr(pg_collection, "dp", None)
         if group is None:
             return cls(rank, world_size, rank, world_size)
@@ -57,7 +58,7 @@ class Captured:
     """The app state at one step, still referring to live tensors."""
 
     tensors: dict[str, Any]
-    """`{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}` by parameter name."""
+    """`{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`, by name."""
     shared: dict[str, Any]
     """The same on every rank: the scheduler's."""
     rank: dict[str, Any]
@@ -242,7 +243,7 @@ class AppState:
             )
 
     def apply_rank(self, states: Sequence[Mapping[str, Any]], saved: SavedRun) -> None:
-        """Give data and then RNG their state. `states`: this rank's alone, or every saved rank's."""
+        """Give data and then RNG their state. `states`: this rank's, or every saved rank's."""
         place = self._place
         same_world = saved.world_size == place.world_size
         own = states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
@@ -266,6 +267,7 @@ class AppState:
 
     def _reshard_data(self, states: Sequence[Mapping[str, Any]], saved_size: int) -> None:
         place, data = self._place, self._data
+        assert data is not None
         by_rank = {each["data_rank"]: each["data"] for each in states}
         ordered = [by_rank[rank] for rank in sorted(by_rank) if by_rank[rank] is not None]
         if not ordered:
@@ -307,14 +309,15 @@ def _saved_parameter_names(values: Mapping[str, Any]) -> set[str]:
     }
 
 
-def _fitting(
-    present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata
-) -> torch.Tensor:
-    """Return the tensor that optimizer state is read into: placed as its parameter where it can be."""
+def _fitting(present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata) -> torch.Tensor:
+    """Return the tensor to read optimizer state into, placed as its parameter where it fits."""
     dtype = saved.properties.dtype
-    if isinstance(present, torch.Tensor):
-        if present.size() == saved.size and present.dtype == dtype:
-            return present
+    if (
+        isinstance(present, torch.Tensor)
+        and present.size() == saved.size
+        and present.dtype == dtype
+    ):
+        return present
     if saved.size == parameter.size():
         return torch.empty_like(parameter, dtype=dtype)
     return torch.empty(saved.size, dtype=dtype)

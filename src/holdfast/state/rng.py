@@ -1,8 +1,8 @@
 """The random number generators of one rank: python, numpy, torch CPU and every CUDA device.
 
-Owns capturing and restoring them as plain values, and reseeding where a saved state has no rank to go
-to. Promises that the next draw after a restore is the next draw after the capture, and that reseeding
-gives every rank its own stream, the same on every machine. Reads and writes no files.
+Owns capturing and restoring them as plain values, and reseeding where a saved state has no rank to
+go to. Promises that the next draw after a restore is the next draw after the capture, and that
+reseeding gives every rank its own stream, the same on every machine. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 
 def capture_rng() -> dict[str, Any]:
     """Return the state of every generator as plain values and tensors, drawing from none."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = legacy
     version, internal, gauss_next = random.getstate()
     return {
         "python": [version, list(internal), gauss_next],

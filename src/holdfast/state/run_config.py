@@ -1,8 +1,8 @@
 """The composed config of a run as YAML for people.
 
-Owns turning whatever a loop calls its config into plain containers. Promises to save something readable
-for any config and to fail for none: a value that YAML does not know is written as text. Never read back
-by holdfast.
+Owns turning whatever a loop calls its config into plain containers. Promises to save something
+readable for any config and to fail for none: a value that YAML does not know is written as text.
+Never read back by holdfast.
 """
 
 from __future__ import annotations

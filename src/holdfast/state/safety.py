@@ -1,8 +1,8 @@
 """Values that can be read back without running code from a file.
 
 Owns the check made before writing and the one way of writing and reading such values. Promises that
-what is written here is loaded by weights-only loading, and that what is not is refused while the run is
-still alive to be mended. Knows no files, only bytes.
+what is written here is loaded by weights-only loading, and that what is not is refused while the
+run is still alive to be mended. Knows no files, only bytes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The durable tier: snapshots become committed checkpoints of one store, agreed by all ranks.
 
-Owns the order of a save across ranks (begin, plan, write, commit, retain), who may save here, and the
-names of the files beside the shards. Promises that every rank learns the outcome, that a failed save
-leaves nothing listed and the next one works, and that only the newest attempt of the right run commits.
-Knows the live state only as the captured value it is given.
+Owns the order of a save across ranks (begin, plan, write, commit, retain), who may save here, and
+the names of the files beside the shards. Promises that every rank learns the outcome, that a failed
+save leaves nothing listed and the next one works, and that only the newest attempt of the right run
+commits. Knows the live state only as the captured value it is given.
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ class PersistentTier:
             )
         names, results = writer.write()
         records = [self.store.seal_file(pending, name) for name in names]
-        records.append(
-            self.store.write_file(pending, rank_state_name(rank), snapshot.rank_state)
-        )
+        records.append(self.store.write_file(pending, rank_state_name(rank), snapshot.rank_state))
         return records, results
 
     def _commit(

@@ -1,7 +1,8 @@
 """A resolved checkpoint is verified and opened, before anything live is touched.
 
-Owns how ranks share the work of verifying and which small files a rank needs. Promises that every rank
-hears of every damage, and that all small state was read when `open_contents` returns. Decides nothing.
+Owns how ranks share the work of verifying and which small files a rank needs. Promises that every
+rank hears of every damage, and that all small state was read when `open_contents` returns. Decides
+nothing.
 """
 
 from __future__ import annotations
@@ -37,10 +38,8 @@ class Contents:
         return read_bytes(filesystem, self.checkpoint.path / rank_state_name(rank))
 
 
-def verify_together(
-    store: Store, checkpoint: Checkpoint, coordinator: Coordinator
-) -> list[Damage]:
-    """Read every file of a checkpoint once, each rank its share; return all damages on every rank."""
+def verify_together(store: Store, checkpoint: Checkpoint, coordinator: Coordinator) -> list[Damage]:
+    """Read every file once, each rank its share; return all damages on every rank."""
     share = _shares(checkpoint.manifest.files, coordinator.world_size)[coordinator.rank]
     parts = coordinator.together("verify", lambda: store.verify(checkpoint, share))
     return [damage for part in parts for damage in part]

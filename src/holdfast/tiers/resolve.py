@@ -1,8 +1,9 @@
 """Choose the checkpoints to load, best first, with a reason for each that is passed over.
 
-Owns what a directory given to `load` may be (a store, or one iter_* directory of it), whose checkpoints
-count, and their order: newest commit first, whatever their iteration. Promises one decision, made on one
-rank, that says everything it saw. Reads manifests and sizes only; never touches live state.
+Owns what a directory given to `load` may be (a store, or one iter_* directory of it), whose
+checkpoints count, and their order: newest commit first, whatever their iteration. Promises one
+decision, made on one rank, that says everything it saw. Reads manifests and sizes only; never
+touches live state.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Decision:
     asked_for: bool
     """One checkpoint was named: nothing else may be loaded in its place."""
     skipped: tuple[SkippedCheckpoint, ...] = ()
-    """What was passed over already: superseded, of another run, unreadable, or of the wrong size."""
+    """What was passed over already: superseded, another run's, unreadable, or of wrong size."""
 
 
 def resolve(
@@ -82,7 +83,9 @@ def _newest_first(
     if run_id is None:
         run_id = _only_run_id(store.root, listing.checkpoints, configured if is_own else None)
     attempts = identity.attempts()
-    skipped = [SkippedCheckpoint(str(each.path), each.reason, each.iteration) for each in listing.broken]
+    skipped = [
+        SkippedCheckpoint(str(each.path), each.reason, each.iteration) for each in listing.broken
+    ]
     candidates = []
     for each in listing.checkpoints:
         reason = _objection(each, run_id, attempts)
@@ -100,7 +103,9 @@ def _newest_first(
     return Decision(store.root, tuple(candidates), asked_for=False, skipped=tuple(skipped))
 
 
-def _objection(checkpoint: Checkpoint, run_id: str | None, attempts: Sequence[Attempt]) -> str | None:
+def _objection(
+    checkpoint: Checkpoint, run_id: str | None, attempts: Sequence[Attempt]
+) -> str | None:
     manifest = checkpoint.manifest
     if manifest.run_id != run_id:
         return f"belongs to run {manifest.run_id!r}, this store to {run_id!r}"

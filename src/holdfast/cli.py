@@ -1,0 +1,165 @@
+"""The command line: look at a store and check it, without torch.
+
+Owns the commands `ls` and `verify`, what they print, and their exit codes: 0 sound, 1 damage found, 2
+the question itself was wrong. Promises to read only, and to name every damaged file with its byte range.
+Refuses to load tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast import __version__
+from holdfast.errors import CheckpointError, CheckpointNotFoundError
+from holdfast.filesystem import LocalFilesystem
+from holdfast.identity import RunIdentity
+from holdfast.store import Checkpoint, Listing, Store, parse_checkpoint_name
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a path on the command line stands for: a store, and one iteration of it or all."""
+
+    store: Store
+    iteration: int | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. None: the arguments of the process."""
+    parser = argparse.ArgumentParser(prog="holdfast", description="Look at checkpoints.")
+    parser.add_argument("--version", action="version", version=f"holdfast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    ls = commands.add_parser("ls", help="list the checkpoints of a store, newest first")
+    ls.set_defaults(command=_ls)
+    verify = commands.add_parser("verify", help="read every file and compare it with the manifest")
+    verify.set_defaults(command=_verify)
+    for each in (ls, verify):
+        each.add_argument("directory", type=Path, help="a store, or one iter_* directory of it")
+        each.add_argument("--json", action="store_true", help="print one JSON document")
+    parsed = parser.parse_args(arguments)
+    try:
+        code: int = parsed.command(parsed)
+    except (CheckpointError, OSError) as error:
+        print(f"holdfast: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _ls(parsed: argparse.Namespace) -> int:
+    target = _find_target(parsed.directory)
+    listing = _selected(target)
+    tracker, problem = target.store.read_tracker()
+    run_id = RunIdentity(target.store.root, LocalFilesystem()).read_run_id()
+    if parsed.json:
+        checkpoints = [
+            {
+                "iteration": each.iteration,
+                "path": str(each.path),
+                "sequence": each.manifest.sequence,
+                "attempt": each.manifest.attempt,
+                "run_id": each.manifest.run_id,
+                "world_size": each.manifest.world_size,
+                "size_bytes": each.manifest.size_bytes,
+                "files": len(each.manifest.files),
+                "saved_at": each.manifest.saved_at,
+            }
+            for each in listing.checkpoints
+        ]
+        broken = [{"path": str(each.path), "reason": each.reason} for each in listing.broken]
+        _print_json(
+            {"run_id": run_id, "tracker": tracker, "checkpoints": checkpoints, "broken": broken}
+        )
+        return 1 if listing.broken else 0
+    print(f"{target.store.root}  run {run_id or 'unknown'}")
+    rows = [("iteration", "saved at", "ranks", "files", "size", "attempt", "")]
+    rows += [_row(each, tracker) for each in listing.checkpoints]
+    if listing.checkpoints:
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
+    elif not listing.broken:
+        print("  no checkpoints")
+    for each in listing.broken:
+        print(f"  broken: {each.reason}")
+    if problem and listing.checkpoints:
+        print(f"  tracker: {problem}")
+    return 1 if listing.broken else 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    target = _find_target(parsed.directory)
+    listing = _selected(target)
+    if not listing.checkpoints and not listing.broken:
+        raise CheckpointNotFoundError(f"{parsed.directory} holds no checkpoint.")
+    results = [
+        {"path": str(each.path), "size_bytes": each.manifest.size_bytes,
+         "damages": [str(damage) for damage in target.store.verify(each)]}
+        for each in listing.checkpoints
+    ]  # fmt: skip
+    results += [
+        {"path": str(each.path), "size_bytes": 0, "damages": [each.reason]}
+        for each in listing.broken
+    ]
+    damaged = sum(bool(each["damages"]) for each in results)
+    if parsed.json:
+        _print_json({"checkpoints": results, "damaged": damaged})
+        return 1 if damaged else 0
+    for result in results:
+        damages = result["damages"]
+        assert isinstance(damages, list)
+        print(f"{result['path']}: {'DAMAGED' if damages else 'sound'}")
+        for damage in damages:
+            print(f"  {damage}")
+    print(f"{len(results)} checkpoints read, {damaged} damaged")
+    return 1 if damaged else 0
+
+
+def _find_target(directory: Path) -> _Target:
+    filesystem = LocalFilesystem()
+    path = directory.resolve()
+    if not filesystem.is_directory(path):
+        raise CheckpointNotFoundError(f"{directory} does not exist or is no directory.")
+    iteration = parse_checkpoint_name(path.name)
+    root = path if iteration is None else path.parent
+    return _Target(Store(root, filesystem), iteration)
+
+
+def _selected(target: _Target) -> Listing:
+    listing = target.store.listing()
+    if target.iteration is None:
+        return listing
+    return Listing(
+        tuple(each for each in listing.checkpoints if each.iteration == target.iteration),
+        tuple(each for each in listing.broken if each.iteration == target.iteration),
+    )
+
+
+def _row(checkpoint: Checkpoint, tracker: int | None) -> tuple[str, ...]:
+    manifest = checkpoint.manifest
+    return (
+        str(checkpoint.iteration),
+        manifest.saved_at,
+        str(manifest.world_size),
+        str(len(manifest.files)),
+        _readable_size(manifest.size_bytes),
+        str(manifest.attempt),
+        "<- tracker" if checkpoint.iteration == tracker else "",
+    )
+
+
+def _readable_size(size_bytes: int) -> str:
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=1, sort_keys=True))
