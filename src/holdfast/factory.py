@@ -89,8 +89,8 @@ def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
 def _read_choice(checkpoint_config: Any) -> tuple[Any, Sequence[str] | None]:
     if not hasattr(checkpoint_config, "custom_manager_class"):
         problem = (
-            f"checkpoint is a {type(checkpoint_config).__name__} without custom_manager_class; "
-            "make it a CheckpointConfig, by CheckpointConfig.from_mapping({...}) for one"
+            f"checkpoint is of type {type(checkpoint_config).__name__} and has no "
+            "custom_manager_class; make it a CheckpointConfig, as CheckpointConfig.from_mapping does"
         )
         raise ConfigError([problem])
     allowlist = getattr(checkpoint_config, "custom_manager_allowlist", None)
@@ -161,7 +161,7 @@ def _load_class(path: str) -> Any:
 def _check_constructor(path: str, manager_class: Any) -> None:
     if not isinstance(manager_class, type):
         raise ManagerShapeError(
-            f"{FIELD} is {path!r}, which is a {type(manager_class).__name__}, not a class.\n"
+            f"{FIELD} is {path!r}, which is of type {type(manager_class).__name__}, not a class.\n"
             "Name a class whose constructor takes the checkpoint config."
         )
     if vars(manager_class).get("_is_protocol", False) or inspect.isabstract(manager_class):
@@ -191,7 +191,7 @@ def _check_method(path: str, manager: object, name: str) -> None:
     if method is None or _is_protocol_body(manager, name):
         raise refuse(f"which has no method {name!r}")
     if not callable(method):
-        raise refuse(f"whose {name!r} is a {type(method).__name__}, not a method")
+        raise refuse(f"whose {name!r} is of type {type(method).__name__}, not a method")
     kinds = (
         inspect.iscoroutinefunction,
         inspect.isasyncgenfunction,
