@@ -1,8 +1,8 @@
 """The command line: look at a store and check it, without torch.
 
-Owns the commands `ls` and `verify`, what they print, and their exit codes: 0 sound, 1 damage found, 2
-the question itself was wrong. Promises to read only, and to name every damaged file with its byte range.
-Refuses to load tensors.
+Owns the commands `ls` and `verify`, what they print, and their exit codes: 0 sound, 1 damage found,
+2 the question itself was wrong. Promises to read only, and to name every damaged file with its byte
+range. Refuses to load tensors.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def _ls(parsed: argparse.Namespace) -> int:
         )
         return 1 if listing.broken else 0
     print(f"{target.store.root}  run {run_id or 'unknown'}")
-    rows = [("iteration", "saved at", "ranks", "files", "size", "attempt", "")]
+    rows: list[tuple[str, ...]] = [
+        ("iteration", "saved at", "ranks", "files", "size", "attempt", "")
+    ]
     rows += [_row(each, tracker) for each in listing.checkpoints]
     if listing.checkpoints:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

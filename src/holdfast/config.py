@@ -22,6 +22,7 @@ STAGINGS = ("blocking", "overlapped")
 FAILURE_POLICIES = ("raise", "warn")
 VERIFY_MODES = ("while_reading", "first")
 MISSING_POLICIES = ("start_fresh", "error")
+PERMISSIONS = ("private", "umask")
 
 
 @dataclass
@@ -105,6 +106,10 @@ class CheckpointConfig:
     staging: str = "blocking"
     on_save_failure: str = "raise"
     """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
+    save_failure_limit: int | None = 3
+    """With `warn`: the failure in a row that is raised after all. None: no limit."""
+    permissions: str = "private"
+    """Who may read what is created: `private`, its owner alone; `umask`, as the process says."""
     timeout_seconds: float = 600.0
     """How long ranks wait for one another in any stage."""
     persistent: PersistentConfig = field(default_factory=PersistentConfig)
@@ -155,6 +160,8 @@ class CheckpointConfig:
 
         require_choice(self.staging, "staging", STAGINGS)
         require_choice(self.on_save_failure, "on_save_failure", FAILURE_POLICIES)
+        require_choice(self.permissions, "permissions", PERMISSIONS)
+        require_positive(self.save_failure_limit, "save_failure_limit")
         require_choice(self.load.verify, "load.verify", VERIFY_MODES)
         require_choice(self.load.on_missing, "load.on_missing", MISSING_POLICIES)
         require(

@@ -52,13 +52,22 @@ class Filesystem(Protocol):
 class LocalFilesystem:
     """A mounted POSIX file system."""
 
+    def __init__(self, *, private: bool = True) -> None:
+        """Choose who may read what is created: `private`: its owner alone; else as umask says."""
+        self._file_mode = 0o600 if private else 0o666
+        self._directory_mode = 0o700 if private else 0o777
+
     def make_directory(self, path: Path) -> None:
         """Create one directory, with its parents where they are missing; present is fine."""
-        path.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            self.make_directory(path.parent)
+        path.mkdir(self._directory_mode, exist_ok=True)
 
     def open_new(self, path: Path) -> BinaryIO:
         """Open a file that must not exist yet, for writing and reading back."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._file_mode
+        )
         return os.fdopen(descriptor, "w+b")
 
     def sync_file(self, path: Path) -> None:

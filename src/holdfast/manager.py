@@ -38,7 +38,7 @@ from holdfast.events import (
     CallbackManager,
     CheckpointEvent,
 )
-from holdfast.filesystem import LocalFilesystem
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.protocol import (
     CheckpointLoadContext,
     CheckpointSaveContext,
@@ -62,17 +62,29 @@ logger = logging.getLogger(__name__)
 class _Save:
     """One call of `save`, until its outcome was told."""
 
-    context: CheckpointSaveContext
     callback_manager: Any | None
     event: CheckpointEvent
     started: float
+
+    def tell(self, event_name: str) -> None:
+        """Fire an event at the listener of this save, where it has one that knows it."""
+        # Other callback managers than ours know Megatron-Bridge's event only.
+        listener = self.callback_manager
+        if isinstance(listener, CallbackManager) or (
+            listener is not None and event_name == ON_CHECKPOINT_SAVE
+        ):
+            listener.fire(event_name, self.event)
 
 
 class DefaultCheckpointManager:
     """Saves to and loads from a store of torch.distributed.checkpoint directories."""
 
-    def __init__(self, checkpoint_config: CheckpointConfig) -> None:
+    def __init__(
+        self, checkpoint_config: CheckpointConfig, *, filesystem: Filesystem | None = None
+    ) -> None:
         """Check the configuration; nothing is read, written or communicated yet.
+
+        `filesystem` is the seam for faults and other storage; None: the mounted file systems.
 
         Raises:
             ConfigError: with every problem of the configuration.
@@ -84,7 +96,9 @@ class DefaultCheckpointManager:
             raise ConfigError(
                 ["checkpoint.persistent.directory is null; name where checkpoints are kept"]
             )
-        self._filesystem = LocalFilesystem()
+        self._filesystem = filesystem or LocalFilesystem(
+            private=checkpoint_config.permissions == "private"
+        )
         self._tier = PersistentTier(
             Path(directory).absolute(),
             self._filesystem,
@@ -95,6 +109,7 @@ class DefaultCheckpointManager:
         self._background: Background[Committed] = Background()
         self._in_flight: _Save | None = None
         self._channels: list[Coordinator] | None = None
+        self._failures_in_a_row = 0
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -121,15 +136,16 @@ class DefaultCheckpointManager:
             optimizer=ctx.optimizer,
             scheduler=ctx.opt_param_scheduler,
         )
-        self._in_flight = _Save(ctx, callback_manager, event, started)
+        save = _Save(callback_manager, event, started)
 
         def write() -> Committed:
             return self._tier.write(snapshot, writer)
 
+        self._in_flight = save
         if self.checkpoint_config.async_save:
             self._background.start(write, writer)
             event.stall_seconds = time.monotonic() - started
-            self._tell(ON_CHECKPOINT_STAGED)
+            save.tell(ON_CHECKPOINT_STAGED)
             return
         outcome = _outcome_of(write)
         event.stall_seconds = time.monotonic() - started
@@ -188,33 +204,33 @@ class DefaultCheckpointManager:
 
     def _settle(self, outcome: Outcome[Committed] | None) -> None:
         """Tell what became of the save in flight, once: events, then the error if there is one."""
-        if outcome is None or self._in_flight is None:
+        save, self._in_flight = self._in_flight, None
+        if outcome is None or save is None:
+            self._in_flight = save
             return
-        save, event = self._in_flight, self._in_flight.event
+        event = save.event
         event.total_seconds = time.monotonic() - save.started
         if outcome.value is not None:
+            self._failures_in_a_row = 0
             event.path = str(outcome.value.path)
             event.size_bytes = outcome.value.size_bytes
             event.removed_iterations = outcome.value.removed_iterations
-            self._tell(ON_CHECKPOINT_SAVE)
-            self._in_flight = None
+            save.tell(ON_CHECKPOINT_SAVE)
             return
         assert outcome.error is not None
+        self._failures_in_a_row += 1
         event.error = _as_save_failure(event.iteration, outcome.error, self._rank())
-        self._tell(ON_CHECKPOINT_SAVE_FAILED)
-        self._in_flight = None
-        if self.checkpoint_config.on_save_failure == "raise":
+        save.tell(ON_CHECKPOINT_SAVE_FAILED)
+        limit = self.checkpoint_config.save_failure_limit
+        spent = limit is not None and self._failures_in_a_row >= limit
+        if self.checkpoint_config.on_save_failure == "raise" or spent:
             raise event.error from outcome.error
-        logger.warning("%s", event.error)
-
-    def _tell(self, event_name: str) -> None:
-        assert self._in_flight is not None
-        listener = self._in_flight.callback_manager
-        if listener is None:
-            return
-        # Other callback managers know Megatron-Bridge's event only.
-        if event_name == ON_CHECKPOINT_SAVE or isinstance(listener, CallbackManager):
-            listener.fire(event_name, self._in_flight.event)
+        logger.warning(
+            "%s (failure %d in a row, the run ends at %s)",
+            event.error,
+            self._failures_in_a_row,
+            limit if limit is not None else "none",
+        )
 
     # -- load ------------------------------------------------------------------------------------
 
