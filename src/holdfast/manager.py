@@ -29,6 +29,7 @@ from holdfast.errors import (
     SaveFailedError,
     StageFailedError,
     StatePartlyLoadedError,
+    StoreIdentityError,
     UnsupportedStateError,
 )
 from holdfast.events import (
@@ -45,14 +46,15 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
     SkippedCheckpoint,
+    TrainState,
 )
+from holdfast.restoring import Opened, Restoration, open_verified
 from holdfast.shards.staging import Stager
-from holdfast.state.capture import AppState, Place, SavedRun
+from holdfast.state.capture import AppState, Place
 from holdfast.state.run_config import to_yaml
-from holdfast.state.safety import decode, encode
-from holdfast.store import Checkpoint, Store
+from holdfast.state.safety import encode
+from holdfast.store import Checkpoint
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier, Snapshot
-from holdfast.tiers.reading import Contents, open_contents, verify_together
 from holdfast.tiers.resolve import resolve
 
 logger = logging.getLogger(__name__)
@@ -126,10 +128,8 @@ class DefaultCheckpointManager:
             )
         self._settle(self._background.wait())
         control, writer = self._coordinators()
-        control.lead("admit", self._tier.admit)
-        snapshot = self._take_snapshot(ctx, control)
         event = CheckpointEvent(
-            iteration=snapshot.iteration,
+            iteration=ctx.state.train_state.step,
             tier=TIER_NAME,
             state=ctx.state,
             model=ctx.model,
@@ -137,6 +137,13 @@ class DefaultCheckpointManager:
             scheduler=ctx.opt_param_scheduler,
         )
         save = _Save(callback_manager, event, started)
+        try:
+            control.lead("admit", self._tier.admit)
+            snapshot = self._take_snapshot(ctx, control)
+        except StageFailedError as error:
+            self._in_flight = save
+            self._settle(Outcome(error=error))
+            return
 
         def write() -> Committed:
             return self._tier.write(snapshot, writer)
@@ -171,7 +178,7 @@ class DefaultCheckpointManager:
         taken: list[Snapshot] = []
 
         def take() -> int:
-            app = _app_state(ctx, ctx.pg_collection, control)
+            app = _app_state(ctx, control)
             captured = app.capture()
             if self.checkpoint_config.async_save:
                 tensors = self._stager.stage(captured.tensors)
@@ -223,7 +230,8 @@ class DefaultCheckpointManager:
         save.tell(ON_CHECKPOINT_SAVE_FAILED)
         limit = self.checkpoint_config.save_failure_limit
         spent = limit is not None and self._failures_in_a_row >= limit
-        if self.checkpoint_config.on_save_failure == "raise" or spent:
+        overtaken = isinstance(event.error, StoreIdentityError)  # no later save can succeed
+        if self.checkpoint_config.on_save_failure == "raise" or spent or overtaken:
             raise event.error from outcome.error
         logger.warning(
             "%s (failure %d in a row, the run ends at %s)",
@@ -253,23 +261,22 @@ class DefaultCheckpointManager:
         skipped = list(decision.skipped)
         touched = False
         for checkpoint in decision.candidates:
-            reason, contents = self._open(checkpoint, control)
-            if contents is not None:
-                prepared = self._prepare(ctx, contents, control)
+            try:
+                opened = open_verified(checkpoint, control, self._filesystem)
+                restoration = self._compare(ctx, opened, control)
                 touched = True
-                reason = self._fill(prepared, control)
-                if reason is None:
-                    return self._finish_load(ctx, prepared, control, tuple(skipped))
-            if decision.asked_for:
-                if touched:
-                    raise StatePartlyLoadedError(
-                        str(decision.root), [f"{checkpoint.path}: {reason}"]
-                    )
-                raise CorruptCheckpointError(str(checkpoint.path), str(reason))
-            logger.warning("%s is passed over: %s", checkpoint.path, reason)
-            skipped.append(
-                SkippedCheckpoint(str(checkpoint.path), str(reason), checkpoint.iteration)
-            )
+                _fill(restoration, checkpoint, control)
+            except CorruptCheckpointError as error:
+                if decision.asked_for and not touched:
+                    raise
+                if control.rank == 0:
+                    logger.warning("%s is passed over: %s", checkpoint.path, error.reason)
+                skipped.append(
+                    SkippedCheckpoint(str(checkpoint.path), error.reason, checkpoint.iteration)
+                )
+                continue
+            control.together("apply", restoration.apply)
+            return self._finish_load(ctx.state, opened, tuple(skipped))
         if skipped:
             kind = StatePartlyLoadedError if touched else NoLoadableCheckpointError
             raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in skipped])
@@ -280,80 +287,27 @@ class DefaultCheckpointManager:
             )
         return LoadResult()
 
-    def _open(
-        self, checkpoint: Checkpoint, control: Coordinator
-    ) -> tuple[str | None, Contents | None]:
-        """Verify and open a candidate; return the reason if it is damaged."""
-        store = Store(checkpoint.path.parent, self._filesystem)
-        damages = verify_together(store, checkpoint, control)
-        if damages:
-            return "; ".join(str(damage) for damage in damages[:3]), None
-        opened: list[Contents] = []
-        try:
-            control.together(
-                "open", lambda: opened.append(open_contents(checkpoint, self._filesystem))
-            )
-        except (CorruptCheckpointError, StageFailedError) as error:
-            return str(error), None
-        return None, opened[0]
-
-    def _prepare(
-        self, ctx: CheckpointLoadContext, contents: Contents, control: Coordinator
-    ) -> _Prepared:
-        """Compare a checkpoint with the live state on every rank, touching nothing."""
-        prepared: list[_Prepared] = []
+    def _compare(
+        self, ctx: CheckpointLoadContext, opened: Opened, control: Coordinator
+    ) -> Restoration:
+        """Hold a checkpoint against the live state, on every rank, touching nothing."""
         load = self.checkpoint_config.load
+        app = _app_state(ctx, control)
+        restoration = Restoration(opened, app, with_tensors=not ctx.skip_load_to_model_and_opt)
         strict = load.strict if ctx.strict is None else ctx.strict
 
-        def prepare() -> None:
-            app = _app_state(ctx, ctx.pg_collection, control)
-            path = str(contents.checkpoint.path)
-            states = self._rank_states(contents, control)
-            shared = decode(contents.shared_state, path)
-            if ctx.skip_load_to_model_and_opt:
-                targets = {}
-            else:
-                tensors = contents.reader.tensors()
-                app.check(path, tensors, contents.values, shared, states[0], strict)
-                targets = tensors
-            app.check_data(states[0], path, load.accept_data_restart)
-            prepared.append(_Prepared(app, contents, targets, shared, states))
+        def compare() -> None:
+            TrainState().update_from(opened.contents.counters["train_state"])  # or refuse early
+            restoration.compare(strict, load.accept_data_restart)
 
-        control.together("compare", prepare)
-        return prepared[0]
-
-    def _rank_states(self, contents: Contents, control: Coordinator) -> list[dict[str, Any]]:
-        """Read this rank's saved state, or every rank's where the world has changed."""
-        saved_size = contents.checkpoint.manifest.world_size
-        ranks = [control.rank] if control.world_size == saved_size else list(range(saved_size))
-        path = contents.checkpoint.path
-        return [
-            decode(
-                contents.read_rank_state(rank, self._filesystem), f"{path}: state of rank {rank}"
-            )
-            for rank in ranks
-        ]
-
-    def _fill(self, prepared: _Prepared, control: Coordinator) -> str | None:
-        """Read tensors into place; return the reason if the bytes could not be read."""
-        if not prepared.tensors:
-            return None
-        try:
-            control.together("read", prepared.fill)
-        except (CorruptCheckpointError, StageFailedError) as error:
-            return str(error)
-        return None
+        control.together("compare", compare)
+        return restoration
 
     def _finish_load(
-        self,
-        ctx: CheckpointLoadContext,
-        prepared: _Prepared,
-        control: Coordinator,
-        skipped: tuple[SkippedCheckpoint, ...],
+        self, state: GlobalState, opened: Opened, skipped: tuple[SkippedCheckpoint, ...]
     ) -> LoadResult:
-        checkpoint, counters = prepared.contents.checkpoint, prepared.contents.counters
-        control.together("apply", prepared.apply)
-        ctx.state.train_state.update_from(counters["train_state"])
+        checkpoint, counters = opened.checkpoint, opened.contents.counters
+        state.train_state.update_from(counters["train_state"])
         self._tier.resume_from(checkpoint)
         return LoadResult(
             iteration=checkpoint.iteration,
@@ -376,46 +330,24 @@ class DefaultCheckpointManager:
         return self._coordinators()[0].rank
 
 
-@dataclass
-class _Prepared:
-    """A checkpoint that fits the live state, about to be applied."""
-
-    app: AppState
-    contents: Contents
-    tensors: dict[str, Any]
-    """Descriptions of the tensors to read; empty: model and optimizer are left alone."""
-    shared: dict[str, Any]
-    rank_states: list[dict[str, Any]]
-
-    def fill(self) -> None:
-        """Read the tensors in place."""
-        reader = self.contents.reader
-        self.key_paths = {
-            name: reader.key_path(name) for name in (*self.tensors, *self.contents.values)
-        }
-        self.targets = self.app.targets(self.tensors, self.key_paths)
-        reader.read_tensors(self.targets)
-
-    def apply(self) -> None:
-        """Give every live object its state; RNG last."""
-        if self.tensors:
-            self.app.apply({**self.contents.values, **self.targets}, self.key_paths)
-        self.app.apply_scheduler(self.shared)
-        manifest = self.contents.checkpoint.manifest
-        saved = SavedRun(manifest.run_id, manifest.iteration, manifest.world_size)
-        self.app.apply_rank(self.rank_states, saved)
-
-
 def _app_state(
-    ctx: CheckpointSaveContext | CheckpointLoadContext, groups: Any | None, control: Coordinator
+    ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator
 ) -> AppState:
     return AppState(
         ctx.model,
         ctx.optimizer,
         ctx.opt_param_scheduler,
         ctx.train_data_iterator,
-        Place.of(control.rank, control.world_size, groups),
+        Place.of(control.rank, control.world_size, ctx.pg_collection),
     )
+
+
+def _fill(restoration: Restoration, checkpoint: Checkpoint, control: Coordinator) -> None:
+    """Read tensors into place; bytes that went bad since they were verified are damage too."""
+    try:
+        control.together("read", restoration.fill)
+    except StageFailedError as error:
+        raise CorruptCheckpointError(str(checkpoint.path), str(error)) from error
 
 
 def _encode_counters(ctx: CheckpointSaveContext) -> bytes:
