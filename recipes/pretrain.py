@@ -1,0 +1,76 @@
+"""Train a small byte-level GPT on real text; killed and started again, it goes on where it stopped.
+
+Owns the program: Hydra composes configs/pretrain.yaml, the result becomes dataclasses once, here, and
+`training.train` does the rest. Promises that whatever the person at the keyboard can mend ends in a
+message of at most three lines and a non-zero exit, printed by one process. Anything else is a defect
+and keeps its traceback.
+
+    python recipes/pretrain.py recipe=quickstart
+    torchrun --nproc-per-node 2 recipes/pretrain.py parallel=fsdp
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import cast
+
+import hydra
+from complaints import PLAIN_ERRORS, condense
+from display import Display, describe_command
+from holdfast import hydra_schema
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from parallel import open_processes
+from run_config import RunConfig
+from training import train
+
+
+def compose() -> list[RunConfig]:
+    """Let Hydra read the command line; a list because `--cfg job` runs nothing, `--multirun` many."""
+    composed: list[DictConfig] = []
+
+    @hydra.main(config_path="../configs", config_name="pretrain", version_base="1.3")
+    def keep(config: DictConfig) -> None:
+        composed.append(config)
+
+    keep()  # training happens outside of it: Hydra prints its own line over every exception inside
+    return [cast(RunConfig, OmegaConf.to_object(config)) for config in composed]
+
+
+def run(config: RunConfig) -> None:
+    """Train as configured, together with the other processes of this launch."""
+    config.validate()
+    processes = open_processes(config.parallel)
+    with Display(processes.rank, config.steps, config.log_interval) as display:
+        train(config, processes, display)
+    processes.close()
+
+
+def main() -> int:
+    """Run and return the exit status."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing a page
+    sys.path.append(os.getcwd())  # so that a manager's module beside the caller imports
+    warnings.showwarning = lambda message, *_: (  # type: ignore[assignment]  # the rest is unused
+        print(f"warning: {message}", file=sys.stderr) if speaks else None
+    )
+    hydra_schema.register()
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    try:
+        for config in compose():
+            run(config)
+    except PLAIN_ERRORS as error:
+        if speaks:
+            print(condense(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if speaks:
+            print(f"interrupted; to go on: {describe_command()}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What the checkpoints of one attempt cost it.
+
+Owns the record of every save: when it was asked for, how long training waited, and what the manager
+reported of it. Promises figures for any manager: the wait is measured from outside, around `save` and
+`finalize_async_saves`; size and duration come from events where the manager fires them. Refuses to
+decide when to save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from holdfast import (
+    CallbackManager,
+    CheckpointEvent,
+    CheckpointManager,
+    CheckpointSaveContext,
+    GlobalState,
+)
+from holdfast.events import ON_CHECKPOINT_SAVE, ON_CHECKPOINT_SAVE_FAILED
+
+
+@dataclass
+class SaveRecord:
+    """One save of this attempt."""
+
+    iteration: int
+    outcome: str = "asked for"
+    """What is known of it: `asked for`, `committed`, `failed`, or `pruned` by retention later."""
+    waited_seconds: float = 0.0
+    """How long training stood still for it."""
+    total_seconds: float | None = None
+    """From asking to commit; None: the manager fired no event."""
+    size_bytes: int | None = None
+
+
+class MeasuredSaves:
+    """Pass calls on to a manager and keep a record of each save."""
+
+    def __init__(self, manager: CheckpointManager, say: Callable[[str], None]) -> None:
+        """`say` is told in one line when a checkpoint is committed or given up."""
+        self._manager = manager
+        self._say = say
+        self._records: dict[int, SaveRecord] = {}
+        self._callbacks = CallbackManager()
+        self._callbacks.register(ON_CHECKPOINT_SAVE, self._note_commit)
+        self._callbacks.register(ON_CHECKPOINT_SAVE_FAILED, self._note_failure)
+
+    @property
+    def records(self) -> list[SaveRecord]:
+        """All saves so far, oldest first."""
+        return list(self._records.values())
+
+    def save(self, context: CheckpointSaveContext) -> None:
+        """Save now, as `CheckpointManager.save`."""
+        iteration = context.state.train_state.step
+        self._records[iteration] = SaveRecord(iteration)
+        with self._measuring():
+            self._manager.save(context, self._callbacks)
+
+    def finalize(self, state: GlobalState, last: bool = False) -> None:
+        """Let the manager finish what it can; at the last call, everything."""
+        with self._measuring():
+            if last:
+                self._manager.finalize_async_saves(state, blocking=True, terminate=True)
+            else:
+                self._manager.finalize_async_saves(state)
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self._records:  # the newest save is the one that is being waited for
+            newest = next(reversed(self._records.values()))
+            newest.waited_seconds += time.perf_counter() - began
+
+    def _note_commit(self, event: CheckpointEvent) -> None:
+        record = self._records.setdefault(event.iteration, SaveRecord(event.iteration))
+        record.outcome = "committed"
+        record.total_seconds, record.size_bytes = event.total_seconds, event.size_bytes
+        for iteration in event.removed_iterations:
+            if iteration in self._records:
+                self._records[iteration].outcome = "pruned"
+        self._say(
+            f"checkpoint {event.iteration} committed: {describe_size(event.size_bytes)} in "
+            f"{event.total_seconds:.2f} s, of which training waited {event.stall_seconds:.3f} s"
+        )
+
+    def _note_failure(self, event: CheckpointEvent) -> None:
+        record = self._records.setdefault(event.iteration, SaveRecord(event.iteration))
+        record.outcome = "failed"
+        self._say(f"checkpoint {event.iteration} FAILED: {event.error}")
+
+
+def describe_size(size_bytes: int) -> str:
+    """Return a size as people say it, in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes} B"

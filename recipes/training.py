@@ -1,0 +1,223 @@
+"""The training loop, around any checkpoint manager.
+
+Owns the order of things: build, load, then step, save when due, finalize, validate, until the last step.
+Talks to checkpoints through the protocol only, so that a manager named in the configuration takes the
+default one's place. Promises that the same settings and process count give the same losses bit for bit,
+interrupted or not. Prints nothing itself and knows neither Hydra nor the number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from crash import plan_crash
+from display import Display
+from gpt import GPT, floating_point_operations_per_token
+from holdfast import (
+    CheckpointLoadContext,
+    CheckpointSaveContext,
+    GlobalState,
+    create_checkpoint_manager,
+)
+from losses import LOSSES_NAME, LossLog, read_losses
+from parallel import Processes
+from run_config import OptimConfig, RecipeError, RunConfig
+from saving import MeasuredSaves
+from text_data import ShardedLoader, Text, count_samples, cut_sample, read_text
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+
+
+def train(config: RunConfig, processes: Processes, display: Display) -> None:
+    """Train up to `config.steps`, going on from the newest checkpoint if there is one.
+
+    Raises:
+        RecipeError: text, batch or run directory do not suit.
+        CheckpointError: whatever the manager reports.
+    """
+    run_dir = Path(config.run_dir)
+    store = config.checkpoint.persistent.directory
+    text = read_text(config.data)
+    torch.manual_seed(config.seed)  # the same weights in every process, sharded or not
+    bare_model = GPT(config.model)
+    operations_per_token = floating_point_operations_per_token(bare_model, config.model)
+    parameter_count = sum(parameter.numel() for parameter in bare_model.parameters())
+    model = processes.distribute(bare_model)
+    optimizer = _build_optimizer(model, config.optim)
+    scheduler = _build_scheduler(optimizer, config)
+    loader = ShardedLoader(
+        text, config.model.context, config.batch_size, config.seed, processes.rank, processes.size
+    )
+    torch.manual_seed(config.seed + 1 + processes.rank)  # dropout differs from process to process
+    display.say(
+        f"{parameter_count:,} parameters on {processes.size} x {processes.device.type}, "
+        f"{text.file_count} files, {len(text.training):,} bytes to train on"
+    )
+
+    manager = create_checkpoint_manager(_load_own_store_first(config, display).checkpoint)
+    state = GlobalState(cfg=config)
+    progress = state.train_state
+    result = manager.load(
+        CheckpointLoadContext(state, model, optimizer, scheduler, train_data_iterator=loader)
+    )
+    progress.step, progress.floating_point_operations_so_far = result
+    display.show_load(progress.step, result, store)
+    if progress.step >= config.steps:
+        manager.finalize_async_saves(state, blocking=True, terminate=True)
+        display.say(f"already complete: {progress.step} of {config.steps} steps are done")
+        display.show_ways_on(progress.step)
+        return
+
+    crash = plan_crash(
+        config.crash_at_step,
+        config.crash_during_save,
+        None if store is None else Path(store),
+        read_losses(run_dir).furthest_step,
+    )
+    log = LossLog(run_dir, progress.step) if processes.rank == 0 else None
+    saves = MeasuredSaves(manager, display.say)
+    held_out = _ValidationSet(text, config, processes)
+    if progress.step == 0:
+        display.show_validation(0, held_out.measure(model))
+    tokens_per_step = config.batch_size * config.model.context
+    display.start_training(progress.step)
+    while progress.step < config.steps:
+        loss = processes.mean(_step(model, optimizer, next(loader).to(processes.device), config))
+        if not math.isfinite(loss):
+            raise RecipeError(
+                f"The loss became {loss} at step {progress.step + 1}; the last checkpoint is from "
+                "before.\nLower optim.learning_rate and start again in another run_dir."
+            )
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        progress.step += 1
+        progress.consumed_train_samples += config.batch_size
+        progress.tokens_seen += tokens_per_step
+        progress.floating_point_operations_so_far += tokens_per_step * operations_per_token
+        if log is not None:
+            log.append_training(progress.step, loss)
+        display.show_step(progress.step, loss, learning_rate, tokens_per_step)
+        is_last = progress.step == config.steps
+        if is_last or progress.step % config.validation_interval == 0:
+            validation_loss = held_out.measure(model)
+            display.show_validation(progress.step, validation_loss)
+            if log is not None:
+                log.append_validation(progress.step, validation_loss)
+        crash.crash_if_due(progress.step)
+        if _is_save_due(config, progress.step):
+            crash.watch_save_if_due(progress.step)
+            saves.save(
+                CheckpointSaveContext(
+                    state,
+                    model,
+                    optimizer,
+                    scheduler,
+                    progress.floating_point_operations_so_far,
+                    train_data_iterator=loader,
+                )
+            )
+        saves.finalize(state)
+    saves.finalize(state, last=True)
+    display.show_saves(saves.records, store)
+    display.say(f"losses of every step: {run_dir / LOSSES_NAME}")
+    display.show_ways_on(config.steps)
+
+
+def _is_save_due(config: RunConfig, step: int) -> bool:
+    interval = config.checkpoint.persistent.save_interval
+    return interval is not None and (step % interval == 0 or step == config.steps)
+
+
+def _load_own_store_first(config: RunConfig, display: Display) -> RunConfig:
+    """Drop a named `load.directory` once the run's own store holds a checkpoint.
+
+    A run that began from another's checkpoint would otherwise begin from it again each time the same
+    command is typed, and be refused when it saves beside its own newer checkpoints.
+    """
+    own, load = config.checkpoint.persistent.directory, config.checkpoint.load
+    if load.directory is None or load.step is not None or own is None:
+        return config
+    if not Path(own, TRACKER_NAME).exists():
+        return config
+    display.say(f"{own} has checkpoints of its own by now; not loading from {load.directory}")
+    load = dataclasses.replace(load, directory=None)
+    return dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, load=load)
+    )
+
+
+def _step(model: nn.Module, optimizer: Optimizer, batch: Tensor, config: RunConfig) -> Tensor:
+    """Make one optimizer step and return this process's loss."""
+    loss: Tensor = model(batch[:, :-1], batch[:, 1:])
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_norm_limit)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+class _ValidationSet:
+    """The same held-out batches every time, spread over the whole text and shared by the ranks."""
+
+    def __init__(self, text: Text, config: RunConfig, processes: Processes) -> None:
+        length = config.model.context
+        available = count_samples(text.validation, length)
+        wanted = min(available, config.validation_batches * config.batch_size)
+        wanted -= wanted % processes.size  # equal shares, so that the mean of means is the mean
+        if wanted == 0:
+            raise RecipeError(
+                f"data: {len(text.validation)} held-out bytes are too few to validate on.\n"
+                "Name more text, raise data.validation_fraction or lower model.context."
+            )
+        self._samples = [
+            cut_sample(text.validation, number * available // wanted, length)
+            for number in range(processes.rank, wanted, processes.size)
+        ]
+        self._share = max(config.batch_size // processes.size, 1)
+        self._processes = processes
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> float:
+        """Return the mean loss in nats per byte. Draws no random numbers."""
+        model.eval()
+        total = torch.zeros((), device=self._processes.device)
+        for first in range(0, len(self._samples), self._share):
+            samples = self._samples[first : first + self._share]
+            batch = torch.stack(samples).long().to(self._processes.device)
+            total += model(batch[:, :-1], batch[:, 1:]) * len(samples)
+        model.train()
+        return self._processes.mean(total / len(self._samples))
+
+
+def _build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    if config.name == "sgd":
+        return SGD(
+            model.parameters(),
+            lr=config.learning_rate,
+            momentum=config.beta1,
+            weight_decay=config.weight_decay,
+        )
+    return AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def _build_scheduler(optimizer: Optimizer, config: RunConfig) -> LambdaLR:
+    warmup, floor = config.optim.warmup_steps, config.optim.final_learning_rate_ratio
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min((step - warmup) / max(config.steps - warmup, 1), 1.0)
+        return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+    return LambdaLR(optimizer, scale)
