@@ -90,7 +90,7 @@ def _read_choice(checkpoint_config: Any) -> tuple[Any, Sequence[str] | None]:
     if not hasattr(checkpoint_config, "custom_manager_class"):
         problem = (
             f"checkpoint is of type {type(checkpoint_config).__name__} and has no "
-            "custom_manager_class; make it a CheckpointConfig, as CheckpointConfig.from_mapping does"
+            "custom_manager_class; make it a CheckpointConfig, by CheckpointConfig.from_mapping"
         )
         raise ConfigError([problem])
     allowlist = getattr(checkpoint_config, "custom_manager_allowlist", None)

@@ -433,6 +433,11 @@ def test_a_body_inherited_from_a_protocol_is_no_method(write_module: Write, base
     assert "has no method 'save'" in _refusal(ManagerShapeError, _config(path))
     whole = f"{base}\nclass Manager(Base):\n{methods}    def save(self, ctx, callbacks): ...\n"
     create_checkpoint_manager(_config(write_module(whole, "whole_manager") + ".Manager"))
+    made = whole.replace(
+        "def __init__(self, config): ...", "def __init__(self, config): self.save = print"
+    )
+    made = made.replace("    def save(self, ctx, callbacks): ...", "")
+    create_checkpoint_manager(_config(write_module(made, "made_manager") + ".Manager"))
 
 
 def test_an_abstract_class_is_refused(write_module: Write) -> None:
