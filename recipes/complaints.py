@@ -1,8 +1,8 @@
 """Errors that the person at the keyboard can mend, as short messages.
 
-Owns which errors those are and how each is worded: the field or path first, what is wrong with it, what
-to do. Promises at most three lines, whatever page Hydra or OmegaConf raised. Refuses to word an unknown
-exception: that is a defect, and its traceback is wanted.
+Owns which errors those are and how each is worded: the field or path first, what is wrong with it,
+what to do. Promises at most three lines, whatever page Hydra or OmegaConf raised. Refuses to word
+an unknown exception: that is a defect, and its traceback is wanted.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields, is_dataclass
 
-from holdfast import CheckpointError
-from holdfast.errors import ConfigError
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
+
+from holdfast import CheckpointError
+from holdfast.errors import ConfigError
 from run_config import RecipeError
 
 PLAIN_ERRORS = (RecipeError, CheckpointError, HydraException, OmegaConfBaseException)

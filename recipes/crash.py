@@ -1,7 +1,7 @@
 """Dying on purpose, so that resuming can be tried.
 
-Owns when a run kills itself and how: SIGKILL, which nothing can catch or tidy up after. Promises that
-the same command works twice: a step that an earlier attempt has passed kills nobody. Knows of
+Owns when a run kills itself and how: SIGKILL, which nothing can catch or tidy up after. Promises
+that the same command works twice: a step that an earlier attempt has passed kills nobody. Knows of
 checkpoints only that a save in flight has a `*.pending-*` directory.
 """
 

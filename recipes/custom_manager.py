@@ -1,9 +1,10 @@
 """A checkpoint manager of one's own: holdfast's, plus a second copy of every checkpoint.
 
-Owns the mirror: a directory that holds each committed checkpoint and a tracker, and is itself a store to
-load from. Promises to copy only what is committed, to show a copy only when it is complete, and to make
-up at the next start for a copy that a crash prevented. Leaves everything else to the manager it wraps. A
-mirror that cannot be written is a warning, because the checkpoint itself stands.
+Owns the mirror: a directory that holds each committed checkpoint and a tracker, and is itself a
+store to load from. Promises to copy only what is committed, to show a copy only when it is
+complete, and to make up at the next start for a copy that a crash prevented. Leaves everything else
+to the manager it wraps. A mirror that cannot be written is a warning, because the checkpoint itself
+stands.
 
     python recipes/pretrain.py recipe=custom_manager
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
 from holdfast import (
     CheckpointConfig,
     CheckpointEvent,

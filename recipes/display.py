@@ -1,8 +1,8 @@
 """What a person sees of a run.
 
 Owns every line that the recipe prints: a progress bar at a terminal, plain lines anywhere else, the
-closing table, the command that resumes. Promises that only the first process speaks, so that any number
-of them may hold a display. Decides nothing.
+closing table, the command that resumes. Promises that only the first process speaks, so that any
+number of them may hold a display. Decides nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from holdfast import LoadResult
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from holdfast import LoadResult
 from saving import SaveRecord, describe_size
 
 PLAIN_WIDTH = 100
@@ -39,9 +40,7 @@ class Display:
     def __init__(self, rank: int, steps: int, log_interval: int) -> None:
         console = Console(quiet=rank != 0, highlight=False, soft_wrap=True)
         if not console.is_terminal:
-            console = Console(
-                quiet=rank != 0, highlight=False, width=PLAIN_WIDTH, soft_wrap=True
-            )
+            console = Console(quiet=rank != 0, highlight=False, width=PLAIN_WIDTH, soft_wrap=True)
         self._console = console
         self._steps = steps
         self._log_interval = log_interval

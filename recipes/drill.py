@@ -1,9 +1,10 @@
 """Kill the main job and prove that resuming changes nothing.
 
-Owns three runs of the same tiny training: one left alone, one killed at a step and one killed in the
-middle of a save, each of the two then started again by the very same command. Promises a zero exit only
-when both died as planned, left a torn save where one was wanted, resumed from a checkpoint, and every
-loss and the final validation loss equal those of the run left alone, to the last bit.
+Owns three runs of the same tiny training: one left alone, one killed at a step and one killed in
+the middle of a save, each of the two then started again by the very same command. Promises a zero
+exit only when both died as planned, left a torn save where one was wanted, resumed from a
+checkpoint, and every loss and the final validation loss equal those of the run left alone, to the
+last bit.
 
     python recipes/drill.py
     python recipes/drill.py --processes 2 --parallel fsdp
@@ -64,7 +65,12 @@ class Launch:
         command += [f"steps={STEPS}", f"run_dir={self.root / name}", *overrides]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}  # torchrun's own default, unasked
         return subprocess.run(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            check=False,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
     def run_to_end(self, name: str, *overrides: str) -> LossCurve:
@@ -97,7 +103,9 @@ def compare(name: str, resumed: LossCurve, alone: LossCurve) -> Verdict:
     steps = sorted(set(resumed.training) | set(alone.training))
     different = [step for step in steps if resumed.training.get(step) != alone.training.get(step)]
     final, wanted = resumed.validation.get(STEPS), alone.validation.get(STEPS)
-    return Verdict(name, resumed.resumed_from[-1], tuple(different), wanted is None or final != wanted)
+    return Verdict(
+        name, resumed.resumed_from[-1], tuple(different), wanted is None or final != wanted
+    )
 
 
 def drill(launch: Launch) -> list[Verdict]:

@@ -1,17 +1,18 @@
 """A small byte-level GPT in plain PyTorch.
 
-Owns the architecture: pre-norm blocks of causal attention with rotary positions and a two-layer MLP,
-an untied head over the 256 byte values. Promises that two models built after the same `torch.manual_seed`
-are equal bit for bit. Refuses to know devices, parallelism and data; `blocks` is there for whoever
-shards it.
+Owns the architecture: pre-norm blocks of causal attention with rotary positions and a two-layer
+MLP, an untied head over the 256 byte values. Promises that two models built after the same
+`torch.manual_seed` are equal bit for bit. Refuses to know devices, parallelism and data; `blocks`
+is there for whoever shards it.
 """
 
 from __future__ import annotations
 
 import torch
-from run_config import ModelConfig
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # the name that every PyTorch program uses
+
+from run_config import ModelConfig
 
 BYTE_VALUES = 256
 
@@ -40,9 +41,7 @@ class Block(nn.Module):
         batch, length, width = hidden.shape
         projected = self.query_key_value(hidden)
         query, key, value = projected.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            _rotate(query), _rotate(key), value, is_causal=True
-        )
+        mixed = F.scaled_dot_product_attention(_rotate(query), _rotate(key), value, is_causal=True)
         attended: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         return attended
 

@@ -1,9 +1,9 @@
 """The loss curve of a run, on disk, over all its attempts.
 
-Owns `losses.jsonl`: one JSON object per line, each loss as a number for people and as a hexadecimal float
-that is exact. Promises that reading gives one curve however often the run was killed: an attempt begins
-with the step it resumed from, and every row beyond that step which an earlier attempt wrote is void.
-Refuses to be a checkpoint: rows are not synced to disk.
+Owns `losses.jsonl`: one JSON object per line, each loss as a number for people and as a hexadecimal
+float that is exact. Promises that reading gives one curve however often the run was killed: an
+attempt begins with the step it resumed from, and every row beyond that step which an earlier
+attempt wrote is void. Refuses to be a checkpoint: rows are not synced to disk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """How the processes of one run share its work.
 
-Owns the choice of device and backend, the process group, and the wrapping of the model. Promises that
-one program text serves one process, DDP and FSDP2: whoever trains asks `Processes` and never whether
-there are several. Refuses a launch that contradicts the configuration, before anything is built.
+Owns the choice of device and backend, the process group, and the wrapping of the model. Promises
+that one program text serves one process, DDP and FSDP2: whoever trains asks `Processes` and never
+whether there are several. Refuses a launch that contradicts the configuration, before anything is
+built.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from gpt import GPT
-from run_config import ParallelConfig, RecipeError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from gpt import GPT
+from run_config import ParallelConfig, RecipeError
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class _ProcessGroup(Processes):
 
 class _ReplicatedProcesses(_ProcessGroup):
     def distribute(self, model: GPT) -> nn.Module:
-        # DDP re-orders its buckets after the first step, and with them the order of summation: a
-        # resumed run would differ in the last bit. It does not when parameters might be unused.
-        return DistributedDataParallel(model.to(self.device), find_unused_parameters=True)
+        replicas = DistributedDataParallel(model.to(self.device))
+        # DDP re-orders its buckets after the first backward, and with them the order of summation:
+        # a resumed run would differ in the last bit. So the first one is spent here, on nothing.
+        tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        replicas(tokens, tokens).backward()
+        replicas.zero_grad()
+        return replicas
 
 
 class _ShardedProcesses(_ProcessGroup):

@@ -1,9 +1,9 @@
 """Train a small byte-level GPT on real text; killed and started again, it goes on where it stopped.
 
-Owns the program: Hydra composes configs/pretrain.yaml, the result becomes dataclasses once, here, and
-`training.train` does the rest. Promises that whatever the person at the keyboard can mend ends in a
-message of at most three lines and a non-zero exit, printed by one process. Anything else is a defect
-and keeps its traceback.
+Owns the program: Hydra composes configs/pretrain.yaml, the result becomes dataclasses once, here,
+and `training.train` does the rest. Promises that whatever the person at the keyboard can mend ends
+in a message of at most three lines and a non-zero exit, printed by one process. Anything else is a
+defect and keeps its traceback.
 
     python recipes/pretrain.py recipe=quickstart
     torchrun --nproc-per-node 2 recipes/pretrain.py parallel=fsdp
@@ -14,21 +14,22 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
 from complaints import PLAIN_ERRORS, condense
 from display import Display, describe_command
 from holdfast import hydra_schema
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
 from parallel import open_processes
 from run_config import RunConfig
 from training import train
 
 
 def compose() -> list[RunConfig]:
-    """Let Hydra read the command line; a list because `--cfg job` runs nothing, `--multirun` many."""
+    """Let Hydra read the command line; `--cfg job` asks for no run, `--multirun` for several."""
     composed: list[DictConfig] = []
 
     @hydra.main(config_path="../configs", config_name="pretrain", version_base="1.3")
@@ -53,9 +54,7 @@ def main() -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing a page
     sys.path.append(os.getcwd())  # so that a manager's module beside the caller imports
-    warnings.showwarning = lambda message, *_: (  # type: ignore[assignment]  # the rest is unused
-        print(f"warning: {message}", file=sys.stderr) if speaks else None
-    )
+    warnings.showwarning = _show_warning if speaks else _drop_warning
     hydra_schema.register()
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     try:
@@ -70,6 +69,14 @@ def main() -> int:
             print(f"interrupted; to go on: {describe_command()}", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _drop_warning(*_: Any, **__: Any) -> None:
+    """Leave it to the first process, which has the same to say."""
 
 
 if __name__ == "__main__":

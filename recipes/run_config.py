@@ -1,8 +1,9 @@
 """What a run of the recipe may ask for, beside its checkpoints.
 
-Owns the recipe's own settings: types, safe values and limits. Promises that all impossible values of a run are reported together, each with the path of its field. Refuses to
-repeat the checkpoint settings: those are holdfast's `CheckpointConfig`, taken as they are. The YAML
-files under configs/ state choices only.
+Owns the recipe's own settings: types, safe values and limits. Promises that all impossible values
+of a run are reported together, each with the path of its field. Refuses to repeat the checkpoint
+settings: those are holdfast's `CheckpointConfig`, taken as they are. The YAML files under configs/
+state choices only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What the checkpoints of one attempt cost it.
 
 Owns the record of every save: when it was asked for, how long training waited, and what the manager
-reported of it. Promises figures for any manager: the wait is measured from outside, around `save` and
-`finalize_async_saves`; size and duration come from events where the manager fires them. Refuses to
-decide when to save.
+reported of it. Promises figures for any manager: the wait is measured from outside, around `save`
+and `finalize_async_saves`; size and duration come from events where the manager fires them. Refuses
+to decide when to save.
 """
 
 from __future__ import annotations

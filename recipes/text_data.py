@@ -1,10 +1,10 @@
 """Text as bytes, cut into samples, in an order that a checkpoint can name.
 
-Owns which bytes are trained on, which are held out, and the loader that deals samples to data-parallel
-ranks. Promises that the same text and seed give the same order for ever, and that a restored loader
-goes on at the very next sample, at any data-parallel size: its only position is the count of samples
-that all ranks together have taken. Refuses to go on with other text than it was saved with, and to read
-ahead.
+Owns which bytes are trained on, which are held out, and the loader that deals samples to
+data-parallel ranks. Promises that the same text and seed give the same order for ever, and that a
+restored loader goes on at the very next sample, at any data-parallel size: its only position is the
+count of samples that all ranks together have taken. Refuses to go on with other text than it was
+saved with, and to read ahead.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run_config import DataConfig, RecipeError
 from torch import Tensor
+
+from run_config import DataConfig, RecipeError
 
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 """Below the standard library, but not its source: installed packages, and tests (mostly tables)."""

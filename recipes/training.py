@@ -1,9 +1,10 @@
 """The training loop, around any checkpoint manager.
 
-Owns the order of things: build, load, then step, save when due, finalize, validate, until the last step.
-Talks to checkpoints through the protocol only, so that a manager named in the configuration takes the
-default one's place. Promises that the same settings and process count give the same losses bit for bit,
-interrupted or not. Prints nothing itself and knows neither Hydra nor the number of processes.
+Owns the order of things: build, load, then step, save when due, finalize, validate, until the last
+step. Talks to checkpoints through the protocol only, so that a manager named in the configuration
+takes the default one's place. Promises that the same settings and process count give the same
+losses bit for bit, interrupted or not. Prints nothing itself and knows neither Hydra nor the number
+of processes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
 from crash import plan_crash
 from display import Display
 from gpt import GPT, floating_point_operations_per_token
@@ -27,9 +32,6 @@ from parallel import Processes
 from run_config import OptimConfig, RecipeError, RunConfig
 from saving import MeasuredSaves
 from text_data import ShardedLoader, Text, count_samples, cut_sample, read_text
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
@@ -94,7 +96,7 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
                 f"The loss became {loss} at step {progress.step + 1}; the last checkpoint is from "
                 "before.\nLower optim.learning_rate and start again in another run_dir."
             )
-        learning_rate = scheduler.get_last_lr()[0]
+        learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
         progress.step += 1
         progress.consumed_train_samples += config.batch_size
@@ -137,8 +139,8 @@ def _is_save_due(config: RunConfig, step: int) -> bool:
 def _load_own_store_first(config: RunConfig, display: Display) -> RunConfig:
     """Drop a named `load.directory` once the run's own store holds a checkpoint.
 
-    A run that began from another's checkpoint would otherwise begin from it again each time the same
-    command is typed, and be refused when it saves beside its own newer checkpoints.
+    A run that began from another's checkpoint would otherwise begin from it again each time the
+    same command is typed, and be refused when it saves beside its own newer checkpoints.
     """
     own, load = config.checkpoint.persistent.directory, config.checkpoint.load
     if load.directory is None or load.step is not None or own is None:
@@ -147,15 +149,13 @@ def _load_own_store_first(config: RunConfig, display: Display) -> RunConfig:
         return config
     display.say(f"{own} has checkpoints of its own by now; not loading from {load.directory}")
     load = dataclasses.replace(load, directory=None)
-    return dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, load=load)
-    )
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=load))
 
 
 def _step(model: nn.Module, optimizer: Optimizer, batch: Tensor, config: RunConfig) -> Tensor:
     """Make one optimizer step and return this process's loss."""
     loss: Tensor = model(batch[:, :-1], batch[:, 1:])
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_norm_limit)
     optimizer.step()
     optimizer.zero_grad()

@@ -14,5 +14,5 @@ from holdfast.config import CheckpointConfig
 
 
 def register() -> None:
-    """Offer `CheckpointConfig` to Hydra as `checkpoint/schema`; calling it again changes nothing."""
+    """Offer `CheckpointConfig` to Hydra as `checkpoint/schema`; once or more often."""
     ConfigStore.instance().store(group="checkpoint", name="schema", node=CheckpointConfig)
