@@ -118,8 +118,13 @@ class LocalFilesystem:
         return sorted(found, key=lambda each: each.name)
 
     def open_existing(self, path: Path) -> BinaryIO:
-        """Open a regular file for reading; a symbolic link is refused (ELOOP)."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        """Open a regular file for reading; a link is refused (ELOOP), as is all else (EINVAL)."""
+        # Not blocking: a pipe in the place of a file would otherwise wait for a writer for ever.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return os.fdopen(descriptor, "rb")
 
     def size_bytes(self, path: Path) -> int:

@@ -21,7 +21,7 @@ from holdfast.errors import CorruptCheckpointError, StoreIdentityError, Supersed
 from holdfast.filesystem import Filesystem, create_once, read_bytes, replace
 
 RUN_NAME = "run.json"
-_CLAIM_NAME = re.compile(r"attempt_(\d{7,})\.json")
+_CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
 
 
 @dataclass(frozen=True)

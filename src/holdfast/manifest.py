@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import xxhash
 
@@ -82,17 +82,20 @@ class Manifest:
             raise CorruptCheckpointError(path, "does not match the digest in its last line")
         try:
             values = json.loads(body)
-            if values["format"] != FORMAT:
-                raise CorruptCheckpointError(
-                    path,
-                    f"is of format {values['format']}, not {FORMAT}: it needs a newer holdfast",
+            format_number = values["format"]
+            if format_number == FORMAT:
+                files = tuple(
+                    FileRecord(**{**each, "blocks": tuple(each["blocks"])})
+                    for each in values["files"]
                 )
-            files = tuple(
-                FileRecord(**{**each, "blocks": tuple(each["blocks"])}) for each in values["files"]
-            )
-            manifest = cls(**{**values, "files": files})
-        except (ValueError, KeyError, TypeError) as error:
+                manifest = cls(**{**values, "files": files})
+                _check_types(manifest)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(path, f"is not a manifest: {error}") from error
+        if format_number != FORMAT:
+            raise CorruptCheckpointError(
+                path, f"is of format {format_number}, not {FORMAT}: it needs a newer holdfast"
+            )
         for each in files:
             if not _stays_inside(each.path):
                 raise CorruptCheckpointError(path, f"lists {each.path!r}, outside the checkpoint")
@@ -149,8 +152,28 @@ def _root_digest(blocks: list[bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(blocks))
 
 
-def _stays_inside(path: Any) -> bool:
-    if not isinstance(path, str) or not path or "\\" in path or "\0" in path:
+def _check_types(manifest: Manifest) -> None:
+    """Refuse what would fail far from here: decisions compare these numbers and join these texts.
+
+    Raises:
+        TypeError: naming the first field of the wrong type.
+        ValueError: a digest is not hexadecimal.
+    """
+    for record in (manifest, *manifest.files):
+        for each in fields(record):
+            kind = _FIELD_TYPES.get(str(each.type))
+            if kind is not None and type(getattr(record, each.name)) is not kind:
+                raise TypeError(f"{each.name} is no {each.type}")
+    for file in manifest.files:
+        for digest in (file.digest, *file.blocks):
+            bytes.fromhex(digest)
+
+
+_FIELD_TYPES: dict[str, type] = {"str": str, "int": int}
+
+
+def _stays_inside(path: str) -> bool:
+    if not path or "\\" in path or not path.isprintable():  # a name that a message can show
         return False
     parts = PurePosixPath(path)
     return not parts.is_absolute() and ".." not in parts.parts and str(parts) == path

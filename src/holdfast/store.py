@@ -29,10 +29,11 @@ from holdfast.manifest import MANIFEST_NAME, FileRecord, Manifest, describe_file
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 REPLACED_MARK = ".replaced-"
 _NONCE = "[0-9a-f]{8}"
-_COMMITTED = re.compile(r"iter_(\d{7,})")
-_REPLACED = re.compile(rf"iter_(\d{{7,}}){re.escape(REPLACED_MARK)}{_NONCE}")
+_NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"  # as checkpoint_name writes it, and in no other way
+_COMMITTED = re.compile(f"iter_({_NUMBER})")
+_REPLACED = re.compile(f"iter_({_NUMBER}){re.escape(REPLACED_MARK)}{_NONCE}")
 _PENDING = re.compile(
-    rf"(iter_\d{{7,}}|{re.escape(TRACKER_NAME)}|run\.json|attempt_\d{{7,}}\.json)"
+    rf"(iter_({_NUMBER})|{re.escape(TRACKER_NAME)}|run\.json|attempt_({_NUMBER})\.json)"
     rf"{re.escape(PENDING_MARK)}{_NONCE}"
 )
 
@@ -87,7 +88,7 @@ def checkpoint_name(iteration: int) -> str:
 def parse_checkpoint_name(name: str) -> int | None:
     """Return the iteration that a committed directory's name stands for; None: not such a name."""
     match = _COMMITTED.fullmatch(name)
-    return int(match[1]) if match and checkpoint_name(int(match[1])) == name else None
+    return int(match[1]) if match else None
 
 
 class Store:
@@ -178,10 +179,9 @@ class Store:
         except OSError as error:
             return None, f"unreadable: {error}"
         text = content.decode("ascii", "replace").strip()
-        if not re.fullmatch(r"[0-9]+", text):
+        if not re.fullmatch("[0-9]{1,18}", text):
             return None, f"torn: it holds {text[:20]!r}, not an iteration"
-        iteration = int(text)
-        return iteration, ""
+        return int(text), ""
 
     def check_sizes(self, checkpoint: Checkpoint) -> list[Damage]:
         """Compare the size of every listed file; cheap, and catches missing and cut files."""
