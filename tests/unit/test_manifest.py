@@ -1,0 +1,171 @@
+"""The commit record and the digests in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+import xxhash
+
+from holdfast.errors import CorruptCheckpointError
+from holdfast.manifest import BLOCK_BYTES, FileRecord, Manifest, describe_file, find_difference
+from tests.support.stores import manifest_of
+
+_FILES = tuple(
+    describe_file(name, io.BytesIO(content))
+    for name, content in ((".metadata", b"m" * 10), ("state/rank_00000.pt", b""))
+)
+MANIFEST = manifest_of(40, 3, "run", 2, _FILES)
+
+
+def _sealed(values: object) -> bytes:
+    body = json.dumps(values).encode() + b"\n"
+    return body + xxhash.xxh3_128_hexdigest(body).encode() + b"\n"
+
+
+def test_a_manifest_is_read_back_exactly() -> None:
+    """What is written is read back equal, the file records included."""
+    assert Manifest.from_bytes(MANIFEST.to_bytes(), "m") == MANIFEST
+    assert MANIFEST.size_bytes == 10
+
+
+def test_the_last_line_is_the_digest_of_all_before() -> None:
+    """A manifest is JSON for people and one more line: xxh3-128 of the bytes before that line."""
+    body, last = MANIFEST.to_bytes().rstrip(b"\n").rsplit(b"\n", 1)
+    assert last.decode() == xxhash.xxh3_128_hexdigest(body + b"\n")
+    assert json.loads(body)["iteration"] == 40
+
+
+def test_every_torn_manifest_is_refused() -> None:
+    """Cut anywhere but at its final newline, a manifest is refused, naming the file."""
+    content = MANIFEST.to_bytes()
+    for length in range(len(content) - 1):
+        with pytest.raises(CorruptCheckpointError, match=r"^m: does not match the digest"):
+            Manifest.from_bytes(content[:length], "m")
+
+
+def test_every_altered_byte_is_refused() -> None:
+    """One flipped bit in any byte of the record is refused."""
+    content = MANIFEST.to_bytes()
+    for position in range(len(content) - 1):
+        altered = bytearray(content)
+        altered[position] ^= 1
+        with pytest.raises(CorruptCheckpointError):
+            Manifest.from_bytes(bytes(altered), "m")
+
+
+def _values(**changes: object) -> dict[str, object]:
+    return {**dataclasses.asdict(MANIFEST), **changes}
+
+
+def _file(**changes: object) -> list[dict[str, object]]:
+    return [{**dataclasses.asdict(_FILES[0]), **changes}]
+
+
+REFUSED = [
+    (_values(format=2), "m: is of format 2, not 1: it needs a newer holdfast"),
+    (_values(format=None), "m: is of format None, not 1"),
+    ([], "m: is not a manifest"),
+    ({}, "m: is not a manifest"),
+    (_values(colour="red"), "m: is not a manifest"),
+    (_values(files=[{"path": "a"}]), "m: is not a manifest"),
+    (_values(files=None), "m: is not a manifest"),
+    (_values(iteration="40"), "m: is not a manifest"),
+    (_values(sequence=None), "m: is not a manifest"),
+    (_values(files=_file(size_bytes="1")), "m: is not a manifest"),
+    (_values(files=_file(blocks=["no digest"])), "m: is not a manifest"),
+    *[
+        (_values(files=_file(path=path)), "outside the checkpoint")
+        for path in ("../a", "/a", "a/../../b", "", "a\\b", "a//b", "./a", "a\0", "a/", "\ud800")
+    ],
+    (_values(files=_file(path=7)), "m: "),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), REFUSED)
+def test_a_record_that_is_no_manifest_is_refused(values: object, reason: str) -> None:
+    """A newer format, missing or wrong fields, and paths that leave the checkpoint are refused."""
+    with pytest.raises(CorruptCheckpointError, match="^m: ") as caught:
+        Manifest.from_bytes(_sealed(values), "m")
+    assert reason in str(caught.value)
+
+
+def test_a_deeply_nested_record_is_refused() -> None:
+    """A hostile record that exhausts the JSON parser is refused like any other."""
+    body = b"[" * 100_000 + b"\n"
+    content = body + xxhash.xxh3_128_hexdigest(body).encode() + b"\n"
+    with pytest.raises(CorruptCheckpointError, match="is not a manifest"):
+        Manifest.from_bytes(content, "m")
+
+
+SIZES = [(0, 0), (1, 1), (BLOCK_BYTES, 1), (BLOCK_BYTES + 1, 2), (2 * BLOCK_BYTES, 2)]
+
+
+@pytest.mark.parametrize(("size_bytes", "blocks"), SIZES)
+def test_a_file_digest_is_that_of_its_block_digests(size_bytes: int, blocks: int) -> None:
+    """A digest is xxh3-128 over the xxh3-128 digests of 8 MiB blocks, none for an empty file."""
+    content = bytes(range(251)) * (size_bytes // 251 + 1)
+    content = content[:size_bytes]
+    record = describe_file("a", io.BytesIO(content))
+    parts = [content[at : at + BLOCK_BYTES] for at in range(0, size_bytes, BLOCK_BYTES)]
+    digests = [xxhash.xxh3_128_digest(part) for part in parts]
+    expected = xxhash.xxh3_128_hexdigest(b"".join(digests))
+    assert record == FileRecord("a", size_bytes, expected, tuple(each.hex() for each in digests))
+    assert len(record.blocks) == blocks
+    assert find_difference(record, io.BytesIO(content)) is None
+
+
+class _Trickle(io.RawIOBase):
+    """A stream that gives a few bytes at a time, as a network file system may."""
+
+    def __init__(self, content: bytes) -> None:
+        self._left = memoryview(content)
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        count = min(len(buffer), len(self._left), 1_000_003)
+        buffer[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+
+def test_short_reads_change_no_digest() -> None:
+    """Blocks are 8 MiB of the file, however few bytes a read returns."""
+    content = bytes(2 * BLOCK_BYTES + 5)
+    assert describe_file("a", _Trickle(content)) == describe_file("a", io.BytesIO(content))
+
+
+_CONTENT = bytes(BLOCK_BYTES) + b"second block"
+_END = len(_CONTENT)
+
+
+DIFFERENCES = [
+    (b"\x01" + _CONTENT[1:], f"block 0 (bytes 0-{BLOCK_BYTES - 1}) does not match its digest"),
+    (_CONTENT[:-1] + b"K", f"block 1 (bytes {BLOCK_BYTES}-{_END - 1}) does not match its digest"),
+    (_CONTENT[:-1], f"block 1 (bytes {BLOCK_BYTES}-{_END - 2}) does not match its digest"),
+    (_CONTENT[:BLOCK_BYTES], f"has {BLOCK_BYTES} bytes, {_END} were committed"),
+    (b"", f"has 0 bytes, {_END} were committed"),
+    (_CONTENT + b"x", f"block 1 (bytes {BLOCK_BYTES}-{_END}) does not match its digest"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), DIFFERENCES, ids=range(len(DIFFERENCES)))
+def test_a_difference_is_named_by_block_and_bytes(content: bytes, reason: str) -> None:
+    """A changed, shorter or longer file is told with the first place that differs."""
+    record = describe_file("a", io.BytesIO(_CONTENT))
+    assert find_difference(record, io.BytesIO(content)) == reason
+
+
+def test_bytes_behind_full_blocks_are_seen() -> None:
+    """A file that goes on behind its last full block is told to be longer."""
+    record = describe_file("a", io.BytesIO(bytes(BLOCK_BYTES)))
+    longer = io.BytesIO(bytes(BLOCK_BYTES + 1))
+    assert find_difference(record, longer) == f"is longer than the {BLOCK_BYTES} bytes committed"
+
+
+def test_blocks_and_digest_must_agree() -> None:
+    """A record whose block digests fit the file and whose digest does not is a difference."""
+    record = dataclasses.replace(describe_file("a", io.BytesIO(b"x")), digest="0" * 32)
+    expected = "its block digests do not match its digest"
+    assert find_difference(record, io.BytesIO(b"x")) == expected
