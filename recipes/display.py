@@ -128,7 +128,7 @@ class Display:
             )
         waited_seconds = sum(record.waited_seconds for record in records)
         table.add_section()
-        table.add_row(f"{len(records)} saves", "", "", "", f"{waited_seconds:.3f} s")
+        table.add_row("all", "", "", "", f"{waited_seconds:.3f} s")
         self._console.print(table)
 
     def show_ways_on(self, steps: int) -> None:

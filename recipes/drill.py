@@ -102,10 +102,8 @@ def compare(name: str, resumed: LossCurve, alone: LossCurve) -> Verdict:
     """Compare every step and the last validation bit for bit."""
     steps = sorted(set(resumed.training) | set(alone.training))
     different = [step for step in steps if resumed.training.get(step) != alone.training.get(step)]
-    final, wanted = resumed.validation.get(STEPS), alone.validation.get(STEPS)
-    return Verdict(
-        name, resumed.resumed_from[-1], tuple(different), wanted is None or final != wanted
-    )
+    validation_differs = resumed.validation[STEPS] != alone.validation[STEPS]
+    return Verdict(name, resumed.resumed_from[-1], tuple(different), validation_differs)
 
 
 def drill(launch: Launch) -> list[Verdict]:

@@ -69,7 +69,7 @@ class GPT(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
             if name.endswith(("attention_out.weight", "mlp_out.weight")):
-                # Each block adds twice to the residual stream; its variance stays that of one layer.
+                # Each block adds twice to the stream; its variance stays that of one layer.
                 parameter.data.div_((2 * config.layers) ** 0.5)
         nn.init.zeros_(self.head.weight)  # every byte equally likely: the first loss is 8 bits
 
