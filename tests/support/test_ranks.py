@@ -70,7 +70,7 @@ def _sleep_in_a_thread() -> None:
 def test_a_hang_ends_in_the_stacks_of_all_threads() -> None:
     """At the deadline every rank shows where each of its threads is, and is gone."""
     with pytest.raises(RanksFailedError, match=r"ranks \[0, 1\] did not end in time") as caught:
-        run_ranks(_wait_for_ever, 2, timeout_seconds=1)
+        run_ranks(_wait_for_ever, 2, timeout_seconds=3)
     for each in caught.value.exits:
         assert each.signal is signal.SIGABRT
         assert "in _wait_for_ever" in each.output
@@ -85,7 +85,7 @@ def _stop_itself() -> None:
 def test_a_stopped_rank_is_killed() -> None:
     """A rank that cannot even show its stacks does not outlive the deadline."""
     with pytest.raises(RanksFailedError) as caught:
-        run_ranks(_stop_itself, 1, timeout_seconds=1)
+        run_ranks(_stop_itself, 1, timeout_seconds=2)
     assert caught.value.exits[0].signal is signal.SIGKILL
 
 
@@ -159,5 +159,5 @@ def test_a_program_that_hangs_shows_its_stacks() -> None:
     """At the deadline a program shows where each of its threads is."""
     program = "import time\ndef linger(): time.sleep(600)\nlinger()"
     with pytest.raises(RanksFailedError, match=r"ranks \[0\] did not end in time") as caught:
-        run_program(["-c", program], timeout_seconds=2)
+        run_program(["-c", program], timeout_seconds=4)
     assert "in linger" in caught.value.exits[0].output

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
+from tests.support.ranks import run_ranks
 from tests.support.states import (
     MODELS,
     ReshardableStream,
@@ -140,3 +142,18 @@ def test_a_stream_deals_every_sample_once_at_any_number_of_ranks() -> None:
     alone.load_resharded_state([stream.state_dict() for stream in pair])
     taken += [next(alone)[0], next(alone)[0]]
     assert torch.equal(torch.cat(taken), wanted)
+
+
+def _digest_sharded() -> dict[str, str]:
+    run = make_run()
+    fully_shard(run.model)
+    return run.digests()
+
+
+def test_a_sharded_model_has_the_digests_of_the_whole() -> None:
+    """Sharding changes where the bits are, not what they are."""
+    whole = make_run().digests()
+    for digests in run_ranks(_digest_sharded, 2):
+        models = {name: value for name, value in digests.items() if name.startswith("model.")}
+        assert models.items() <= whole.items()
+        assert len(models) == 4
