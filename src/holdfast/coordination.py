@@ -143,7 +143,8 @@ class StoreCoordinator:
         if self.rank == 0:
             outcomes = [outcome, *self._collect(stage, turn)]
             shares = self._settle(stage, outcomes, answer)
-            self._forget_spent()  # every rank has read all earlier replies: it has come this far
+            # Every rank has read all earlier replies: it has come this far.
+            self._forget_spent(stage)
             self._reply(stage, turn, shares)
             return self._unpack(shares[0], cause)
         self._set(f"{turn}/{self.rank}", outcome, stage)
@@ -153,14 +154,14 @@ class StoreCoordinator:
         self._turn += 1
         return self._turn
 
-    @staticmethod
-    def _attempt(work: Callable[[], T]) -> tuple[tuple[str, Any], BaseException | None]:
+    def _attempt(self, work: Callable[[], T]) -> tuple[tuple[str, Any], BaseException | None]:
         try:
             return ("value", work()), None
         except CheckpointError as error:
             return ("ours", error), error
         except Exception as error:  # noqa: BLE001  # told to every rank, and raised there
-            return ("failure", error), error
+            # A description, since not every exception can be pickled, or read back.
+            return ("failure", RankFailure.of(self.rank, error)), error
 
     def _settle(
         self,
@@ -179,11 +180,7 @@ class StoreCoordinator:
         for kind, value in outcomes:
             if kind == "ours":
                 return value  # type: ignore[no-any-return]  # pickled
-        failures = [
-            value if kind == "lost" else RankFailure.of(rank, value)
-            for rank, (kind, value) in enumerate(outcomes)
-            if kind in ("failure", "lost")
-        ]
+        failures = [value for kind, value in outcomes if kind == "failure"]
         return StageFailedError(stage, failures) if failures else None
 
     @staticmethod
@@ -227,10 +224,13 @@ class StoreCoordinator:
             raise StageTimeoutError(stage, [0], self._timeout_seconds) from cause
         return self._unpack(self._get(key, stage), cause)
 
-    def _forget_spent(self) -> None:
+    def _forget_spent(self, stage: str) -> None:
         spent, self._spent_keys = self._spent_keys, []
-        for key in spent:
-            self._store.delete_key(self._name(key))
+        try:
+            for key in spent:
+                self._store.delete_key(self._name(key))
+        except RuntimeError as error:
+            raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
 
     def _name(self, key: str) -> str:
         return f"{self._channel}/{key}"
@@ -244,12 +244,7 @@ class StoreCoordinator:
         return True
 
     def _set(self, key: str, value: tuple[str, Any], stage: str) -> None:
-        try:
-            content = pickle.dumps(value)
-        except Exception:  # noqa: BLE001  # whatever its __reduce__ raises
-            # An exception of the user's that cannot travel: its description can.
-            assert value[0] == "failure", f"a value of stage {stage} cannot be pickled"
-            content = pickle.dumps(("lost", RankFailure.of(self.rank, value[1])))
+        content = pickle.dumps(value)
         try:
             self._store.set(self._name(key), content)
         except RuntimeError as error:

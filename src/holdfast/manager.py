@@ -258,7 +258,7 @@ class DefaultCheckpointManager:
             "resolve",
             lambda: resolve(config.load, self._tier.store.root, config.run_id, self._filesystem),
         )
-        skipped = list(decision.skipped)
+        failed: list[SkippedCheckpoint] = []
         touched = False
         for checkpoint in decision.candidates:
             try:
@@ -271,13 +271,14 @@ class DefaultCheckpointManager:
                     raise
                 if control.rank == 0:
                     logger.warning("%s is passed over: %s", checkpoint.path, error.reason)
-                skipped.append(
+                failed.append(
                     SkippedCheckpoint(str(checkpoint.path), error.reason, checkpoint.iteration)
                 )
                 continue
             control.together("apply", restoration.apply)
-            return self._finish_load(ctx.state, opened, tuple(skipped))
-        if skipped:
+            newer = [each for each in decision.skipped if _is_beyond(each, checkpoint.iteration)]
+            return self._finish_load(ctx.state, opened, _newest_first(newer + failed))
+        if skipped := _newest_first([*decision.skipped, *failed]):
             kind = StatePartlyLoadedError if touched else NoLoadableCheckpointError
             raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in skipped])
         if config.load.on_missing == "error":
@@ -328,6 +329,14 @@ class DefaultCheckpointManager:
 
     def _rank(self) -> int:
         return self._coordinators()[0].rank
+
+
+def _is_beyond(skipped: SkippedCheckpoint, iteration: int) -> bool:
+    return skipped.iteration is None or skipped.iteration > iteration
+
+
+def _newest_first(skipped: list[SkippedCheckpoint]) -> tuple[SkippedCheckpoint, ...]:
+    return tuple(sorted(skipped, key=lambda each: each.iteration or 0, reverse=True))
 
 
 def _app_state(

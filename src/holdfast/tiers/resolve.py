@@ -38,7 +38,8 @@ class Decision:
     asked_for: bool
     """One checkpoint was named: nothing else may be loaded in its place."""
     skipped: tuple[SkippedCheckpoint, ...] = ()
-    """What was passed over already: superseded, another run's, unreadable, or of wrong size."""
+    """What was passed over already: superseded, another run's, unreadable, or of wrong size.
+    Complete, largest iteration first: the best candidate may yet turn out to be damaged."""
 
 
 def resolve(
@@ -96,9 +97,6 @@ def _newest_first(
         else:
             skipped.append(SkippedCheckpoint(str(each.path), reason, each.iteration))
     _report_tracker(store, listing.checkpoints)
-    if candidates:
-        best = candidates[0].iteration
-        skipped = [each for each in skipped if each.iteration is None or each.iteration > best]
     skipped.sort(key=lambda each: each.iteration or 0, reverse=True)
     return Decision(store.root, tuple(candidates), asked_for=False, skipped=tuple(skipped))
 
