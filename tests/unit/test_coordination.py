@@ -1,0 +1,353 @@
+"""Ranks agree on values and on failures."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore, TCPStore
+
+from holdfast.coordination import Coordinator, SingleProcess, StoreCoordinator, open_channels
+from holdfast.errors import (
+    CorruptCheckpointError,
+    RankFailure,
+    StageFailedError,
+    StageTimeoutError,
+    StateMismatchError,
+)
+
+RANKS = 3
+
+
+@pytest.fixture(params=["hash", "tcp"])
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A rendezvous store of each kind, without its own long default timeout."""
+    if request.param == "hash":
+        yield HashStore()
+    else:
+        yield TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=20))
+
+
+def _on_ranks(
+    store: Any,
+    program: Callable[[StoreCoordinator], Any],
+    ranks: tuple[int, ...] = tuple(range(RANKS)),
+    timeout_seconds: float = 20.0,
+) -> dict[int, Any]:
+    """Run a program on threads as ranks; return what each returned or raised."""
+    outcomes: dict[int, Any] = {}
+
+    def run(rank: int) -> None:
+        clone = store.clone() if isinstance(store, TCPStore) else store
+        coordinator = StoreCoordinator(clone, rank, RANKS, timeout_seconds, "test")
+        try:
+            outcomes[rank] = program(coordinator)
+        except Exception as error:  # noqa: BLE001  # what a rank raises is what is tested
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in ranks]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+        assert not each.is_alive(), "a rank hangs"
+    return outcomes
+
+
+def test_everyone_learns_every_value(store: Any) -> None:
+    """`together` gives each rank all results in rank order."""
+    found = _on_ranks(store, lambda ranks: ranks.together("s", lambda: ranks.rank * 10))
+    assert found == {rank: [0, 10, 20] for rank in range(RANKS)}
+
+
+def test_only_the_leader_gathers(store: Any) -> None:
+    """`gather` gives rank 0 all results and the others None."""
+    found = _on_ranks(store, lambda ranks: ranks.gather("s", lambda: ranks.rank * 10))
+    assert found == {0: [0, 10, 20], 1: None, 2: None}
+
+
+def test_the_leader_decides_for_all(store: Any) -> None:
+    """`lead` runs on rank 0 alone and gives everyone its result."""
+    ran: list[int] = []
+
+    def program(ranks: Coordinator) -> Any:
+        return ranks.lead("s", lambda: (ran.append(ranks.rank), {"path": Path("/x")})[1])
+
+    assert _on_ranks(store, program) == {rank: {"path": Path("/x")} for rank in range(RANKS)}
+    assert ran == [0]
+
+
+def test_the_leader_deals_shares(store: Any) -> None:
+    """`scatter` runs on rank 0 alone and gives rank n the n-th result."""
+    found = _on_ranks(store, lambda ranks: ranks.scatter("s", lambda: ["a", "b", "c"]))
+    assert found == {0: "a", 1: "b", 2: "c"}
+
+
+TURNS = ["together", "gather"]
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("failing", [(0,), (1,), (0, 2)])
+def test_a_failure_on_some_ranks_is_raised_on_all(
+    store: Any, turn: str, failing: tuple[int, ...]
+) -> None:
+    """A rank that raises makes every rank raise the same, with rank, stage, errno and path."""
+
+    def program(ranks: Coordinator) -> Any:
+        def work() -> int:
+            if ranks.rank in failing:
+                raise OSError(28, "No space left on device", f"/store/{ranks.rank}")
+            return 1
+
+        return getattr(ranks, turn)("write", work)
+
+    found = _on_ranks(store, program)
+    expected = tuple(
+        RankFailure(rank, "OSError", "ENOSPC No space left on device", f"/store/{rank}", 28)
+        for rank in failing
+    )
+    assert {type(each) for each in found.values()} == {StageFailedError}
+    assert [(each.stage, each.failures) for each in found.values()] == [("write", expected)] * 3
+    for rank in failing:
+        assert isinstance(found[rank].__cause__, OSError)
+
+
+@pytest.mark.parametrize("turn", ["lead", "scatter"])
+def test_a_failure_of_the_leader_is_raised_on_all(store: Any, turn: str) -> None:
+    """When the leader's work raises, every rank raises that, with stage and rank 0."""
+    found = _on_ranks(store, lambda ranks: getattr(ranks, turn)("plan", lambda: [1][5]))
+    assert {type(each) for each in found.values()} == {StageFailedError}
+    assert {each.failures[0].error for each in found.values()} == {"IndexError"}
+    assert {each.failures[0].rank for each in found.values()} == {0}
+
+
+def test_our_own_errors_keep_type_and_fields(store: Any) -> None:
+    """An error of holdfast's arrives as itself on every rank; of several the lowest rank's wins."""
+    errors = {
+        1: StateMismatchError("p", ["a"], ["b"], ["c"]),
+        2: CorruptCheckpointError("/q", "torn"),
+    }
+
+    def program(ranks: Coordinator) -> Any:
+        def work() -> None:
+            if ranks.rank == 0:
+                raise ValueError("a foreign failure beside one of ours")
+            raise errors[ranks.rank]
+
+        return ranks.together("compare", work)
+
+    found = _on_ranks(store, program)
+    for each in found.values():
+        assert type(each) is StateMismatchError
+        assert (each.path, each.missing, each.unexpected) == ("p", ("a",), ("b",))
+
+
+class _Stubborn(Exception):
+    """Cannot be pickled, as exceptions of other libraries at times."""
+
+    def __init__(self) -> None:
+        super().__init__("will not travel")
+        self.lock = threading.Lock()
+
+
+class _Broken(Exception):
+    """Pickles, but raises when it is read back."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+@pytest.mark.parametrize("error", [_Stubborn(), _Broken("will not travel", "x")])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_exception_that_cannot_travel_is_described(
+    store: Any, error: Exception, failing: int
+) -> None:
+    """An exception that cannot be pickled, or not unpickled, reaches all ranks as a description."""
+
+    def program(ranks: Coordinator) -> Any:
+        def work() -> None:
+            if ranks.rank == failing:
+                raise error
+
+        return ranks.together("capture", work)
+
+    found = _on_ranks(store, program, timeout_seconds=5)
+    expected = (RankFailure(failing, type(error).__name__, "will not travel"),)
+    assert [each.failures for each in found.values()] == [expected] * RANKS
+
+
+def test_missing_ranks_are_named_within_the_deadline(store: Any) -> None:
+    """Ranks that do not come are named to all that did, soon after the deadline."""
+    started = time.monotonic()
+    found = _on_ranks(
+        store, lambda ranks: ranks.together("write", lambda: 1), (0, 1), timeout_seconds=0.3
+    )
+    elapsed = time.monotonic() - started
+    assert [type(each) for each in found.values()] == [StageTimeoutError] * 2
+    assert {(each.stage, each.missing_ranks) for each in found.values()} == {("write", (2,))}
+    assert 0.3 <= elapsed < 3
+
+
+def test_several_missing_ranks_are_all_named(store: Any) -> None:
+    """The verdict names every rank that is missing, not only the first."""
+    found = _on_ranks(
+        store, lambda ranks: ranks.together("write", lambda: 1), (0,), timeout_seconds=0.3
+    )
+    assert found[0].missing_ranks == (1, 2)
+
+
+def test_a_missing_leader_is_named(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Followers whose leader is gone say so, after the deadline and a short grace."""
+    monkeypatch.setattr("holdfast.coordination._FOLLOWER_GRACE_SECONDS", 0.1)
+    started = time.monotonic()
+    found = _on_ranks(store, lambda ranks: ranks.lead("s", lambda: 1), (1, 2), timeout_seconds=0.3)
+    assert {each.missing_ranks for each in found.values()} == {(0,)}
+    assert time.monotonic() - started < 3
+
+
+def test_a_late_rank_is_told_the_verdict_and_goes_on(store: Any) -> None:
+    """A rank that comes after the deadline raises what the others raised; the next turn works."""
+    decided = threading.Event()
+
+    def program(ranks: Coordinator) -> Any:
+        def work() -> None:
+            if ranks.rank == 2:
+                assert decided.wait(20)
+
+        try:
+            ranks.together("write", work)
+        except StageTimeoutError as error:
+            if ranks.rank == 0:
+                decided.set()
+            return error.missing_ranks, ranks.together("next", lambda: ranks.rank)
+
+    found = _on_ranks(store, program, timeout_seconds=0.5)
+    assert found == {rank: ((2,), [0, 1, 2]) for rank in range(RANKS)}
+
+
+def test_keys_are_cleaned_up(store: Any) -> None:
+    """A hundred turns of every kind, failures among them, leave a handful of keys."""
+
+    def fail(ranks: Coordinator) -> None:
+        if ranks.rank == 1:
+            raise ValueError("as planned")
+
+    def program(ranks: Coordinator) -> None:
+        for _ in range(20):
+            ranks.together("a", lambda: 1)
+            ranks.gather("b", lambda: 1)
+            ranks.lead("c", lambda: 1)
+            ranks.scatter("d", lambda: [1, 2, 3])
+            with pytest.raises(StageFailedError):
+                ranks.together("e", lambda: fail(ranks))
+
+    assert _on_ranks(store, program) == dict.fromkeys(range(RANKS))
+    assert store.num_keys() < 10
+
+
+def test_channels_do_not_disturb_one_another(store: Any) -> None:
+    """Turns on two channels of one store, taken in different orders, each keep their values."""
+
+    def program(ranks: StoreCoordinator) -> Any:
+        clone = store.clone() if isinstance(store, TCPStore) else store
+        other = StoreCoordinator(clone, ranks.rank, RANKS, 20.0, "other")
+        found: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: found.append([other.together("o", lambda: -1) for _ in range(10)])
+        )
+        thread.start()
+        mine = [ranks.together("m", lambda: ranks.rank) for _ in range(10)]
+        thread.join()
+        return mine, found[0]
+
+    for mine, other in _on_ranks(store, program).values():
+        assert mine == [[0, 1, 2]] * 10
+        assert other == [[-1] * RANKS] * 10
+
+
+# -- one process ---------------------------------------------------------------------------------
+
+
+def test_a_single_process_agrees_with_itself() -> None:
+    """With one rank every kind of turn is the work itself."""
+    single: Coordinator = SingleProcess()
+    assert single.together("s", lambda: 1) == [1]
+    assert single.gather("s", lambda: 1) == [1]
+    assert single.lead("s", lambda: 1) == 1
+    assert single.scatter("s", lambda: [1]) == 1
+
+
+@pytest.mark.parametrize("turn", ["together", "gather", "lead", "scatter"])
+def test_a_single_process_fails_as_ranks_do(turn: str) -> None:
+    """Foreign errors are named with their stage, ours stay, and a crash passes through."""
+
+    def fail(error: BaseException) -> Any:
+        raise error
+
+    work = getattr(SingleProcess(), turn)
+    with pytest.raises(StageFailedError) as caught:
+        work("write", lambda: fail(PermissionError(13, "Permission denied", "/x")))
+    assert caught.value.failures == (
+        RankFailure(0, "PermissionError", "EACCES Permission denied", "/x", 13),
+    )
+    ours = CorruptCheckpointError("/x", "torn")
+    with pytest.raises(CorruptCheckpointError) as kept:
+        work("write", lambda: fail(ours))
+    assert kept.value is ours
+    with pytest.raises(KeyboardInterrupt):
+        work("write", lambda: fail(KeyboardInterrupt()))
+
+
+def test_channels_without_ranks_are_single() -> None:
+    """Without torch.distributed every channel is the null case."""
+    channels = open_channels(2, 5.0)
+    assert [(each.rank, each.world_size) for each in channels] == [(0, 1), (0, 1)]
+    assert all(isinstance(each, SingleProcess) for each in channels)
+    assert len(set(map(id, channels))) == 2
+
+
+class _Unreachable:
+    """A rendezvous store whose server has gone after so many requests."""
+
+    def __init__(self, store: Any, requests: int) -> None:
+        self._store = store
+        self._left = itertools.count(requests, -1)
+
+    def __getattr__(self, name: str) -> Any:
+        def request(*arguments: Any) -> Any:
+            if next(self._left) <= 0:
+                raise RuntimeError("Broken pipe")
+            return getattr(self._store, name)(*arguments)
+
+        return request
+
+
+@pytest.mark.parametrize("requests", range(12))
+def test_a_lost_store_is_an_error_of_ours(requests: int) -> None:
+    """Whenever the rendezvous store goes away, a rank raises a typed error and no other."""
+    shared = HashStore()
+    followers = [StoreCoordinator(shared, rank, 2, 0.05, "test") for rank in (1,)]
+    threading.Thread(
+        target=lambda: [_quietly(lambda: followers[0].together("s", lambda: 1)) for _ in range(3)],
+        daemon=True,
+    ).start()
+    leader = StoreCoordinator(_Unreachable(shared, requests), 0, 2, 0.5, "test")
+    for _ in range(3):
+        try:
+            leader.together("s", lambda: 1)
+        except StageFailedError:
+            return
+    assert requests >= 9
+
+
+def _quietly(work: Callable[[], Any]) -> None:
+    try:
+        work()
+    except StageFailedError:
+        return
