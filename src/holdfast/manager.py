@@ -260,9 +260,10 @@ class DefaultCheckpointManager:
         )
         failed: list[SkippedCheckpoint] = []
         touched = False
+        place = _place(ctx, control)
         for checkpoint in decision.candidates:
             try:
-                opened = open_verified(checkpoint, control, self._filesystem)
+                opened = open_verified(checkpoint, control, self._filesystem, place)
                 restoration = self._compare(ctx, opened, control)
                 touched = True
                 _fill(restoration, checkpoint, control)
@@ -347,8 +348,12 @@ def _app_state(
         ctx.optimizer,
         ctx.opt_param_scheduler,
         ctx.train_data_iterator,
-        Place.of(control.rank, control.world_size, ctx.pg_collection),
+        _place(ctx, control),
     )
+
+
+def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator) -> Place:
+    return Place.of(control.rank, control.world_size, ctx.pg_collection)
 
 
 def _fill(restoration: Restoration, checkpoint: Checkpoint, control: Coordinator) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError, StageFailedError
 from holdfast.filesystem import Filesystem
-from holdfast.state.capture import AppState, SavedRun
+from holdfast.state.capture import AppState, Place, SavedRun
 from holdfast.state.safety import decode
 from holdfast.store import Checkpoint, Store
 from holdfast.tiers.reading import Contents, open_contents, verify_together
@@ -28,7 +28,7 @@ class Opened:
     contents: Contents
     shared: dict[str, Any]
     rank_states: list[dict[str, Any]]
-    """This rank's own first; every saving rank's, in rank order, where the world has changed."""
+    """This rank's own alone; every saving rank's, in rank order, where ranks have changed."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -37,7 +37,7 @@ class Opened:
 
 
 def open_verified(
-    checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem
+    checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem, place: Place
 ) -> Opened:
     """Verify every byte and read the small state, on all ranks.
 
@@ -55,9 +55,11 @@ def open_verified(
     def read() -> None:
         contents = open_contents(checkpoint, filesystem)
         saved_size = checkpoint.manifest.world_size
-        same_world = coordinator.world_size == saved_size
-        ranks = [coordinator.rank] if same_world else list(range(saved_size))
-        states = [_read_rank_state(contents, rank, filesystem) for rank in ranks]
+        states = []
+        if place.world_size == saved_size:
+            states = [_read_rank_state(contents, place.rank, filesystem)]
+        if not states or not place.reads_on_from(states[0]):
+            states = [_read_rank_state(contents, rank, filesystem) for rank in range(saved_size)]
         shared = decode(contents.shared_state, str(checkpoint.path))
         opened.append(Opened(contents, shared, states))
 

@@ -52,6 +52,11 @@ class Place:
             return cls(rank, world_size, rank, world_size)
         return cls(rank, world_size, group.rank(), group.size())
 
+    def reads_on_from(self, state: Mapping[str, Any]) -> bool:
+        """Whether a rank's saved data state is that of the reader which this rank is now."""
+        saved = (state["data_rank"], state["data_size"])
+        return saved == (self.data_rank, self.data_size)
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -248,11 +253,12 @@ class AppState:
         same_world = saved.world_size == place.world_size
         own = states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
         if self._data is not None:
-            if own["data_size"] == place.data_size and same_world:
-                if own["data"] is not None:
-                    self._data.load_state_dict(own["data"])
-            else:
+            # Other ranks may have been the reader that this one is now, but never other readers.
+            reader = next((each for each in states if place.reads_on_from(each)), None)
+            if reader is None:
                 self._reshard_data(states, own["data_size"])
+            elif reader["data"] is not None:
+                self._data.load_state_dict(reader["data"])
         if same_world:
             for name in apply_rng(own["rng"]):
                 logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
