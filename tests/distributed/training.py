@@ -165,7 +165,7 @@ class Run:
         self.scheduler.step()
         self.state.train_state.step += 1
         self.state.train_state.consumed_train_samples += BATCH * self.size
-        self.losses.append(loss.item().hex())
+        self.losses.append(float(loss.item()).hex())
 
     def train(self, last_step: int, save_at: Sequence[int] = ()) -> None:
         """Train up to a step as a loop would: finalize at every step, and wait at the end."""
@@ -177,7 +177,7 @@ class Run:
         if save_at:
             self.finalize(blocking=True)
 
-    def save(self, callback_manager: Any | None = None) -> None:
+    def save(self, callback_manager: Any | None = None, **settings: Any) -> None:
         """Save everything."""
         context = CheckpointSaveContext(
             self.state,
@@ -186,6 +186,7 @@ class Run:
             self.scheduler,
             num_floating_point_operations_so_far=1000 * self.step_number,
             train_data_iterator=self.data,
+            **settings,
         )
         self.manager.save(context, callback_manager)
 
@@ -220,7 +221,7 @@ class Run:
             "data": self.data.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "counters": self.state.train_state.to_dict(),
-            "learning_rates": [group["lr"].hex() for group in self.optimizer.param_groups],
+            "learning_rates": [float(group["lr"]).hex() for group in self.optimizer.param_groups],
             "draws": draw(),
             **self.tensors(),
         }
