@@ -9,8 +9,10 @@ attempt wrote is void. Refuses to be a checkpoint: rows are not synced to disk.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from run_config import RecipeError
@@ -56,17 +58,18 @@ def read_losses(run_dir: Path) -> LossCurve:
 
 
 class LossLog:
-    """Append the rows of one attempt."""
+    """Append the rows of one attempt; a context, which closes the file."""
 
-    def __init__(self, run_dir: Path, resumed_from: int) -> None:
-        """Begin an attempt.
+    def __init__(self, run_dir: Path, resumed_from: int, rank: int = 0) -> None:
+        """Begin an attempt; only the first process's rows are kept.
 
         Raises:
             RecipeError: the run directory cannot be written.
         """
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (run_dir / LOSSES_NAME).open("a", encoding="ascii", buffering=1)
+            path = run_dir / LOSSES_NAME if rank == 0 else Path(os.devnull)
+            self._file = path.open("a", encoding="ascii", buffering=1)
         except OSError as error:
             raise RecipeError(
                 f"run_dir: {run_dir} cannot be written: {error.strerror}.\n"
@@ -75,6 +78,17 @@ class LossLog:
         if self._file.tell() > 0:
             self._file.write("\n")  # ends the row that a dying machine may have left unfinished
         self._append({"resumed_from": resumed_from})
+
+    def __enter__(self) -> LossLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
 
     def append_training(self, step: int, loss: float) -> None:
         """Note the mean loss of one step, in nats per byte."""

@@ -147,9 +147,9 @@ class RunConfig:
         require(self.run_dir.strip() != "", "run_dir", "name a directory")
         require(0 <= self.model.dropout < 1, "model.dropout", "it must be from 0 to below 1")
         require(
-            self.model.heads < 1 or self.model.width % self.model.heads == 0,
+            self.model.heads < 1 or self.model.width % (2 * self.model.heads) == 0,
             "model.width",
-            f"it must be a multiple of model.heads={self.model.heads}",
+            f"it must be an even multiple of model.heads={self.model.heads}",
         )
         fraction = self.data.validation_fraction
         require(0 < fraction < 1, "data.validation_fraction", "it must be between 0 and 1")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from holdfast import (
     CallbackManager,
@@ -64,10 +65,7 @@ class MeasuredSaves:
     def finalize(self, state: GlobalState, last: bool = False) -> None:
         """Let the manager finish what it can; at the last call, everything."""
         with self._measuring():
-            if last:
-                self._manager.finalize_async_saves(state, blocking=True, terminate=True)
-            else:
-                self._manager.finalize_async_saves(state)
+            self._manager.finalize_async_saves(state, blocking=last, terminate=last)
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
@@ -77,7 +75,11 @@ class MeasuredSaves:
             newest = next(reversed(self._records.values()))
             newest.waited_seconds += time.perf_counter() - began
 
-    def _note_commit(self, event: CheckpointEvent) -> None:
+    def _note_commit(self, event: Any) -> None:
+        if not isinstance(event, CheckpointEvent):  # a manager made for Megatron-Bridge says less
+            for record in self._records.values():
+                record.outcome = "committed"
+            return
         record = self._records.setdefault(event.iteration, SaveRecord(event.iteration))
         record.outcome = "committed"
         record.total_seconds, record.size_bytes = event.total_seconds, event.size_bytes
@@ -89,7 +91,9 @@ class MeasuredSaves:
             f"{event.total_seconds:.2f} s, of which training waited {event.stall_seconds:.3f} s"
         )
 
-    def _note_failure(self, event: CheckpointEvent) -> None:
+    def _note_failure(self, event: Any) -> None:
+        if not isinstance(event, CheckpointEvent):
+            return
         record = self._records.setdefault(event.iteration, SaveRecord(event.iteration))
         record.outcome = "failed"
         self._say(f"checkpoint {event.iteration} FAILED: {event.error}")

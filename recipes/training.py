@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from crash import plan_crash
+from crash import CrashPlan, plan_crash
 from display import Display
 from gpt import GPT, floating_point_operations_per_token
 from holdfast import (
@@ -33,8 +34,6 @@ from run_config import OptimConfig, RecipeError, RunConfig
 from saving import MeasuredSaves
 from text_data import ShardedLoader, Text, count_samples, cut_sample, read_text
 
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
-
 
 def train(config: RunConfig, processes: Processes, display: Display) -> None:
     """Train up to `config.steps`, going on from the newest checkpoint if there is one.
@@ -43,35 +42,19 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
         RecipeError: text, batch or run directory do not suit.
         CheckpointError: whatever the manager reports.
     """
-    run_dir = Path(config.run_dir)
-    store = config.checkpoint.persistent.directory
-    text = read_text(config.data)
-    torch.manual_seed(config.seed)  # the same weights in every process, sharded or not
-    bare_model = GPT(config.model)
-    operations_per_token = floating_point_operations_per_token(bare_model, config.model)
-    parameter_count = sum(parameter.numel() for parameter in bare_model.parameters())
-    model = processes.distribute(bare_model)
-    optimizer = _build_optimizer(model, config.optim)
-    scheduler = _build_scheduler(optimizer, config)
-    loader = ShardedLoader(
-        text, config.model.context, config.batch_size, config.seed, processes.rank, processes.size
-    )
-    torch.manual_seed(config.seed + 1 + processes.rank)  # dropout differs from process to process
-    display.say(
-        f"{parameter_count:,} parameters on {processes.size} x {processes.device.type}, "
-        f"{text.file_count} files, {len(text.training):,} bytes to train on"
-    )
-
+    run_dir, store = Path(config.run_dir), config.checkpoint.persistent.directory
+    job = _build(config, processes, display)
+    progress = job.state.train_state
     manager = create_checkpoint_manager(_load_own_store_first(config, display).checkpoint)
-    state = GlobalState(cfg=config)
-    progress = state.train_state
     result = manager.load(
-        CheckpointLoadContext(state, model, optimizer, scheduler, train_data_iterator=loader)
+        CheckpointLoadContext(
+            job.state, job.model, job.optimizer, job.scheduler, train_data_iterator=job.loader
+        )
     )
     progress.step, progress.floating_point_operations_so_far = result
     display.show_load(progress.step, result, store)
     if progress.step >= config.steps:
-        manager.finalize_async_saves(state, blocking=True, terminate=True)
+        manager.finalize_async_saves(job.state, blocking=True, terminate=True)
         display.say(f"already complete: {progress.step} of {config.steps} steps are done")
         display.show_ways_on(progress.step)
         return
@@ -82,53 +65,118 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
         None if store is None else Path(store),
         read_losses(run_dir).furthest_step,
     )
-    log = LossLog(run_dir, progress.step) if processes.rank == 0 else None
     saves = MeasuredSaves(manager, display.say)
+    with LossLog(run_dir, progress.step, processes.rank) as log:
+        _run_steps(job, saves, log, crash)
+    saves.finalize(job.state, last=True)
+    display.show_saves(saves.records, store)
+    display.say(f"losses of every step: {run_dir / LOSSES_NAME}")
+    display.show_ways_on(config.steps)
+
+
+@dataclass
+class _Job:
+    """All that the steps of a run work on."""
+
+    config: RunConfig
+    processes: Processes
+    display: Display
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    loader: ShardedLoader
+    held_out: _ValidationSet
+    operations_per_token: int
+    state: GlobalState
+
+    def make_step(self) -> float:
+        """Make one optimizer step, count it, and return its mean loss over all processes."""
+        batch = next(self.loader).to(self.processes.device)
+        loss: Tensor = self.model(batch[:, :-1], batch[:, 1:])
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.gradient_norm_limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        progress, tokens = self.state.train_state, self.tokens_per_step
+        progress.step += 1
+        progress.consumed_train_samples += self.config.batch_size
+        progress.tokens_seen += tokens
+        progress.floating_point_operations_so_far += tokens * self.operations_per_token
+        return self.processes.mean(loss.detach())
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.model.context
+
+
+def _build(config: RunConfig, processes: Processes, display: Display) -> _Job:
+    text = read_text(config.data)
+    loader = ShardedLoader(
+        text, config.model.context, config.batch_size, config.seed, processes.rank, processes.size
+    )
     held_out = _ValidationSet(text, config, processes)
+    torch.manual_seed(config.seed)  # the same weights in every process, sharded or not
+    bare_model = GPT(config.model)
+    operations_per_token = floating_point_operations_per_token(bare_model, config.model)
+    parameter_count = sum(parameter.numel() for parameter in bare_model.parameters())
+    model = processes.distribute(bare_model)
+    optimizer = _build_optimizer(model, config.optim)
+    scheduler = _build_scheduler(optimizer, config)
+    torch.manual_seed(config.seed + 1 + processes.rank)  # dropout differs from process to process
+    display.say(
+        f"{parameter_count:,} parameters on {processes.size} x {processes.device.type}, "
+        f"{text.file_count} files, {len(text.training):,} bytes to train on"
+    )
+    return _Job(
+        config,
+        processes,
+        display,
+        model,
+        optimizer,
+        scheduler,
+        loader,
+        held_out,
+        operations_per_token,
+        GlobalState(cfg=config),
+    )
+
+
+def _run_steps(job: _Job, saves: MeasuredSaves, log: LossLog, crash: CrashPlan) -> None:
+    """Train from where the state stands to the last step."""
+    config, display, state = job.config, job.display, job.state
+    progress = state.train_state
     if progress.step == 0:
-        display.show_validation(0, held_out.measure(model))
-    tokens_per_step = config.batch_size * config.model.context
+        display.show_validation(0, job.held_out.measure(job.model))
     display.start_training(progress.step)
     while progress.step < config.steps:
-        loss = processes.mean(_step(model, optimizer, next(loader).to(processes.device), config))
+        learning_rate = float(job.scheduler.get_last_lr()[0])
+        loss = job.make_step()
         if not math.isfinite(loss):
             raise RecipeError(
-                f"The loss became {loss} at step {progress.step + 1}; the last checkpoint is from "
+                f"The loss became {loss} at step {progress.step}; the last checkpoint is from "
                 "before.\nLower optim.learning_rate and start again in another run_dir."
             )
-        learning_rate = float(scheduler.get_last_lr()[0])
-        scheduler.step()
-        progress.step += 1
-        progress.consumed_train_samples += config.batch_size
-        progress.tokens_seen += tokens_per_step
-        progress.floating_point_operations_so_far += tokens_per_step * operations_per_token
-        if log is not None:
-            log.append_training(progress.step, loss)
-        display.show_step(progress.step, loss, learning_rate, tokens_per_step)
-        is_last = progress.step == config.steps
-        if is_last or progress.step % config.validation_interval == 0:
-            validation_loss = held_out.measure(model)
+        log.append_training(progress.step, loss)
+        display.show_step(progress.step, loss, learning_rate, job.tokens_per_step)
+        if progress.step % config.validation_interval == 0 or progress.step == config.steps:
+            validation_loss = job.held_out.measure(job.model)
+            log.append_validation(progress.step, validation_loss)
             display.show_validation(progress.step, validation_loss)
-            if log is not None:
-                log.append_validation(progress.step, validation_loss)
         crash.crash_if_due(progress.step)
         if _is_save_due(config, progress.step):
             crash.watch_save_if_due(progress.step)
             saves.save(
                 CheckpointSaveContext(
                     state,
-                    model,
-                    optimizer,
-                    scheduler,
+                    job.model,
+                    job.optimizer,
+                    job.scheduler,
                     progress.floating_point_operations_so_far,
-                    train_data_iterator=loader,
+                    train_data_iterator=job.loader,
                 )
             )
         saves.finalize(state)
-    saves.finalize(state, last=True)
-    display.show_saves(saves.records, store)
-    display.say(f"losses of every step: {run_dir / LOSSES_NAME}")
-    display.show_ways_on(config.steps)
 
 
 def _is_save_due(config: RunConfig, step: int) -> bool:
@@ -145,21 +193,13 @@ def _load_own_store_first(config: RunConfig, display: Display) -> RunConfig:
     own, load = config.checkpoint.persistent.directory, config.checkpoint.load
     if load.directory is None or load.step is not None or own is None:
         return config
-    if not Path(own, TRACKER_NAME).exists():
+    if not Path(load.directory).exists():
+        return config  # a name that was mistyped is refused, whatever is here
+    if all("." in path.name for path in Path(own).glob("iter_*")):  # pending ones at most
         return config
     display.say(f"{own} has checkpoints of its own by now; not loading from {load.directory}")
     load = dataclasses.replace(load, directory=None)
     return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=load))
-
-
-def _step(model: nn.Module, optimizer: Optimizer, batch: Tensor, config: RunConfig) -> Tensor:
-    """Make one optimizer step and return this process's loss."""
-    loss: Tensor = model(batch[:, :-1], batch[:, 1:])
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    nn.utils.clip_grad_norm_(model.parameters(), config.optim.gradient_norm_limit)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
 
 
 class _ValidationSet:

@@ -1,0 +1,59 @@
+"""The recipe, run inside the test process where nothing has to die and no ranks are needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+sys.path.insert(0, str(RECIPES))  # as `python recipes/pretrain.py` does
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of the program left behind."""
+
+    status: int
+    printed: str
+    complained: str
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Return a small file of real text: the recipe's own modules."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"".join(each.read_bytes() for each in sorted(RECIPES.glob("*.py"))))
+    return path
+
+
+@pytest.fixture
+def pretrain(
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Outcome]:
+    """Return the program: called with overrides, it runs tiny and short in its own directory."""
+    import pretrain as program  # after the path was extended
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # find configs/ as from a command line
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    short = ["model=tiny", "steps=6", "log_interval=2", "validation_interval=3"]
+    short += ["validation_batches=2", "data=files", f"data.paths=[{text}]"]
+
+    def run(*overrides: str, interval: int | None = 2) -> Outcome:
+        saves = [] if interval is None else [f"checkpoint.persistent.save_interval={interval}"]
+        arguments = ["recipes/pretrain.py", *short, *saves, *overrides]
+        monkeypatch.setattr(sys, "argv", arguments)
+        status = program.main()
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return run
