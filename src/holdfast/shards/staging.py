@@ -112,4 +112,6 @@ def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
         tensor.dtype,
         tuple(tensor.shape),
         tuple(tensor.stride()),
+        tensor.is_conj(),  # a lazy conjugate or negative lies where its source does
+        tensor.is_neg(),
     )
