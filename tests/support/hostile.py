@@ -1,0 +1,34 @@
+"""Files that would run code if they were read carelessly.
+
+Owns pickles whose code leaves a mark: a file that a test looks for. Promises that the code does run
+under a careless reader (`test_hostile` sees it).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class _Payload:
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self._marker,))
+
+
+def hostile_pickle(marker: Path) -> bytes:
+    """Return a plain pickle that creates the marker when it is loaded."""
+    return pickle.dumps(_Payload(marker))
+
+
+def hostile_torch_file(marker: Path) -> bytes:
+    """Return a torch file that creates the marker when it is loaded without weights_only."""
+    stream = io.BytesIO()
+    torch.save({"data": _Payload(marker)}, stream)
+    return stream.getvalue()
