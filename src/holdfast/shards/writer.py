@@ -39,6 +39,13 @@ class _SeamFileSystem(FileSystem):
         with naming(Path(path)), opener(Path(path)) as stream:
             yield cast(IOBase, stream)
 
+    def exists(self, path: Any) -> bool:
+        try:
+            self._filesystem.size_bytes(Path(path))
+        except FileNotFoundError:
+            return False
+        return True
+
     def rename(self, path: Any, new_path: Any) -> None:
         self._filesystem.rename(Path(path), Path(new_path))
 
