@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from holdfast.coordination import Coordinator
-from holdfast.errors import CheckpointError
+from holdfast.errors import CheckpointError, StageTimeoutError
 
 T = TypeVar("T")
 
@@ -89,8 +90,12 @@ class Background(Generic[T]):
             # From here the training thread stops at the end of the step it is in, until all ranks
             # have said which step that is.
             in_progress = self._hold_at = self._polls + 1
+        self._act_at = in_progress
+        # Where ranks are missing, all have just waited for them in vain, and know: asking again
+        # would keep the bad news for as long once more.
         try:
-            self._act_at = max(coordinator.together("outcome", lambda: in_progress))
-        except CheckpointError:
-            self._act_at = in_progress  # the others are unreachable: act alone, and soon
-        self._decided.set()
+            if not isinstance(self._outcome.error, StageTimeoutError):
+                with suppress(CheckpointError):  # the others are unreachable: act alone, and soon
+                    self._act_at = max(coordinator.together("outcome", lambda: in_progress))
+        finally:
+            self._decided.set()  # whatever happened: the training thread may be waiting
