@@ -78,6 +78,7 @@ class PersistentTier:
     def __init__(
         self, root: Path, filesystem: Filesystem, run_id: str | None, keep_last: int | None
     ) -> None:
+        root = root.resolve()  # the store may be named by a link; inside it none is followed
         self.store = Store(root, filesystem)
         self.identity = RunIdentity(root, filesystem)
         self._filesystem = filesystem
