@@ -191,10 +191,12 @@ class PersistentTier:
             (RUN_CONFIG_NAME, snapshot.run_config),
         ):
             records.append(store.write_file(pending, name, content))
+        # Spent even if the commit fails: it may fail after the checkpoint became visible.
+        sequence, admission.next_sequence = admission.next_sequence, admission.next_sequence + 1
         manifest = Manifest(
             run_id=admission.run_id,
             attempt=admission.attempt.number,
-            sequence=admission.next_sequence,
+            sequence=sequence,
             iteration=snapshot.iteration,
             tier=TIER_NAME,
             world_size=coordinator.world_size,
@@ -203,9 +205,7 @@ class PersistentTier:
             written_by=f"holdfast {__version__}",
         )
         self.identity.check_newest(admission.attempt)  # the last moment before it is visible
-        checkpoint = store.commit(pending, manifest)
-        admission.next_sequence += 1
-        return checkpoint
+        return store.commit(pending, manifest)
 
     def _retain(self) -> tuple[int, ...]:
         """Remove what retention does not keep; the checkpoint just committed stands either way."""
