@@ -14,7 +14,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -140,6 +140,21 @@ class LocalFilesystem:
             return stat.S_ISDIR(path.lstat().st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+
+def make_durable_directory(filesystem: Filesystem, path: Path) -> None:
+    """Create a directory with its missing parents, each durable under its name."""
+    chain = [path]
+    while not filesystem.is_directory(chain[-1]) and chain[-1] != chain[-1].parent:
+        chain.append(chain[-1].parent)
+    present = chain.pop() if filesystem.is_directory(chain[-1]) else None
+    if present is not None:
+        # A killed process may have made it a moment ago. One that we may not read is not ours.
+        with suppress(PermissionError):
+            filesystem.sync_directory(present.parent)
+    for each in reversed(chain):
+        filesystem.make_directory(each)
+        filesystem.sync_directory(each.parent)  # or a power cut takes it with all that is in it
 
 
 def write_new(filesystem: Filesystem, path: Path, content: bytes) -> None:

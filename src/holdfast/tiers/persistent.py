@@ -18,7 +18,7 @@ from typing import Any
 from holdfast import __version__
 from holdfast.coordination import Coordinator
 from holdfast.errors import CheckpointError, CheckpointNotFoundError, StoreNotLoadedError
-from holdfast.filesystem import Filesystem
+from holdfast.filesystem import Filesystem, make_durable_directory
 from holdfast.identity import Attempt, RunIdentity
 from holdfast.manifest import FileRecord, Manifest
 from holdfast.policies.keeping import Candidate, retain
@@ -103,9 +103,10 @@ class PersistentTier:
             self.identity.check_newest(self._admission.attempt)
             return
         root = self.store.root
-        self._filesystem.make_directory(root)
         found = self.identity.read_run_id()
-        if found is not None:
+        if found is None:
+            make_durable_directory(self._filesystem, root)
+        else:
             self.identity.check_run_id(self._configured_run_id, found)
         listing = self.store.listing()
         resumed = self._resumed
