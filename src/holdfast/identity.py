@@ -54,9 +54,16 @@ class RunIdentity:
             content = read_bytes(self._filesystem, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        run_id = _parse(content, path).get("run_id")
-        if not isinstance(run_id, str) or not run_id:
-            raise CorruptCheckpointError(str(path), "names no run_id; restore it from any manifest")
+        try:
+            run_id = _parse(content, path).get("run_id")
+            if not isinstance(run_id, str) or not run_id:
+                raise CorruptCheckpointError(
+                    str(path), "names no run_id; restore it from any manifest"
+                )
+        except CorruptCheckpointError:
+            if self._claims():
+                raise
+            return None  # torn by a crash before anybody could claim an attempt under it
         return run_id
 
     def attempts(self) -> list[Attempt]:
@@ -80,9 +87,13 @@ class RunIdentity:
         run_id = self.read_run_id()
         if run_id is None:
             fresh = {"format": 1, "run_id": configured or secrets.token_hex(8), "attempts": []}
+            # Its name is synced with the first claim, before anything is saved under it.
             with suppress(FileExistsError):  # another job was first: its id is the store's
                 create_once(self._filesystem, self._root / RUN_NAME, _encode(fresh))
             run_id = self.read_run_id()
+            if run_id is None:
+                replace(self._filesystem, self._root / RUN_NAME, _encode(fresh))  # it was torn
+                run_id = self.read_run_id()
             assert run_id is not None
         self.check_run_id(configured, run_id)
         return run_id

@@ -61,11 +61,23 @@ def test_another_id_is_refused_before_anything_is_written(
 def test_a_torn_run_record_is_refused(
     identity: RunIdentity, tmp_path: Path, content: bytes
 ) -> None:
-    """A run.json that names no run is an error, never a reason to make a new id."""
+    """A run.json that names no run is an error once a job has saved under it."""
+    identity.claim_attempt(identity.agree_run_id(None), None, None)
     (tmp_path / "run.json").write_bytes(content)
+    before = tree(tmp_path)
     with pytest.raises(CorruptCheckpointError, match=r"run\.json"):
         identity.agree_run_id(None)
-    assert tree(tmp_path) == {"run.json": content}
+    assert tree(tmp_path) == before
+
+
+def test_a_run_record_torn_before_its_first_use_is_written_again(
+    identity: RunIdentity, tmp_path: Path
+) -> None:
+    """A crash that tore run.json before any attempt was claimed leaves an empty store."""
+    (tmp_path / "run.json").write_bytes(b'{"run')
+    assert identity.read_run_id() is None
+    assert identity.agree_run_id("mine") == "mine"
+    assert identity.read_run_id() == "mine"
 
 
 def test_attempts_count_up_and_say_where_from(identity: RunIdentity, tmp_path: Path) -> None:
