@@ -165,19 +165,21 @@ def write_new(filesystem: Filesystem, path: Path, content: bytes) -> None:
 
 
 def replace(filesystem: Filesystem, path: Path, content: bytes) -> None:
-    """Give a small file new content at once: at any crash it holds the old bytes or the new."""
+    """Give a small file new content at once: at any crash it holds the old bytes or the new.
+
+    Which of the two is settled when the caller has synced the directory.
+    """
     aside = set_aside(path)
     try:
         write_new(filesystem, aside, content)  # durable before it has the name
         filesystem.rename(aside, path)  # visible from here
-        filesystem.sync_directory(path.parent)  # durable from here
     except OSError:
         _discard(filesystem, aside)
         raise
 
 
 def create_once(filesystem: Filesystem, path: Path, content: bytes) -> None:
-    """Create a small file whole, as the first to do so.
+    """Create a small file whole, as the first to do so; its name is the caller's to sync.
 
     Raises:
         FileExistsError: somebody else was first; nothing was changed.
@@ -186,18 +188,16 @@ def create_once(filesystem: Filesystem, path: Path, content: bytes) -> None:
     try:
         write_new(filesystem, aside, content)
         filesystem.link(aside, path)  # fails where the name exists; the bytes are already durable
-        filesystem.remove_file(aside)
-        filesystem.sync_directory(path.parent)
     except FileExistsError:
-        _discard(filesystem, aside)
         raise
     except OSError as error:
-        _discard(filesystem, aside)
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        # No hard links here: exclusive creation is still atomic as to who is first.
+        # No hard links here: exclusive creation is still atomic as to who is first, but a crash
+        # may leave the name with torn bytes, which its readers must bear.
         write_new(filesystem, path, content)
-        filesystem.sync_directory(path.parent)
+    finally:
+        _discard(filesystem, aside)
 
 
 def read_bytes(filesystem: Filesystem, path: Path) -> bytes:

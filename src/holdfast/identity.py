@@ -127,6 +127,9 @@ class RunIdentity:
             summary = [asdict(each) for each in self.attempts()]
             shown = {"format": 1, "run_id": run_id, "attempts": summary}
             replace(self._filesystem, self._root / RUN_NAME, _encode(shown))
+            # Before any checkpoint can be seen that is of this attempt: the number is then taken
+            # for good, and so is what the attempt supersedes.
+            self._filesystem.sync_directory(self._root)
             return attempt
 
     def check_newest(self, attempt: Attempt) -> None:

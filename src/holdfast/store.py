@@ -8,9 +8,12 @@ ranks, or when to save.
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,8 @@ from holdfast.filesystem import (
     write_new,
 )
 from holdfast.manifest import MANIFEST_NAME, FileRecord, Manifest, describe_file, find_difference
+
+logger = logging.getLogger(__name__)
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 REPLACED_MARK = ".replaced-"
@@ -232,7 +237,7 @@ class Store:
         if path.parent != pending:
             self._filesystem.make_directory(path.parent)
         write_new(self._filesystem, path, content)
-        return self.seal_file(pending, name)
+        return describe_file(name, io.BytesIO(content))  # what was meant, whatever the disk made
 
     def seal_file(self, pending: Path, name: str) -> FileRecord:
         """Make a file durable that something else wrote, and return its record as read back."""
@@ -255,19 +260,26 @@ class Store:
         final = self.root / checkpoint_name(manifest.iteration)
         replaced = None
         if filesystem.is_directory(final):
+            # What an earlier commit moved aside and removed must be gone for good before the name
+            # is free, or a power cut brings its ruins back as this iteration.
+            filesystem.sync_directory(self.root)
             replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
-            filesystem.rename(final, replaced)  # still counts as this iteration under this name
-            filesystem.sync_directory(self.root)  # before the name is taken by the successor
+            # Still counts as this iteration. No sync before the name is taken again: should only
+            # the second rename survive a power cut, the successor is there in full.
+            filesystem.rename(final, replaced)
         try:
             filesystem.rename(pending, final)  # visible from here
         except OSError:
             if replaced is not None:
-                filesystem.rename(replaced, final)
+                with suppress(OSError):  # it counts either way; the next sweep tries again
+                    filesystem.rename(replaced, final)
             raise
         filesystem.sync_directory(self.root)  # durable from here; only now may the tracker move
         replace(filesystem, self.root / TRACKER_NAME, str(manifest.iteration).encode())
+        filesystem.sync_directory(self.root)  # the tracker's new bytes under its name
         if replaced is not None:
-            remove_tree(filesystem, replaced)
+            with suppress(OSError):  # the commit stands; the next sweep goes on with it
+                remove_tree(filesystem, replaced)
         return Checkpoint(final, manifest)
 
     def abandon(self, pending: Path) -> None:
@@ -284,7 +296,25 @@ class Store:
         remove_tree(self._filesystem, doomed)
 
     def sweep(self) -> list[str]:
-        """Remove what crashed saves left behind and return the names; foreign names stay."""
+        """Remove what crashed saves left behind and return the names; foreign names stay.
+
+        A checkpoint moved aside for a successor that never came gets its name back. What cannot be
+        removed is left for the next sweep: a save does not fail over rubbish.
+        """
+        leftovers = (
+            each
+            for each in self._filesystem.list_directory(self.root)
+            if _PENDING.fullmatch(each.name) or _REPLACED.fullmatch(each.name)
+        )
+        if not any(leftovers):
+            return []
+        # The renames of a killed process may not be durable yet: a power cut after the removal
+        # could otherwise bring back, half deleted, what is obsolete only by the new names.
+        self._filesystem.sync_directory(self.root)
+        for checkpoint in self.listing().checkpoints:  # newest first: of two, the newer
+            final = self.root / checkpoint_name(checkpoint.iteration)
+            if checkpoint.path != final and not self._filesystem.is_directory(final):
+                self._filesystem.rename(checkpoint.path, final)
         entries = self._filesystem.list_directory(self.root)
         names = {each.name for each in entries if each.is_directory}
         swept = []
@@ -293,9 +323,13 @@ class Store:
             obsolete = match is not None and checkpoint_name(int(match[1])) in names
             if not obsolete and not _PENDING.fullmatch(each.name):
                 continue
-            if each.is_directory:
-                remove_tree(self._filesystem, self.root / each.name)
-            else:
-                self._filesystem.remove_file(self.root / each.name)
+            try:
+                if each.is_directory:
+                    remove_tree(self._filesystem, self.root / each.name)
+                else:
+                    self._filesystem.remove_file(self.root / each.name)
+            except OSError as error:
+                logger.warning("%s stays for the next sweep: %s", self.root / each.name, error)
+                continue
             swept.append(each.name)
         return swept

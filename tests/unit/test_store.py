@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -154,9 +156,7 @@ def test_a_failed_second_save_keeps_the_first(store: Store, step: str) -> None:
     while True:
         filesystem, asked = FaultyFilesystem(), []
 
-        def refuses(
-            name: str, path: Path, asked: list[Path] = asked, number: int = count
-        ) -> bool:
+        def refuses(name: str, path: Path, asked: list[Path] = asked, number: int = count) -> bool:
             asked += [path] if name == step else []
             return name == step and len(asked) == number
 
@@ -179,17 +179,41 @@ def test_a_failed_second_save_keeps_the_first(store: Store, step: str) -> None:
 
 
 def test_a_replaced_directory_counts_while_its_name_is_free(store: Store) -> None:
-    """After a crash between two renames the old checkpoint is listed, found and never swept."""
-    commit(store, 40, 1)
+    """After a crash between two renames the old checkpoint is found, and gets its name back."""
+    committed = commit(store, 40, 1).path
     replaced = store.root / "iter_0000040.replaced-0123abcd"
-    (store.root / "iter_0000040").rename(replaced)
-    assert store.sweep() == []
+    committed.rename(replaced)
     assert store.find(40).path == replaced
     assert store.verify(store.find(40)) == []
-    commit(store, 40, 2)
-    assert [each.path.name for each in store.listing().checkpoints] == ["iter_0000040"]
-    assert store.sweep() == [replaced.name]
+    assert store.sweep() == []
+    assert store.find(40).path == committed
     assert not replaced.exists()
+
+
+def test_of_two_that_were_replaced_the_newer_gets_the_name(store: Store) -> None:
+    """Where two were moved aside and no successor came, a sweep keeps the newer and no other."""
+    for sequence, nonce in ((2, "0123abcd"), (1, "89ef4567")):
+        path = commit(store, 40, sequence).path
+        path.rename(store.root / f"iter_0000040.replaced-{nonce}")
+    assert store.sweep() == ["iter_0000040.replaced-89ef4567"]
+    assert store.find(40).manifest.sequence == 2
+
+
+def test_a_sweep_leaves_what_cannot_be_removed(tmp_path: Path) -> None:
+    """A leftover that the disk will not let go stays, and everything else is swept."""
+
+    class Stubborn(LocalFilesystem):
+        def remove_file(self, path: Path) -> None:
+            if path.parent.name.startswith("iter_0000001"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            super().remove_file(path)
+
+    store = Store(tmp_path, Stubborn())
+    left, other = store.begin(1), store.begin(2)
+    for each in (left, other):
+        (each / "x").write_bytes(b"torn")
+    assert store.sweep() == [other.name]
+    assert (left / "x").exists()
 
 
 def test_a_sweep_removes_what_crashed_saves_left(store: Store) -> None:
