@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -37,6 +38,13 @@ class Coordinator(Protocol):
     @property
     def world_size(self) -> int: ...
 
+    def begin(self, conversation: str) -> None:
+        """Leave whatever was said before: from here on ranks meet in this conversation only.
+
+        A rank that was late and found the others gone meets them again in the next one.
+        """
+        ...
+
     def together(self, stage: str, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return everyone's result, in rank order."""
         ...
@@ -59,6 +67,9 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
+
+    def begin(self, conversation: str) -> None:
+        """Nobody can be late."""
 
     def together(self, stage: str, work: Callable[[], T]) -> list[T]:
         """Run the work here."""
@@ -97,8 +108,14 @@ class StoreCoordinator:
         self._store = store
         self._timeout_seconds = timeout_seconds
         self._channel = channel
-        self._turn = 0
+        self._conversation = ""
+        self._turns: Counter[str] = Counter()
         self._spent_keys: list[str] = []
+
+    def begin(self, conversation: str) -> None:
+        """Meet at other keys than before."""
+        self._conversation = conversation
+        self._turns.clear()
 
     def together(self, stage: str, work: Callable[[], T]) -> list[T]:
         """Run the work on every rank.
@@ -123,7 +140,7 @@ class StoreCoordinator:
 
     def scatter(self, stage: str, work: Callable[[], Sequence[T]]) -> T:
         """Run the work on rank 0; errors as `together`."""
-        turn = self._next_turn()
+        turn = self._next_turn(stage)
         if self.rank == 0:
             outcome, cause = self._attempt(work)
             shares = self._settle(stage, [outcome], lambda values: values[0])
@@ -138,7 +155,7 @@ class StoreCoordinator:
         answer: Callable[[list[T]], Sequence[Any]],
     ) -> Any:
         """Post the outcome here, let rank 0 collect all of them, and return its answer."""
-        turn = self._next_turn()
+        turn = self._next_turn(stage)
         outcome, cause = self._attempt(work)
         if self.rank == 0:
             outcomes = [outcome, *self._collect(stage, turn)]
@@ -150,9 +167,10 @@ class StoreCoordinator:
         self._set(f"{turn}/{self.rank}", outcome, stage)
         return self._await_reply(stage, turn, cause)
 
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn
+    def _next_turn(self, stage: str) -> str:
+        """Name a turn. By its stage: a rank that left early must not be answered by another one."""
+        self._turns[stage] += 1
+        return f"{self._channel}/{self._conversation}/{stage}/{self._turns[stage]}"
 
     def _attempt(self, work: Callable[[], T]) -> tuple[tuple[str, Any], BaseException | None]:
         try:
@@ -195,7 +213,7 @@ class StoreCoordinator:
 
     # -- the store -------------------------------------------------------------------------------
 
-    def _collect(self, stage: str, turn: int) -> list[tuple[str, Any]]:
+    def _collect(self, stage: str, turn: str) -> list[tuple[str, Any]]:
         """Wait for the outcome of every other rank and name those that never came."""
         deadline = time.monotonic() + self._timeout_seconds
         keys = [f"{turn}/{rank}" for rank in range(1, self.world_size)]
@@ -211,14 +229,14 @@ class StoreCoordinator:
         self._spent_keys += keys
         return [self._get(key, stage) for key in keys]
 
-    def _reply(self, stage: str, turn: int, shares: list[tuple[str, Any]]) -> None:
+    def _reply(self, stage: str, turn: str, shares: list[tuple[str, Any]]) -> None:
         for rank, share in enumerate(shares):
             if rank > 0:
                 key = f"{turn}/reply/{rank}"
                 self._set(key, share, stage)
                 self._spent_keys.append(key)
 
-    def _await_reply(self, stage: str, turn: int, cause: BaseException | None) -> Any:
+    def _await_reply(self, stage: str, turn: str, cause: BaseException | None) -> Any:
         key = f"{turn}/reply/{self.rank}"
         if not self._wait(key, self._timeout_seconds + _FOLLOWER_GRACE_SECONDS):
             raise StageTimeoutError(stage, [0], self._timeout_seconds) from cause
@@ -228,17 +246,14 @@ class StoreCoordinator:
         spent, self._spent_keys = self._spent_keys, []
         try:
             for key in spent:
-                self._store.delete_key(self._name(key))
+                self._store.delete_key(key)
         except RuntimeError as error:
             raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
-
-    def _name(self, key: str) -> str:
-        return f"{self._channel}/{key}"
 
     def _wait(self, key: str, seconds: float) -> bool:
         """Whether the key appears within so many seconds."""
         try:
-            self._store.wait([self._name(key)], timedelta(seconds=max(seconds, 0.001)))
+            self._store.wait([key], timedelta(seconds=max(seconds, 0.001)))
         except RuntimeError:  # DistStoreError on a timeout, DistNetworkError when the store is gone
             return False
         return True
@@ -246,13 +261,13 @@ class StoreCoordinator:
     def _set(self, key: str, value: tuple[str, Any], stage: str) -> None:
         content = pickle.dumps(value)
         try:
-            self._store.set(self._name(key), content)
+            self._store.set(key, content)
         except RuntimeError as error:
             raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
 
     def _get(self, key: str, stage: str) -> tuple[str, Any]:
         try:
-            content = self._store.get(self._name(key))
+            content = self._store.get(key)
         except RuntimeError as error:
             raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
         value: tuple[str, Any] = pickle.loads(content)  # noqa: S301  # written by a rank of this job

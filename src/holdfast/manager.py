@@ -28,6 +28,7 @@ from holdfast.errors import (
     RankFailure,
     SaveFailedError,
     StageFailedError,
+    StageTimeoutError,
     StatePartlyLoadedError,
     StoreIdentityError,
     UnsupportedStateError,
@@ -111,6 +112,7 @@ class DefaultCheckpointManager:
         self._background: Background[Committed] = Background()
         self._in_flight: _Save | None = None
         self._channels: list[Coordinator] | None = None
+        self._calls = 0
         self._failures_in_a_row = 0
 
     # -- save ------------------------------------------------------------------------------------
@@ -122,12 +124,13 @@ class DefaultCheckpointManager:
             CheckpointError: this save could not begin, or the previous one had failed.
         """
         started = time.monotonic()
+        self._calls += 1
         if ctx.non_persistent_ckpt:
             raise ConfigError(
                 ["checkpoint.local.directory is null: there is no local tier to save to"]
             )
         self._settle(self._background.wait())
-        control, writer = self._coordinators()
+        control, writer = self._begin_call()
         event = CheckpointEvent(
             iteration=ctx.state.train_state.step,
             tier=TIER_NAME,
@@ -251,8 +254,9 @@ class DefaultCheckpointManager:
             NoLoadableCheckpointError: checkpoints are there and none can be loaded.
             StateMismatchError, DataReshardError: the checkpoint is sound but does not fit this run.
         """
+        self._calls += 1
         self._settle(self._background.wait())
-        control, _ = self._coordinators()
+        control, _ = self._begin_call()
         config = self.checkpoint_config
         decision = control.lead(
             "resolve",
@@ -328,6 +332,14 @@ class DefaultCheckpointManager:
             self._channels = open_channels(2, self.checkpoint_config.timeout_seconds)
         return self._channels
 
+    def _begin_call(self) -> list[Coordinator]:
+        """Meet the other ranks anew, in case one of them left the last call in the middle."""
+        channels = self._coordinators()
+        for each in channels:
+            # Counted here and not agreed: all ranks make the same calls, however each one ended.
+            each.begin(f"call {self._calls}")
+        return channels
+
     def _rank(self) -> int:
         return self._coordinators()[0].rank
 
@@ -360,6 +372,8 @@ def _fill(restoration: Restoration, checkpoint: Checkpoint, control: Coordinator
     """Read tensors into place; bytes that went bad since they were verified are damage too."""
     try:
         control.together("read", restoration.fill)
+    except StageTimeoutError:
+        raise  # a rank is gone, which no other checkpoint would mend
     except StageFailedError as error:
         raise CorruptCheckpointError(str(checkpoint.path), str(error)) from error
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.coordination import Coordinator
-from holdfast.errors import CorruptCheckpointError, StageFailedError
+from holdfast.errors import CorruptCheckpointError, StageFailedError, StageTimeoutError
 from holdfast.filesystem import Filesystem
 from holdfast.state.capture import AppState, Place, SavedRun
 from holdfast.state.safety import decode
@@ -65,6 +65,8 @@ def open_verified(
 
     try:
         coordinator.together("open", read)
+    except StageTimeoutError:
+        raise  # a rank is gone: the checkpoint is not to blame
     except StageFailedError as error:
         raise CorruptCheckpointError(str(checkpoint.path), str(error)) from error
     return opened[0]
