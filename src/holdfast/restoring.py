@@ -8,14 +8,13 @@ Chooses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError, StageFailedError, StageTimeoutError
 from holdfast.filesystem import Filesystem
-from holdfast.state.capture import AppState, Place, SavedRun
+from holdfast.state.capture import AppState, Place, SavedRun, SavedTensors
 from holdfast.state.safety import decode
 from holdfast.store import Checkpoint, Store
 from holdfast.tiers.reading import Contents, open_contents, verify_together
@@ -78,11 +77,12 @@ class Restoration:
     def __init__(self, opened: Opened, app: AppState, *, with_tensors: bool) -> None:
         self._opened = opened
         self._app = app
-        reader = opened.contents.reader
-        self._tensors = reader.tensors() if with_tensors else {}
-        self._values: Mapping[str, Any] = opened.contents.values if with_tensors else {}
-        self._key_paths = {name: reader.key_path(name) for name in (*self._tensors, *self._values)}
-        self._with_tensors = with_tensors
+        self._saved: SavedTensors | None = None
+        if with_tensors:
+            reader, values = opened.contents.reader, opened.contents.values
+            tensors = reader.tensors()
+            key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
+            self._saved = SavedTensors(tensors, values, key_paths)
         self._filled: dict[str, Any] = {}
 
     def compare(self, strict: bool, accept_data_restart: bool) -> None:
@@ -93,20 +93,21 @@ class Restoration:
         """
         opened, own = self._opened, self._opened.rank_states[0]
         path = str(opened.checkpoint.path)
-        if self._with_tensors:
-            self._app.check(path, self._tensors, self._values, opened.shared, own, strict)
+        self._app.check(path, self._saved, opened.shared, own, strict)
         self._app.check_data(own, path, accept_data_restart)
 
     def fill(self) -> None:
         """Read the tensors into place: from here on the live state is changed."""
-        targets = self._app.targets(self._tensors, self._key_paths)
+        if self._saved is None:
+            return
+        targets = self._app.targets(self._saved)
         self._opened.contents.reader.read_tensors(targets)
-        self._filled = {**self._values, **targets}
+        self._filled = {**self._saved.values, **targets}
 
     def apply(self) -> None:
         """Give every live object its state; RNG last."""
-        if self._with_tensors:
-            self._app.apply(self._filled, self._key_paths)
+        if self._saved is not None:
+            self._app.apply(self._filled, self._saved)
         self._app.apply_scheduler(self._opened.shared)
         manifest = self._opened.checkpoint.manifest
         saved = SavedRun(manifest.run_id, manifest.iteration, manifest.world_size)

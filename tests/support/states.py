@@ -239,7 +239,7 @@ def _feed(hasher: Any, value: Any) -> None:
         case Tensor():
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             put(f"tensor {whole.dtype} {tuple(whole.shape)}")
-            flat = whole.detach().cpu().contiguous().reshape(-1)
+            flat = whole.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
             hasher.update(flat.view(torch.uint8).numpy().tobytes())
         case np.ndarray():
             put(f"array {value.dtype} {value.shape}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint._traverse import set_element  # DCP's own inverse of its flat names
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -77,6 +78,31 @@ class SavedRun:
     run_id: str
     iteration: int
     world_size: int
+
+
+@dataclass(frozen=True)
+class SavedTensors:
+    """What the shard files of a checkpoint hold, by the flat names that DCP makes of nested ones."""
+
+    tensors: Mapping[str, TensorStorageMetadata]
+    values: Mapping[str, Any]
+    """Everything that is no tensor."""
+    key_paths: Mapping[str, Sequence[Any]]
+    """The nested keys of each flat name: texts for mappings, numbers for lists."""
+
+    def model_names(self) -> set[str]:
+        """Return the names of the model's state; a nested extra state counts as one."""
+        paths = self.key_paths.values()
+        return {f"model.{path[1]}" for path in paths if path[0] == "model"}
+
+    def parameter_names(self) -> set[str]:
+        """Return the names of the parameters that the saved optimizer had."""
+        return {
+            name
+            for key, path in self.key_paths.items()
+            if path[:2] == ("optimizer", "param_groups") and path[3:] == ("params",)
+            for name in self.values[key]
+        }
 
 
 class _OptimizerView:
@@ -144,39 +170,35 @@ class AppState:
     def check(
         self,
         path: str,
-        tensors: Mapping[str, TensorStorageMetadata],
-        values: Mapping[str, Any],
+        saved: SavedTensors | None,
         shared: Mapping[str, Any],
         rank: Mapping[str, Any],
         strict: bool,
     ) -> None:
         """Compare names, shapes and types with a checkpoint's, touching nothing.
 
+        `saved` None: model and optimizer are left alone.
+
         Raises:
             StateMismatchError: shapes differ, or `strict` and anything else does.
         """
-        live = self._live_model()
-        saved = {**dict.fromkeys(values), **tensors}
-        saved_model = {name for name in saved if name.startswith("model.")}
-        missing = sorted(set(live) - saved_model)
-        unexpected = sorted(saved_model - set(live))
-        different = []
-        if self._optimizers:
-            live_names, saved_names = self._parameter_names(), _saved_parameter_names(values)
-            missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
-            unexpected += [f"optimizer.{name}" for name in sorted(saved_names - live_names)]
+        missing, unexpected, different = [], [], []
+        if saved is not None:
+            live, saved_model = self._live_model(), saved.model_names()
+            missing = sorted(
+                name for name, value in live.items()
+                if name not in saved_model and not _is_hollow(value)
+            )  # fmt: skip
+            unexpected = sorted(saved_model - set(live))
+            different = _find_different(live, saved.tensors, strict)
+            if self._optimizers:
+                live_names, saved_names = self._parameter_names(), saved.parameter_names()
+                missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
+                unexpected += [f"optimizer.{name}" for name in sorted(saved_names - live_names)]
         if self._scheduler is not None and shared.get("scheduler") is None:
             missing.append("scheduler")
         if self._data is not None and rank["data"] is None:
             missing.append("data")
-        for name, target in live.items():
-            source = tensors.get(name)
-            if source is None or not isinstance(target, torch.Tensor):
-                continue
-            if source.size != target.size():
-                different.append(f"{name} is {list(source.size)}, here {list(target.size())}")
-            elif strict and source.properties.dtype != target.dtype:
-                different.append(f"{name} is {source.properties.dtype}, here {target.dtype}")
         if different or (strict and (missing or unexpected)):
             raise StateMismatchError(path, missing, unexpected, different)
         for name in missing:
@@ -184,46 +206,47 @@ class AppState:
         for name in unexpected:
             logger.warning("%s: %s is in the checkpoint only and is left out", path, name)
 
-    def targets(
-        self, tensors: Mapping[str, TensorStorageMetadata], key_paths: Mapping[str, Sequence[Any]]
-    ) -> dict[str, torch.Tensor]:
+    def targets(self, saved: SavedTensors) -> dict[str, torch.Tensor]:
         """Return the tensors to fill, by flat name: live ones where they exist, else new ones."""
-        live = {name: each for name, each in self._live_model().items() if name in tensors}
-        found = {name: each for name, each in live.items() if isinstance(each, torch.Tensor)}
-        if not self._optimizers:
-            return found
-        state = self._optimizer_state()["state"]
+        live = self._live_model()
+        state = self._optimizer_state()["state"] if self._optimizers else {}
         parameters = self._named_parameters()
-        for name, saved in tensors.items():
-            path = key_paths[name]
-            if path[:2] != ("optimizer", "state"):
-                if path[0] == "optimizer":  # a learning rate kept as a tensor, say
-                    found[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
+        found = {}
+        for name, source in saved.tensors.items():
+            path = saved.key_paths[name]
+            if path[0] == "model":
+                target = live.get(f"model.{path[1]}")
+                if isinstance(target, torch.Tensor) and not _is_extra(name):
+                    found[name] = target
+                elif f"model.{path[1]}" in live:  # part of a module's extra state
+                    found[name] = _new(source)
+            elif not self._optimizers:
                 continue
-            parameter = parameters.get(path[2])
-            if parameter is None:
-                continue  # left out, as `check` has said
-            present = state.get(path[2], {}).get(path[3]) if len(path) == 4 else None
-            found[name] = _fitting(present, parameter, saved)
+            elif path[1] != "state":  # a learning rate kept as a tensor, say
+                found[name] = _new(source)
+            elif path[2] in parameters:  # else left out, as `check` has said
+                present = state.get(path[2], {}).get(path[3]) if len(path) == 4 else None
+                found[name] = _fitting(present, parameters[path[2]], source)
         return found
 
-    def apply(
-        self,
-        filled: Mapping[str, Any],
-        key_paths: Mapping[str, Sequence[Any]],
-    ) -> None:
+    def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> None:
         """Give model and optimizer their state; `filled` holds tensors and values by flat name."""
         options = StateDictOptions(strict=False)  # `check` has compared the names
         names = set(self._live_model())
-        model_state = {
-            name.removeprefix("model."): value for name, value in filled.items() if name in names
-        }
-        set_model_state_dict(self._model, model_state, options=options)
-        if self._optimizers:
-            known = self._parameter_names()
-            optimizer_state = _nest(filled, key_paths, known)
+        known = self._parameter_names() if self._optimizers else set()
+        nested: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}}
+        for name, value in filled.items():
+            path = saved.key_paths[name]
+            if path[0] == "model":
+                belongs = f"model.{path[1]}" in names
+            else:
+                belongs = path[1] != "state" or path[2] in known
+            if belongs:
+                set_element(nested, tuple(path), value)
+        set_model_state_dict(self._model, nested["model"], options=options)
+        if known & saved.parameter_names():
             views: Any = self._optimizers
-            set_optimizer_state_dict(self._model, views, optimizer_state, options=options)
+            set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
 
     def apply_scheduler(self, shared: Mapping[str, Any]) -> None:
         """Give the scheduler its state, where both sides have one."""
@@ -306,13 +329,33 @@ class AppState:
         return {name: each for name, each in live.items() if isinstance(each, torch.Tensor)}
 
 
-def _saved_parameter_names(values: Mapping[str, Any]) -> set[str]:
-    return {
-        name
-        for key, names in values.items()
-        if key.startswith("optimizer.param_groups.") and key.endswith(".params")
-        for name in names
-    }
+def _find_different(
+    live: Mapping[str, Any], saved: Mapping[str, TensorStorageMetadata], strict: bool
+) -> list[str]:
+    different = []
+    for name, target in live.items():
+        source = saved.get(name)
+        if source is None or not isinstance(target, torch.Tensor) or _is_extra(name):
+            continue
+        if source.size != target.size():
+            different.append(f"{name} is {list(source.size)}, here {list(target.size())}")
+        elif strict and source.properties.dtype != target.dtype:
+            different.append(f"{name} is {source.properties.dtype}, here {target.dtype}")
+    return different
+
+
+def _is_extra(name: str) -> bool:
+    """Whether a name is a module's extra state, which may have any shape and need not fit."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _is_hollow(value: Any) -> bool:
+    """Whether a value has no leaf, so that DCP has nothing to write for it."""
+    return isinstance(value, Mapping) and all(map(_is_hollow, value.values()))
+
+
+def _new(saved: TensorStorageMetadata) -> torch.Tensor:
+    return torch.empty(saved.size, dtype=saved.properties.dtype)
 
 
 def _fitting(present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata) -> torch.Tensor:
@@ -326,27 +369,4 @@ def _fitting(present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata
         return present
     if saved.size == parameter.size():
         return torch.empty_like(parameter, dtype=dtype)
-    return torch.empty(saved.size, dtype=dtype)
-
-
-def _nest(
-    filled: Mapping[str, Any], key_paths: Mapping[str, Sequence[Any]], known: set[str]
-) -> dict[str, Any]:
-    """Rebuild `{"state": {...}, "param_groups": [...]}` from flat names."""
-    state: dict[str, Any] = {}
-    groups: dict[int, dict[str, Any]] = {}
-    for name, value in filled.items():
-        path = key_paths[name]
-        if path[0] != "optimizer":
-            continue
-        if path[1] == "param_groups":
-            groups.setdefault(int(path[2]), {})[str(path[3])] = value
-        elif path[2] in known:
-            _set_nested(state.setdefault(path[2], {}), path[3:], value)
-    return {"state": state, "param_groups": [groups[number] for number in sorted(groups)]}
-
-
-def _set_nested(node: dict[Any, Any], path: Sequence[Any], value: Any) -> None:
-    for key in path[:-1]:
-        node = node.setdefault(key, {})
-    node[path[-1]] = value
+    return _new(saved)
