@@ -383,13 +383,23 @@ def _encode_counters(ctx: CheckpointSaveContext) -> bytes:
         "train_state": ctx.state.train_state.to_dict(),
         "num_floating_point_operations_so_far": ctx.num_floating_point_operations_so_far,
     }
+    step: object = ctx.state.train_state.step
+    if type(step) is not int or step < 0:
+        raise UnsupportedStateError(
+            f"train_state.step is {step!r}, which names no iteration; use a whole number from 0 on."
+        )
+    advice = "Use numbers, texts, lists and dicts with texts as keys in its fields and in extra."
     try:
-        return json.dumps(values, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+        content = json.dumps(values, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UnsupportedStateError(
-            f"train_state holds a value that is no JSON: {error}. Use numbers, texts, lists and "
-            "dicts in its fields and in extra."
+            f"train_state holds a value that is no JSON: {error}. {advice}"
         ) from error
+    if json.loads(content) != values:  # JSON makes texts of number keys, and lists of tuples
+        raise UnsupportedStateError(
+            f"train_state holds a value that JSON would give back as another. {advice}"
+        )
+    return content.encode() + b"\n"
 
 
 def _outcome_of(work: Callable[[], Committed]) -> Outcome[Committed]:
