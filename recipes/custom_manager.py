@@ -31,6 +31,7 @@ from holdfast import (
 from holdfast.errors import ConfigError
 from holdfast.events import ON_CHECKPOINT_SAVE
 
+# The name that loading looks for: with it the mirror is a store like any other.
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 

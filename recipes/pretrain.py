@@ -54,7 +54,7 @@ def main() -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing a page
     sys.path.append(os.getcwd())  # so that a manager's module beside the caller imports
-    warnings.showwarning = _show_warning if speaks else _drop_warning
+    warnings.showwarning = _WarningPrinter(speaks)
     hydra_schema.register()
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     try:
@@ -71,12 +71,17 @@ def main() -> int:
     return 0
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+class _WarningPrinter:
+    """Print each warning once, however many rooms check the same settings, and in one process."""
 
+    def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
+        self._printed: set[str] = set()
 
-def _drop_warning(*_: Any, **__: Any) -> None:
-    """Leave it to the first process, which has the same to say."""
+    def __call__(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        if self._speaks and str(message) not in self._printed:
+            self._printed.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 
 from crash import CrashPlan, plan_crash
+from drill import STEPS, compare
 from gpt import GPT
 from holdfast import CheckpointEvent, CheckpointSaveContext, GlobalState, TrainState
 from holdfast.events import ON_CHECKPOINT_SAVE, ON_CHECKPOINT_SAVE_FAILED
-from losses import LOSSES_NAME, LossLog, read_losses
+from losses import LOSSES_NAME, LossCurve, LossLog, read_losses
 from run_config import ModelConfig, RecipeError
 from saving import MeasuredSaves, describe_size
 
@@ -149,7 +152,19 @@ def test_a_model_knows_nothing_at_first_and_never_looks_ahead() -> None:
     assert not torch.equal(hidden[0][:, 8:], hidden[1][:, 8:])
 
 
-def test_the_drill_is_not_run_here() -> None:
+def test_the_drill_sees_one_bit() -> None:
+    """One loss off by its last bit, a missing step or another final validation is a difference."""
+    alone = LossCurve({1: 0.1, STEPS: 0.2}, {STEPS: 0.3}, [0], STEPS)
+    resumed = replace(alone, resumed_from=[0, 1])
+    assert compare("same", resumed, alone).is_equal
+    off = replace(resumed, training={1: math.nextafter(0.1, 1), STEPS: 0.2})
+    assert compare("off", off, alone).different_steps == (1,)
+    assert compare("short", replace(resumed, training={1: 0.1}), alone).different_steps == (STEPS,)
+    other = replace(resumed, validation={STEPS: math.nextafter(0.3, 0)})
+    assert not compare("other", other, alone).is_equal
+
+
+def test_no_plan_kills_nobody() -> None:
     """A crash plan without a step is a no-op, or this process would be gone."""
     CrashPlan(None).crash_if_due(5)
     CrashPlan(4).crash_if_due(5)

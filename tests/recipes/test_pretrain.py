@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def test_bad_input_ends_in_a_short_message(pretrain: Pretrain) -> None:
         "steps=soon": "steps: Value 'soon'",
         "checkpoint.persistent.save_interval=-5": "save_interval is -5",
         "run_dir=file/run": "file/run",
-        "checkpoint.persistent.directory=file/store": "file/store",
+        "checkpoint.persistent.directory=file/store": str(Path("file").absolute()),
         "checkpoint.load.directory=nowhere": "nowhere",
         "checkpoint.run_id=another": "another",
         "checkpoint.load.step=3": "3",
@@ -178,6 +179,18 @@ def test_bad_input_ends_in_a_short_message(pretrain: Pretrain) -> None:
         assert 1 <= len(lines) <= 3, outcome.complained
         assert named in outcome.complained, outcome.complained
         assert "Traceback" not in outcome.complained + outcome.printed
+
+
+def test_a_setting_without_effect_is_told_once(
+    pretrain: Pretrain, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A warning in one line, without the place in the source; the run goes on."""
+    warnings.simplefilter("always")  # as at a command line; the tests make warnings errors
+    outcome = pretrain("checkpoint.local.save_interval=5", "steps=1")
+    assert outcome.status == 0
+    assert outcome.complained == (
+        "warning: setting without effect: checkpoint.local.save_interval: local.directory is null\n"
+    )
 
 
 def test_a_truncated_tracker_is_no_dead_end(pretrain: Pretrain) -> None:
