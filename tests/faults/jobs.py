@@ -1,0 +1,138 @@
+"""One start of a small training job: live state, counters and a manager.
+
+Owns what every fault test does to a run: start it, train it, save it, load it, and look at what is
+left on disk. Promises that the same calls give the same bits. Knows no faults.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+from holdfast.config import CheckpointConfig
+from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.manager import DefaultCheckpointManager
+from holdfast.protocol import (
+    CheckpointLoadContext,
+    CheckpointSaveContext,
+    GlobalState,
+    LoadResult,
+    TrainState,
+)
+from holdfast.store import Store
+from tests.support.states import make_run
+
+_LEFTOVER = re.compile(r"(?P<place>.*)\.(?P<mark>pending|replaced)-[0-9a-f]{8}")
+
+
+class Job:
+    """A process that trains, from its start to its end or its death; with DDP on several ranks."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        kind: str = "small",
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        filesystem: Filesystem | None = None,
+        **config: Any,
+    ) -> None:
+        self.directory = directory
+        self.run = make_run(kind, seed, rank, ranks)
+        if ranks > 1:
+            self.run.model = DistributedDataParallel(self.run.model)
+        self.state = GlobalState(cfg={"kind": kind}, train_state=TrainState())
+        values = {"async_save": False, "persistent": {"directory": str(directory)}}
+        self.manager = DefaultCheckpointManager(
+            CheckpointConfig.from_mapping({**values, **config}), filesystem=filesystem
+        )
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+        return self.state.train_state.step
+
+    def train_to(self, step: int) -> None:
+        """Train until so many steps are completed."""
+        self.run.train(step - self.step)
+        self.state.train_state.step = step
+
+    def save(self) -> None:
+        """Save here, and wait until the outcome was told."""
+        self.begin_save()
+        self.manager.finalize_async_saves(self.state, blocking=True)
+
+    def begin_save(self) -> None:
+        """Save here; with async_save return before it is written."""
+        run = self.run
+        context = CheckpointSaveContext(
+            self.state,
+            run.model,
+            run.optimizer,
+            run.scheduler,
+            num_floating_point_operations_so_far=7 * self.step,
+            train_data_iterator=run.stream,
+        )
+        self.manager.save(context)
+
+    def load(self) -> LoadResult:
+        """Restore what the configuration asks for."""
+        run = self.run
+        context = CheckpointLoadContext(
+            self.state,
+            run.model,
+            run.optimizer,
+            run.scheduler,
+            train_data_iterator=run.stream,
+        )
+        return self.manager.load(context)
+
+    def digests(self) -> dict[str, str]:
+        """Digest everything that a checkpoint carries, counters included."""
+        return self.run.digests() | {"counters": str(self.state.train_state.to_dict())}
+
+
+def make_store(directory: Path, *steps: int, **options: Any) -> dict[int, dict[str, str]]:
+    """Train one job and save at each step; return the digests of each."""
+    job = Job(directory, **options)
+    found = {}
+    for step in steps:
+        job.train_to(step)
+        job.save()
+        found[step] = job.digests()
+    return found
+
+
+def copy_store(source: Path, target: Path) -> Path:
+    """Copy a store as it is; an older copy is replaced."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, symlinks=True)
+    return target
+
+
+def leftovers(directory: Path) -> list[str]:
+    """Name everything in a store that waits to be swept.
+
+    A replaced checkpoint whose successor never came still counts as a checkpoint, and is none.
+    """
+    names = {each.name for each in directory.iterdir()}
+    return sorted(
+        name
+        for name in names
+        if (match := _LEFTOVER.fullmatch(name))
+        and (match["mark"] == "pending" or match["place"] in names)
+    )
+
+
+def damages(directory: Path) -> list[str]:
+    """Name everything that is listed in a store and not sound."""
+    store = Store(directory, LocalFilesystem())
+    listing = store.listing()
+    found = [each.reason for each in listing.broken]
+    return found + [str(each) for one in listing.checkpoints for each in store.verify(one)]
