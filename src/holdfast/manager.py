@@ -205,7 +205,11 @@ class DefaultCheckpointManager:
             raise StageFailedError(
                 "capture",
                 [
-                    RankFailure(rank, "Disagreement", f"saves at step {iteration}")
+                    RankFailure(
+                        rank,
+                        "Disagreement",
+                        f"saves at step {iteration}, rank 0 at step {iterations[0]}",
+                    )
                     for rank, iteration in enumerate(iterations)
                     if iteration != iterations[0]
                 ],

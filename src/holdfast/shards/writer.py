@@ -9,6 +9,7 @@ tier that calls it does.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,14 @@ class _SeamFileSystem(FileSystem):
         self._filesystem.rename(Path(path), Path(new_path))
 
     def mkdir(self, path: Any) -> None:
-        self._filesystem.make_directory(Path(path))
+        # torch would create it where it is missing; but rank 0 has, and a rank that does not see
+        # it would write to a disk of its own what nobody else could ever read.
+        if not self._filesystem.is_directory(Path(path)):
+            reason = (
+                "rank 0 has created this directory, but it is not here; "
+                "checkpoint.persistent.directory must be on a file system that all ranks share"
+            )
+            raise FileNotFoundError(errno.ENOENT, reason, str(path))
 
     def rm_file(self, path: Any) -> None:
         self._filesystem.remove_file(Path(path))

@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast import __version__
 from holdfast.coordination import Coordinator
-from holdfast.errors import CheckpointError, CheckpointNotFoundError, StoreNotLoadedError
+from holdfast.errors import CheckpointError, StoreNotLoadedError
 from holdfast.filesystem import Filesystem, make_durable_directory
 from holdfast.identity import Attempt, RunIdentity
 from holdfast.manifest import FileRecord, Manifest
@@ -163,11 +163,6 @@ class PersistentTier:
     def _write_files(
         self, writer: ShardWriter, pending: Path, snapshot: Snapshot, rank: int
     ) -> tuple[list[FileRecord], list[Any]]:
-        if not self._filesystem.is_directory(pending):
-            raise CheckpointNotFoundError(
-                f"rank {rank} does not see {pending}, which rank 0 created: "
-                "checkpoint.persistent.directory must be on a file system that all ranks share."
-            )
         names, results = writer.write()
         records = [self.store.seal_file(pending, name) for name in names]
         records.append(self.store.write_file(pending, rank_state_name(rank), snapshot.rank_state))
