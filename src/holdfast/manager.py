@@ -47,7 +47,6 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
     SkippedCheckpoint,
-    TrainState,
 )
 from holdfast.restoring import Opened, Restoration, open_verified
 from holdfast.shards.staging import Stager
@@ -307,7 +306,6 @@ class DefaultCheckpointManager:
         strict = load.strict if ctx.strict is None else ctx.strict
 
         def compare() -> None:
-            TrainState().update_from(opened.contents.counters["train_state"])  # or refuse early
             restoration.compare(strict, load.accept_data_restart)
 
         control.together("compare", compare)

@@ -9,7 +9,8 @@ commits. Knows the live state only as the captured value it is given.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,10 +164,22 @@ class PersistentTier:
     def _write_files(
         self, writer: ShardWriter, pending: Path, snapshot: Snapshot, rank: int
     ) -> tuple[list[FileRecord], list[Any]]:
-        names, results = writer.write()
-        records = [self.store.seal_file(pending, name) for name in names]
-        records.append(self.store.write_file(pending, rank_state_name(rank), snapshot.rank_state))
+        with self._naming_successor():
+            names, results = writer.write()
+            records = [self.store.seal_file(pending, name) for name in names]
+            state_name = rank_state_name(rank)
+            records.append(self.store.write_file(pending, state_name, snapshot.rank_state))
         return records, results
+
+    @contextmanager
+    def _naming_successor(self) -> Iterator[None]:
+        """Where a newer attempt has swept our files away, say that instead of what is missing."""
+        try:
+            yield
+        except OSError:
+            if self._admission is not None:
+                self.identity.check_newest(self._admission.attempt)
+            raise
 
     def _commit(
         self,
@@ -179,14 +192,15 @@ class PersistentTier:
         assert self._admission is not None
         store, admission = self.store, self._admission
         records = [record for part, _ in written for record in part]
-        metadata_name = writer.write_metadata([results for _, results in written])
-        records.append(store.seal_file(pending, metadata_name))
-        for name, content in (
-            (SHARED_STATE_NAME, snapshot.shared_state),
-            (TRAIN_STATE_NAME, snapshot.train_state),
-            (RUN_CONFIG_NAME, snapshot.run_config),
-        ):
-            records.append(store.write_file(pending, name, content))
+        with self._naming_successor():
+            metadata_name = writer.write_metadata([results for _, results in written])
+            records.append(store.seal_file(pending, metadata_name))
+            for name, content in (
+                (SHARED_STATE_NAME, snapshot.shared_state),
+                (TRAIN_STATE_NAME, snapshot.train_state),
+                (RUN_CONFIG_NAME, snapshot.run_config),
+            ):
+                records.append(store.write_file(pending, name, content))
         # Spent even if the commit fails: it may fail after the checkpoint became visible.
         sequence, admission.next_sequence = admission.next_sequence, admission.next_sequence + 1
         manifest = Manifest(

@@ -16,6 +16,7 @@ from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, read_bytes
 from holdfast.manifest import FileRecord
+from holdfast.protocol import TrainState
 from holdfast.shards.reader import ShardReader
 from holdfast.store import Checkpoint, Damage, Store
 from holdfast.tiers.persistent import SHARED_STATE_NAME, TRAIN_STATE_NAME, rank_state_name
@@ -59,6 +60,9 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     try:
         counters = json.loads(read_bytes(filesystem, where))
         step = counters["train_state"]["step"]
+        # Refused here, while nothing live is touched: what `load` takes from it at its end.
+        TrainState().update_from(counters["train_state"])
+        int(counters["num_floating_point_operations_so_far"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(str(where), f"is not a train state: {error}") from error
     if step != checkpoint.iteration:
