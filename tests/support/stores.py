@@ -6,6 +6,7 @@ tensors. Promises that they are committed as a save commits them. Knows no manag
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import FileRecord, Manifest
+from holdfast.manifest import MANIFEST_NAME, FileRecord, Manifest, describe_file
 from holdfast.store import Checkpoint, Store
 
 
@@ -104,3 +105,25 @@ class FaultyFilesystem(LocalFilesystem):
     def sync_file(self, path: Path) -> None:
         self._pass("sync_file", path)
         super().sync_file(path)
+
+
+def reseal(path: Path, add: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> None:
+    """Rewrite a checkpoint's manifest so that it agrees with its altered files, as an attacker can.
+
+    `add` and `drop`: files to list beside, or to leave out of, those that were listed.
+    """
+    where = path / MANIFEST_NAME
+    manifest = Manifest.from_bytes(where.read_bytes(), str(where))
+    names = {each.path for each in manifest.files} | {*add}
+    records = []
+    for name in sorted(names - {*drop}):
+        with (path / name).open("rb") as stream:
+            records.append(describe_file(name, stream))
+    where.write_bytes(dataclasses.replace(manifest, files=tuple(records)).to_bytes())
+
+
+def flip_bit(path: Path, position: int = 0) -> None:
+    """Change one bit of a file. Negative positions count from the end."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
