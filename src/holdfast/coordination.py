@@ -195,9 +195,11 @@ class StoreCoordinator:
 
     @staticmethod
     def _judge(stage: str, outcomes: list[tuple[str, Any]]) -> CheckpointError | None:
-        for kind, value in outcomes:
+        for rank, (kind, value) in enumerate(outcomes):
             if kind == "ours":
-                return value  # type: ignore[no-any-return]  # pickled
+                error: CheckpointError = value
+                error.add_note(f'raised on rank {rank} in stage "{stage}"')  # it travels along
+                return error
         failures = [value for kind, value in outcomes if kind == "failure"]
         return StageFailedError(stage, failures) if failures else None
 
