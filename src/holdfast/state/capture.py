@@ -10,7 +10,7 @@ no files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from holdfast.errors import DataReshardError, StateMismatchError
+from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedStateError
 from holdfast.protocol import ReshardableData, Stateful
 from holdfast.state.rng import apply_rng, capture_rng, reseed
 from holdfast.state.safety import check_plain
@@ -66,7 +66,7 @@ class Captured:
     tensors: dict[str, Any]
     """`{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`, by name."""
     shared: dict[str, Any]
-    """The same on every rank: the scheduler's."""
+    """The same on every rank: the scheduler's, and where the tensors' nested state is hollow."""
     rank: dict[str, Any]
     """This rank's own: RNG and data."""
 
@@ -89,11 +89,13 @@ class SavedTensors:
     """Everything that is no tensor."""
     key_paths: Mapping[str, Sequence[Any]]
     """The nested keys of each flat name: texts for mappings, numbers for lists."""
+    hollow: Sequence[Sequence[str]]
+    """The nested keys of mappings without a leaf, which DCP does not write."""
 
     def model_names(self) -> set[str]:
         """Return the names of the model's state; a nested extra state counts as one."""
-        paths = self.key_paths.values()
-        return {f"model.{path[1]}" for path in paths if path[0] == "model"}
+        paths = [*self.key_paths.values(), *self.hollow]
+        return {f"model.{path[1]}" for path in paths if path[0] == "model" and path[1:]}
 
     def parameter_names(self) -> set[str]:
         """Return the names of the parameters that the saved optimizer had."""
@@ -155,7 +157,10 @@ class AppState:
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
         if self._optimizers:
             tensors["optimizer"] = self._optimizer_state()
-        shared = {"scheduler": self._scheduler.state_dict() if self._scheduler else None}
+        shared = {
+            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "hollow": list(_find_hollow(tensors)),
+        }
         rank = {
             "rng": rng,
             "data": self._data.state_dict() if self._data else None,
@@ -165,6 +170,8 @@ class AppState:
         for name, part in (("", tensors), ("", shared), (f"rank {self._place.rank} ", rank)):
             for key, value in part.items():
                 check_plain(value, f"{name}{key}")
+        for key, value in tensors.items():
+            _check_keys(value, key)
         return Captured(tensors, shared, rank)
 
     def check(
@@ -235,8 +242,9 @@ class AppState:
         names = set(self._live_model())
         known = self._parameter_names() if self._optimizers else set()
         nested: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}}
-        for name, value in filled.items():
-            path = saved.key_paths[name]
+        parts = [(path, {}) for path in saved.hollow if path[2:] or path[0] == "model"]
+        parts += [(saved.key_paths[name], value) for name, value in filled.items()]
+        for path, value in parts:
             if path[0] == "model":
                 belongs = f"model.{path[1]}" in names
             else:
@@ -245,8 +253,23 @@ class AppState:
                 set_element(nested, tuple(path), value)
         set_model_state_dict(self._model, nested["model"], options=options)
         if known & saved.parameter_names():
+            self._keep_unknown(nested["optimizer"], known - saved.parameter_names())
             views: Any = self._optimizers
             set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
+
+    def _keep_unknown(self, restored: dict[str, Any], unknown: set[str]) -> None:
+        """Add the live state of parameters that the checkpoint has none of: an optimizer takes all
+        its state at once, and drops what it is not given."""
+        if not unknown:
+            return
+        live = self._optimizer_state()
+        restored["state"].update({name: live["state"][name] for name in unknown & {*live["state"]}})
+        groups = [
+            {**group, "params": [name for name in group["params"] if name in unknown]}
+            for group in live["param_groups"]
+        ]
+        # First: the options of a group that both sides have are the checkpoint's.
+        restored["param_groups"] = groups + restored["param_groups"]
 
     def apply_scheduler(self, shared: Mapping[str, Any]) -> None:
         """Give the scheduler its state, where both sides have one."""
@@ -352,6 +375,36 @@ def _is_extra(name: str) -> bool:
 def _is_hollow(value: Any) -> bool:
     """Whether a value has no leaf, so that DCP has nothing to write for it."""
     return isinstance(value, Mapping) and all(map(_is_hollow, value.values()))
+
+
+def _find_hollow(
+    value: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Yield where mappings in mappings are empty."""
+    for key, each in value.items():
+        if isinstance(each, Mapping):
+            if not each:
+                yield (*path, key)
+            yield from _find_hollow(each, (*path, key))
+
+
+def _check_keys(value: Any, place: str) -> None:
+    """Refuse keys that are no texts: DCP would give them back as texts.
+
+    Raises:
+        UnsupportedStateError: naming the first such key.
+    """
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise UnsupportedStateError(
+                    f"the key {key!r} of {place} is no text, and would come back as one.\n"
+                    "Use texts as keys in what get_extra_state and the optimizer return."
+                )
+            _check_keys(each, f"{place}.{key}")
+    elif isinstance(value, list):
+        for position, each in enumerate(value):
+            _check_keys(each, f"{place}[{position}]")
 
 
 def _new(saved: TensorStorageMetadata) -> torch.Tensor:
