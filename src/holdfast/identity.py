@@ -3,8 +3,8 @@
 Owns run.json and the attempt_*.json claims beside it. A run id is made by the first job that uses
 an empty store; each start of the run that saves takes the next attempt number by exclusive creation
 of its claim, so two jobs never hold one number, without locks, clocks or cleaning up. The claims
-are the truth; run.json repeats them for people. Refuses another run's id and an attempt that has
-been overtaken.
+are the truth, each with its digest; run.json repeats them for people, and for a claim that was
+damaged since. Refuses another run's id and an attempt that has been overtaken.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from holdfast.errors import CorruptCheckpointError, StoreIdentityError, SupersededAttemptError
 from holdfast.filesystem import Filesystem, create_once, read_bytes, replace
+from holdfast.manifest import seal, unseal
 
 RUN_NAME = "run.json"
 _CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
@@ -70,13 +71,28 @@ class RunIdentity:
         """Return every attempt claimed so far, oldest first."""
         found = []
         for number, name in self._claims():
-            path = self._root / name
-            try:
-                values = _parse(read_bytes(self._filesystem, path), path)
-                found.append(Attempt(number, values["resumed_from"], values["resumed_path"]))
-            except (CorruptCheckpointError, KeyError):
-                found.append(Attempt(number))  # the number is taken by its name alone
+            claim = self._read_claim(self._root / name)
+            if claim is None or claim.number != number:
+                # The number is taken by the name alone. Where run.json does not know it either, a
+                # crash tore the claim before it could matter.
+                claim = self._repeated_in_run_json().get(number, Attempt(number))
+            found.append(claim)
         return found
+
+    def _read_claim(self, path: Path) -> Attempt | None:
+        try:
+            content = unseal(read_bytes(self._filesystem, path), str(path))
+            return _attempt_of(_parse(content, path))
+        except (CorruptCheckpointError, KeyError, TypeError):
+            return None
+
+    def _repeated_in_run_json(self) -> dict[int, Attempt]:
+        path = self._root / RUN_NAME
+        try:
+            listed = _parse(read_bytes(self._filesystem, path), path)["attempts"]
+            return {each.number: each for each in map(_attempt_of, listed)}
+        except (OSError, CorruptCheckpointError, KeyError, TypeError):
+            return {}
 
     def agree_run_id(self, configured: str | None) -> str:
         """Return the store's run id, making one for an empty store.
@@ -118,9 +134,8 @@ class RunIdentity:
             number = claims[-1][0] + 1 if claims else 1
             attempt = Attempt(number, resumed_from, path)
             try:
-                create_once(
-                    self._filesystem, self._root / _claim_name(number), _encode(asdict(attempt))
-                )
+                claim = seal(_encode(asdict(attempt)))
+                create_once(self._filesystem, self._root / _claim_name(number), claim)
             except FileExistsError:
                 continue  # a twin took this number between the listing and the claim
             # For people; a twin's later version may win, and is rebuilt from the claims as well.
@@ -167,10 +182,17 @@ def _encode(values: dict[str, Any]) -> bytes:
     return json.dumps(values, indent=1, sort_keys=True).encode() + b"\n"
 
 
+def _attempt_of(values: dict[str, Any]) -> Attempt:
+    attempt = Attempt(values["number"], values["resumed_from"], values["resumed_path"])
+    if type(attempt.number) is not int or type(attempt.resumed_from) not in (int, type(None)):
+        raise TypeError("an attempt's numbers are whole")
+    return attempt
+
+
 def _parse(content: bytes, path: Path) -> dict[str, Any]:
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(str(path), f"is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CorruptCheckpointError(str(path), "is not a JSON object")

@@ -65,8 +65,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the content of manifest.json."""
-        body = json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"
-        return body + xxhash.xxh3_128_hexdigest(body).encode() + b"\n"
+        return seal(json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n")
 
     @classmethod
     def from_bytes(cls, content: bytes, path: str) -> Manifest:
@@ -76,10 +75,7 @@ class Manifest:
             CorruptCheckpointError: torn, altered, of a newer format, or with paths that leave the
                 checkpoint.
         """
-        body, _, last_line = content.rstrip(b"\n").rpartition(b"\n")
-        body += b"\n"
-        if xxhash.xxh3_128_hexdigest(body).encode() != last_line:
-            raise CorruptCheckpointError(path, "does not match the digest in its last line")
+        body = unseal(content, path)
         try:
             values = json.loads(body)
             format_number = values["format"]
@@ -100,6 +96,23 @@ class Manifest:
             if not _stays_inside(each.path):
                 raise CorruptCheckpointError(path, f"lists {each.path!r}, outside the checkpoint")
         return manifest
+
+
+def seal(text: bytes) -> bytes:
+    """Return a text that ends with a newline and, as one more line, the digest of it."""
+    return text + xxhash.xxh3_128_hexdigest(text).encode() + b"\n"
+
+
+def unseal(content: bytes, path: str) -> bytes:
+    """Return the text that `seal` was given; `path` is for messages.
+
+    Raises:
+        CorruptCheckpointError: torn or altered, by as little as the last newline.
+    """
+    text = content[: content.rfind(b"\n", 0, -1) + 1]
+    if seal(text) != content:
+        raise CorruptCheckpointError(path, "does not match the digest in its last line")
+    return text
 
 
 def describe_file(path: str, stream: BinaryIO) -> FileRecord:
