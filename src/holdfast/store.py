@@ -12,10 +12,10 @@ import io
 import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError
 from holdfast.filesystem import (
@@ -190,31 +190,27 @@ class Store:
 
     def check_sizes(self, checkpoint: Checkpoint) -> list[Damage]:
         """Compare the size of every listed file; cheap, and catches missing and cut files."""
-        damages = []
-        for record in checkpoint.manifest.files:
-            try:
-                size_bytes = self._filesystem.size_bytes(checkpoint.path / record.path)
-            except FileNotFoundError:
-                reason = "is missing"
-            except OSError as error:
-                reason = f"cannot be read: {error.strerror or error}"
-            else:
-                if size_bytes == record.size_bytes:
-                    continue
-                reason = f"has {size_bytes} bytes, {record.size_bytes} were committed"
-            damages.append(Damage(f"{checkpoint.path.name}/{record.path}", reason))
-        return damages
+        return self._damages(checkpoint, checkpoint.manifest.files, self._compare_size)
 
     def verify(
         self, checkpoint: Checkpoint, records: Sequence[FileRecord] | None = None
     ) -> list[Damage]:
         """Read files in full and compare them with the manifest. None: all of them."""
+        chosen = checkpoint.manifest.files if records is None else records
+        return self._damages(checkpoint, chosen, self._compare_bytes)
+
+    def _damages(
+        self,
+        checkpoint: Checkpoint,
+        records: Sequence[FileRecord],
+        compare: Callable[[Path, FileRecord], str | None],
+    ) -> list[Damage]:
         damages = []
-        for record in checkpoint.manifest.files if records is None else records:
-            path = checkpoint.path / record.path
+        for record in records:
             try:
-                with naming(path), self._filesystem.open_existing(path) as stream:
-                    reason = find_difference(record, stream)
+                reason = self._find_link(checkpoint, record)
+                if reason is None:
+                    reason = compare(checkpoint.path / record.path, record)
             except FileNotFoundError:
                 reason = "is missing"
             except OSError as error:
@@ -222,6 +218,27 @@ class Store:
             if reason is not None:
                 damages.append(Damage(f"{checkpoint.path.name}/{record.path}", reason))
         return damages
+
+    def _find_link(self, checkpoint: Checkpoint, record: FileRecord) -> str | None:
+        """Refuse a folder on the way that is a link: it may show files of anywhere."""
+        for name in reversed(PurePosixPath(record.path).parents[:-1]):
+            if not self._filesystem.is_directory(checkpoint.path / name):
+                return f"cannot be read: {name} is missing or a link, not a directory"
+        return None
+
+    def _compare_size(self, path: Path, record: FileRecord) -> str | None:
+        size_bytes = self._filesystem.size_bytes(path)
+        if size_bytes == record.size_bytes:
+            return None
+        return f"has {size_bytes} bytes, {record.size_bytes} were committed"
+
+    def _compare_bytes(self, path: Path, record: FileRecord) -> str | None:
+        # The size first: of a cut file it says more than the digest of its last block.
+        reason = self._compare_size(path, record)
+        if reason is None:
+            with naming(path), self._filesystem.open_existing(path) as stream:
+                reason = find_difference(record, stream)
+        return reason
 
     # -- writing ---------------------------------------------------------------------------------
 
