@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.config import CheckpointConfig
@@ -96,6 +97,12 @@ class Job:
     def digests(self) -> dict[str, str]:
         """Digest everything that a checkpoint carries, counters included."""
         return self.run.digests() | {"counters": str(self.state.train_state.to_dict())}
+
+
+def job_of_rank(directory: Path, **options: Any) -> Job:
+    """Start the job of this rank of an initialised process group."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    return Job(directory, rank=rank, ranks=ranks, **options)
 
 
 def make_store(directory: Path, *steps: int, **options: Any) -> dict[int, dict[str, str]]:

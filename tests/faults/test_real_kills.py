@@ -26,7 +26,7 @@ from torch import distributed
 from holdfast.errors import CheckpointError
 from holdfast.protocol import LoadResult
 from holdfast.store import checkpoint_name
-from tests.faults.jobs import Job, copy_store, damages, leftovers, make_store
+from tests.faults.jobs import Job, copy_store, damages, job_of_rank, leftovers, make_store
 from tests.faults.killing import KillingFilesystem, in_fork
 from tests.faults.report import record
 from tests.support.ranks import RankExit, run_ranks
@@ -326,13 +326,8 @@ def _check(where: str, tried: _Try, outcomes: Sequence[list[State]]) -> int:
 # What the ranks run.
 
 
-def _job_of_rank(directory: Path, **options: Any) -> Job:
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    return Job(directory, rank=rank, ranks=ranks, **options)
-
-
 def _save_an_older_one(directory: Path) -> State:
-    job = _job_of_rank(directory)
+    job = job_of_rank(directory)
     job.train_to(2)
     job.save()
     return _state(job)
@@ -340,7 +335,7 @@ def _save_an_older_one(directory: Path) -> State:
 
 def _save_uninterrupted(directory: Path, asynchronous: bool) -> tuple[State, list[str]]:
     filesystem = KillingFilesystem()
-    job = _job_of_rank(directory, filesystem=filesystem, async_save=asynchronous)
+    job = job_of_rank(directory, filesystem=filesystem, async_save=asynchronous)
     job.load()
     job.train_to(4)
     state = _state(job)
@@ -354,7 +349,7 @@ def _save_until_told(
 ) -> _Told | None:
     """Save twice; the victim dies in the first of them, the other hears of it in either."""
     filesystem = KillingFilesystem()
-    job = _job_of_rank(
+    job = job_of_rank(
         directory,
         filesystem=filesystem,
         async_save=asynchronous,
@@ -374,13 +369,13 @@ def _save_until_told(
 
 
 def _resume_together(directory: Path) -> tuple[State, list[str]]:
-    job = _job_of_rank(directory)
+    job = job_of_rank(directory)
     result = job.load()
     found = _state(job) if result.found else None
     job.train_to(job.step + 3)
     job.save()
     saved = _state(job)
-    again = _job_of_rank(directory)
+    again = job_of_rank(directory)
     again.load()
     problems = [] if _state(again) == saved else ["what was saved is not what is loaded"]
     if distributed.get_rank() == 0:

@@ -1,0 +1,445 @@
+"""Bytes that are not the bytes that were committed are found, named, and never trained on.
+
+Every file of a checkpoint is damaged in every way that storage, copying and people damage files.
+Each time the load goes on to the next good checkpoint and says why, a load by number refuses, a
+load with nothing good left refuses with every reason and touches nothing, and `holdfast verify`
+names the same file.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.cli import main
+from holdfast.config import LoadConfig
+from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
+from holdfast.filesystem import LocalFilesystem
+from holdfast.manifest import BLOCK_BYTES, MANIFEST_NAME
+from holdfast.store import Store, checkpoint_name
+from holdfast.tiers.persistent import PersistentTier
+from holdfast.tiers.resolve import resolve
+from tests.faults.jobs import Job, copy_store, job_of_rank, make_store
+from tests.faults.report import record
+from tests.support.ranks import run_ranks
+
+FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
+SEED = 30
+STEPS = (2, 4, 6)
+OLDER, NEWEST = STEPS[-2:]
+FILES = (
+    ".metadata",
+    "__0_0.distcp",
+    "manifest.json",
+    "run_config.yaml",
+    "state/rank_00000.pt",
+    "state/shared.pt",
+    "train_state.json",
+)
+
+Digests = dict[int, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Digests]:
+    """A store with three checkpoints of one rank, and what each holds."""
+    store = tmp_path_factory.mktemp("sound") / "store"
+    return store, make_store(store, *STEPS)
+
+
+@pytest.fixture
+def store(saved: tuple[Path, Digests], tmp_path: Path) -> Path:
+    """A copy of the store, to be damaged."""
+    return copy_store(saved[0], tmp_path / "store")
+
+
+def test_the_files_of_a_checkpoint_are_these(saved: tuple[Path, Digests]) -> None:
+    """The damages below reach every kind of file that a checkpoint has."""
+    folder = saved[0] / checkpoint_name(NEWEST)
+    found = sorted(str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file())
+    assert found == sorted(FILES)
+
+
+# One flipped bit.
+
+
+@contextmanager
+def _flipped(path: Path, position: int, bit: int) -> Iterator[None]:
+    """Flip one bit while the context lasts."""
+    with path.open("r+b", buffering=0) as stream:
+
+        def flip() -> None:
+            stream.seek(position)
+            [value] = stream.read(1)
+            stream.seek(position)
+            stream.write(bytes([value ^ 1 << bit]))
+
+        flip()
+        try:
+            yield
+        finally:
+            flip()
+
+
+def test_every_byte_of_every_file_is_covered(store: Path) -> None:
+    """A flipped bit in any byte of a checkpoint is found, in its file and in its byte range.
+
+    In the regular run every eighth byte and the last.
+    """
+    rng, reader = random.Random(SEED), Store(store, LocalFilesystem())
+    folder = store / checkpoint_name(NEWEST)
+    sound = reader.open(folder, NEWEST)
+    flips = 0
+    for file in sound.manifest.files:
+        expected = f"{folder.name}/{file.path}: block 0 (bytes 0-{file.size_bytes - 1})"
+        for position in _positions(file.size_bytes, rng):
+            with _flipped(folder / file.path, position, rng.randrange(8)):
+                [damage] = reader.verify(sound, [file])
+            assert str(damage).startswith(expected), position
+            flips += 1
+    manifest = folder / MANIFEST_NAME
+    for position in _positions(manifest.stat().st_size, rng):
+        with (
+            _flipped(manifest, position, rng.randrange(8)),
+            pytest.raises(CorruptCheckpointError) as caught,
+        ):
+            reader.open(folder, NEWEST)
+        assert caught.value.path == str(manifest), position
+        flips += 1
+    assert not reader.verify(reader.open(folder, NEWEST)), "the flips were not undone"
+    record("byte flips", flips)
+
+
+def _positions(size_bytes: int, rng: random.Random) -> Iterable[int]:
+    if FULL:
+        return range(size_bytes)
+    return [*range(rng.randrange(8), size_bytes - 1, 8), size_bytes - 1]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_load_goes_past_a_flipped_bit(
+    name: str, store: Path, saved: tuple[Path, Digests], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever a bit flips, the next good checkpoint is loaded and the reason names the bytes."""
+    path = store / checkpoint_name(NEWEST) / name
+    size_bytes = path.stat().st_size
+    rng = random.Random(f"{SEED} {name}")
+    positions = [0, size_bytes - 1, *(rng.randrange(size_bytes) for _ in range(4))]
+    if name == MANIFEST_NAME:
+        expected = re.escape(f"{path}: ")
+    else:
+        where = f"{checkpoint_name(NEWEST)}/{name}: block 0 (bytes 0-{size_bytes - 1})"
+        expected = re.escape(where)
+    for position in positions:
+        with _flipped(path, position, rng.randrange(8)):
+            _expect_older(store, saved[1], expected)
+            _expect_refusal_by_number(store, expected)
+            _expect_named_by_verify(store, expected, capsys)
+    record("byte flips", len(positions))
+
+
+class _Large(nn.Module):
+    """A little more than two blocks of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        elements = (2 * BLOCK_BYTES + BLOCK_BYTES // 2) // 4
+        self.weight = nn.Parameter(torch.arange(elements, dtype=torch.float32))
+
+
+def _large_job(directory: Path) -> Job:
+    job = Job(directory, persistent={"directory": str(directory)})
+    job.run.model = _Large()
+    job.run.optimizer = torch.optim.SGD(job.run.model.parameters())
+    job.run.scheduler = torch.optim.lr_scheduler.ConstantLR(job.run.optimizer)
+    return job
+
+
+def test_every_block_of_a_large_file_is_covered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a file of several blocks the first and the last byte of each are told by their block."""
+    job = _large_job(tmp_path)
+    digests = {}
+    for step in STEPS[-2:]:
+        job.state.train_state.step = step
+        with torch.no_grad():
+            job.run.model.weight.add_(1.0)  # type: ignore[operator]  # a parameter
+        job.save()
+        digests[step] = job.digests()
+    path = tmp_path / checkpoint_name(NEWEST) / "__0_0.distcp"
+    size_bytes = path.stat().st_size
+    starts = range(0, size_bytes, BLOCK_BYTES)
+    assert len(starts) == 3
+    rng, flips = random.Random(SEED), 0
+    for block, start in enumerate(starts):
+        end = min(start + BLOCK_BYTES, size_bytes) - 1
+        where = f"{checkpoint_name(NEWEST)}/__0_0.distcp: block {block} (bytes {start}-{end})"
+        for position in (start, rng.randint(start, end), end):
+            with _flipped(path, position, rng.randrange(8)):
+                fresh = _large_job(tmp_path)
+                result = fresh.load()
+                _expect_named_by_verify(tmp_path, re.escape(where), capsys)
+            assert result.iteration == OLDER
+            assert [each.iteration for each in result.skipped] == [NEWEST]
+            assert where in result.skipped[0].reason
+            assert fresh.digests() == digests[OLDER]
+            flips += 1
+    record("byte flips", flips)
+
+
+# Whole files.
+
+
+def _cut_to_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _cut_by_one(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def _lose(path: Path) -> None:
+    path.unlink()
+
+
+def _fill_with_zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _take_from_an_older_checkpoint(path: Path) -> None:
+    name = path.relative_to(path.parents[1] if path.parent.name == "state" else path.parent)
+    root = path.parents[2] if path.parent.name == "state" else path.parents[1]
+    path.write_bytes((root / checkpoint_name(OLDER) / name).read_bytes())
+
+
+def _put_a_directory_there(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: tuple[Callable[[Path], None], ...] = (
+    _cut_to_nothing,
+    _cut_in_half,
+    _cut_by_one,
+    _lengthen,
+    _lose,
+    _fill_with_zeros,
+    _take_from_an_older_checkpoint,
+    _put_a_directory_there,
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__.strip("_"))
+def test_a_damaged_file_is_named_and_passed_over(
+    damage: Callable[[Path], None],
+    name: str,
+    store: Path,
+    saved: tuple[Path, Digests],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A cut, long, lost, zeroed, stale or misplaced file costs one checkpoint and is named."""
+    path = store / checkpoint_name(NEWEST) / name
+    before = path.read_bytes()
+    damage(path)
+    if path.is_file() and path.read_bytes() == before:
+        pytest.skip("the older checkpoint has the same file")
+    expected = checkpoint_name(NEWEST) + (
+        r".*manifest\.json" if name == MANIFEST_NAME else f"/{re.escape(name)}: "
+    )
+    _expect_older(store, saved[1], expected)
+    _expect_refusal_by_number(store, expected)
+    _expect_named_by_verify(store, expected, capsys)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "manifest.json", "state/shared.pt"])
+@pytest.mark.parametrize("damage", [_cut_in_half, _lose, _fill_with_zeros])
+def test_with_nothing_good_left_nothing_is_touched(
+    damage: Callable[[Path], None], name: str, store: Path
+) -> None:
+    """When no checkpoint is good the load says why of each, and the live state is as it was."""
+    for step in STEPS:
+        damage(store / checkpoint_name(step) / name)
+    job = Job(store, seed=1)
+    job.run.train(3)
+    before = job.digests()
+    with pytest.raises(NoLoadableCheckpointError) as caught:
+        job.load()
+    assert job.digests() == before
+    assert len(caught.value.reasons) == len(STEPS)
+    for step, reason in zip(reversed(STEPS), caught.value.reasons, strict=True):
+        assert checkpoint_name(step) in reason
+        assert Path(name).name in reason
+    assert "holdfast verify" in str(caught.value)
+
+
+# Whole checkpoints.
+
+
+def test_a_renamed_directory_is_no_checkpoint_of_that_iteration(
+    store: Path, saved: tuple[Path, Digests], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory renamed to a newer iteration is passed over, and its own is no longer there."""
+    (store / checkpoint_name(NEWEST)).rename(store / checkpoint_name(9))
+    expected = "is of iteration 6: the directory was renamed"
+    _expect_older(store, saved[1], expected, iteration=9)
+    _expect_refusal_by_number(store, expected, step=9)
+    _expect_named_by_verify(store, expected, capsys)
+
+
+def test_a_copied_directory_does_not_become_newer(store: Path, saved: tuple[Path, Digests]) -> None:
+    """An old checkpoint copied under a newer name is passed over; the newest is loaded."""
+    shutil.copytree(store / checkpoint_name(2), store / checkpoint_name(9))
+    job = Job(store)
+    result = job.load()
+    assert (result.iteration, job.digests()) == (NEWEST, saved[1][NEWEST])
+    assert [each.iteration for each in result.skipped] == [9]
+
+
+def test_another_runs_checkpoint_never_wins(
+    store: Path, saved: tuple[Path, Digests], tmp_path: Path
+) -> None:
+    """Another run's directory, or its manifest alone, is passed over by name of the run."""
+    other = tmp_path / "other"
+    make_store(other, *STEPS, 8, seed=1, run_id="other")
+    shutil.copytree(other / checkpoint_name(8), store / checkpoint_name(8))
+    shutil.copy(other / checkpoint_name(NEWEST) / MANIFEST_NAME, store / checkpoint_name(NEWEST))
+    job = Job(store)
+    result = job.load()
+    assert (result.iteration, job.digests()) == (OLDER, saved[1][OLDER])
+    assert [each.iteration for each in result.skipped] == [8, NEWEST]
+    assert all("belongs to run 'other'" in each.reason for each in result.skipped)
+    _expect_refusal_by_number(store, "does not match its digest|bytes, [0-9]+ were committed")
+
+
+# The store's own files.
+
+
+def test_a_flipped_bit_beside_the_checkpoints_decides_nothing(tmp_path: Path) -> None:
+    """Whatever byte of the tracker, run.json or a claim flips, the choice is right or refused."""
+    store, filesystem = tmp_path / "store", LocalFilesystem()
+    make_store(store, *STEPS)
+    back = Job(store, load={"step": 2})
+    back.load()
+    back.train_to(OLDER)
+    back.save()
+    # A third start goes back to 2 as well, and dies before its first commit.
+    third = PersistentTier(store, filesystem, None, None)
+    third.resume_from(third.store.find(2))
+    third.admit()
+    flips, rng = 0, random.Random(SEED)
+    for path in sorted(each for each in store.iterdir() if each.is_file()):
+        for position in range(path.stat().st_size):
+            bit = rng.randrange(8)
+            with _flipped(path, position, bit):
+                flips += 1
+                with suppress(CorruptCheckpointError):
+                    decision = resolve(LoadConfig(), store, None, filesystem)
+                    found = [each.iteration for each in decision.candidates]
+                    assert found in ([2], []), f"{path.name}, byte {position}, bit {bit}"
+    record("byte flips", flips)
+
+
+# Two ranks.
+
+
+def _save_together(directory: Path) -> dict[int, dict[str, str]]:
+    job, found = job_of_rank(directory), {}
+    for step in STEPS:
+        job.train_to(step)
+        job.save()
+        found[step] = job.digests()
+    return found
+
+
+def _load_together(directories: list[Path]) -> list[tuple[int, dict[str, str], list[str]]]:
+    found = []
+    for directory in directories:
+        job = job_of_rank(directory)
+        result = job.load()
+        found.append((result.iteration, job.digests(), [each.reason for each in result.skipped]))
+    return found
+
+
+def _swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def test_all_ranks_fall_back_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one rank's file damaged or two swapped, both ranks load the same older checkpoint."""
+    sound = tmp_path / "sound"
+    saved = run_ranks(_save_together, 2, sound)
+    shards, states = (
+        ("__0_0.distcp", "__1_0.distcp"),
+        ("state/rank_00000.pt", "state/rank_00001.pt"),
+    )
+    stores: list[Path] = []
+    for names in (shards, states):
+        stores.append(copy_store(sound, tmp_path / f"swapped_{len(stores)}"))
+        folder = stores[-1] / checkpoint_name(NEWEST)
+        _swap(folder / names[0], folder / names[1])
+    for name in (*shards, *states, ".metadata"):
+        stores.append(copy_store(sound, tmp_path / f"flipped_{len(stores)}"))
+        path = stores[-1] / checkpoint_name(NEWEST) / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    found = run_ranks(_load_together, 2, stores)
+    named: list[tuple[str, ...]] = [shards, states]
+    named += [(each,) for each in (*shards, *states, ".metadata")]
+    for number, files in enumerate(named):
+        iterations, digests, reasons = zip(*(each[number] for each in found), strict=True)
+        assert iterations == (OLDER, OLDER)
+        assert list(digests) == [each[OLDER] for each in saved]
+        assert reasons[0] == reasons[1]
+        for name in files:
+            assert f"{checkpoint_name(NEWEST)}/{name}: " in reasons[0][0]
+            _expect_named_by_verify(stores[number], re.escape(f"/{name}: "), capsys)
+    record("byte flips", len(named) - 2)
+
+
+# What is expected of a store whose newest checkpoint is damaged.
+
+
+def _expect_older(store: Path, saved: Digests, expected: str, iteration: int = NEWEST) -> None:
+    job = Job(store, seed=1)
+    result = job.load()
+    assert (result.iteration, result.found) == (OLDER, True)
+    assert job.digests() == saved[OLDER]
+    assert [each.iteration for each in result.skipped] == [iteration]
+    assert re.search(expected, result.skipped[0].reason), result.skipped[0].reason
+
+
+def _expect_refusal_by_number(store: Path, expected: str, step: int = NEWEST) -> None:
+    job = Job(store, seed=1, load={"step": step})
+    before = job.digests()
+    with pytest.raises(CorruptCheckpointError, match=expected):
+        job.load()
+    assert job.digests() == before
+
+
+def _expect_named_by_verify(store: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["verify", str(store)]) == 1
+    assert re.search(expected, capsys.readouterr().out)
