@@ -16,16 +16,22 @@ CHECKED := src recipes tests/support
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
 
 .DEFAULT_GOAL := help
-.PHONY: help train test drill lint format clean
+.PHONY: help train test faults faults-full drill lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 
 train: $(INSTALLED) ## train a small model on real text with checkpoints; run it again and it resumes
 	@$(QUIET) $(RUN) recipes/pretrain.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests
 	@$(RUN) -m pytest $(ARGS)
+
+faults: $(INSTALLED) ## crash, damage and fail everything: a seeded subset, and a table of what was tried
+	@$(RUN) -m pytest tests/faults $(ARGS)
+
+faults-full: $(INSTALLED) ## the same, leaving nothing out
+	@HOLDFAST_FAULTS=full $(RUN) -m pytest tests/faults $(ARGS)
 
 drill: $(INSTALLED) ## kill a run, resume it, and compare it with an uninterrupted one to the last bit
 	@$(QUIET) $(RUN) recipes/drill.py $(ARGS)
