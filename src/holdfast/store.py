@@ -325,8 +325,8 @@ class Store:
         )
         if not any(leftovers):
             return []
-        # The renames of a killed process may not be durable yet: a power cut after the removal
-        # could otherwise bring back, half deleted, what is obsolete only by the new names.
+        # A commit whose last sync failed has left renames that are not durable: after the removal a
+        # power cut could bring back, half deleted, what is obsolete only by the new names.
         self._filesystem.sync_directory(self.root)
         for checkpoint in self.listing().checkpoints:  # newest first: of two, the newer
             final = self.root / checkpoint_name(checkpoint.iteration)
