@@ -172,7 +172,8 @@ def _check_types(manifest: Manifest) -> None:
         TypeError: naming the first field of the wrong type.
         ValueError: a digest is not hexadecimal.
     """
-    for record in (manifest, *manifest.files):
+    records: list[Manifest | FileRecord] = [manifest, *manifest.files]
+    for record in records:
         for each in fields(record):
             kind = _FIELD_TYPES.get(str(each.type))
             if kind is not None and type(getattr(record, each.name)) is not kind:

@@ -82,9 +82,7 @@ class Restoration:
             reader, values = opened.contents.reader, opened.contents.values
             tensors = reader.tensors()
             key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
-            self._saved = SavedTensors(
-                tensors, values, key_paths, opened.shared.get("hollow", ())
-            )
+            self._saved = SavedTensors(tensors, values, key_paths, opened.shared.get("hollow", ()))
         self._filled: dict[str, Any] = {}
 
     def compare(self, strict: bool, accept_data_restart: bool) -> None:

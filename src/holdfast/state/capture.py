@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint._traverse import set_element  # DCP's own inverse of its flat names
+from torch.distributed.checkpoint._traverse import set_element  # undoes DCP's flat names
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -242,6 +242,7 @@ class AppState:
         names = set(self._live_model())
         known = self._parameter_names() if self._optimizers else set()
         nested: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}}
+        parts: list[tuple[Sequence[Any], Any]]
         parts = [(path, {}) for path in saved.hollow if path[2:] or path[0] == "model"]
         parts += [(saved.key_paths[name], value) for name, value in filled.items()]
         for path, value in parts:
@@ -377,9 +378,7 @@ def _is_hollow(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(_is_hollow, value.values()))
 
 
-def _find_hollow(
-    value: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[str, ...]]:
+def _find_hollow(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yield where mappings in mappings are empty."""
     for key, each in value.items():
         if isinstance(each, Mapping):
