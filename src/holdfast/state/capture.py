@@ -82,7 +82,7 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class SavedTensors:
-    """What the shard files of a checkpoint hold, by the flat names that DCP makes of nested ones."""
+    """What the shard files of a checkpoint hold, by the flat names that DCP makes."""
 
     tensors: Mapping[str, TensorStorageMetadata]
     values: Mapping[str, Any]
@@ -260,7 +260,8 @@ class AppState:
 
     def _keep_unknown(self, restored: dict[str, Any], unknown: set[str]) -> None:
         """Add the live state of parameters that the checkpoint has none of: an optimizer takes all
-        its state at once, and drops what it is not given."""
+        its state at once, and drops what it is not given.
+        """
         if not unknown:
             return
         live = self._optimizer_state()
