@@ -87,9 +87,7 @@ def test_an_optimizer_without_state_is_restored_without(tmp_path: Path, kind: st
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "stepped"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_optimizer_state_is_restored_bit_for_bit(
-    tmp_path: Path, kind: str, fresh: bool
-) -> None:
+def test_optimizer_state_is_restored_bit_for_bit(tmp_path: Path, kind: str, fresh: bool) -> None:
     """Moments, steps and groups come back exactly, and the next step is the same step."""
     model, other = nn.Linear(4, 2), nn.Linear(4, 2)
     saved, live = Live(model, OPTIMIZERS[kind](model)), Live(other, OPTIMIZERS[kind](other))
@@ -197,7 +195,7 @@ class _Odd(nn.Module):
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_every_kind_of_tensor_is_restored(tmp_path: Path, asynchronous: bool) -> None:
-    """Every dtype, 0-dimensional, empty, non-contiguous, tied and lazy tensors come back exactly."""
+    """Every dtype, 0-dimensional, empty, strided, tied and lazy tensors come back exactly."""
     saved, model = _Odd(1), _Odd(2)
     live = Live(saved, torch.optim.AdamW([saved.weight, saved.idle]))
     saved.weight.grad = torch.ones(3)
@@ -280,9 +278,7 @@ EXTRAS = [
 def test_extra_state_of_a_module_is_restored(tmp_path: Path, extra: Any) -> None:
     """What get_extra_state returned, nested or not, is what set_extra_state is given."""
     saved = nn.Sequential(_WithExtra(extra))
-    fresh = (
-        {name: None for name in extra} if isinstance(extra, dict) else None
-    )
+    fresh = dict.fromkeys(extra) if isinstance(extra, dict) else None
     live = nn.Sequential(_WithExtra(fresh))
     Live(saved).save(manager_of(tmp_path), 1)
     Live(live).load(manager_of(tmp_path))
@@ -299,7 +295,7 @@ def _named(**widths: int) -> Live:
 
 
 def test_strict_names_everything_missing_and_unexpected(tmp_path: Path) -> None:
-    """A strict load that does not fit names every name, of model and optimizer, and changes none."""
+    """A strict load that does not fit names every name, model and optimizer, and changes none."""
     saved, live = _named(a=2, b=2), _named(b=2, c=2)
     step(saved)
     saved.save(manager_of(tmp_path))

@@ -189,6 +189,8 @@ def test_the_command_runs_without_torch(root: Path) -> None:
             check=True,
             timeout=60,
         )
-        assert "run run" in finished.stdout or "sound" in finished.stdout or (
-            finished.stdout.strip() == f"holdfast {__version__}"
+        assert (
+            "run run" in finished.stdout
+            or "sound" in finished.stdout
+            or (finished.stdout.strip() == f"holdfast {__version__}")
         )

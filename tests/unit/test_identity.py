@@ -16,6 +16,7 @@ from tests.support.stores import tree
 
 @pytest.fixture
 def identity(tmp_path: Path) -> RunIdentity:
+    """The identity of an empty store."""
     return RunIdentity(tmp_path, LocalFilesystem())
 
 

@@ -1,4 +1,4 @@
-"""The default manager: async honesty, failures told once, fallbacks, and what an empty store means."""
+"""The default manager: async honesty, failures told once, fallbacks, empty stores."""
 
 from __future__ import annotations
 
@@ -156,9 +156,7 @@ def test_a_store_that_vanished_is_a_failure_and_no_crash(tmp_path: Path) -> None
     root.parent.rename(tmp_path / "away")
     root.parent.write_bytes(b"")
     with pytest.raises(SaveFailedError, match="disk"):
-        for _ in range(2):
-            live.save(manager, 2)
-            manager.finalize_async_saves(live.state, blocking=True)
+        live.save(manager, 2)  # refused at the door: the claims of the store cannot be read
     root.parent.unlink()
     (tmp_path / "away").rename(root.parent)
     live.save(manager, 3)
@@ -170,7 +168,7 @@ def test_a_store_that_vanished_is_a_failure_and_no_crash(tmp_path: Path) -> None
 def test_failures_may_be_warnings_up_to_a_limit(
     tmp_path: Path, asynchronous: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With `warn` training goes on, the count of failures in a row is told, and the limit ends it."""
+    """With `warn` training goes on, failures in a row are counted, and the limit ends it."""
     filesystem, live = FaultyFilesystem(), linear()
     manager = manager_of(
         tmp_path, filesystem, async_save=asynchronous, on_save_failure="warn", save_failure_limit=3
@@ -440,7 +438,7 @@ def test_a_sound_checkpoint_that_does_not_fit_is_no_damage(tmp_path: Path) -> No
 
 
 def test_superseded_checkpoints_stay_loadable_by_number(tmp_path: Path) -> None:
-    """After a rollback the run goes on from its own line; the other is there for who asks for it."""
+    """After a rollback the run goes on from its own line; the other loads by number."""
     live = linear()
     first = manager_of(tmp_path)
     for iteration in (10, 20):

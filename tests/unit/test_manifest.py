@@ -87,7 +87,7 @@ REFUSED = [
 @pytest.mark.parametrize(("values", "reason"), REFUSED)
 def test_a_record_that_is_no_manifest_is_refused(values: object, reason: str) -> None:
     """A newer format, missing or wrong fields, and paths that leave the checkpoint are refused."""
-    with pytest.raises(CorruptCheckpointError, match="^m: ") as caught:
+    with pytest.raises(CorruptCheckpointError, match=r"^m: ") as caught:
         Manifest.from_bytes(_sealed(values), "m")
     assert reason in str(caught.value)
 

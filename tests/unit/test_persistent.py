@@ -92,7 +92,7 @@ def test_retention_keeps_the_last_commits(tmp_path: Path) -> None:
 
 
 def test_a_first_save_beside_checkpoints_not_loaded_is_refused(tmp_path: Path) -> None:
-    """A manager that loaded nothing may not save where checkpoints are; the message has ways out."""
+    """A manager that loaded nothing may not save beside checkpoints; the message has ways out."""
     linear().save(manager_of(tmp_path), 10)
     before = tree(tmp_path)
     stranger = manager_of(tmp_path)
@@ -152,7 +152,7 @@ def test_an_older_twin_is_refused_and_the_newest_goes_on(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("policy", ["raise", "warn"])
 def test_a_twin_overtaken_in_the_middle_of_a_save_is_refused(tmp_path: Path, policy: str) -> None:
-    """A save that was in flight when a newer attempt began is not committed, whatever the policy."""
+    """A save that was in flight when a newer attempt began is never committed."""
     filesystem, live = FaultyFilesystem(), linear()
     live.save(manager_of(tmp_path), 10)
     older = manager_of(tmp_path, filesystem, async_save=True, on_save_failure=policy)
@@ -172,7 +172,7 @@ def test_a_twin_overtaken_in_the_middle_of_a_save_is_refused(tmp_path: Path, pol
 
 
 def test_two_fresh_jobs_on_one_store(tmp_path: Path) -> None:
-    """Of two jobs that find an empty store the second to save is refused, or the first overtaken."""
+    """Of two jobs that find an empty store the second to save is refused."""
     one, two = manager_of(tmp_path), manager_of(tmp_path)
     assert not linear().load(one).found
     assert not linear().load(two).found
@@ -223,7 +223,7 @@ def test_a_store_through_a_link_is_the_same_store(tmp_path: Path) -> None:
 
 
 def test_a_commit_that_fails_behind_the_rename_spends_its_sequence(tmp_path: Path) -> None:
-    """A checkpoint that became visible in a failed save does not share its sequence with the next."""
+    """What became visible in a failed save does not share its sequence with the next."""
     filesystem, live = FaultyFilesystem(), linear()
     manager = manager_of(tmp_path, filesystem)
     live.save(manager, 10)

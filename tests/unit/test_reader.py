@@ -107,8 +107,9 @@ HOSTILE = {
     ),
     "counters: unknown": _replace(
         "train_state.json",
-        lambda marker: b'{"num_floating_point_operations_so_far": 0, '
-        b'"train_state": {"step": 2, "colour": 1}}',
+        lambda marker: (
+            b'{"num_floating_point_operations_so_far": 0, "train_state": {"step": 2, "colour": 1}}'
+        ),
     ),
 }
 

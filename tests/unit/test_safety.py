@@ -98,7 +98,7 @@ def test_foreign_state_is_refused_with_its_place(value: Any, kind: str) -> None:
 
 def test_a_foreign_key_is_refused() -> None:
     """Keys are checked as values are."""
-    with pytest.raises(UnsupportedStateError, match="the key .* of data"):
+    with pytest.raises(UnsupportedStateError, match=r"the key .* of data"):
         check_plain({_Point(1): 2}, "data")
 
 

@@ -18,6 +18,7 @@ from tests.support.stores import FaultyFilesystem, commit, manifest_of, tree
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
+    """An empty store."""
     root = tmp_path / "store"
     root.mkdir()
     return Store(root, LocalFilesystem())
