@@ -277,11 +277,11 @@ class DefaultCheckpointManager:
             except CorruptCheckpointError as error:
                 if decision.asked_for and not touched:
                     raise
+                whole = error.path == str(checkpoint.path)
+                reason = error.reason if whole else str(error)  # which names the file
                 if control.rank == 0:
-                    logger.warning("%s is passed over: %s", checkpoint.path, error.reason)
-                failed.append(
-                    SkippedCheckpoint(str(checkpoint.path), error.reason, checkpoint.iteration)
-                )
+                    logger.warning("%s is passed over: %s", checkpoint.path, reason)
+                failed.append(SkippedCheckpoint(str(checkpoint.path), reason, checkpoint.iteration))
                 continue
             control.together("apply", restoration.apply)
             newer = [each for each in decision.skipped if _is_beyond(each, checkpoint.iteration)]
