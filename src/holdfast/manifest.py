@@ -170,7 +170,7 @@ def _check_types(manifest: Manifest) -> None:
 
     Raises:
         TypeError: naming the first field of the wrong type.
-        ValueError: a digest is not hexadecimal.
+        ValueError: a digest is not hexadecimal, or no rank wrote the checkpoint.
     """
     records: list[Manifest | FileRecord] = [manifest, *manifest.files]
     for record in records:
@@ -181,6 +181,8 @@ def _check_types(manifest: Manifest) -> None:
     for file in manifest.files:
         for digest in (file.digest, *file.blocks):
             bytes.fromhex(digest)
+    if manifest.world_size < 1:
+        raise ValueError(f"world_size is {manifest.world_size}")
 
 
 _FIELD_TYPES: dict[str, type] = {"str": str, "int": int}

@@ -15,9 +15,10 @@ from typing import Any
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, read_bytes
-from holdfast.manifest import FileRecord
+from holdfast.manifest import MANIFEST_NAME, FileRecord
 from holdfast.protocol import TrainState
 from holdfast.shards.reader import ShardReader
+from holdfast.shards.writer import METADATA_NAME
 from holdfast.store import Checkpoint, Damage, Store
 from holdfast.tiers.persistent import SHARED_STATE_NAME, TRAIN_STATE_NAME, rank_state_name
 
@@ -35,7 +36,12 @@ class Contents:
     shared_state: bytes
 
     def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
-        """Return the state file of one of the saving ranks."""
+        """Return the state file of one of the saving ranks.
+
+        Raises:
+            CorruptCheckpointError: the manifest does not list it, so that nothing vouches for it.
+        """
+        _require_listed(self.checkpoint, rank_state_name(rank))
         return read_bytes(filesystem, self.checkpoint.path / rank_state_name(rank))
 
 
@@ -52,10 +58,8 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     Raises:
         CorruptCheckpointError: a file is missing, or is not what it should be.
     """
-    listed = {each.path for each in checkpoint.manifest.files}
-    for name in (TRAIN_STATE_NAME, SHARED_STATE_NAME):
-        if name not in listed:
-            raise CorruptCheckpointError(str(checkpoint.path), f"has no {name}")
+    for name in (TRAIN_STATE_NAME, SHARED_STATE_NAME, METADATA_NAME):
+        _require_listed(checkpoint, name)
     where = checkpoint.path / TRAIN_STATE_NAME
     try:
         counters = json.loads(read_bytes(filesystem, where))
@@ -63,10 +67,11 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
         # Refused here, while nothing live is touched: what `load` takes from it at its end.
         TrainState().update_from(counters["train_state"])
         int(counters["num_floating_point_operations_so_far"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(str(where), f"is not a train state: {error}") from error
     if step != checkpoint.iteration:
         raise CorruptCheckpointError(str(where), f"is of step {step}")
+    listed = {each.path for each in checkpoint.manifest.files}
     reader = ShardReader.open(checkpoint.path, listed, filesystem)
     return Contents(
         checkpoint,
@@ -75,6 +80,13 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
         counters,
         read_bytes(filesystem, checkpoint.path / SHARED_STATE_NAME),
     )
+
+
+def _require_listed(checkpoint: Checkpoint, name: str) -> None:
+    if not any(each.path == name for each in checkpoint.manifest.files):
+        raise CorruptCheckpointError(
+            str(checkpoint.path / MANIFEST_NAME), f"does not list {name}, which a load needs"
+        )
 
 
 def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:
