@@ -117,12 +117,18 @@ class ShardReader:
                 metadata = _MetadataUnpickler(stream).load()
         except Exception as error:  # a hostile or torn pickle can raise anything
             raise CorruptCheckpointError(str(where), f"cannot be read: {error}") from error
-        if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        if not isinstance(metadata, Metadata):
             raise CorruptCheckpointError(str(where), "is not the metadata of a checkpoint")
+        parts = (metadata.state_dict_metadata, metadata.planner_data, metadata.storage_data)
+        if not all(isinstance(each, dict) for each in parts):
+            raise CorruptCheckpointError(str(where), "is not the metadata of a checkpoint")
+        if nameless := sorted(metadata.state_dict_metadata.keys() - metadata.planner_data.keys()):
+            raise CorruptCheckpointError(str(where), f"has no place for {nameless[0]!r}")
         for info in metadata.storage_data.values():
-            if info.relative_path not in listed_files:
+            relative_path = getattr(info, "relative_path", None)
+            if relative_path not in listed_files:
                 raise CorruptCheckpointError(
-                    str(where), f"names {info.relative_path!r}, which the manifest does not list"
+                    str(where), f"names {relative_path!r}, which the manifest does not list"
                 )
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
@@ -161,5 +167,12 @@ class ShardReader:
         planner = _SafePlanner()
         planner.set_up_planner(state, self.metadata, is_coordinator=True)
         plan = planner.finish_plan(planner.create_local_plan())
-        _SeamReader(self.path, self.metadata, self.filesystem).read_data(plan, planner).wait()
+        reader = _SeamReader(self.path, self.metadata, self.filesystem)
+        try:
+            reader.read_data(plan, planner).wait()
+        except pickle.UnpicklingError as error:
+            # What torch says instead is how to run the code after all.
+            raise CorruptCheckpointError(
+                str(self.path), "an item of the shards asks for code, or is torn"
+            ) from error
         return state

@@ -56,7 +56,11 @@ def decode(content: bytes, name: str) -> Any:
     """
     try:
         return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except Exception as error:  # torn files and hostile pickles raise anything
+    except pickle.UnpicklingError as error:  # what torch says is how to run the code after all
+        raise CorruptCheckpointError(
+            name, "cannot be read: it asks for code, or is torn"
+        ) from error
+    except Exception as error:  # torn files raise anything
         summary = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptCheckpointError(name, f"cannot be read: {summary}") from error
 
