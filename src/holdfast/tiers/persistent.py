@@ -28,6 +28,8 @@ from holdfast.store import Checkpoint, Store, checkpoint_name
 
 logger = logging.getLogger(__name__)
 
+SEQUENCE_STRIDE = 1_000_000_000
+"""More commits than one attempt can make."""
 TIER_NAME = "persistent"
 TRAIN_STATE_NAME = "train_state.json"
 RUN_CONFIG_NAME = "run_config.yaml"
@@ -126,6 +128,10 @@ class PersistentTier:
             str(resumed.path) if resumed is not None else None,
         )
         newest = max((each.manifest.sequence for each in listing.checkpoints), default=0)
+        if listing.broken:
+            # One of these may be the newest, and be readable again tomorrow: what this attempt
+            # commits must outrank it all the same. Only the newest attempt commits.
+            newest = max(newest, attempt.number * SEQUENCE_STRIDE)
         self._admission = _Admission(run_id, attempt, newest + 1)
 
     def write(self, snapshot: Snapshot, coordinator: Coordinator) -> Committed:
