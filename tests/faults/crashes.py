@@ -146,6 +146,13 @@ class Story:
         self.first_operation = 0
         self._start()
 
+    def fork(self, filesystem: CrashFilesystem) -> Story:
+        """Return a story that goes on from here on another file system, with another process."""
+        other = Story(filesystem, self.keep_last)
+        other.trees, other.order = dict(self.trees), [*self.order]
+        other._learn(self.known)
+        return other
+
     def _start(self) -> None:
         self.job = Job(self.filesystem, keep_last=self.keep_last)
         self._resumed: tuple[int, str] | None = None
@@ -196,7 +203,10 @@ class Story:
             self.job.save()
         except (PowerCut, SaveFailedError):
             self.trees[digest] = subtree(self.filesystem.image, ROOT / checkpoint_name(iteration))
-            self.order = kept  # the faults of these scenarios come after the rename, if one comes
+            listing = Store(ROOT, CrashFilesystem(self.filesystem.image)).listing()
+            self.order = [each.iteration for each in reversed(listing.checkpoints)]
+            # Retention follows the commit, and a commit that returned is no failure.
+            self._learn(replace(self.known, required=before.required))
             raise
         self.trees[digest] = subtree(self.filesystem.image, ROOT / checkpoint_name(iteration))
         self.order = kept
@@ -464,6 +474,17 @@ def check_at_rest(story: Story, image: Image, known: Known) -> None:
             raise Violation(f"run.json does not name the run of {each.path}")
 
 
+def check_is_tidy(image: Image) -> None:
+    """Check that nothing is left behind of saves that came to nothing.
+
+    Raises:
+        Violation: naming what is.
+    """
+    leftovers = sorted(name for name in image.tree() if ".pending-" in name or ".replaced-" in name)
+    if leftovers:
+        raise Violation(f"left behind after the next save: {leftovers}")
+
+
 def check_goes_on(story: Story, image: Image, known: Known) -> None:
     """Check promise 4: a fresh process resumes and saves, and after power loss that is there.
 
@@ -483,11 +504,7 @@ def check_goes_on(story: Story, image: Image, known: Known) -> None:
     iteration = result.iteration + 1
     digest = job.train_to(iteration)
     job.save()
-    leftovers = sorted(
-        name for name in filesystem.image.tree() if ".pending-" in name or ".replaced-" in name
-    )
-    if leftovers:
-        raise Violation(f"left behind after the next save: {leftovers}")
+    check_is_tidy(filesystem.image)
     after = filesystem.image.after_power_loss((), lambda file: file.durable)
     surviving = Job(CrashFilesystem(after))
     again = surviving.load()
