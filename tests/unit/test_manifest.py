@@ -117,6 +117,15 @@ def test_a_file_digest_is_that_of_its_block_digests(size_bytes: int, blocks: int
     assert find_difference(record, io.BytesIO(content)) is None
 
 
+def test_format_1_is_pinned() -> None:
+    """The digest of 8 MiB and one byte is the one that format 1 has had from the beginning."""
+    record = describe_file("a", io.BytesIO(bytes((8 << 20) + 1)))
+    assert (record.digest, len(record.blocks)) == (PINNED_DIGEST, 2)
+
+
+PINNED_DIGEST = "5ef1ff9df1b564502e5e926e4846c003"
+
+
 class _Trickle(io.RawIOBase):
     """A stream that gives a few bytes at a time, as a network file system may."""
 

@@ -15,6 +15,8 @@ from holdfast.errors import (
     StoreNotLoadedError,
     SupersededAttemptError,
 )
+from holdfast.filesystem import LocalFilesystem
+from holdfast.identity import RunIdentity
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import FaultyFilesystem, tree
 
@@ -169,6 +171,27 @@ def test_a_twin_overtaken_in_the_middle_of_a_save_is_refused(tmp_path: Path, pol
         older.finalize_async_saves(live.state, blocking=True)
     assert _iterations(tmp_path) == [10, 20, 25]
     assert linear().load(manager_of(tmp_path)).iteration == 25
+
+
+def test_the_last_look_is_before_the_commit(tmp_path: Path) -> None:
+    """A newer attempt that has claimed its number and swept nothing yet is enough to refuse."""
+    filesystem, live = FaultyFilesystem(), linear()
+    manager = manager_of(tmp_path, filesystem, async_save=True)
+    live.save(manager, 10)
+    manager.finalize_async_saves(live.state, blocking=True)
+    claimed = []
+
+    def claim(name: str, path: Path) -> bool:
+        if name == "sync_file" and path.name == ".metadata":  # the writes are all but done
+            claimed.append(RunIdentity(tmp_path, LocalFilesystem()).claim_attempt("x", 10, None))
+        return False
+
+    filesystem.refuses = claim
+    live.save(manager, 20)
+    with pytest.raises(SupersededAttemptError, match="attempt 2"):
+        manager.finalize_async_saves(live.state, blocking=True)
+    assert [each.number for each in claimed] == [2]
+    assert _iterations(tmp_path) == [10]
 
 
 def test_two_fresh_jobs_on_one_store(tmp_path: Path) -> None:
