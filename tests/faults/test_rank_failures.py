@@ -407,7 +407,6 @@ JOB_SIZE = 2
 
 SAVE_PLACES = [
     ("admit", 0),
-    ("capture", 0),
     ("capture", 1),
     ("begin", 0),
     ("plan", 0),
@@ -419,12 +418,10 @@ SAVE_PLACES = [
 ]
 LOAD_PLACES = [
     ("resolve", 0),
-    ("verify", 0),
     ("verify", 1),
     ("open", 1),
     ("compare", 1),
     ("read", 0),
-    ("read", 1),
     ("apply", 1),
 ]
 PLACES = [("save", *place) for place in SAVE_PLACES] + [("load", *place) for place in LOAD_PLACES]
