@@ -24,7 +24,7 @@ from holdfast.filesystem import Filesystem, read_bytes
 from holdfast.identity import Attempt, RunIdentity
 from holdfast.manifest import MANIFEST_NAME, Manifest
 from holdfast.protocol import SkippedCheckpoint
-from holdfast.store import Checkpoint, Store, parse_checkpoint_name
+from holdfast.store import Checkpoint, Listing, Store, parse_checkpoint_name
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _newest_first(
         identity.check_run_id(configured, run_id)
     if run_id is None:
         run_id = _only_run_id(store.root, listing.checkpoints, configured if is_own else None)
-    attempts = identity.attempts()
+    attempts = [each for each in identity.attempts() if _has_footing(each, listing)]
     skipped = [
         SkippedCheckpoint(str(each.path), each.reason, each.iteration) for each in listing.broken
     ]
@@ -99,6 +99,19 @@ def _newest_first(
     _report_tracker(store, listing.checkpoints)
     skipped.sort(key=lambda each: each.iteration or 0, reverse=True)
     return Decision(store.root, tuple(candidates), asked_for=False, skipped=tuple(skipped))
+
+
+def _has_footing(attempt: Attempt, listing: Listing) -> bool:
+    """Whether an attempt committed anything, or could still be resumed where it resumed.
+
+    A start that loaded long before its first save may find that another start's retention has since
+    removed what it loaded. Dead before its first commit, it would supersede all that is left.
+    """
+    present = {each.iteration for each in listing.checkpoints}
+    present |= {each.iteration for each in listing.broken}
+    return attempt.resumed_from in present or any(
+        each.manifest.attempt == attempt.number for each in listing.checkpoints
+    )
 
 
 def _objection(
