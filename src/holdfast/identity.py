@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from holdfast.filesystem import Filesystem, create_once, read_bytes, replace
 from holdfast.manifest import seal, unseal
 
 RUN_NAME = "run.json"
+_TRIES = 5
+"""A sweep comes once a save: more of them in a row than this are something else."""
 _CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
 
 
@@ -105,7 +108,7 @@ class RunIdentity:
             fresh = {"format": 1, "run_id": configured or secrets.token_hex(8), "attempts": []}
             # Its name is synced with the first claim, before anything is saved under it.
             with suppress(FileExistsError):  # another job was first: its id is the store's
-                create_once(self._filesystem, self._root / RUN_NAME, _encode(fresh))
+                self._despite_sweeps(create_once, RUN_NAME, _encode(fresh))
             run_id = self.read_run_id()
             if run_id is None:
                 replace(self._filesystem, self._root / RUN_NAME, _encode(fresh))  # it was torn
@@ -135,13 +138,13 @@ class RunIdentity:
             attempt = Attempt(number, resumed_from, path)
             try:
                 claim = seal(_encode(asdict(attempt)))
-                create_once(self._filesystem, self._root / _claim_name(number), claim)
+                self._despite_sweeps(create_once, _claim_name(number), claim)
             except FileExistsError:
                 continue  # a twin took this number between the listing and the claim
             # For people; a twin's later version may win, and is rebuilt from the claims as well.
             summary = [asdict(each) for each in self.attempts()]
             shown = {"format": 1, "run_id": run_id, "attempts": summary}
-            replace(self._filesystem, self._root / RUN_NAME, _encode(shown))
+            self._despite_sweeps(replace, RUN_NAME, _encode(shown))
             # Before any checkpoint can be seen that is of this attempt: the number is then taken
             # for good, and so is what the attempt supersedes.
             self._filesystem.sync_directory(self._root)
@@ -161,6 +164,18 @@ class RunIdentity:
                 "Stop this job: another one is running, or give it its own "
                 "checkpoint.persistent.directory."
             )
+
+    def _despite_sweeps(
+        self, write: Callable[[Filesystem, Path, bytes], None], name: str, content: bytes
+    ) -> None:
+        """Write a file again if a twin's sweep has taken its pending form for a leftover."""
+        for tried in range(1, _TRIES + 1):
+            try:
+                write(self._filesystem, self._root / name, content)
+                break
+            except FileNotFoundError:
+                if tried == _TRIES:
+                    raise
 
     def _claims(self) -> list[tuple[int, str]]:
         try:

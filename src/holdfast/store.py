@@ -312,10 +312,11 @@ class Store:
         self._filesystem.sync_directory(self.root)  # or a power cut could list it half deleted
         remove_tree(self._filesystem, doomed)
 
-    def sweep(self) -> list[str]:
+    def sweep(self, confirm: Callable[[], None] = lambda: None) -> list[str]:
         """Remove what crashed saves left behind and return the names; foreign names stay.
 
-        A checkpoint moved aside for a successor that never came gets its name back. What cannot be
+        `confirm` is called when all that may be removed was listed, and refuses by raising. A
+        checkpoint moved aside for a successor that never came gets its name back. What cannot be
         removed is left for the next sweep: a save does not fail over rubbish.
         """
         leftovers = (
@@ -334,6 +335,7 @@ class Store:
                 self._filesystem.rename(checkpoint.path, final)
         entries = self._filesystem.list_directory(self.root)
         names = {each.name for each in entries if each.is_directory}
+        confirm()
         swept = []
         for each in entries:
             match = _REPLACED.fullmatch(each.name)

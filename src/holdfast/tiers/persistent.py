@@ -162,9 +162,11 @@ class PersistentTier:
 
     def _begin(self, iteration: int) -> Path:
         assert self._admission is not None
-        # Before anything is swept: what looks like a leftover may be the newer attempt's.
-        self.identity.check_newest(self._admission.attempt)
-        self.store.sweep()
+        attempt = self._admission.attempt
+        self.identity.check_newest(attempt)
+        # Once more between listing and removing: what looks like a leftover may be the pending
+        # checkpoint of a newer attempt, which had claimed its number before it began.
+        self.store.sweep(lambda: self.identity.check_newest(attempt))
         return self.store.begin(iteration)
 
     def _write_files(
