@@ -19,6 +19,7 @@ from holdfast.errors import CheckpointError, CheckpointNotFoundError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.identity import RunIdentity
 from holdfast.store import Checkpoint, Listing, Store, parse_checkpoint_name
+from holdfast.tiers.damage import name_tensors
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ def _verify(parsed: argparse.Namespace) -> int:
         raise CheckpointNotFoundError(f"{parsed.directory} holds no checkpoint.")
     results = [
         {"path": str(each.path), "size_bytes": each.manifest.size_bytes,
-         "damages": [str(damage) for damage in target.store.verify(each)]}
+         "damages": [
+             str(damage)
+             for damage in name_tensors(each, target.store.verify(each), LocalFilesystem())
+         ]}
         for each in listing.checkpoints
     ]  # fmt: skip
     results += [

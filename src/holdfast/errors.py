@@ -98,10 +98,12 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 class CorruptCheckpointError(CheckpointError, ValueError):
     """Bytes on disk are not the bytes that were committed."""
 
-    def __init__(self, path: str, reason: str) -> None:
+    def __init__(self, path: str, reason: str, byte_range: tuple[int, int] | None = None) -> None:
         self.path = path
         """The damaged file or directory."""
         self.reason = reason
+        self.byte_range = byte_range
+        """The block concerned, ends included; None: the whole."""
         super().__init__(f"{path}: {reason}")
 
 

@@ -13,7 +13,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +204,33 @@ def read_bytes(filesystem: Filesystem, path: Path) -> bytes:
     """Return the whole content of a small file."""
     with naming(path), filesystem.open_existing(path) as stream:
         return stream.read()
+
+
+_VECTOR_LIMIT = 1024
+"""Buffers in one call of preadv; Linux's IOV_MAX."""
+
+
+def read_into(stream: BinaryIO, offset: int, views: Sequence[memoryview]) -> int:
+    """Fill buffers in order from a file offset; return the bytes filled before the file ended."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # a stream in memory
+        stream.seek(offset)
+        return sum(stream.readinto(view) for view in views)  # type: ignore[attr-defined]  # is raw
+    filled = 0
+    rest = list(views)
+    first = 0
+    while first < len(rest):
+        count = os.preadv(descriptor, rest[first : first + _VECTOR_LIMIT], offset + filled)
+        if count == 0:
+            break
+        filled += count
+        while first < len(rest) and count >= len(rest[first]):
+            count -= len(rest[first])
+            first += 1
+        if count:  # the call ended inside a buffer
+            rest[first] = rest[first][count:]
+    return filled
 
 
 def remove_tree(filesystem: Filesystem, path: Path) -> None:

@@ -28,7 +28,6 @@ from holdfast.errors import (
     RankFailure,
     SaveFailedError,
     StageFailedError,
-    StageTimeoutError,
     StatePartlyLoadedError,
     StoreIdentityError,
     UnsupportedStateError,
@@ -270,25 +269,30 @@ class DefaultCheckpointManager:
         place = _place(ctx, control)
         for checkpoint in decision.candidates:
             try:
-                opened = open_verified(checkpoint, control, self._filesystem, place)
+                opened = open_verified(
+                    checkpoint,
+                    control,
+                    self._filesystem,
+                    place,
+                    verify_first=config.load.verify == "first",
+                )
                 restoration = self._compare(ctx, opened, control)
                 touched = True
-                _fill(restoration, checkpoint, control)
+                restoration.fill(control)
             except CorruptCheckpointError as error:
                 if decision.asked_for and not touched:
                     raise
-                whole = error.path == str(checkpoint.path)
-                reason = error.reason if whole else str(error)  # which names the file
+                skipped = _skip(checkpoint, error)
                 if control.rank == 0:
-                    logger.warning("%s is passed over: %s", checkpoint.path, reason)
-                failed.append(SkippedCheckpoint(str(checkpoint.path), reason, checkpoint.iteration))
+                    logger.warning("%s is passed over: %s", skipped.path, skipped.reason)
+                failed.append(skipped)
                 continue
             control.together("apply", restoration.apply)
             newer = [each for each in decision.skipped if _is_beyond(each, checkpoint.iteration)]
             return self._finish_load(ctx.state, opened, _newest_first(newer + failed))
-        if skipped := _newest_first([*decision.skipped, *failed]):
+        if reasons := _newest_first([*decision.skipped, *failed]):
             kind = StatePartlyLoadedError if touched else NoLoadableCheckpointError
-            raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in skipped])
+            raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in reasons])
         if config.load.on_missing == "error":
             raise CheckpointNotFoundError(
                 f"{decision.root} holds no checkpoint, and checkpoint.load.on_missing is error.\n"
@@ -370,14 +374,10 @@ def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordina
     return Place.of(control.rank, control.world_size, ctx.pg_collection)
 
 
-def _fill(restoration: Restoration, checkpoint: Checkpoint, control: Coordinator) -> None:
-    """Read tensors into place; bytes that went bad since they were verified are damage too."""
-    try:
-        control.together("read", restoration.fill)
-    except StageTimeoutError:
-        raise  # a rank is gone, which no other checkpoint would mend
-    except StageFailedError as error:
-        raise CorruptCheckpointError(str(checkpoint.path), str(error)) from error
+def _skip(checkpoint: Checkpoint, error: CorruptCheckpointError) -> SkippedCheckpoint:
+    path = str(checkpoint.path)
+    reason = error.reason if error.path == path else str(error)  # which names the file
+    return SkippedCheckpoint(path, reason, checkpoint.iteration)
 
 
 def _encode_counters(ctx: CheckpointSaveContext) -> bytes:

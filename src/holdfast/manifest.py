@@ -127,20 +127,37 @@ def describe_file(path: str, stream: BinaryIO) -> FileRecord:
     )
 
 
-def find_difference(record: FileRecord, stream: BinaryIO) -> str | None:
+@dataclass(frozen=True)
+class Difference:
+    """Where a file first differs from its record."""
+
+    reason: str
+    byte_range: tuple[int, int] | None = None
+    """The first and the last byte of the block concerned; None: not one block's matter."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+    @classmethod
+    def in_block(cls, number: int, first: int, last: int) -> Difference:
+        """Describe a block whose bytes are not what was committed."""
+        reason = f"block {number} (bytes {first}-{last}) does not match its digest"
+        return cls(reason, (first, last))
+
+
+def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
     """Say where a stream first differs from its record; None: it does not."""
     position = 0
     for count, block in enumerate(_blocks(stream)):
         if count >= len(record.blocks):
-            return f"is longer than the {record.size_bytes} bytes committed"
+            return Difference(f"is longer than the {record.size_bytes} bytes committed")
         if xxhash.xxh3_128_hexdigest(block) != record.blocks[count]:
-            end = position + len(block) - 1
-            return f"block {count} (bytes {position}-{end}) does not match its digest"
+            return Difference.in_block(count, position, position + len(block) - 1)
         position += len(block)
     if position != record.size_bytes:
-        return f"has {position} bytes, {record.size_bytes} were committed"
+        return Difference(f"has {position} bytes, {record.size_bytes} were committed")
     if _root_digest([bytes.fromhex(each) for each in record.blocks]) != record.digest:
-        return "its block digests do not match its digest"
+        return Difference("its block digests do not match its digest")
     return None
 
 

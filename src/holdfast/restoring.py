@@ -8,6 +8,7 @@ Chooses nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,16 @@ from holdfast.errors import CorruptCheckpointError, StageFailedError, StageTimeo
 from holdfast.filesystem import Filesystem
 from holdfast.state.capture import AppState, Place, SavedRun, SavedTensors
 from holdfast.state.safety import decode
-from holdfast.store import Checkpoint, Store
+from holdfast.store import Checkpoint
 from holdfast.tiers.reading import Contents, open_contents, verify_together
+
+_SHOWN = 3
+"""Damaged files that one message lists."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint whose every file was verified and whose small state was read."""
+    """A checkpoint whose small state was read, every byte of it verified."""
 
     contents: Contents
     shared: dict[str, Any]
@@ -36,19 +40,23 @@ class Opened:
 
 
 def open_verified(
-    checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem, place: Place
+    checkpoint: Checkpoint,
+    coordinator: Coordinator,
+    filesystem: Filesystem,
+    place: Place,
+    *,
+    verify_first: bool,
 ) -> Opened:
-    """Verify every byte and read the small state, on all ranks.
+    """Read the small state, verified, on all ranks; `verify_first`: after every byte there is.
 
     Raises:
         CorruptCheckpointError: on every rank, naming what is damaged or cannot be read.
     """
-    store = Store(checkpoint.path.parent, filesystem)
-    damages = verify_together(store, checkpoint, coordinator)
-    if damages:
-        shown = "; ".join(str(damage) for damage in damages[:3])
-        more = f"; and {len(damages) - 3} more files" if len(damages) > 3 else ""
-        raise CorruptCheckpointError(str(checkpoint.path), shown + more)
+    if verify_first:
+        damages = verify_together(checkpoint, coordinator, filesystem)
+        if damages:
+            reason = _listed([str(damage) for damage in damages])
+            raise CorruptCheckpointError(str(checkpoint.path), reason)
     opened: list[Opened] = []
 
     def read() -> None:
@@ -62,13 +70,44 @@ def open_verified(
         shared = decode(contents.shared_state, str(checkpoint.path))
         opened.append(Opened(contents, shared, states))
 
+    _read_together("open", read, checkpoint, coordinator)
+    return opened[0]
+
+
+def _read_together(
+    stage: str, work: Callable[[], None], checkpoint: Checkpoint, coordinator: Coordinator
+) -> None:
+    """Read on every rank; what any of them finds damaged is told to all, file by file.
+
+    Raises:
+        CorruptCheckpointError: on every rank, the same.
+        StageTimeoutError: a rank is gone, for which the checkpoint is not to blame.
+    """
+
+    def find_damage() -> CorruptCheckpointError | None:
+        try:
+            work()
+        except CorruptCheckpointError as error:
+            return error
+        return None
+
     try:
-        coordinator.together("open", read)
+        found = coordinator.together(stage, find_damage)
     except StageTimeoutError:
-        raise  # a rank is gone: the checkpoint is not to blame
+        raise
     except StageFailedError as error:
         raise CorruptCheckpointError(str(checkpoint.path), str(error)) from error
-    return opened[0]
+    # Ranks that read the same file say the same of it.
+    damages = list({str(each): each for each in found if each is not None}.values())
+    if len(damages) == 1:
+        raise damages[0]
+    if damages:
+        raise CorruptCheckpointError(str(checkpoint.path), _listed([str(each) for each in damages]))
+
+
+def _listed(damages: Sequence[str]) -> str:
+    more = f"; and {len(damages) - _SHOWN} more files" if len(damages) > _SHOWN else ""
+    return "; ".join(damages[:_SHOWN]) + more
 
 
 class Restoration:
@@ -96,13 +135,21 @@ class Restoration:
         self._app.check(path, self._saved, opened.shared, own, strict)
         self._app.check_data(own, path, accept_data_restart)
 
-    def fill(self) -> None:
-        """Read the tensors into place: from here on the live state is changed."""
-        if self._saved is None:
+    def fill(self, coordinator: Coordinator) -> None:
+        """Read the tensors into place on all ranks: from here on the live state is changed.
+
+        Raises:
+            CorruptCheckpointError: on every rank; tensors hold wrong values.
+        """
+        if (saved := self._saved) is None:
             return
-        targets = self._app.targets(self._saved)
-        self._opened.contents.reader.read_tensors(targets)
-        self._filled = {**self._saved.values, **targets}
+
+        def read() -> None:
+            targets = self._app.targets(saved)
+            self._opened.contents.reader.read_tensors(targets)
+            self._filled = {**saved.values, **targets}
+
+        _read_together("read", read, self._opened.checkpoint, coordinator)
 
     def apply(self) -> None:
         """Give every live object its state; RNG last."""

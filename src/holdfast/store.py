@@ -27,7 +27,14 @@ from holdfast.filesystem import (
     replace,
     write_new,
 )
-from holdfast.manifest import MANIFEST_NAME, FileRecord, Manifest, describe_file, find_difference
+from holdfast.manifest import (
+    MANIFEST_NAME,
+    Difference,
+    FileRecord,
+    Manifest,
+    describe_file,
+    find_difference,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +87,8 @@ class Damage:
     path: str
     """Relative to the store, starting with the checkpoint's directory."""
     reason: str
+    byte_range: tuple[int, int] | None = None
+    """The block concerned, ends included; None: the file as a whole."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -203,42 +212,43 @@ class Store:
         self,
         checkpoint: Checkpoint,
         records: Sequence[FileRecord],
-        compare: Callable[[Path, FileRecord], str | None],
+        compare: Callable[[Path, FileRecord], Difference | None],
     ) -> list[Damage]:
         damages = []
         for record in records:
             try:
-                reason = self._find_link(checkpoint, record)
-                if reason is None:
-                    reason = compare(checkpoint.path / record.path, record)
+                found = self._find_link(checkpoint, record)
+                if found is None:
+                    found = compare(checkpoint.path / record.path, record)
             except FileNotFoundError:
-                reason = "is missing"
+                found = Difference("is missing")
             except OSError as error:
-                reason = f"cannot be read: {error.strerror or error}"
-            if reason is not None:
-                damages.append(Damage(f"{checkpoint.path.name}/{record.path}", reason))
+                found = Difference(f"cannot be read: {error.strerror or error}")
+            if found is not None:
+                name = f"{checkpoint.path.name}/{record.path}"
+                damages.append(Damage(name, found.reason, found.byte_range))
         return damages
 
-    def _find_link(self, checkpoint: Checkpoint, record: FileRecord) -> str | None:
+    def _find_link(self, checkpoint: Checkpoint, record: FileRecord) -> Difference | None:
         """Refuse a folder on the way that is a link: it may show files of anywhere."""
         for name in reversed(PurePosixPath(record.path).parents[:-1]):
             if not self._filesystem.is_directory(checkpoint.path / name):
-                return f"cannot be read: {name} is missing or a link, not a directory"
+                return Difference(f"cannot be read: {name} is missing or a link, not a directory")
         return None
 
-    def _compare_size(self, path: Path, record: FileRecord) -> str | None:
+    def _compare_size(self, path: Path, record: FileRecord) -> Difference | None:
         size_bytes = self._filesystem.size_bytes(path)
         if size_bytes == record.size_bytes:
             return None
-        return f"has {size_bytes} bytes, {record.size_bytes} were committed"
+        return Difference(f"has {size_bytes} bytes, {record.size_bytes} were committed")
 
-    def _compare_bytes(self, path: Path, record: FileRecord) -> str | None:
+    def _compare_bytes(self, path: Path, record: FileRecord) -> Difference | None:
         # The size first: of a cut file it says more than the digest of its last block.
-        reason = self._compare_size(path, record)
-        if reason is None:
+        found = self._compare_size(path, record)
+        if found is None:
             with naming(path), self._filesystem.open_existing(path) as stream:
-                reason = find_difference(record, stream)
-        return reason
+                found = find_difference(record, stream)
+        return found
 
     # -- writing ---------------------------------------------------------------------------------
 

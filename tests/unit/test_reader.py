@@ -12,6 +12,7 @@ import torch
 
 from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
 from holdfast.filesystem import LocalFilesystem
+from holdfast.manifest import describe_file
 from holdfast.shards.reader import ShardReader
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.managers import Live, linear, manager_of, step
@@ -30,8 +31,14 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def _open(path: Path) -> ShardReader:
-    files = {str(each.relative_to(path)) for each in path.rglob("*") if each.is_file()}
-    return ShardReader.open(path, files, LocalFilesystem())
+    records = {}
+    for each in path.rglob("*"):
+        if each.is_file():
+            with each.open("rb") as stream:
+                name = str(each.relative_to(path))
+                records[name] = describe_file(name, stream)
+    content = (path / ".metadata").read_bytes()
+    return ShardReader.open(path, content, records, LocalFilesystem())
 
 
 def test_a_sound_checkpoint_is_opened(checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import IOBase
@@ -26,11 +26,15 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, naming
-from holdfast.shards.writer import METADATA_NAME
+from holdfast.manifest import FileRecord
+from holdfast.shards.container import container_of
+from holdfast.shards.direct import Part, read_verified
+from holdfast.shards.inventory import METADATA_NAME, list_names, names_at
+from holdfast.shards.landing import Landing, waves
 
 _METADATA_GLOBALS = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -102,10 +106,14 @@ class ShardReader:
     path: Path
     filesystem: Filesystem
     metadata: Metadata
+    records: Mapping[str, FileRecord]
+    """Of the manifest, by path: the digests that every byte read is held against."""
 
     @classmethod
-    def open(cls, path: Path, listed_files: set[str], filesystem: Filesystem) -> ShardReader:
-        """Read `.metadata`.
+    def open(
+        cls, path: Path, content: bytes, records: Mapping[str, FileRecord], filesystem: Filesystem
+    ) -> ShardReader:
+        """Understand the content of `.metadata`.
 
         Raises:
             CorruptCheckpointError: it is no metadata, asks for code, or names files that
@@ -113,8 +121,7 @@ class ShardReader:
         """
         where = path / METADATA_NAME
         try:
-            with filesystem.open_existing(where) as stream:
-                metadata = _MetadataUnpickler(stream).load()
+            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
         except Exception as error:  # a hostile or torn pickle can raise anything
             raise CorruptCheckpointError(str(where), f"cannot be read: {error}") from error
         if not isinstance(metadata, Metadata):
@@ -126,13 +133,13 @@ class ShardReader:
             raise CorruptCheckpointError(str(where), f"has no place for {nameless[0]!r}")
         for info in metadata.storage_data.values():
             relative_path = getattr(info, "relative_path", None)
-            if relative_path not in listed_files:
+            if relative_path not in records:
                 raise CorruptCheckpointError(
                     str(where), f"names {relative_path!r}, which the manifest does not list"
                 )
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
-        return cls(path, filesystem, metadata)
+        return cls(path, filesystem, metadata, records)
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return the description of every tensor by flat name."""
@@ -156,23 +163,94 @@ class ShardReader:
         return path
 
     def read_values(self) -> dict[str, Any]:
-        """Return everything that is no tensor, by flat name."""
-        return self._read(dict.fromkeys(self.value_names()))
+        """Return everything that is no tensor, by flat name, verified before it is read.
+
+        Raises:
+            CorruptCheckpointError: a block that holds a value does not match its digest.
+        """
+        values: dict[str, Any] = dict.fromkeys(self.value_names())
+        planner, plan = self._plan(values)
+        for name, items in self._by_file(plan.items).items():
+            self._read_through_torch(name, items, planner)
+        return values
 
     def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors, plain or distributed, in place; names and sizes must be known to agree."""
-        self._read(dict(targets))
+        """Fill tensors, plain or distributed, in place; names and sizes must be known to agree.
 
-    def _read(self, state: dict[str, Any]) -> dict[str, Any]:
+        Each block that is read is compared with its digest in the same pass.
+
+        Raises:
+            CorruptCheckpointError: a block does not match; the tensors hold wrong values.
+        """
+        planner, plan = self._plan(dict(targets))
+        for name, items in self._by_file(plan.items).items():
+            self._read_tensors_of(name, items, planner)
+
+    def _plan(self, state: dict[str, Any]) -> tuple[_SafePlanner, LoadPlan]:
         planner = _SafePlanner()
         planner.set_up_planner(state, self.metadata, is_coordinator=True)
-        plan = planner.finish_plan(planner.create_local_plan())
+        return planner, planner.finish_plan(planner.create_local_plan())
+
+    def _by_file(self, items: Sequence[ReadItem]) -> dict[str, list[ReadItem]]:
+        files: dict[str, list[ReadItem]] = {}
+        for item in items:
+            info = self.metadata.storage_data[item.storage_index]
+            files.setdefault(info.relative_path, []).append(item)
+        return files
+
+    def _read_tensors_of(self, name: str, items: list[ReadItem], planner: _SafePlanner) -> None:
+        """Fill what lies in one file: directly where its containers allow, else through torch."""
+        foreign: list[ReadItem] = []
+        landings: list[Landing] = []
+        for item in items:
+            info = self.metadata.storage_data[item.storage_index]
+            described = self.metadata.state_dict_metadata[item.storage_index.fqn]
+            assert isinstance(described, TensorStorageMetadata)
+            size = _chunk_size(described, item)
+            container = container_of(described.properties.dtype, size)
+            if container.size_bytes != info.length:
+                foreign.append(item)  # strided, say: only its own pickle knows how it lies
+                continue
+            target = planner.resolve_tensor(item).detach()
+            landings.append(Landing(item, info.offset, container, described, size, target))
+        for wave in waves(landings):
+            parts = [part for landing in wave for part in landing.open()]
+            self._read_parts(name, parts, [landing.whole for landing in wave])
+            foreign += [landing.item for landing in wave if not landing.close()]
+        if foreign:
+            self._read_through_torch(name, foreign, planner)
+
+    def _read_parts(self, name: str, parts: list[Part], ranges: list[range]) -> None:
+        try:
+            read_verified(self.filesystem, self.path / name, self.records[name], parts, ranges)
+        except CorruptCheckpointError as error:
+            if error.byte_range is None:
+                raise
+            names = list_names(names_at(self.metadata.storage_data, name, error.byte_range))
+            raise CorruptCheckpointError(
+                error.path, error.reason + names, error.byte_range
+            ) from error
+
+    def _read_through_torch(self, name: str, items: list[ReadItem], planner: _SafePlanner) -> None:
+        """Let torch take containers apart, once their bytes are known to be right."""
+        places = [self.metadata.storage_data[item.storage_index] for item in items]
+        self._read_parts(
+            name, [], [range(each.offset, each.offset + each.length) for each in places]
+        )
         reader = _SeamReader(self.path, self.metadata, self.filesystem)
         try:
-            reader.read_data(plan, planner).wait()
+            reader.read_data(LoadPlan(items), planner).wait()
         except pickle.UnpicklingError as error:
             # What torch says instead is how to run the code after all.
             raise CorruptCheckpointError(
-                str(self.path), "an item of the shards asks for code, or is torn"
+                str(self.path / name), "an item asks for code, or is torn"
             ) from error
-        return state
+
+
+def _chunk_size(described: TensorStorageMetadata, item: ReadItem) -> torch.Size:
+    """Return the shape of the stored chunk that an item reads from."""
+    offset = item.storage_index.offset
+    for chunk in described.chunks:
+        if offset is None or chunk.offsets == offset:
+            return chunk.sizes
+    raise ValueError(f"the metadata describes no chunk of {item.storage_index}")

@@ -24,8 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from holdfast.coordination import Coordinator
 from holdfast.filesystem import Filesystem, naming
-
-METADATA_NAME = ".metadata"
+from holdfast.shards.inventory import METADATA_NAME
 
 
 class _SeamFileSystem(FileSystem):

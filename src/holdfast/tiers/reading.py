@@ -1,8 +1,8 @@
-"""A resolved checkpoint is verified and opened, before anything live is touched.
+"""A resolved checkpoint is opened, and if asked verified in full, before anything live is touched.
 
 Owns how ranks share the work of verifying and which small files a rank needs. Promises that every
-rank hears of every damage, and that all small state was read when `open_contents` returns. Decides
-nothing.
+rank hears of every damage, and that all small state was read and matched its digests when
+`open_contents` returns. Decides nothing.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, read_bytes
-from holdfast.manifest import MANIFEST_NAME, FileRecord
+from holdfast.manifest import MANIFEST_NAME, FileRecord, find_difference
 from holdfast.protocol import TrainState
+from holdfast.shards.inventory import METADATA_NAME
 from holdfast.shards.reader import ShardReader
-from holdfast.shards.writer import METADATA_NAME
 from holdfast.store import Checkpoint, Damage, Store
-from holdfast.tiers.persistent import SHARED_STATE_NAME, TRAIN_STATE_NAME, rank_state_name
+from holdfast.tiers.damage import name_tensors
+from holdfast.tiers.persistent import (
+    RUN_CONFIG_NAME,
+    SHARED_STATE_NAME,
+    TRAIN_STATE_NAME,
+    rank_state_name,
+)
 
 
 @dataclass(frozen=True)
@@ -39,16 +46,22 @@ class Contents:
         """Return the state file of one of the saving ranks.
 
         Raises:
-            CorruptCheckpointError: the manifest does not list it, so that nothing vouches for it.
+            CorruptCheckpointError: it is not listed, so that nothing vouches for it, or damaged.
         """
-        _require_listed(self.checkpoint, rank_state_name(rank))
-        return read_bytes(filesystem, self.checkpoint.path / rank_state_name(rank))
+        return _read_checked(self.checkpoint, rank_state_name(rank), filesystem)
 
 
-def verify_together(store: Store, checkpoint: Checkpoint, coordinator: Coordinator) -> list[Damage]:
+def verify_together(
+    checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem
+) -> list[Damage]:
     """Read every file once, each rank its share; return all damages on every rank."""
+    store = Store(checkpoint.path.parent, filesystem)
     share = _shares(checkpoint.manifest.files, coordinator.world_size)[coordinator.rank]
-    parts = coordinator.together("verify", lambda: store.verify(checkpoint, share))
+
+    def verify() -> list[Damage]:
+        return name_tensors(checkpoint, store.verify(checkpoint, share), filesystem)
+
+    parts = coordinator.together("verify", verify)
     return [damage for part in parts for damage in part]
 
 
@@ -58,11 +71,10 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     Raises:
         CorruptCheckpointError: a file is missing, or is not what it should be.
     """
-    for name in (TRAIN_STATE_NAME, SHARED_STATE_NAME, METADATA_NAME):
-        _require_listed(checkpoint, name)
     where = checkpoint.path / TRAIN_STATE_NAME
+    content = _read_checked(checkpoint, TRAIN_STATE_NAME, filesystem)
     try:
-        counters = json.loads(read_bytes(filesystem, where))
+        counters = json.loads(content)
         step = counters["train_state"]["step"]
         # Refused here, while nothing live is touched: what `load` takes from it at its end.
         TrainState().update_from(counters["train_state"])
@@ -71,22 +83,31 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
         raise CorruptCheckpointError(str(where), f"is not a train state: {error}") from error
     if step != checkpoint.iteration:
         raise CorruptCheckpointError(str(where), f"is of step {step}")
-    listed = {each.path for each in checkpoint.manifest.files}
-    reader = ShardReader.open(checkpoint.path, listed, filesystem)
+    _read_checked(checkpoint, RUN_CONFIG_NAME, filesystem)  # vouched for too
+    metadata = _read_checked(checkpoint, METADATA_NAME, filesystem)
+    records = {each.path: each for each in checkpoint.manifest.files}
+    reader = ShardReader.open(checkpoint.path, metadata, records, filesystem)
     return Contents(
         checkpoint,
         reader,
         reader.read_values(),
         counters,
-        read_bytes(filesystem, checkpoint.path / SHARED_STATE_NAME),
+        _read_checked(checkpoint, SHARED_STATE_NAME, filesystem),
     )
 
 
-def _require_listed(checkpoint: Checkpoint, name: str) -> None:
-    if not any(each.path == name for each in checkpoint.manifest.files):
+def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> bytes:
+    """Return the content of a small file, held against its digest."""
+    record = next((each for each in checkpoint.manifest.files if each.path == name), None)
+    if record is None:
         raise CorruptCheckpointError(
             str(checkpoint.path / MANIFEST_NAME), f"does not list {name}, which a load needs"
         )
+    path = checkpoint.path / name
+    content = read_bytes(filesystem, path)
+    if (difference := find_difference(record, BytesIO(content))) is not None:
+        raise CorruptCheckpointError(str(path), difference.reason, difference.byte_range)
+    return content
 
 
 def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:

@@ -1,0 +1,150 @@
+"""Parts of a file go straight from disk to where they belong, verified on the way.
+
+Owns the pass over a file that reads and digests at once. Promises that every block of the file that
+any part lies in matched its digest when `read_verified` returns, and that bytes are copied once,
+from the page cache into their target. Several threads share the blocks: reading and digesting both
+let go of the interpreter. Knows bytes, not tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import Filesystem, naming, read_into
+from holdfast.manifest import BLOCK_BYTES, Difference, FileRecord
+
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive bytes of a file and the memory they go to."""
+
+    offset: int
+    target: memoryview
+    """Writable, contiguous bytes."""
+
+    @property
+    def end(self) -> int:
+        """The file offset behind the last byte."""
+        return self.offset + len(self.target)
+
+
+def read_verified(
+    filesystem: Filesystem,
+    path: Path,
+    record: FileRecord,
+    parts: Iterable[Part],
+    ranges: Iterable[range] = (),
+) -> None:
+    """Fill every part from a file, verifying each block that a part or a range of bytes touches.
+
+    Parts may overlap. Ranges are bytes that matter though nobody wants them.
+
+    Raises:
+        CorruptCheckpointError: a block does not match its digest; its parts hold wrong bytes.
+        OSError: the file cannot be read.
+    """
+    wanted = _blocks_of(ranges)
+    for layer in _layers(parts) or [[]]:
+        _Pass(filesystem, path, record, layer).run(wanted)
+        wanted = set()  # once is enough
+
+
+def _layers(parts: Iterable[Part]) -> list[list[Part]]:
+    """Sort parts by offset into as few lists without overlaps as one greedy walk finds."""
+    layers: list[list[Part]] = []
+    for part in sorted((each for each in parts if len(each.target)), key=lambda each: each.offset):
+        for layer in layers:
+            if layer[-1].end <= part.offset:
+                layer.append(part)
+                break
+        else:
+            layers.append([part])
+    return layers
+
+
+def _blocks_of(ranges: Iterable[range]) -> set[int]:
+    """Return the numbers of all blocks that ranges of bytes touch."""
+    return {
+        number
+        for each in ranges
+        if each
+        for number in range(each.start // BLOCK_BYTES, (each.stop - 1) // BLOCK_BYTES + 1)
+    }
+
+
+class _Pass:
+    """One walk over the blocks of a file that parts without overlaps lie in."""
+
+    def __init__(
+        self, filesystem: Filesystem, path: Path, record: FileRecord, parts: Sequence[Part]
+    ) -> None:
+        self._filesystem = filesystem
+        self._path = path
+        self._record = record
+        self._parts = parts
+        self._offsets = [each.offset for each in parts]
+
+    def run(self, also: set[int]) -> None:
+        numbers = sorted(also | _blocks_of(range(each.offset, each.end) for each in self._parts))
+        if numbers and numbers[-1] >= len(self._record.blocks):
+            raise CorruptCheckpointError(
+                str(self._path),
+                f"has {self._record.size_bytes} bytes, too few for what it should hold",
+            )
+        workers = min(THREADS, len(numbers))
+        shares = [numbers[start::workers] for start in range(workers)]
+        if workers <= 1:
+            for share in shares:
+                self._read_blocks(share)
+            return
+        with ThreadPoolExecutor(workers, thread_name_prefix="holdfast-reader") as pool:
+            for done in [pool.submit(self._read_blocks, share) for share in shares]:
+                done.result()
+
+    def _read_blocks(self, numbers: Sequence[int]) -> None:
+        scratch = memoryview(bytearray(min(BLOCK_BYTES, self._record.size_bytes)))
+        with naming(self._path), self._filesystem.open_existing(self._path) as stream:
+            for number in numbers:
+                self._read_block(stream, number, scratch)
+
+    def _read_block(self, stream: BinaryIO, number: int, scratch: memoryview) -> None:
+        start = number * BLOCK_BYTES
+        end = min(start + BLOCK_BYTES, self._record.size_bytes)
+        views = self._views(start, end, scratch)
+        filled = read_into(stream, start, views)
+        digest = xxhash.xxh3_128()
+        for view in views:
+            digest.update(view)
+        if filled != end - start or digest.hexdigest() != self._record.blocks[number]:
+            found = Difference.in_block(number, start, end - 1)
+            raise CorruptCheckpointError(str(self._path), found.reason, found.byte_range)
+
+    def _views(self, start: int, end: int, scratch: memoryview) -> list[memoryview]:
+        """Return the memory for one block in file order: targets, and scratch between them."""
+        views: list[memoryview] = []
+        position = start
+        first = max(bisect_right(self._offsets, start) - 1, 0)
+        for part in self._parts[first:]:
+            if part.offset >= end:
+                break
+            if part.end <= start:
+                continue
+            low, high = max(part.offset, start), min(part.end, end)
+            if low > position:
+                views.append(scratch[position - start : low - start])
+            views.append(part.target[low - part.offset : high - part.offset])
+            position = high
+        if position < end:
+            views.append(scratch[position - start : end - start])
+        return views
