@@ -22,6 +22,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- StoreIdentityError             (ValueError)       the store belongs to another run
     |   |-- StoreNotLoadedError                           first save beside checkpoints never loaded
     |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
+    |-- StoreNotWritableError          (OSError)          the store cannot be written at all
     `-- StageFailedError               (RuntimeError)     a stage failed, on which ranks and why
         |-- StageTimeoutError          (TimeoutError)     ranks that never reached a stage
         `-- SaveFailedError                               the save that a stage belonged to
@@ -169,6 +170,21 @@ class DataReshardError(CheckpointError, ValueError):
 
 class StoreIdentityError(CheckpointError, ValueError):
     """The store belongs to another run than the one configured."""
+
+
+class StoreNotWritableError(CheckpointError, OSError):
+    """The store's directory cannot be created or written to; told before training starts."""
+
+    def __init__(self, root: str, cause: OSError) -> None:
+        self.path = root
+        self.code = errno_names.errorcode.get(cause.errno or 0, type(cause).__name__)
+        """The symbol of the errno, `EACCES` say."""
+        where = f" at {cause.filename}" if cause.filename else ""
+        super().__init__(
+            f"checkpoint.persistent.directory: {root} cannot be written{where}: {self.code} "
+            f"{cause.strerror or cause}.\n"
+            "Name a directory that this user may write to, on a file system that all ranks share."
+        )
 
 
 class StoreNotLoadedError(StoreIdentityError):

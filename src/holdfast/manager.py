@@ -298,6 +298,7 @@ class DefaultCheckpointManager:
                 f"{decision.root} holds no checkpoint, and checkpoint.load.on_missing is error.\n"
                 "Name the store with checkpoint.load.directory, or set on_missing=start_fresh."
             )
+        control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         return LoadResult()
 
     def _compare(

@@ -30,6 +30,7 @@ from holdfast.errors import (
     StatePartlyLoadedError,
     StoreIdentityError,
     StoreNotLoadedError,
+    StoreNotWritableError,
     SupersededAttemptError,
     UnsupportedStateError,
 )
@@ -68,6 +69,11 @@ EXAMPLES: list[tuple[CheckpointError, tuple[type[BaseException], ...], dict[str,
     (DataReshardError("a"), (ValueError,), {}),
     (StoreIdentityError("a"), (ValueError,), {}),
     (StoreNotLoadedError("a"), (StoreIdentityError,), {}),
+    (
+        StoreNotWritableError("/a", OSError(13, "Permission denied", "/a")),
+        (OSError,),
+        {"path": "/a", "code": "EACCES"},
+    ),
     (SupersededAttemptError("a"), (StoreIdentityError,), {}),
     (
         StageFailedError("write", _FAILURES),

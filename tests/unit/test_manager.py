@@ -22,6 +22,7 @@ from holdfast.errors import (
     NoLoadableCheckpointError,
     SaveFailedError,
     StateMismatchError,
+    StoreNotWritableError,
 )
 from holdfast.events import (
     ON_CHECKPOINT_SAVE,
@@ -292,7 +293,7 @@ def test_many_saves_leave_no_threads_or_descriptors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("there", ["absent", "empty", "foreign"])
 @pytest.mark.parametrize("policy", ["start_fresh", "error"])
 def test_an_empty_store_is_what_the_config_says(tmp_path: Path, policy: str, there: str) -> None:
-    """`start_fresh` gives (0, 0) and touches nothing; `error` really is an error."""
+    """`start_fresh` gives (0, 0) and an empty store to save to; `error` really is an error."""
     root = tmp_path / "store"
     if there != "absent":
         root.mkdir()
@@ -307,7 +308,17 @@ def test_an_empty_store_is_what_the_config_says(tmp_path: Path, policy: str, the
         with pytest.raises(CheckpointNotFoundError, match="on_missing is error"):
             live.load(manager)
     assert live.digests() == before
-    assert root.exists() == (there != "absent")
+    assert root.exists() == (there != "absent" or policy == "start_fresh")
+    assert not root.exists() or {each.name for each in root.iterdir()} <= {"iter_foo"}
+
+
+def test_a_store_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
+    """A fresh start whose first save would fail hours later fails at once, naming the setting."""
+    (tmp_path / "file").write_text("")
+    manager, live = manager_of(tmp_path / "file" / "store"), linear()
+    with pytest.raises(StoreNotWritableError, match=r"checkpoint\.persistent\.directory") as caught:
+        live.load(manager)
+    assert isinstance(caught.value, OSError)
 
 
 @pytest.mark.parametrize("policy", ["start_fresh", "error"])

@@ -18,9 +18,9 @@ from typing import Any
 
 from holdfast import __version__
 from holdfast.coordination import Coordinator
-from holdfast.errors import CheckpointError, StoreNotLoadedError
-from holdfast.filesystem import Filesystem, make_durable_directory
-from holdfast.identity import Attempt, RunIdentity
+from holdfast.errors import CheckpointError, StoreNotLoadedError, StoreNotWritableError
+from holdfast.filesystem import Filesystem, make_durable_directory, set_aside, write_new
+from holdfast.identity import RUN_NAME, Attempt, RunIdentity
 from holdfast.manifest import FileRecord, Manifest
 from holdfast.policies.keeping import Candidate, retain
 from holdfast.shards.writer import ShardWriter
@@ -94,6 +94,21 @@ class PersistentTier:
         """Note on every rank what was loaded; a later first save goes on from there."""
         self._resumed = checkpoint
         self._admission = None  # what follows is another lineage of this store: a new attempt
+
+    def prove_writable(self) -> None:
+        """Write and remove a file in the store, on rank 0: a first save must not fail hours later.
+
+        Raises:
+            StoreNotWritableError: the directory cannot be created or written to.
+        """
+        root = self.store.root
+        probe = set_aside(root / RUN_NAME)  # under a name that is swept, should we die here
+        try:
+            make_durable_directory(self._filesystem, root)
+            write_new(self._filesystem, probe, b"")
+            self._filesystem.remove_file(probe)
+        except OSError as error:
+            raise StoreNotWritableError(str(root), error) from error
 
     def admit(self) -> None:
         """Take an attempt at this store, on rank 0, before the first save; repeated calls are free.
