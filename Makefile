@@ -1,8 +1,10 @@
 # Every target does its own set-up: Python >= 3.11 with its venv module, make and a package index suffice.
-# PYTHON chooses the interpreter; ARGS is handed on: make train ARGS="model=tiny steps=50".
+# PYTHON chooses the interpreter; ARGS is handed on: make train ARGS="model=tiny steps=50"; SECONDS is for
+# make soak.
 
 PYTHON ?= python3
 ARGS ?=
+SECONDS ?= 60
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -16,7 +18,7 @@ CHECKED := src recipes tests/support
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
 
 .DEFAULT_GOAL := help
-.PHONY: help train test faults faults-full drill lint format clean
+.PHONY: help train test faults faults-full soak drill lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -32,6 +34,9 @@ faults: $(INSTALLED) ## crash, damage and fail everything: a seeded subset, and 
 
 faults-full: $(INSTALLED) ## the same, leaving nothing out
 	@HOLDFAST_FAULTS=full $(RUN) -m pytest tests/faults $(ARGS)
+
+soak: $(INSTALLED) ## train on two ranks under random SIGKILL: make soak SECONDS=3600 ARGS="--seed 1"
+	@$(QUIET) $(RUN) -m tests.faults.soak --seconds $(SECONDS) $(ARGS)
 
 drill: $(INSTALLED) ## kill a run, resume it, and compare it with an uninterrupted one to the last bit
 	@$(QUIET) $(RUN) recipes/drill.py $(ARGS)

@@ -69,7 +69,7 @@ class Job:
         self.begin_save()
         self.manager.finalize_async_saves(self.state, blocking=True)
 
-    def begin_save(self) -> None:
+    def begin_save(self, callback_manager: Any | None = None) -> None:
         """Save here; with async_save return before it is written."""
         run = self.run
         context = CheckpointSaveContext(
@@ -80,7 +80,7 @@ class Job:
             num_floating_point_operations_so_far=7 * self.step,
             train_data_iterator=run.stream,
         )
-        self.manager.save(context)
+        self.manager.save(context, callback_manager)
 
     def load(self) -> LoadResult:
         """Restore what the configuration asks for."""
