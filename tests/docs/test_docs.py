@@ -1,0 +1,148 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast
+from holdfast import errors
+from holdfast.config import CheckpointConfig
+from holdfast.store import Store
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def _training() -> dict[str, Any]:
+    """Return the names that the example loop expects to find."""
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    def train_one_step(*_: object) -> None:
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    return {
+        "model": model, "optimizer": optimizer, "scheduler": scheduler,
+        "train_one_step": train_one_step,
+    }  # fmt: skip
+
+
+def test_the_loop_in_the_readme_runs_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied word by word, the example trains, saves, and loads what it saved the second time."""
+    monkeypatch.chdir(tmp_path)
+    loop = next(block for block in _blocks(ROOT / "README.md", "python") if "while " in block)
+    names = _training()
+    exec(loop, names)
+    again = _training()
+    exec(loop, again)
+    assert again["state"].train_state.step == 1000
+    assert torch.equal(again["model"].weight, names["model"].weight)
+
+
+def test_the_manager_in_the_readme_has_the_right_shape(tmp_path: Path) -> None:
+    """The skeleton shown for one's own manager passes the factory's checks."""
+    skeleton = next(b for b in _blocks(ROOT / "README.md", "python") if "class MyManager" in b)
+    names: dict[str, Any] = {}
+    exec(skeleton, names)
+    assert issubclass(names["MyManager"], holdfast.CheckpointManager)
+
+
+def test_the_layout_in_the_readme_is_what_a_save_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every name on disk is explained, and nothing is explained that is not there."""
+    monkeypatch.chdir(tmp_path)
+    loop = next(block for block in _blocks(ROOT / "README.md", "python") if "while " in block)
+    exec(loop, _training())
+    root = tmp_path / "runs/mine/checkpoints"
+    (newest, *_) = Store(root, holdfast.filesystem.LocalFilesystem()).listing().checkpoints
+    found = {each.name for each in root.iterdir() if not each.name.startswith("iter_")}
+    found |= {str(each.relative_to(newest.path)) for each in newest.path.rglob("*")}
+    found = {re.sub(r"\d{5,}", "N", name) for name in found} - {"state"}
+    assert found == {
+        "run.json", "attempt_N.json", "latest_checkpointed_iteration.txt", ".metadata",
+        "__0_0.distcp", "state/shared.pt", "state/rank_N.pt", "train_state.json",
+        "run_config.yaml", "manifest.json",
+    }  # fmt: skip
+    layout = (ROOT / "README.md").read_text().split("## On disk")[1]
+    for name in found:
+        assert re.sub(r"N|__0_0", "", name).split("_")[0].strip("/") in layout
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    """docs/configuration.md has a row for each field, and the default in it is the real one."""
+    rows = dict(
+        re.findall(
+            r"^\| `([a-z_.]+)` \| (.+?) \|", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE
+        )
+    )
+    settings = dict(_leaves(CheckpointConfig(), ""))
+    documented = {name for name in settings if not name.startswith("local.")}
+    assert set(rows) == documented
+    for name in documented - {"persistent.directory"}:
+        assert rows[name] == f"`{_as_yaml(settings[name])}`", name
+
+
+def _leaves(node: Any, prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for each in dataclasses.fields(node):
+        value = getattr(node, each.name)
+        if dataclasses.is_dataclass(value):
+            found += _leaves(value, f"{prefix}{each.name}.")
+        else:
+            found.append((prefix + each.name, value))
+    return found
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def test_every_error_is_documented() -> None:
+    """docs/errors.md lists each error that a user can meet."""
+    page = (ROOT / "docs/errors.md").read_text()
+    kinds = [
+        name
+        for name, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.CheckpointError)
+    ]
+    assert [name for name in kinds if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_tests_that_pages_name_exist(page: Path) -> None:
+    """Each link leads somewhere, and each proof named in the guarantees is a file."""
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    known = {each.name for each in (ROOT / "tests").rglob("*.py")}
+    for name in re.findall(r"\b(test_\w+\.py|soak\.py)\b", text):
+        assert name in known, name
+
+
+def test_every_make_target_that_pages_name_exists() -> None:
+    """A command in the documentation is a command of the Makefile."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = set(re.findall(r"`make ([a-z-]+)", page.read_text()))
+        assert named <= targets, page.name
