@@ -22,5 +22,6 @@ def pytest_terminal_summary(
     terminalreporter.section("faults")
     for line in table(len(failed)):
         terminalreporter.write_line(line)
-    if config.cache is not None:
-        config.cache.set("holdfast/faults", {**counts(), "violations": len(failed)})
+    cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
+    if cache is not None:
+        cache.set("holdfast/faults", {**counts(), "violations": len(failed)})

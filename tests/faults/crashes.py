@@ -46,7 +46,7 @@ ROOT = Path("/runs/one/checkpoints")
 FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
 """Leave nothing out, however long it takes."""
 
-_jobs = itertools.count()
+_trainings = itertools.count()
 
 Tree = dict[str, bytes]
 """The files of one checkpoint."""
@@ -61,7 +61,6 @@ class Job:
 
     def __init__(self, filesystem: Filesystem, *, keep_last: int | None = 3, **settings: object):
         self.run = make_run(seed=1)
-        self.number = next(_jobs)
         self.state = GlobalState()
         self.filesystem = filesystem
         self._settings = {
@@ -69,6 +68,7 @@ class Job:
             "persistent": {"directory": str(ROOT), "keep": {"last": keep_last}},
             **settings,
         }
+        self._step: int | None = None
         self.manager = self._manager(None)
 
     def _manager(self, step: int | None) -> DefaultCheckpointManager:
@@ -79,7 +79,8 @@ class Job:
 
     def load(self, step: int | None = None) -> LoadResult:
         """Load the newest checkpoint or, with a fresh manager, exactly the one of a step."""
-        if step is not None:
+        if step != self._step:
+            self._step = step
             self.manager = self._manager(step)
         run = self.run
         return self.manager.load(
@@ -91,9 +92,9 @@ class Job:
     def train_to(self, iteration: int) -> str:
         """Take one training step, call it `iteration`, and return the digest of everything.
 
-        The batch is this job's own: a resumed job is exact, and would arrive where the first did.
+        No batch is ever taken twice: a resumed job is exact, and would arrive where another did.
         """
-        self.run.stream.position += 1000 * self.number
+        self.run.stream.position = 1000 * next(_trainings)
         self.run.train(1)
         self.state.train_state.step = iteration
         return self.digest()
@@ -124,8 +125,8 @@ class Known:
     """What a load without a wish may give."""
     may_be_empty: bool = True
     """Whether a load may find nothing."""
-    trackers: frozenset[int] = frozenset()
-    """Where the tracker may point once anything is required."""
+    trackers: frozenset[int | None] = frozenset()
+    """Where the tracker may point once anything is required; None: nowhere."""
     attempts: tuple[Attempt, ...] = ()
     """Claims under which something was acknowledged."""
 
@@ -156,6 +157,7 @@ class Story:
     def _start(self) -> None:
         self.job = Job(self.filesystem, keep_last=self.keep_last)
         self._resumed: tuple[int, str] | None = None
+        self._resumed_path = ""
         self._has_claimed = False
 
     def _learn(self, known: Known) -> None:
@@ -165,6 +167,39 @@ class Story:
     def begin_here(self) -> None:
         """Let what went before be the setting: crashes are tried from here on."""
         self.first_operation = len(self.filesystem.operations)
+
+    @property
+    def has_claimed(self) -> bool:
+        """Whether the process has saved since it last loaded."""
+        return self._has_claimed
+
+    def take_stock(self) -> None:
+        """Let what a fault has left, which was found acceptable, be what holds from now on."""
+        image = self.filesystem.image
+        store = Store(ROOT, CrashFilesystem(image))
+        acceptable = {}
+        for each in store.listing().checkpoints:
+            files = subtree(image, each.path)
+            acceptable[each.iteration] = frozenset(
+                digest
+                for digest in self.known.acceptable[each.iteration]
+                if self.trees.get(digest) == files
+            )
+        self.order = [each.iteration for each in reversed(store.listing().checkpoints)]
+        self._learn(
+            replace(
+                self.known,
+                acceptable=acceptable,
+                required=frozenset(acceptable),
+                current=frozenset(
+                    (iteration, digest)
+                    for iteration, digest in self.known.current
+                    if digest in acceptable.get(iteration, ())
+                ),
+                may_be_empty=not acceptable,
+                trackers=self.known.trackers | {store.read_tracker()[0]},
+            )
+        )
 
     def restart(self) -> None:
         """End the process; another one begins."""
@@ -176,7 +211,10 @@ class Story:
         digest = self.job.digest()
         if digest not in self.known.acceptable.get(result.iteration, ()):
             raise Violation(f"iteration {result.iteration} was loaded as something else")
+        if step is None and (result.iteration, digest) not in self.known.current:
+            raise Violation(f"iteration {result.iteration} was loaded, which is not the newest")
         self._resumed = (result.iteration, digest)
+        self._resumed_path = str(result.path)
         self._has_claimed = False
 
     def save(self, iteration: int) -> None:
@@ -201,12 +239,12 @@ class Story:
         )
         try:
             self.job.save()
-        except (PowerCut, SaveFailedError):
+        except (PowerCut, SaveFailedError) as fault:
             self.trees[digest] = subtree(self.filesystem.image, ROOT / checkpoint_name(iteration))
             listing = Store(ROOT, CrashFilesystem(self.filesystem.image)).listing()
             self.order = [each.iteration for each in reversed(listing.checkpoints)]
-            # Retention follows the commit, and a commit that returned is no failure.
-            self._learn(replace(self.known, required=before.required))
+            if isinstance(fault, SaveFailedError):  # retention follows what has not failed
+                self._learn(replace(self.known, required=before.required))
             raise
         self.trees[digest] = subtree(self.filesystem.image, ROOT / checkpoint_name(iteration))
         self.order = kept
@@ -214,10 +252,8 @@ class Story:
         if not self._has_claimed:
             self._has_claimed = True
             names = subtree(self.filesystem.image, ROOT)
-            number = sum(re.fullmatch(r"attempt_\d+\.json", name) is not None for name in names)
-            path = None
-            if self._resumed is not None:
-                path = str(ROOT / checkpoint_name(self._resumed[0]))
+            number = sum(re.fullmatch(r"attempt_\d{7,}\.json", name) is not None for name in names)
+            path = None if self._resumed is None else self._resumed_path
             attempts = (
                 *attempts,
                 Attempt(number, self._resumed[0] if self._resumed else None, path),
@@ -451,7 +487,9 @@ def check_at_rest(story: Story, image: Image, known: Known) -> None:
             raise Violation(f"iteration {each.iteration} is listed and was never saved")
         files = subtree(image, each.path)
         if not any(story.trees.get(digest) == files for digest in allowed):
-            raise Violation(f"{each.path} is listed and is not what was saved")
+            saved = [story.trees.get(digest, {}) for digest in allowed]
+            differ = [sorted({name for name, _ in tree.items() ^ files.items()}) for tree in saved]
+            raise Violation(f"{each.path} is listed and is not what was saved: {differ}")
     listed = {each.iteration for each in listing.checkpoints}
     if missing := known.required - listed:
         raise Violation(f"lost: {sorted(missing)}; listed: {sorted(listed)}")
@@ -460,8 +498,8 @@ def check_at_rest(story: Story, image: Image, known: Known) -> None:
         raise Violation(f"no order between the checkpoints {sorted(listed)}: {sequences}")
     if known.required:
         tracker, problem = store.read_tracker()
-        if tracker not in known.trackers or tracker not in listed:
-            raise Violation(f"the tracker is at {tracker} {problem}, of {sorted(known.trackers)}")
+        if tracker not in known.trackers or (tracker is not None and tracker not in listed):
+            raise Violation(f"the tracker is at {tracker} {problem}, of {set(known.trackers)}")
     claims = identity.attempts()
     for attempt in known.attempts:
         if attempt not in claims:
