@@ -18,7 +18,7 @@ CHECKED := src recipes tests/support
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
 
 .DEFAULT_GOAL := help
-.PHONY: help train test faults faults-full soak drill lint format clean
+.PHONY: help train test bench faults faults-full soak drill lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -37,6 +37,9 @@ faults-full: $(INSTALLED) ## the same, leaving nothing out
 
 soak: $(INSTALLED) ## train on two ranks under random SIGKILL: make soak SECONDS=3600 ARGS="--seed 1"
 	@$(QUIET) $(RUN) -m tests.faults.soak --seconds $(SECONDS) $(ARGS)
+
+bench: $(INSTALLED) ## time saves and loads beside torch's own, and print ratios; never part of the tests
+	@$(QUIET) $(RUN) benchmarks/persistent.py $(ARGS)
 
 drill: $(INSTALLED) ## kill a run, resume it, and compare it with an uninterrupted one to the last bit
 	@$(QUIET) $(RUN) recipes/drill.py $(ARGS)

@@ -89,11 +89,8 @@ def test_the_layout_in_the_readme_is_what_a_save_leaves(
 
 def test_every_setting_is_documented_with_its_default() -> None:
     """docs/configuration.md has a row for each field, and the default in it is the real one."""
-    rows = dict(
-        re.findall(
-            r"^\| `([a-z_.]+)` \| (.+?) \|", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE
-        )
-    )
+    page = (ROOT / "docs/configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", page, re.MULTILINE))
     settings = dict(_leaves(CheckpointConfig(), ""))
     documented = {name for name in settings if not name.startswith("local.")}
     assert set(rows) == documented
