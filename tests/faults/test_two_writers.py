@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 
-from holdfast.errors import StoreIdentityError, StoreNotLoadedError, SupersededAttemptError
+from holdfast.errors import (
+    CheckpointError,
+    StoreIdentityError,
+    StoreNotLoadedError,
+    SupersededAttemptError,
+)
 from holdfast.filesystem import LocalFilesystem
 from holdfast.store import Store
 from holdfast.tiers.persistent import PersistentTier
@@ -144,7 +149,10 @@ def test_a_late_start_that_dies_takes_nothing_with_it(tmp_path: Path) -> None:
 
 
 def _start_and_save(directory: Path) -> list[int]:
-    """Start, and save until refused, as one of several that know nothing of one another."""
+    """Start, and save until refused, as one of several that know nothing of one another.
+
+    A load may fail as well: another start may replace or remove what is being read.
+    """
     committed: list[int] = []
     for _ in range(3):
         job = Job(directory)
@@ -154,7 +162,7 @@ def _start_and_save(directory: Path) -> list[int]:
                 job.train_to(job.step + 1)
                 job.save()
                 committed.append(job.step)
-        except StoreIdentityError:
+        except CheckpointError:
             continue
     return committed
 
