@@ -223,6 +223,8 @@ class ShardReader:
     def _read_parts(self, name: str, parts: list[Part], ranges: list[range]) -> None:
         try:
             read_verified(self.filesystem, self.path / name, self.records[name], parts, ranges)
+        except FileNotFoundError as error:  # gone since, or not seen from this node yet
+            raise CorruptCheckpointError(str(self.path / name), "is missing") from error
         except CorruptCheckpointError as error:
             if error.byte_range is None:
                 raise

@@ -104,7 +104,10 @@ def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> 
             str(checkpoint.path / MANIFEST_NAME), f"does not list {name}, which a load needs"
         )
     path = checkpoint.path / name
-    content = read_bytes(filesystem, path)
+    try:
+        content = read_bytes(filesystem, path)
+    except FileNotFoundError as error:  # gone since, or not seen from this node yet
+        raise CorruptCheckpointError(str(path), "is missing") from error
     if (difference := find_difference(record, BytesIO(content))) is not None:
         raise CorruptCheckpointError(str(path), difference.reason, difference.byte_range)
     return content
