@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,8 +105,9 @@ class PersistentTier:
         probe = set_aside(root / RUN_NAME)  # under a name that is swept, should we die here
         try:
             make_durable_directory(self._filesystem, root)
-            write_new(self._filesystem, probe, b"")
-            self._filesystem.remove_file(probe)
+            with suppress(FileNotFoundError):  # a twin's sweep may take it for a leftover
+                write_new(self._filesystem, probe, b"")
+                self._filesystem.remove_file(probe)
         except OSError as error:
             raise StoreNotWritableError(str(root), error) from error
 
