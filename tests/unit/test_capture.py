@@ -106,6 +106,40 @@ def test_optimizer_state_is_restored_bit_for_bit(tmp_path: Path, kind: str, fres
     assert live.digests() == saved.digests()
 
 
+class _WideMomentum(torch.optim.Optimizer):
+    """Keeps 32-bit momentum beside 16-bit parameters, as mixed-precision optimizers do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            momentum = state.setdefault(
+                "momentum", torch.zeros_like(parameter, dtype=torch.float32)
+            )
+            momentum.mul_(0.9).add_(parameter.grad.float() / 3)
+            parameter.sub_(momentum.to(parameter.dtype))
+
+
+def test_state_wider_than_its_parameter_is_not_rounded(tmp_path: Path) -> None:
+    """32-bit state of a 16-bit parameter comes back in 32 bits, every one of them."""
+    models = [torch.nn.Linear(3, 2).bfloat16() for _ in range(2)]
+    optimizers = [_WideMomentum(each.parameters()) for each in models]
+    for parameter in models[0].parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers[0].step()
+    Live(models[0], optimizers[0]).save(manager_of(tmp_path), 1)
+    Live(models[1], optimizers[1]).load(manager_of(tmp_path))
+    for saved, loaded in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        expected = optimizers[0].state[saved]["momentum"]
+        found = optimizers[1].state[loaded]["momentum"]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+        assert not torch.equal(expected, expected.bfloat16().float())
+
+
 def test_lbfgs_history_is_restored(tmp_path: Path) -> None:
     """Optimizer state that is lists of tensors comes back as lists."""
 

@@ -120,6 +120,15 @@ class _OptimizerView:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state_dict)
+        # torch casts state to its parameter's dtype: 32-bit moments of a 16-bit parameter would
+        # come back rounded.
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, name in zip(group["params"], saved["params"], strict=True):
+                live = self._optimizer.state[parameter] if name in state_dict["state"] else {}
+                for key, value in state_dict["state"].get(name, {}).items():
+                    cast = live.get(key)
+                    if isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
+                        live[key] = value.to(cast.device)
 
 
 class AppState:
