@@ -72,7 +72,7 @@ def test_the_layout_in_the_readme_is_what_a_save_leaves(
     monkeypatch.chdir(tmp_path)
     loop = next(block for block in _blocks(ROOT / "README.md", "python") if "while " in block)
     exec(loop, _training())
-    root = tmp_path / "runs/mine/checkpoints"
+    root = tmp_path / "checkpoints"
     (newest, *_) = Store(root, holdfast.filesystem.LocalFilesystem()).listing().checkpoints
     found = {each.name for each in root.iterdir() if not each.name.startswith("iter_")}
     found |= {str(each.relative_to(newest.path)) for each in newest.path.rglob("*")}
