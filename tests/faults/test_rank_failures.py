@@ -40,7 +40,11 @@ class _FaultyData(Data):
 
 
 def _faulty_run(fault: Fault, directory: Path, seed: int = 1, **config: Any) -> Run:
-    values = {"persistent": {"directory": str(directory), "keep": {"last": 2}}, **config}
+    values = {
+        "persistent": {"directory": str(directory), "keep": {"last": 2}},
+        "load": {"verify": "first"},  # one stage more in which a rank can fail
+        **config,
+    }
     run = Run(
         "ddp",
         directory,
