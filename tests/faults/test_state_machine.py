@@ -14,7 +14,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
 )
 
@@ -37,10 +36,11 @@ STEPS_OF_A_SAVE = 160
 class Runs(RuleBasedStateMachine):
     """One store, the processes that use it one after another, and an oracle that cannot fail."""
 
-    @initialize(keep_last=st.sampled_from([1, 2, 3, None]))
-    def begin(self, keep_last: int | None) -> None:
+    @initialize(keep_last=st.sampled_from([1, 2, 3, None]), saves=st.integers(1, 4))
+    def begin(self, keep_last: int | None, saves: int) -> None:
         self.story = Story(CrashFilesystem(), keep_last)
-        self.twin: Job | None = None
+        for _ in range(saves):  # an empty store has scenarios of its own
+            self.story.save(self._next(3))
         self.foreign: dict[str, bytes] = {}
 
     # -- a run -------------------------------------------------------------------------------
@@ -48,47 +48,33 @@ class Runs(RuleBasedStateMachine):
     def _next(self, ahead: int) -> int:
         return self.story.job.state.train_state.step + ahead
 
-    @rule(ahead=st.integers(1, 3))
-    def save(self, ahead: int) -> None:
-        self.story.save(self._next(ahead))
+    @rule(ahead=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    def save(self, ahead: list[int]) -> None:
+        for each in ahead:
+            self.story.save(self._next(each))
 
     @rule()
     def resume(self) -> None:
-        if self.story.has_claimed:
-            self.twin = self.story.job
         self.story.restart()
-        self._load_newest()
-
-    @rule(choice=st.randoms(use_true_random=False))
-    @precondition(lambda self: self.story.known.required)
-    def roll_back(self, choice: random.Random) -> None:
-        self.story.load(choice.choice(sorted(self.story.known.required)))
-
-    @rule()
-    @precondition(lambda self: self.story.known.required)
-    def load_newest(self) -> None:
         self.story.load()
 
-    def _load_newest(self) -> None:
-        if self.story.known.required:
-            self.story.load()
-        else:
-            assert not self.story.job.load().found
+    @rule(back=st.integers(0, 3), ahead=st.lists(st.integers(1, 3), min_size=0, max_size=3))
+    def roll_back(self, back: int, ahead: list[int]) -> None:
+        listed = self.story.order[::-1]
+        self.story.load(listed[min(back, len(listed) - 1)])
+        for each in ahead:
+            self.story.save(self._next(each))
 
     # -- faults ------------------------------------------------------------------------------
 
     @rule(ahead=st.integers(1, 3), step=st.integers(0, STEPS_OF_A_SAVE), loss=st.integers(0, 999))
-    def crash_while_saving(self, ahead: int, step: int, loss: int) -> None:
+    def crash(self, ahead: int, step: int, loss: int) -> None:
         story = self.story
         last = len(story.filesystem.operations) + step
         operations = story.filesystem.operations
         story.filesystem.cuts = lambda _: len(operations) == last
         with suppress(PowerCut):
             story.save(self._next(ahead))
-        self._crash(loss)
-
-    @rule(loss=st.integers(0, 999))
-    def crash_while_training(self, loss: int) -> None:
         self._crash(loss)
 
     def _crash(self, loss: int) -> None:
@@ -98,8 +84,7 @@ class Runs(RuleBasedStateMachine):
         record("crash states tried")
         self.story = self.story.fork(CrashFilesystem(image))
         self.story.take_stock()
-        self.twin = None
-        self._load_newest()
+        self.story.load()
 
     @rule(
         ahead=st.integers(1, 3),
@@ -107,7 +92,7 @@ class Runs(RuleBasedStateMachine):
         code=st.sampled_from([errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES]),
         lasts=st.booleans(),
     )
-    def fail_while_saving(self, ahead: int, step: int, code: int, lasts: bool) -> None:
+    def fail(self, ahead: int, step: int, code: int, lasts: bool) -> None:
         story = self.story
         operations = story.filesystem.operations
         first = len(operations) + step
@@ -130,7 +115,6 @@ class Runs(RuleBasedStateMachine):
     # -- others ------------------------------------------------------------------------------
 
     @rule(name=st.sampled_from(FOREIGN))
-    @precondition(lambda self: self.story.known.required)
     def put_a_foreign_file(self, name: str) -> None:
         if name in self.foreign:
             return
@@ -142,20 +126,21 @@ class Runs(RuleBasedStateMachine):
         self.foreign[name] = name.encode()
 
     @rule()
-    @precondition(lambda self: self.story.known.required)
     def refuse_another_run(self) -> None:
         self._refuse(Job(self.story.filesystem, run_id="theirs"), StoreIdentityError)
 
     @rule()
-    @precondition(lambda self: self.story.known.required)
     def refuse_a_job_that_loaded_nothing(self) -> None:
         self._refuse(Job(self.story.filesystem), StoreNotLoadedError)
 
     @rule()
-    @precondition(lambda self: self.twin is not None and self.story.has_claimed)
     def refuse_a_forgotten_twin(self) -> None:
-        assert self.twin is not None
-        self._refuse(self.twin, SupersededAttemptError)
+        if not self.story.has_claimed:
+            self.story.save(self._next(1))
+        twin = self.story.job
+        self.resume()
+        self.story.save(self._next(1))
+        self._refuse(twin, SupersededAttemptError)
 
     def _refuse(self, job: Job, kind: type[Exception]) -> None:
         before = self.story.filesystem.image.tree()
@@ -176,8 +161,8 @@ class Runs(RuleBasedStateMachine):
 
 
 Runs.TestCase.settings = settings(
-    max_examples=400 if FULL else 20,
-    stateful_step_count=25 if FULL else 12,
+    max_examples=300 if FULL else 25,
+    stateful_step_count=25 if FULL else 14,
     derandomize=not FULL,
     deadline=None,
     database=None,
