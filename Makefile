@@ -33,7 +33,7 @@ faults: $(INSTALLED) ## crash, damage and fail everything: a seeded subset, and 
 	@$(RUN) -m pytest tests/faults $(ARGS)
 
 faults-full: $(INSTALLED) ## the same, leaving nothing out
-	@HOLDFAST_FAULTS=full $(RUN) -m pytest tests/faults $(ARGS)
+	@HOLDFAST_FAULTS=full $(RUN) -m pytest -o faulthandler_timeout=3600 tests/faults $(ARGS)
 
 soak: $(INSTALLED) ## train on two ranks under random SIGKILL: make soak SECONDS=3600 ARGS="--seed 1"
 	@$(QUIET) $(RUN) -m tests.faults.soak --seconds $(SECONDS) $(ARGS)
