@@ -17,6 +17,9 @@ CHECKED := src recipes tests/support
 # nvidia-resiliency-ext brings pynvml, and torch warns of it at every import: nothing a reader could mend.
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
 
+# torch's threads otherwise spin while they wait, which on a busy machine costs more than the work.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help train test bench faults faults-full soak drill lint format clean
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from typing import Any, cast
 
@@ -23,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from complaints import PLAIN_ERRORS, condense
 from display import Display, describe_command
 from holdfast import hydra_schema
-from parallel import open_processes
 from run_config import RunConfig
-from training import train
+
+SPEAKING_SECONDS = 10.0
+"""How long silent processes wait for the one that prints the message."""
 
 
 def compose() -> list[RunConfig]:
@@ -43,6 +45,10 @@ def compose() -> list[RunConfig]:
 def run(config: RunConfig) -> None:
     """Train as configured, together with the other processes of this launch."""
     config.validate()
+    # torch is imported here and not above: see `_quieten_torch`, and a bad setting is told at once.
+    from parallel import open_processes
+    from training import train
+
     processes = open_processes(config.parallel)
     with Display(processes.rank, config.steps, config.log_interval) as display:
         train(config, processes, display)
@@ -54,6 +60,7 @@ def main() -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing a page
     sys.path.append(os.getcwd())  # so that a manager's module beside the caller imports
+    _quieten_torch()
     warnings.showwarning = _WarningPrinter(speaks)
     hydra_schema.register()
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
@@ -62,13 +69,25 @@ def main() -> int:
             run(config)
     except PLAIN_ERRORS as error:
         if speaks:
-            print(condense(error), file=sys.stderr)
+            print(condense(error), file=sys.stderr, flush=True)
+        else:
+            # The launcher ends all processes when the first one does: let it be the one that speaks.
+            time.sleep(SPEAKING_SECONDS)
         return 1
     except KeyboardInterrupt:
         if speaks:
             print(f"interrupted; to go on: {describe_command()}", file=sys.stderr)
         return 130
     return 0
+
+
+def _quieten_torch() -> None:
+    """Set what torch reads when it is imported."""
+    # Its threads otherwise spin while they wait for one another: on a machine where something else
+    # runs too, a step then takes forty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # nvidia-resiliency-ext brings pynvml along: nothing the reader could mend.
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
 
 
 class _WarningPrinter:
