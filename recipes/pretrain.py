@@ -71,7 +71,7 @@ def main() -> int:
         if speaks:
             print(condense(error), file=sys.stderr, flush=True)
         else:
-            # The launcher ends all processes when the first one does: let it be the one that speaks.
+            # The launcher ends all processes when the first one does: let that be the one to speak.
             time.sleep(SPEAKING_SECONDS)
         return 1
     except KeyboardInterrupt:
