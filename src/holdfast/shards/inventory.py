@@ -17,7 +17,7 @@ _SHOWN = 3
 
 
 def names_in(metadata_content: bytes, file_name: str, byte_range: tuple[int, int]) -> list[str]:
-    """Return the flat names of the items that a range of bytes, ends included, has a part of."""
+    """Return the flat names of the items in a range of bytes, ends included, largest part first."""
     try:
         metadata = _InventoryUnpickler(io.BytesIO(metadata_content)).load()
     except Exception:  # noqa: BLE001  # the metadata itself may be what is damaged
@@ -29,14 +29,12 @@ def names_in(metadata_content: bytes, file_name: str, byte_range: tuple[int, int
 def names_at(places: Mapping[Any, Any], file_name: str, byte_range: tuple[int, int]) -> list[str]:
     """As `names_in`, from the `storage_data` of metadata that was read already."""
     first, last = byte_range
-    found = [
-        (info.offset, index.fqn)
+    shares = [
+        (min(info.offset + info.length, last + 1) - max(info.offset, first), index.fqn)
         for index, info in places.items()
         if info.relative_path == file_name
-        and info.offset <= last
-        and info.offset + info.length > first
     ]
-    return [name for _, name in sorted(found)]
+    return [name for share, name in sorted(shares, key=lambda each: -each[0]) if share > 0]
 
 
 def list_names(names: Sequence[str]) -> str:
