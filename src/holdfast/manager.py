@@ -1,9 +1,9 @@
 """holdfast's own checkpoint manager: the order of the stages, and only the order.
 
 A save: settle the previous one, be admitted to the store, capture, stage, then write, commit and
-retain on a thread. A load: resolve, verify, open, compare, and only then touch live state: tensors,
-optimizer, scheduler, counters, data, RNG last. Promises that all ranks take every turn together and
-that an outcome is told once. What a stage does is its room's business.
+retain on a thread. A load: resolve, open, compare, and only then touch live state: tensors,
+verified as they are read, optimizer, scheduler, data, RNG, counters. Promises that all ranks take
+every turn together and that an outcome is told once. What a stage does is its room's business.
 """
 
 from __future__ import annotations
@@ -255,6 +255,7 @@ class DefaultCheckpointManager:
                 `load.on_missing` is `error`.
             NoLoadableCheckpointError: checkpoints are there and none can be loaded.
             StateMismatchError, DataReshardError: the checkpoint is sound but does not fit this run.
+            StoreNotWritableError: nothing was found, and a first save could not be written either.
         """
         self._calls += 1
         self._settle(self._background.wait())

@@ -1,25 +1,24 @@
 """The shard files of a committed checkpoint become tensors in place.
 
-Owns the dialogue with torch.distributed.checkpoint on the way in. Promises that nothing read from
-disk runs code: `.metadata` goes through an unpickler that knows the few types torch puts there,
-other values through weights-only loading, and no file outside the checkpoint's manifest is opened.
-Needs no other rank: each reads what its own tensors ask for.
+Owns which bytes of which file a tensor needs, and hands containers that are not as expected to
+torch. Promises that every block that is read matched its digest, and that nothing read from disk
+runs code: `.metadata` goes through an unpickler that knows the few types torch puts there, other
+values through weights-only loading, and no file outside the checkpoint's manifest is opened. Needs
+no other rank: each reads what its own tensors ask for.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import IOBase
 from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -29,12 +28,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import Filesystem, naming
+from holdfast.filesystem import Filesystem
 from holdfast.manifest import FileRecord
 from holdfast.shards.container import container_of
 from holdfast.shards.direct import Part, read_verified
 from holdfast.shards.inventory import METADATA_NAME, list_names, names_at
 from holdfast.shards.landing import Landing, waves
+from holdfast.shards.seam import SeamFileSystem
 
 _METADATA_GLOBALS = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -81,21 +81,10 @@ class _SafePlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-class _SeamFileSystem(FileSystem):
-    def __init__(self, filesystem: Filesystem) -> None:
-        self._filesystem = filesystem
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[IOBase]:
-        assert mode == "rb"
-        with naming(Path(path)), self._filesystem.open_existing(Path(path)) as stream:
-            yield cast(IOBase, stream)
-
-
 class _SeamReader(FileSystemReader):
     def __init__(self, path: Path, metadata: Metadata, filesystem: Filesystem) -> None:
         super().__init__(path)
-        self.fs = _SeamFileSystem(filesystem)
+        self.fs = SeamFileSystem(filesystem)
         self.storage_data = metadata.storage_data
 
 

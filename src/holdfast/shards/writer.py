@@ -9,58 +9,19 @@ tier that calls it does.
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import IOBase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 
 from holdfast.coordination import Coordinator
-from holdfast.filesystem import Filesystem, naming
+from holdfast.filesystem import Filesystem
 from holdfast.shards.inventory import METADATA_NAME
-
-
-class _SeamFileSystem(FileSystem):
-    """torch's idea of a file system, carried out by ours."""
-
-    def __init__(self, filesystem: Filesystem) -> None:
-        self._filesystem = filesystem
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[IOBase]:
-        opener = self._filesystem.open_new if mode == "wb" else self._filesystem.open_existing
-        with naming(Path(path)), opener(Path(path)) as stream:
-            yield cast(IOBase, stream)
-
-    def exists(self, path: Any) -> bool:
-        try:
-            self._filesystem.size_bytes(Path(path))
-        except FileNotFoundError:
-            return False
-        return True
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        self._filesystem.rename(Path(path), Path(new_path))
-
-    def mkdir(self, path: Any) -> None:
-        # torch would create it where it is missing; but rank 0 has, and a rank that does not see
-        # it would write to a disk of its own what nobody else could ever read.
-        if not self._filesystem.is_directory(Path(path)):
-            reason = (
-                "rank 0 has created this directory, but it is not here; "
-                "checkpoint.persistent.directory must be on a file system that all ranks share"
-            )
-            raise FileNotFoundError(errno.ENOENT, reason, str(path))
-
-    def rm_file(self, path: Any) -> None:
-        self._filesystem.remove_file(Path(path))
+from holdfast.shards.seam import SeamFileSystem
 
 
 class _SeamWriter(FileSystemWriter):
@@ -68,7 +29,7 @@ class _SeamWriter(FileSystemWriter):
 
     def __init__(self, pending: Path, checkpoint_name: str, filesystem: Filesystem) -> None:
         super().__init__(pending, sync_files=False, overwrite=False)
-        self.fs = _SeamFileSystem(filesystem)
+        self.fs = SeamFileSystem(filesystem)
         self._checkpoint_name = checkpoint_name
 
     def storage_meta(self) -> StorageMeta:
