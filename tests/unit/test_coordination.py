@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -326,15 +327,30 @@ def test_channels_without_ranks_are_single() -> None:
 
 
 class _Unreachable:
-    """A rendezvous store whose server has gone after so many requests."""
+    """A rendezvous store whose server has gone after so many requests, or when told to."""
 
     def __init__(self, store: Any, requests: int) -> None:
         self._store = store
         self._left = itertools.count(requests, -1)
+        self._gone = threading.Event()
+
+    def go(self) -> None:
+        """Break every connection, those that wait included."""
+        self._gone.set()
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Wait in short turns, so that a lost server ends it."""
+        if next(self._left) <= 0:
+            raise RuntimeError("Broken pipe")
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not self._store.check(keys):
+            if self._gone.is_set() or time.monotonic() > deadline:
+                raise RuntimeError("Broken pipe")
+            self._gone.wait(0.001)
 
     def __getattr__(self, name: str) -> Any:
         def request(*arguments: Any) -> Any:
-            if next(self._left) <= 0:
+            if next(self._left) <= 0 or self._gone.is_set():
                 raise RuntimeError("Broken pipe")
             return getattr(self._store, name)(*arguments)
 
@@ -345,22 +361,25 @@ class _Unreachable:
 def test_a_lost_store_is_an_error_of_ours(requests: int) -> None:
     """Whenever the rendezvous store goes away, a rank raises a typed error and no other."""
     shared = HashStore()
-    followers = [StoreCoordinator(shared, rank, 2, 0.05, "test") for rank in (1,)]
-    threading.Thread(
-        target=lambda: [_quietly(lambda: followers[0].together("s", lambda: 1)) for _ in range(3)],
-        daemon=True,
-    ).start()
-    leader = StoreCoordinator(_Unreachable(shared, requests), 0, 2, 0.5, "test")
-    for _ in range(3):
-        try:
-            leader.together("s", lambda: 1)
-        except StageFailedError:
-            return
-    assert requests >= 9
+    theirs = _Unreachable(shared, 1000)
+    follower = StoreCoordinator(theirs, 1, 2, 0.05, "test")
 
+    def follow() -> None:
+        for _ in range(3):
+            with suppress(StageFailedError):
+                follower.together("s", lambda: 1)
 
-def _quietly(work: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=follow)
+    thread.start()
     try:
-        work()
-    except StageFailedError:
-        return
+        leader = StoreCoordinator(_Unreachable(shared, requests), 0, 2, 0.5, "test")
+        for _ in range(3):
+            try:
+                leader.together("s", lambda: 1)
+            except StageFailedError:
+                return
+        assert requests >= 9
+    finally:
+        theirs.go()
+        # A thread that the end of the interpreter finds in torch's code aborts the process.
+        thread.join()
