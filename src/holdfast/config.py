@@ -41,6 +41,8 @@ class PersistentConfig:
     save_interval: int | None = 1000
     """Iterations between saves, for the loop that asks. None: no periodic save."""
     keep: KeepConfig = field(default_factory=KeepConfig)
+    write_mib_per_second: float | None = None
+    """How fast each rank writes at most, to leave others their share. None: as fast as it goes."""
 
 
 @dataclass
@@ -104,6 +106,8 @@ class CheckpointConfig:
     async_save: bool = True
     """Whether `save` returns once the snapshot is taken and a thread writes it."""
     staging: str = "blocking"
+    """`blocking` copies before `save` returns; `overlapped` copies what only an optimizer step
+    changes beside the next forward and backward, and each optimizer's step waits for it."""
     on_save_failure: str = "raise"
     """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
     save_failure_limit: int | None = 3
@@ -169,6 +173,7 @@ class CheckpointConfig:
         )
         require_positive(self.persistent.save_interval, "persistent.save_interval")
         require_positive(self.persistent.keep.last, "persistent.keep.last")
+        require_positive(self.persistent.write_mib_per_second, "persistent.write_mib_per_second")
         require_positive(self.local.save_interval, "local.save_interval")
         require_positive(self.local.keep.last, "local.keep.last")
         factor = self.local.replication.factor
@@ -204,8 +209,8 @@ class CheckpointConfig:
     def warn_without_effect(self) -> None:
         """Warn once of every known setting that changes nothing beside the others."""
         inert = []
-        if self.staging == "overlapped":
-            inert.append("checkpoint.staging=overlapped: this version stages blocking")
+        if self.staging == "overlapped" and not self.async_save:
+            inert.append("checkpoint.staging=overlapped: async_save is false, nothing is staged")
         if self.local.directory is None:
             if self.local.save_interval is not None:
                 inert.append("checkpoint.local.save_interval: local.directory is null")

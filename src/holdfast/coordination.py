@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from holdfast.errors import CheckpointError, RankFailure, StageFailedError, StageTimeoutError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _FOLLOWER_GRACE_SECONDS = 5.0
 """Followers wait this much longer than the leader, so that its verdict names who is missing."""
@@ -53,6 +54,13 @@ class Coordinator(Protocol):
         """As `together`, but only rank 0 is given the results; the others get None."""
         ...
 
+    def settle(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+        """Run `work` on every rank, let rank 0 judge all results; return its verdict on every rank.
+
+        What each rank is told does not grow with the number of ranks, as with `together` it does.
+        """
+        ...
+
     def lead(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone and return its result on every rank."""
         ...
@@ -78,6 +86,10 @@ class SingleProcess:
     def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
         """Run the work here."""
         return [self.lead(stage, work)]
+
+    def settle(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+        """Run the work here, and judge it."""
+        return self.lead(stage, lambda: judge([work()]))
 
     def lead(self, stage: str, work: Callable[[], T]) -> T:
         """Run the work here; a failure that is not ours is named with its stage.
@@ -133,6 +145,11 @@ class StoreCoordinator:
         nothing = [None] * (self.world_size - 1)
         share: list[T] | None = self._meet(stage, work, lambda outcomes: [outcomes, *nothing])
         return share
+
+    def settle(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+        """Run the work on every rank and judge it on rank 0; errors as `together`."""
+        verdict: R = self._meet(stage, work, lambda outcomes: [judge(outcomes)] * self.world_size)
+        return verdict
 
     def lead(self, stage: str, work: Callable[[], T]) -> T:
         """Run the work on rank 0; errors as `together`."""
@@ -191,7 +208,13 @@ class StoreCoordinator:
         verdict = self._judge(stage, outcomes)
         if verdict is not None:
             return [("error", verdict)] * self.world_size
-        return [("value", share) for share in answer([value for _, value in outcomes])]
+        try:
+            return [("value", share) for share in answer([value for _, value in outcomes])]
+        except CheckpointError as error:  # the others wait for a word
+            return [("error", error)] * self.world_size
+        except Exception as error:  # noqa: BLE001  # likewise
+            failed = StageFailedError(stage, [RankFailure.of(self.rank, error)])
+            return [("error", failed)] * self.world_size
 
     @staticmethod
     def _judge(stage: str, outcomes: list[tuple[str, Any]]) -> CheckpointError | None:

@@ -23,6 +23,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |   |-- StoreNotLoadedError                           first save beside checkpoints never loaded
     |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
     |-- StoreNotWritableError          (OSError)          the store cannot be written at all
+    |-- NotEnoughMemoryError           (MemoryError)      a snapshot that would not fit
     `-- StageFailedError               (RuntimeError)     a stage failed, on which ranks and why
         |-- StageTimeoutError          (TimeoutError)     ranks that never reached a stage
         `-- SaveFailedError                               the save that a stage belonged to
@@ -221,6 +222,21 @@ class RankFailure:
     def __str__(self) -> str:
         where = f" ({self.path})" if self.path and self.path not in self.reason else ""
         return f"rank {self.rank}: {self.error}: {self.reason}{where}"
+
+
+class NotEnoughMemoryError(CheckpointError, MemoryError):
+    """A snapshot needs more host memory than is left; nothing was allocated."""
+
+    def __init__(self, needed_bytes: int, free_bytes: int, limited_by: str) -> None:
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        self.limited_by = limited_by
+        super().__init__(
+            f"a snapshot needs {needed_bytes / 2**30:.2f} GiB of host memory, and "
+            f"{free_bytes / 2**30:.2f} GiB are left ({limited_by}).\n"
+            "Give the job more memory, shard the state over more ranks, or save without one: "
+            "checkpoint.async_save=false."
+        )
 
 
 class StageFailedError(CheckpointError, RuntimeError):

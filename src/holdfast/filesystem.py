@@ -10,14 +10,15 @@ does not import torch.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 PENDING_MARK = ".pending-"
 """Between a name and a nonce: not committed, never listed, swept by the next save."""
@@ -162,6 +163,47 @@ def write_new(filesystem: Filesystem, path: Path, content: bytes) -> None:
     with naming(path), filesystem.open_new(path) as stream:
         stream.write(content)  # buffered: a short write is continued, an error reaches us at close
     filesystem.sync_file(path)
+
+
+@contextmanager
+def writing_past_cache(
+    filesystem: Filesystem, path: Path
+) -> Iterator[Callable[[memoryview], None]]:
+    """Open a file that must not exist yet; yield a function that appends a block to it.
+
+    Blocks go past the page cache where the file system takes that, if they start on a page of
+    memory and are whole pages; elsewhere through it. Their durability is the caller's.
+    """
+    with naming(path):
+        buffered: Any = filesystem.open_new(path)
+        with buffered.detach() as raw:
+            bypassed = _set_direct(raw, wanted=True)
+
+            def write(block: memoryview) -> None:
+                nonlocal bypassed
+                while len(block):
+                    try:
+                        count = raw.write(block)
+                    except OSError as error:
+                        # Some refuse only now, or what is left of a block that was cut short.
+                        if error.errno != errno.EINVAL or not bypassed:
+                            raise
+                        bypassed = _set_direct(raw, wanted=False)
+                        continue
+                    block = block[count:]
+
+            yield write
+
+
+def _set_direct(raw: Any, *, wanted: bool) -> bool:
+    """Switch O_DIRECT on or off where there is such a thing; return whether it is on."""
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        flags = fcntl.fcntl(raw.fileno(), fcntl.F_GETFL)
+        fcntl.fcntl(raw.fileno(), fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
+    except OSError:  # refused (tmpfs did for long), or a file in memory
+        return False
+    return wanted and flag != 0
 
 
 def replace(filesystem: Filesystem, path: Path, content: bytes) -> None:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch.optim import Optimizer
 
 from holdfast.background import Background, Outcome
 from holdfast.config import CheckpointConfig
@@ -48,15 +51,21 @@ from holdfast.protocol import (
     SkippedCheckpoint,
 )
 from holdfast.restoring import Opened, Restoration, open_verified
-from holdfast.shards.staging import Stager
-from holdfast.state.capture import AppState, Place
+from holdfast.shards.items import Inventory, Itemizer
+from holdfast.shards.saving import ShardPlan, ShardSaver, StagedShard
+from holdfast.shards.writer import Progress
+from holdfast.state.bindings import Bindings
+from holdfast.state.capture import AppState, Captured, Place
 from holdfast.state.run_config import to_yaml
 from holdfast.state.safety import encode
+from holdfast.state.step_guard import StepGuard
 from holdfast.store import Checkpoint
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier, Snapshot
 from holdfast.tiers.resolve import resolve
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -105,8 +114,12 @@ class DefaultCheckpointManager:
             self._filesystem,
             checkpoint_config.run_id,
             checkpoint_config.persistent.keep.last,
+            _bytes_per_second(checkpoint_config),
         )
-        self._stager = Stager()
+        self._shards = ShardSaver()
+        self._itemizer = Itemizer()
+        self._bindings: Bindings | None = None
+        self._guard = StepGuard()
         self._background: Background[Committed] = Background()
         self._in_flight: _Save | None = None
         self._channels: list[Coordinator] | None = None
@@ -123,6 +136,7 @@ class DefaultCheckpointManager:
         """
         started = time.monotonic()
         self._calls += 1
+        self.wait_staged()
         if ctx.non_persistent_ckpt:
             raise ConfigError(
                 ["checkpoint.local.directory is null: there is no local tier to save to"]
@@ -170,49 +184,71 @@ class DefaultCheckpointManager:
             CheckpointError: the save in flight had failed, and `on_save_failure` is `raise`.
         """
         if blocking or terminate:
-            self._settle(self._background.wait())
+            outcome = self._background.wait()
+            if terminate:  # the memory of a snapshot, and the hooks on what it was taken from
+                self._guard.leave()
+                self._shards.release()
+                self._bindings = None
+            self._settle(outcome)
         else:
             self._settle(self._background.poll())
 
+    def wait_staged(self) -> None:
+        """Return when the last save no longer reads live tensors.
+
+        With overlapped staging, for whoever changes parameters or optimizer state by another road
+        than an optimizer's step; elsewhere it has nothing to wait for.
+        """
+        self._guard.settle()
+
+    @property
+    def progress(self) -> Progress:
+        """How far this rank's shard of the latest save has come to disk."""
+        return self._shards.progress
+
     def _take_snapshot(self, ctx: CheckpointSaveContext, control: Coordinator) -> Snapshot:
         """Copy everything out of training's reach; a failure on one rank fails all."""
-        taken: list[Snapshot] = []
+        taken: list[tuple[Captured, bytes]] = []
+        iteration = ctx.state.train_state.step
 
-        def take() -> int:
-            app = _app_state(ctx, control)
-            captured = app.capture()
-            if self.checkpoint_config.async_save:
-                tensors = self._stager.stage(captured.tensors)
-            else:
-                tensors = captured.tensors  # written before `save` returns: nothing to copy
-            iteration = ctx.state.train_state.step
-            taken.append(
-                Snapshot(
-                    iteration,
-                    tensors,
-                    encode(captured.rank),
-                    encode(captured.shared),
-                    _encode_counters(ctx),
-                    to_yaml(ctx.state.cfg),
-                )
-            )
-            return iteration
+        def take() -> tuple[int, Inventory]:
+            counters = _encode_counters(ctx)
+            captured = _app_state(ctx, control).capture(self._bindings)
+            self._bindings = captured.bindings
+            taken.append((captured, counters))
+            leaves = captured.leaves
+            return iteration, self._itemizer.describe(leaves.values, leaves.paths)
 
-        iterations = control.together("capture", take)
-        if len(set(iterations)) > 1:
-            raise StageFailedError(
-                "capture",
-                [
-                    RankFailure(
-                        rank,
-                        "Disagreement",
-                        f"saves at step {iteration}, rank 0 at step {iterations[0]}",
-                    )
-                    for rank, iteration in enumerate(iterations)
-                    if iteration != iterations[0]
-                ],
+        plan, inventory = self._shards.settle(take, control)
+
+        def stage() -> Snapshot:
+            ((captured, counters),) = taken
+            return Snapshot(
+                iteration,
+                self._stage_shard(ctx, captured, plan, inventory),
+                encode(captured.rank),
+                encode(captured.shared),
+                counters,
+                to_yaml(ctx.state.cfg),
             )
-        return taken[0]
+
+        return _keep_own(control, "stage", stage)
+
+    def _stage_shard(
+        self, ctx: CheckpointSaveContext, captured: Captured, plan: ShardPlan, inventory: Inventory
+    ) -> StagedShard:
+        if not self.checkpoint_config.async_save:
+            # Written before `save` returns: nothing to copy.
+            return self._shards.stream(plan, inventory)
+        overlapped = self.checkpoint_config.staging == "overlapped"
+        later = captured.leaves.changed_by_steps if overlapped else frozenset()
+        pinned = any(
+            isinstance(source, torch.Tensor) and source.is_cuda for source in inventory.sources
+        )
+        staged = self._shards.stage(plan, inventory, pinned=pinned, later=later)
+        if overlapped and staged.copying is not None:
+            self._guard.watch(_optimizers(ctx), staged.copying.hold)
+        return staged
 
     def _settle(self, outcome: Outcome[Committed] | None) -> None:
         """Tell what became of the save in flight, once: events, then the error if there is one."""
@@ -258,6 +294,7 @@ class DefaultCheckpointManager:
             StoreNotWritableError: nothing was found, and a first save could not be written either.
         """
         self._calls += 1
+        self.wait_staged()
         self._settle(self._background.wait())
         control, _ = self._begin_call()
         config = self.checkpoint_config
@@ -350,6 +387,24 @@ class DefaultCheckpointManager:
 
     def _rank(self) -> int:
         return self._coordinators()[0].rank
+
+
+def _keep_own(coordinator: Coordinator, stage: str, work: Callable[[], T]) -> T:
+    """Run work on every rank, and keep the result here: all succeed or all fail."""
+    results: list[T] = []
+    coordinator.settle(stage, lambda: results.append(work()), lambda _: None)
+    return results[0]
+
+
+def _bytes_per_second(config: CheckpointConfig) -> float | None:
+    limit = config.persistent.write_mib_per_second
+    return limit * 2**20 if limit is not None else None
+
+
+def _optimizers(ctx: CheckpointSaveContext) -> list[Optimizer]:
+    if ctx.optimizer is None:
+        return []
+    return list(ctx.optimizer) if isinstance(ctx.optimizer, Sequence) else [ctx.optimizer]
 
 
 def _is_beyond(skipped: SkippedCheckpoint, iteration: int) -> bool:

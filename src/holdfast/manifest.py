@@ -1,40 +1,23 @@
-"""The commit record of a checkpoint and the digests it holds: on-disk format 1.
+"""The commit record of a checkpoint: on-disk format 1.
 
-Owns the JSON of manifest.json and the digest of a file. Promises that a manifest is read back
-exactly or refused with a reason, and that a difference is reported as a byte range. A file's digest
-is xxh3-128 over the concatenated xxh3-128 digests of its 8 MiB blocks; the manifest's last line is
-the xxh3-128 of all bytes before it. Refuses paths that leave the checkpoint. Knows no file system:
-it reads streams.
+Owns the JSON of manifest.json. Promises that a manifest is read back exactly or refused with a
+reason; its last line is the xxh3-128 of all bytes before it. Refuses paths that leave the
+checkpoint. Knows no file system.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
-from typing import BinaryIO
 
 import xxhash
 
+from holdfast.digests import FileRecord
 from holdfast.errors import CorruptCheckpointError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
-BLOCK_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of a checkpoint."""
-
-    path: str
-    """Relative to the checkpoint, with forward slashes."""
-    size_bytes: int
-    digest: str
-    """32 hexadecimal digits."""
-    blocks: tuple[str, ...]
-    """The digest of each 8 MiB block, in file order; the last may be shorter."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,7 @@ class Manifest:
             format_number = values["format"]
             if format_number == FORMAT:
                 files = tuple(
-                    FileRecord(**{**each, "blocks": tuple(each["blocks"])})
+                    FileRecord(**{**each, "blocks": _as_tuple(each["blocks"])})
                     for each in values["files"]
                 )
                 manifest = cls(**{**values, "files": files})
@@ -115,73 +98,6 @@ def unseal(content: bytes, path: str) -> bytes:
     return text
 
 
-def describe_file(path: str, stream: BinaryIO) -> FileRecord:
-    """Read a stream to its end and return the record of it under a relative path."""
-    size_bytes = 0
-    blocks: list[bytes] = []
-    for block in _blocks(stream):
-        size_bytes += len(block)
-        blocks.append(xxhash.xxh3_128_digest(block))
-    return FileRecord(
-        path, size_bytes, _root_digest(blocks), tuple(digest.hex() for digest in blocks)
-    )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where a file first differs from its record."""
-
-    reason: str
-    byte_range: tuple[int, int] | None = None
-    """The first and the last byte of the block concerned; None: not one block's matter."""
-
-    def __str__(self) -> str:
-        return self.reason
-
-    @classmethod
-    def in_block(cls, number: int, first: int, last: int) -> Difference:
-        """Describe a block whose bytes are not what was committed."""
-        reason = f"block {number} (bytes {first}-{last}) does not match its digest"
-        return cls(reason, (first, last))
-
-
-def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
-    """Say where a stream first differs from its record; None: it does not."""
-    position = 0
-    for count, block in enumerate(_blocks(stream)):
-        if count >= len(record.blocks):
-            return Difference(f"is longer than the {record.size_bytes} bytes committed")
-        if xxhash.xxh3_128_hexdigest(block) != record.blocks[count]:
-            return Difference.in_block(count, position, position + len(block) - 1)
-        position += len(block)
-    if position != record.size_bytes:
-        return Difference(f"has {position} bytes, {record.size_bytes} were committed")
-    if _root_digest([bytes.fromhex(each) for each in record.blocks]) != record.digest:
-        return Difference("its block digests do not match its digest")
-    return None
-
-
-def _blocks(stream: BinaryIO) -> Iterator[memoryview]:
-    """Yield the stream in blocks of 8 MiB through one buffer; each is valid until the next."""
-    buffer = bytearray(BLOCK_BYTES)
-    view = memoryview(buffer)
-    while True:
-        filled = 0
-        while filled < BLOCK_BYTES:
-            count = stream.readinto(view[filled:])  # type: ignore[attr-defined]  # BinaryIO lacks it
-            if not count:
-                break
-            filled += count
-        if filled:
-            yield view[:filled]
-        if filled < BLOCK_BYTES:
-            return
-
-
-def _root_digest(blocks: list[bytes]) -> str:
-    return xxhash.xxh3_128_hexdigest(b"".join(blocks))
-
-
 def _check_types(manifest: Manifest) -> None:
     """Refuse what would fail far from here: decisions compare these numbers and join these texts.
 
@@ -196,13 +112,17 @@ def _check_types(manifest: Manifest) -> None:
             if kind is not None and type(getattr(record, each.name)) is not kind:
                 raise TypeError(f"{each.name} is no {each.type}")
     for file in manifest.files:
-        for digest in (file.digest, *file.blocks):
+        for digest in (file.digest, *(file.blocks or ())):
             bytes.fromhex(digest)
     if manifest.world_size < 1:
         raise ValueError(f"world_size is {manifest.world_size}")
 
 
 _FIELD_TYPES: dict[str, type] = {"str": str, "int": int}
+
+
+def _as_tuple(blocks: list[str] | None) -> tuple[str, ...] | None:
+    return None if blocks is None else tuple(blocks)
 
 
 def _stays_inside(path: str) -> bool:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from holdfast.digests import Difference, FileRecord, describe_file, find_difference
 from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError
 from holdfast.filesystem import (
     PENDING_MARK,
@@ -27,14 +28,7 @@ from holdfast.filesystem import (
     replace,
     write_new,
 )
-from holdfast.manifest import (
-    MANIFEST_NAME,
-    Difference,
-    FileRecord,
-    Manifest,
-    describe_file,
-    find_difference,
-)
+from holdfast.manifest import MANIFEST_NAME, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -265,13 +259,6 @@ class Store:
             self._filesystem.make_directory(path.parent)
         write_new(self._filesystem, path, content)
         return describe_file(name, io.BytesIO(content))  # what was meant, whatever the disk made
-
-    def seal_file(self, pending: Path, name: str) -> FileRecord:
-        """Make a file durable that something else wrote, and return its record as read back."""
-        path = pending / name
-        self._filesystem.sync_file(path)
-        with naming(path), self._filesystem.open_existing(path) as stream:
-            return describe_file(name, stream)
 
     def commit(self, pending: Path, manifest: Manifest) -> Checkpoint:
         """Make a pending checkpoint durable and visible, and move the tracker to it.

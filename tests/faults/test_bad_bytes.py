@@ -22,9 +22,10 @@ from torch import nn
 
 from holdfast.cli import main
 from holdfast.config import LoadConfig
+from holdfast.digests import BLOCK_BYTES
 from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import BLOCK_BYTES, MANIFEST_NAME
+from holdfast.manifest import MANIFEST_NAME
 from holdfast.store import Store, checkpoint_name
 from holdfast.tiers.persistent import PersistentTier
 from holdfast.tiers.resolve import resolve

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.digests import describe_file
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import MANIFEST_NAME, Manifest, describe_file, seal
+from holdfast.manifest import MANIFEST_NAME, Manifest, seal
 from holdfast.store import Store, checkpoint_name
 from tests.faults.jobs import Job, copy_store, leftovers, make_store
 from tests.support.hostile import hostile_pickle, hostile_torch_file

@@ -26,10 +26,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from holdfast.config import CheckpointConfig
+from holdfast.digests import describe_file, footer_size
 from holdfast.filesystem import LocalFilesystem
 from holdfast.identity import RunIdentity
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.manifest import MANIFEST_NAME, Manifest, describe_file, seal
+from holdfast.manifest import MANIFEST_NAME, Manifest, seal
 from holdfast.protocol import CheckpointSaveContext, GlobalState, TrainState
 from tests.support.hostile import hostile_torch_file
 from tests.support.ranks import run_ranks
@@ -52,9 +53,11 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "loads": OLDER,
         "skips": r"__0_0\.distcp: block 0 \(bytes 0-\d+\) does not match its digest",
     },
+    "flipped_footer": {"loads": OLDER, "skips": r"__0_0\.distcp: the footer .* does not match"},
+    "blocks_in_manifest": {"loads": ITERATION},
     "cut_shard": {"loads": OLDER, "skips": r"__0_0\.distcp: has \d+ bytes, \d+ were committed"},
     "missing_rank_state": {"loads": OLDER, "skips": r"state/rank_00000\.pt: is missing"},
-    "stale_metadata": {"loads": OLDER, "skips": r"\.metadata: .* does not match its digest"},
+    "other_metadata": {"loads": OLDER, "skips": r"\.metadata: .* does not match its digest"},
     "no_manifest": {"loads": OLDER, "skips": r"has no manifest\.json"},
     "flipped_manifest": {
         "loads": OLDER,
@@ -148,6 +151,22 @@ def _flipped_shard(folder: Path) -> None:
     _flip(folder / "__0_0.distcp")
 
 
+def _flipped_footer(folder: Path) -> None:
+    path = folder / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[-footer_size(0)] ^= 1
+    path.write_bytes(content)
+
+
+def _blocks_in_manifest(folder: Path) -> None:
+    def list_them(values: dict[str, Any]) -> None:
+        for each in values["files"]:
+            with (folder / each["path"]).open("rb") as stream:
+                each |= dataclasses.asdict(describe_file(each["path"], stream))
+
+    _rewrite_manifest(folder, list_them)
+
+
 def _cut_shard(folder: Path) -> None:
     path = folder / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:-1])
@@ -157,9 +176,9 @@ def _missing_rank_state(folder: Path) -> None:
     (folder / "state/rank_00000.pt").unlink()
 
 
-def _stale_metadata(folder: Path) -> None:
-    older = folder.with_name(f"iter_{OLDER:07d}") / ".metadata"
-    shutil.copyfile(older, folder / ".metadata")
+def _other_metadata(folder: Path) -> None:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes().replace(b"linear", b"normal"))
 
 
 def _no_manifest(folder: Path) -> None:
@@ -208,7 +227,8 @@ def _superseded(folder: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     each.__name__.removeprefix("_"): each
     for each in (
-        _flipped_shard, _cut_shard, _missing_rank_state, _stale_metadata, _no_manifest,
+        _flipped_shard, _flipped_footer, _blocks_in_manifest, _cut_shard, _missing_rank_state,
+        _other_metadata, _no_manifest,
         _flipped_manifest, _newer_format, _leads_outside, _code_in_state, _other_run, _superseded,
     )
 }  # fmt: skip

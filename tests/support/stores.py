@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from holdfast.digests import FileRecord, describe_file
 from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import MANIFEST_NAME, FileRecord, Manifest, describe_file
+from holdfast.manifest import MANIFEST_NAME, Manifest
 from holdfast.store import Checkpoint, Store
 
 

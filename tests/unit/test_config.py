@@ -234,7 +234,7 @@ def test_what_is_no_mapping_is_refused(values: Any) -> None:
 
 
 INERT = [
-    ({"staging": "overlapped"}, "checkpoint.staging=overlapped"),
+    ({"staging": "overlapped", "async_save": False}, "checkpoint.staging=overlapped"),
     ({"local": {"save_interval": 10}}, "checkpoint.local.save_interval"),
     ({"local": {"replication": {"factor": 2}}}, "checkpoint.local.replication.factor"),
     ({"options": {"bucket": "x"}}, "checkpoint.options"),

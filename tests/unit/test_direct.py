@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.digests import BLOCK_BYTES, FileRecord, describe_file
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem, read_into
-from holdfast.manifest import BLOCK_BYTES, FileRecord, describe_file
 from holdfast.shards.direct import Part, read_verified
 
 SIZE = 2 * BLOCK_BYTES + 12345

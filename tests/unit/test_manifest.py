@@ -9,8 +9,9 @@ import json
 import pytest
 import xxhash
 
+from holdfast.digests import BLOCK_BYTES, FileRecord, describe_file, find_difference
 from holdfast.errors import CorruptCheckpointError
-from holdfast.manifest import BLOCK_BYTES, FileRecord, Manifest, describe_file, find_difference
+from holdfast.manifest import Manifest
 from tests.support.stores import manifest_of
 
 _FILES = tuple(

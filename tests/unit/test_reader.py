@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.digests import describe_file
 from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import describe_file
 from holdfast.shards.reader import ShardReader
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.managers import Live, linear, manager_of, step

@@ -18,9 +18,16 @@ from typing import BinaryIO
 
 import xxhash
 
+from holdfast.digests import (
+    BLOCK_BYTES,
+    Blocks,
+    Difference,
+    DifferenceError,
+    FileRecord,
+    read_blocks,
+)
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, naming, read_into
-from holdfast.manifest import BLOCK_BYTES, Difference, FileRecord
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -55,9 +62,19 @@ def read_verified(
         OSError: the file cannot be read.
     """
     wanted = _blocks_of(ranges)
+    expected = _expect(filesystem, path, record)
     for layer in _layers(parts) or [[]]:
-        _Pass(filesystem, path, record, layer).run(wanted)
+        _Pass(filesystem, path, expected, layer).run(wanted)
         wanted = set()  # once is enough
+
+
+def _expect(filesystem: Filesystem, path: Path, record: FileRecord) -> Blocks:
+    with naming(path), filesystem.open_existing(path) as stream:
+        try:
+            return read_blocks(record, stream)
+        except DifferenceError as error:
+            found = error.difference
+            raise CorruptCheckpointError(str(path), found.reason, found.byte_range) from None
 
 
 def _layers(parts: Iterable[Part]) -> list[list[Part]]:
@@ -87,20 +104,20 @@ class _Pass:
     """One walk over the blocks of a file that parts without overlaps lie in."""
 
     def __init__(
-        self, filesystem: Filesystem, path: Path, record: FileRecord, parts: Sequence[Part]
+        self, filesystem: Filesystem, path: Path, expected: Blocks, parts: Sequence[Part]
     ) -> None:
         self._filesystem = filesystem
         self._path = path
-        self._record = record
+        self._expected = expected
         self._parts = parts
         self._offsets = [each.offset for each in parts]
 
     def run(self, also: set[int]) -> None:
         numbers = sorted(also | _blocks_of(range(each.offset, each.end) for each in self._parts))
-        if numbers and numbers[-1] >= len(self._record.blocks):
+        if numbers and numbers[-1] >= len(self._expected.digests):
             raise CorruptCheckpointError(
                 str(self._path),
-                f"has {self._record.size_bytes} bytes, too few for what it should hold",
+                f"has {self._expected.covered_bytes} bytes, too few for what it should hold",
             )
         workers = min(THREADS, len(numbers))
         shares = [numbers[start::workers] for start in range(workers)]
@@ -113,20 +130,20 @@ class _Pass:
                 done.result()
 
     def _read_blocks(self, numbers: Sequence[int]) -> None:
-        scratch = memoryview(bytearray(min(BLOCK_BYTES, self._record.size_bytes)))
+        scratch = memoryview(bytearray(min(BLOCK_BYTES, self._expected.covered_bytes)))
         with naming(self._path), self._filesystem.open_existing(self._path) as stream:
             for number in numbers:
                 self._read_block(stream, number, scratch)
 
     def _read_block(self, stream: BinaryIO, number: int, scratch: memoryview) -> None:
         start = number * BLOCK_BYTES
-        end = min(start + BLOCK_BYTES, self._record.size_bytes)
+        end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
         views = self._views(start, end, scratch)
         filled = read_into(stream, start, views)
         digest = xxhash.xxh3_128()
         for view in views:
             digest.update(view)
-        if filled != end - start or digest.hexdigest() != self._record.blocks[number]:
+        if filled != end - start or digest.hexdigest() != self._expected.digests[number]:
             found = Difference.in_block(number, start, end - 1)
             raise CorruptCheckpointError(str(self._path), found.reason, found.byte_range)
 

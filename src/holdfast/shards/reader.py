@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
+from holdfast.digests import FileRecord
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem
-from holdfast.manifest import FileRecord
 from holdfast.shards.container import container_of
 from holdfast.shards.direct import Part, read_verified
 from holdfast.shards.inventory import METADATA_NAME, list_names, names_at

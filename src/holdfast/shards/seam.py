@@ -1,7 +1,7 @@
 """torch's idea of a file system, carried out by ours.
 
-Owns the adapter through which torch.distributed.checkpoint's own reader and writer reach a disk.
-Promises that no byte of theirs goes past the `Filesystem` seam. Decides nothing.
+Owns the adapter through which torch.distributed.checkpoint's own reader reaches a disk. Promises
+that no byte of its goes past the `Filesystem` seam, and that it cannot write. Decides nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class SeamFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[IOBase]:
-        opener = self._filesystem.open_new if mode == "wb" else self._filesystem.open_existing
-        with naming(Path(path)), opener(Path(path)) as stream:
+        if mode != "rb":
+            raise OSError(errno.EROFS, "only for reading", str(path))
+        with naming(Path(path)), self._filesystem.open_existing(Path(path)) as stream:
             yield cast(IOBase, stream)
 
     def exists(self, path: Any) -> bool:
@@ -36,19 +37,3 @@ class SeamFileSystem(FileSystem):
         except FileNotFoundError:
             return False
         return True
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        self._filesystem.rename(Path(path), Path(new_path))
-
-    def mkdir(self, path: Any) -> None:
-        # torch would create it where it is missing; but rank 0 has, and a rank that does not see
-        # it would write to a disk of its own what nobody else could ever read.
-        if not self._filesystem.is_directory(Path(path)):
-            reason = (
-                "rank 0 has created this directory, but it is not here; "
-                "checkpoint.persistent.directory must be on a file system that all ranks share"
-            )
-            raise FileNotFoundError(errno.ENOENT, reason, str(path))
-
-    def rm_file(self, path: Any) -> None:
-        self._filesystem.remove_file(Path(path))

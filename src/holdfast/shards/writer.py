@@ -1,87 +1,124 @@
-"""A nested state of tensors becomes the shard files of a pending checkpoint.
+"""The bytes of a shard file go to disk in one pass, digested on the way.
 
-Owns the dialogue with torch.distributed.checkpoint on the way out: plan, write, `.metadata`.
-Promises that every byte goes through the filesystem seam, that ranks talk only through the
-coordinator it is given (so it may run on any thread), and that plain
-`torch.distributed.checkpoint.load` reads the result. Refuses to decide where, when or whether: the
-tier that calls it does.
+Owns the pass: 8 MiB blocks, past the page cache where the file system takes that, each digested
+while the one before it is written, the footer behind the last. Promises that every byte goes
+through the filesystem seam, that what it reports as digests is of the bytes in memory and not of
+what a disk made of them, and that somebody may watch and slow it down. Durability is the caller's,
+who syncs. Knows bytes, not tensors.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.storage import WriteResult
+import xxhash
 
-from holdfast.coordination import Coordinator
-from holdfast.filesystem import Filesystem
-from holdfast.shards.inventory import METADATA_NAME
-from holdfast.shards.seam import SeamFileSystem
+from holdfast.digests import BLOCK_BYTES, FileRecord, describe_body, footer_size, make_footer
+from holdfast.filesystem import Filesystem, writing_past_cache
+from holdfast.shards.memory import allocate
 
 
-class _SeamWriter(FileSystemWriter):
-    """torch's writer on our file system; durability is the caller's, who re-opens and syncs."""
+class Image(Protocol):
+    """The body of a shard file, to be had block by block and in order."""
 
-    def __init__(self, pending: Path, checkpoint_name: str, filesystem: Filesystem) -> None:
-        super().__init__(pending, sync_files=False, overwrite=False)
-        self.fs = SeamFileSystem(filesystem)
-        self._checkpoint_name = checkpoint_name
+    @property
+    def body_bytes(self) -> int:
+        """A multiple of 4096."""
+        ...
 
-    def storage_meta(self) -> StorageMeta:
-        # torch would record the pending path, which the commit is about to rename.
-        return StorageMeta(checkpoint_id=self._checkpoint_name, save_id=self.save_id)
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the body in blocks of 8 MiB, on pages of memory; the last may be shorter.
+
+        A block stays as it is until the one after the next is asked for.
+        """
+        ...
 
 
 @dataclass
-class ShardWriter:
-    """Writes one state into one pending directory; every rank makes the same two calls."""
+class Progress:
+    """How far a pass has come; another thread may read it at any time."""
 
-    pending: Path
-    checkpoint_name: str
-    filesystem: Filesystem
-    coordinator: Coordinator
+    total_bytes: int = 0
+    written_bytes: int = 0
+    started: float = 0.0
+    """By `time.monotonic`; 0: not yet."""
 
-    def __post_init__(self) -> None:
-        self._writer = _SeamWriter(self.pending, self.checkpoint_name, self.filesystem)
-        self._planner = DefaultSavePlanner()
-        self._metadata: Metadata | None = None
+    @property
+    def bytes_per_second(self) -> float:
+        """The mean rate since the start; 0 before."""
+        seconds = time.monotonic() - self.started
+        return self.written_bytes / seconds if self.started and seconds > 0 else 0.0
 
-    def plan(self, state: dict[str, Any]) -> None:
-        """Agree on which rank writes which item; replicated items are written once.
+    def begin(self, total_bytes: int) -> None:
+        """Start from nothing."""
+        self.total_bytes, self.written_bytes = total_bytes, 0
+        self.started = time.monotonic()
 
-        Raises:
-            StageFailedError: planning failed on some rank.
-        """
-        leads = self.coordinator.rank == 0
 
-        def plan_locally() -> Any:
-            self._planner.set_up_planner(state, self._writer.storage_meta(), leads)
-            self._writer.set_up_storage_writer(leads)
-            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+def write_shard(
+    filesystem: Filesystem,
+    path: Path,
+    name: str,
+    image: Image,
+    progress: Progress | None = None,
+    bytes_per_second: float | None = None,
+) -> FileRecord:
+    """Write a new file, body and footer, and return its record under a relative name.
 
-        local_plans = self.coordinator.gather("plan", plan_locally)
+    `bytes_per_second`: no faster than that, over the whole file. None: as fast as it goes.
 
-        def plan_globally() -> Any:
-            assert local_plans is not None
-            plans, self._metadata = self._planner.create_global_plan(local_plans)
-            return self._writer.prepare_global_plan(plans)
+    Raises:
+        OSError: it cannot be written.
+    """
+    progress = progress or Progress()
+    progress.begin(image.body_bytes + footer_size(image.body_bytes))
+    digests: list[bytes] = []
+    with (
+        ThreadPoolExecutor(2, thread_name_prefix="holdfast-digest") as beside,
+        writing_past_cache(filesystem, path) as append,
+    ):
+        # Making the next block, digesting this one and writing it let go of the interpreter, and
+        # run side by side.
+        blocks = image.blocks()
+        block = next(blocks, None)
+        while block is not None:
+            digest = beside.submit(xxhash.xxh3_128_digest, block)
+            following = beside.submit(next, blocks, None)
+            _keep_pace(progress, bytes_per_second)
+            append(block)
+            progress.written_bytes += len(block)
+            digests.append(digest.result())
+            block = following.result()
+        footer = allocate(footer_size(image.body_bytes))
+        footer[:] = make_footer(image.body_bytes, digests)
+        append(footer)
+        progress.written_bytes += len(footer)
+    return describe_body(name, image.body_bytes, digests)
 
-        self._plan = self._planner.finish_plan(self.coordinator.scatter("plan", plan_globally))
 
-    def write(self) -> tuple[list[str], list[WriteResult]]:
-        """Write this rank's shard file; return its name in a list, and what torch wrote where."""
-        if not self._plan.items:
-            return [], []
-        results: list[WriteResult] = self._writer.write_data(self._plan, self._planner).wait()
-        return sorted({each.storage_data.relative_path for each in results}), results
+def seal_image(memory: memoryview, body_bytes: int, name: str) -> FileRecord:
+    """Put the footer behind a body in memory, and return the record of the file that they are."""
+    digests = [
+        xxhash.xxh3_128_digest(memory[start : min(start + BLOCK_BYTES, body_bytes)])
+        for start in range(0, body_bytes, BLOCK_BYTES)
+    ]
+    memory[body_bytes : body_bytes + footer_size(body_bytes)] = make_footer(body_bytes, digests)
+    return describe_body(name, body_bytes, digests)
 
-    def write_metadata(self, results: list[list[WriteResult]]) -> str:
-        """Write `.metadata` from every rank's results, on rank 0; return its name."""
-        assert self._metadata is not None
-        self._writer.finish(self._metadata, results)
-        return METADATA_NAME
+
+def _keep_pace(
+    progress: Progress,
+    bytes_per_second: float | None,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until the bytes written so far are no more than the rate allows."""
+    if bytes_per_second is None:
+        return
+    early = progress.written_bytes / bytes_per_second - (time.monotonic() - progress.started)
+    if early > 0:
+        pause(early)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._traverse import set_element  # undoes DCP's flat names
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 
 from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedStateError
 from holdfast.protocol import ReshardableData, Stateful
+from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.rng import apply_rng, capture_rng, reseed
 from holdfast.state.safety import check_plain
 
@@ -63,12 +65,14 @@ class Place:
 class Captured:
     """The app state at one step, still referring to live tensors."""
 
-    tensors: dict[str, Any]
-    """`{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`, by name."""
+    leaves: Leaves
+    """Of `{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`."""
     shared: dict[str, Any]
-    """The same on every rank: the scheduler's, and where the tensors' nested state is hollow."""
+    """The same on every rank: the scheduler's, and where the nested state is hollow."""
     rank: dict[str, Any]
     """This rank's own: RNG and data."""
+    bindings: Bindings | None
+    """Where the leaves live, for the next capture. None: they cannot be looked up."""
 
 
 @dataclass(frozen=True)
@@ -151,24 +155,32 @@ class AppState:
             optimizers = list(optimizer)
         else:
             optimizers = [optimizer]
+        self.optimizers = optimizers
         self._optimizers = [_OptimizerView(each) for each in optimizers]
         self._scheduler = scheduler
         self._data = data if isinstance(data, Stateful) else None
         self._place = place
 
-    def capture(self) -> Captured:
+    def capture(self, bindings: Bindings | None = None) -> Captured:
         """Return the state as it stands, referring to live tensors.
+
+        `bindings`: of an earlier capture; while they hold, the state is looked up through them.
 
         Raises:
             UnsupportedStateError: some state could not be read back safely.
         """
         rng = capture_rng()  # before anything that might draw
-        tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
-        if self._optimizers:
-            tensors["optimizer"] = self._optimizer_state()
+        leaves = bindings.follow(self._model, self.optimizers) if bindings is not None else None
+        if leaves is None:
+            leaves = self._gather_leaves()
+            bindings = Bindings.bind(self._model, self.optimizers, leaves)
+        else:
+            for name, value in leaves.values.items():
+                if not isinstance(value, torch.Tensor):
+                    check_plain(value, name)
         shared = {
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
-            "hollow": list(_find_hollow(tensors)),
+            "hollow": list(leaves.hollow),
         }
         rank = {
             "rng": rng,
@@ -176,12 +188,40 @@ class AppState:
             "data_rank": self._place.data_rank,
             "data_size": self._place.data_size,
         }
-        for name, part in (("", tensors), ("", shared), (f"rank {self._place.rank} ", rank)):
+        for name, part in (("", shared), (f"rank {self._place.rank} ", rank)):
             for key, value in part.items():
                 check_plain(value, f"{name}{key}")
+        return Captured(leaves, shared, rank, bindings)
+
+    def _gather_leaves(self) -> Leaves:
+        """Ask torch's getters for the whole state, and take its nesting apart as DCP does."""
+        tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
+        if self._optimizers:
+            tensors["optimizer"] = self._optimizer_state()
         for key, value in tensors.items():
+            check_plain(value, key)
             _check_keys(value, key)
-        return Captured(tensors, shared, rank)
+        flat, paths = flatten_state_dict(tensors)
+        stepped = {
+            _address(parameter)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        }
+        changed_by_steps = frozenset(
+            name
+            for name, value in flat.items()
+            if isinstance(value, torch.Tensor)
+            and (
+                paths[name][:2] == ("optimizer", "state")
+                or (paths[name][0] == "model" and _address(value) in stepped)
+            )
+        )
+        hollow = tuple(_find_hollow(tensors))
+        return Leaves(
+            flat, {name: tuple(path) for name, path in paths.items()}, changed_by_steps, hollow
+        )
 
     def check(
         self,
@@ -361,6 +401,11 @@ class AppState:
         """Return every parameter by the name that DCP gives it, wrappers left out."""
         live = get_model_state_dict(self._model)
         return {name: each for name, each in live.items() if isinstance(each, torch.Tensor)}
+
+
+def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.device, local.data_ptr()
 
 
 def _find_different(

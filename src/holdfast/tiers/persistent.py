@@ -1,6 +1,6 @@
 """The durable tier: snapshots become committed checkpoints of one store, agreed by all ranks.
 
-Owns the order of a save across ranks (begin, plan, write, commit, retain), who may save here, and
+Owns the order of a save across ranks (begin, write, commit, retain), who may save here, and
 the names of the files beside the shards. Promises that every rank learns the outcome, that a failed
 save leaves nothing listed and the next one works, and that only the newest attempt of the right run
 commits. Knows the live state only as the captured value it is given.
@@ -8,23 +8,25 @@ commits. Knows the live state only as the captured value it is given.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from holdfast import __version__
 from holdfast.coordination import Coordinator
+from holdfast.digests import FileRecord
 from holdfast.errors import CheckpointError, StoreNotLoadedError, StoreNotWritableError
 from holdfast.filesystem import Filesystem, make_durable_directory, set_aside, write_new
 from holdfast.identity import RUN_NAME, Attempt, RunIdentity
-from holdfast.manifest import FileRecord, Manifest
+from holdfast.manifest import Manifest
 from holdfast.policies.keeping import Candidate, retain
-from holdfast.shards.writer import ShardWriter
-from holdfast.store import Checkpoint, Store, checkpoint_name
+from holdfast.shards.inventory import METADATA_NAME
+from holdfast.shards.saving import StagedShard
+from holdfast.store import Checkpoint, Store
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,10 @@ SEQUENCE_STRIDE = 1_000_000_000
 """More commits than one attempt can make."""
 TIER_NAME = "persistent"
 TRAIN_STATE_NAME = "train_state.json"
+_NOT_SHARED = (
+    "rank 0 has created this directory, but it is not here; "
+    "checkpoint.persistent.directory must be on a file system that all ranks share"
+)
 RUN_CONFIG_NAME = "run_config.yaml"
 SHARED_STATE_NAME = "state/shared.pt"
 
@@ -43,11 +49,11 @@ def rank_state_name(rank: int) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one save writes, out of training's reach: tensors for the shards, the rest as bytes."""
+    """What one save writes, out of training's reach: this rank's shard, the rest as bytes."""
 
     iteration: int
-    tensors: dict[str, Any]
-    """Nested, by component; what is no tensor in it is a plain value."""
+    shard: StagedShard
+    """Model and optimizer, as far as this rank writes them."""
     rank_state: bytes
     """This rank's own; each rank writes it."""
     shared_state: bytes
@@ -79,7 +85,12 @@ class PersistentTier:
     """One store as all ranks of a job write it."""
 
     def __init__(
-        self, root: Path, filesystem: Filesystem, run_id: str | None, keep_last: int | None
+        self,
+        root: Path,
+        filesystem: Filesystem,
+        run_id: str | None,
+        keep_last: int | None,
+        bytes_per_second: float | None = None,
     ) -> None:
         root = root.resolve()  # the store may be named by a link; inside it none is followed
         self.store = Store(root, filesystem)
@@ -87,6 +98,7 @@ class PersistentTier:
         self._filesystem = filesystem
         self._configured_run_id = run_id
         self._keep_last = keep_last
+        self._bytes_per_second = bytes_per_second
         self._resumed: Checkpoint | None = None
         self._admission: _Admission | None = None
 
@@ -158,16 +170,11 @@ class PersistentTier:
         """
         pending = coordinator.lead("begin", lambda: self._begin(snapshot.iteration))
         try:
-            writer = ShardWriter(
-                pending, checkpoint_name(snapshot.iteration), self._filesystem, coordinator
-            )
-            writer.plan(snapshot.tensors)
             written = coordinator.gather(
-                "write", lambda: self._write_files(writer, pending, snapshot, coordinator.rank)
+                "write", lambda: self._write_files(pending, snapshot, coordinator.rank)
             )
             checkpoint = coordinator.lead(
-                "commit",
-                lambda: self._commit(writer, pending, snapshot, written or [], coordinator),
+                "commit", lambda: self._commit(pending, snapshot, written or [], coordinator)
             )
         except CheckpointError:
             if coordinator.rank == 0:
@@ -185,15 +192,20 @@ class PersistentTier:
         self.store.sweep(lambda: self.identity.check_newest(attempt))
         return self.store.begin(iteration)
 
-    def _write_files(
-        self, writer: ShardWriter, pending: Path, snapshot: Snapshot, rank: int
-    ) -> tuple[list[FileRecord], list[Any]]:
+    def _write_files(self, pending: Path, snapshot: Snapshot, rank: int) -> list[FileRecord]:
+        records: list[FileRecord] = []
         with self._naming_successor():
-            names, results = writer.write()
-            records = [self.store.seal_file(pending, name) for name in names]
+            if not self._filesystem.is_directory(pending):
+                # Rank 0 has made it; a rank that does not see it would write to a disk of its own
+                # what nobody else could ever read.
+                raise FileNotFoundError(errno.ENOENT, _NOT_SHARED, str(pending))
+            if not snapshot.shard.is_empty:
+                record = snapshot.shard.write(self._filesystem, pending, self._bytes_per_second)
+                self._filesystem.sync_file(pending / record.path)
+                records.append(record)
             state_name = rank_state_name(rank)
             records.append(self.store.write_file(pending, state_name, snapshot.rank_state))
-        return records, results
+        return records
 
     @contextmanager
     def _naming_successor(self) -> Iterator[None]:
@@ -207,19 +219,17 @@ class PersistentTier:
 
     def _commit(
         self,
-        writer: ShardWriter,
         pending: Path,
         snapshot: Snapshot,
-        written: Sequence[tuple[list[FileRecord], list[Any]]],
+        written: Sequence[Sequence[FileRecord]],
         coordinator: Coordinator,
     ) -> Checkpoint:
         assert self._admission is not None
         store, admission = self.store, self._admission
-        records = [record for part, _ in written for record in part]
+        records = [record for part in written for record in part]
         with self._naming_successor():
-            metadata_name = writer.write_metadata([results for _, results in written])
-            records.append(store.seal_file(pending, metadata_name))
             for name, content in (
+                (METADATA_NAME, snapshot.shard.metadata()),
                 (SHARED_STATE_NAME, snapshot.shared_state),
                 (TRAIN_STATE_NAME, snapshot.train_state),
                 (RUN_CONFIG_NAME, snapshot.run_config),

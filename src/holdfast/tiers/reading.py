@@ -14,9 +14,10 @@ from io import BytesIO
 from typing import Any
 
 from holdfast.coordination import Coordinator
+from holdfast.digests import FileRecord, find_difference
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, read_bytes
-from holdfast.manifest import MANIFEST_NAME, FileRecord, find_difference
+from holdfast.manifest import MANIFEST_NAME
 from holdfast.protocol import TrainState
 from holdfast.shards.inventory import METADATA_NAME
 from holdfast.shards.reader import ShardReader

@@ -1,0 +1,202 @@
+"""What the bytes of a file should be, block by block: part of on-disk format 1.
+
+Owns the digest of a file (xxh3-128 over the concatenated xxh3-128 digests of its 8 MiB blocks) and
+where the block digests stand: in the manifest, or, for a shard file, in the footer behind the body
+that they cover. Promises that a changed byte anywhere in a file, footer included, is found and told
+as a range of bytes. Knows no file system: it reads streams.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import xxhash
+
+BLOCK_BYTES = 8 << 20
+ALIGNMENT_BYTES = 4096
+"""Bodies and footers are multiples of it, so that they can be written past the page cache."""
+DIGEST_BYTES = 16
+_TAIL = struct.Struct("<16sQQ")
+"""At the very end of a footer: the mark, the bytes of the body, the number of its blocks."""
+_MARK = b"holdfast shard 1"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    path: str
+    """Relative to the checkpoint, with forward slashes."""
+    size_bytes: int
+    digest: str
+    """32 hexadecimal digits."""
+    blocks: tuple[str, ...] | None
+    """The digest of each 8 MiB block, in file order; the last may be shorter. None: they stand in
+    the file's own footer, and cover the body before it."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a file first differs from its record."""
+
+    reason: str
+    byte_range: tuple[int, int] | None = None
+    """The first and the last byte of the block concerned; None: not one block's matter."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+    @classmethod
+    def in_block(cls, number: int, first: int, last: int) -> Difference:
+        """Describe a block whose bytes are not what was committed."""
+        reason = f"block {number} (bytes {first}-{last}) does not match its digest"
+        return cls(reason, (first, last))
+
+
+class DifferenceError(Exception):
+    """A file was found to differ while its block digests were looked for; never leaves a reader."""
+
+    def __init__(self, difference: Difference) -> None:
+        super().__init__(difference.reason)
+        self.difference = difference
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The block digests of one file, known to be those that were committed."""
+
+    covered_bytes: int
+    """So many bytes from the start of the file; a footer follows."""
+    digests: Sequence[str]
+
+    @property
+    def footer_bytes(self) -> int:
+        """The size of the footer, were there one."""
+        return footer_size(self.covered_bytes)
+
+
+def describe_file(path: str, stream: BinaryIO) -> FileRecord:
+    """Read a stream to its end and return the record of it under a relative path."""
+    size_bytes = 0
+    digests: list[bytes] = []
+    for block in _blocks(stream):
+        size_bytes += len(block)
+        digests.append(xxhash.xxh3_128_digest(block))
+    return FileRecord(
+        path, size_bytes, _root_digest(digests), tuple(digest.hex() for digest in digests)
+    )
+
+
+def describe_body(path: str, body_bytes: int, digests: Sequence[bytes]) -> FileRecord:
+    """Return the record of a file that is a body and the footer made from its block digests."""
+    return FileRecord(path, body_bytes + footer_size(body_bytes), _root_digest(digests), None)
+
+
+def footer_size(body_bytes: int) -> int:
+    """Return the bytes that the footer of a body takes."""
+    table_bytes = block_count(body_bytes) * DIGEST_BYTES
+    return round_up(table_bytes + _TAIL.size, ALIGNMENT_BYTES)
+
+
+def make_footer(body_bytes: int, digests: Sequence[bytes]) -> bytes:
+    """Return the footer of a body: digests of 16 bytes, zeros, and the tail."""
+    assert len(digests) == block_count(body_bytes)
+    table = b"".join(digests)
+    tail = _TAIL.pack(_MARK, body_bytes, len(digests))
+    return table.ljust(footer_size(body_bytes) - len(tail), b"\0") + tail
+
+
+def read_blocks(record: FileRecord, stream: BinaryIO) -> Blocks:
+    """Return the block digests of a file, from its record or from its footer.
+
+    Raises:
+        DifferenceError: the footer is not the one that was committed.
+        OSError: it cannot be read.
+    """
+    if record.blocks is not None:
+        return Blocks(record.size_bytes, record.blocks)
+    start = max(record.size_bytes - _TAIL.size, 0)
+    stream.seek(start)
+    tail = stream.read(_TAIL.size)
+    if len(tail) == _TAIL.size:
+        mark, body_bytes, _ = _TAIL.unpack(tail)
+        # The size from the manifest decides how much is read, not a number that may be damaged.
+        if mark == _MARK and body_bytes + footer_size(body_bytes) == record.size_bytes:
+            stream.seek(body_bytes)
+            footer = stream.read(record.size_bytes - body_bytes)
+            table = footer[: block_count(body_bytes) * DIGEST_BYTES]
+            digests = [table[at : at + DIGEST_BYTES] for at in range(0, len(table), DIGEST_BYTES)]
+            if (
+                _root_digest(digests) == record.digest
+                and len(digests) == block_count(body_bytes)
+                and footer == make_footer(body_bytes, digests)
+            ):
+                return Blocks(body_bytes, tuple(digest.hex() for digest in digests))
+    raise DifferenceError(
+        Difference(
+            f"the footer (up to byte {record.size_bytes - 1}) does not match its digest",
+            (start, record.size_bytes - 1),
+        )
+    )
+
+
+def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
+    """Say where a stream first differs from its record; None: it does not."""
+    try:
+        expected = read_blocks(record, stream)
+    except DifferenceError as error:
+        return error.difference
+    in_footer = record.blocks is None
+    stream.seek(0)
+    position = 0
+    for count, block in enumerate(_blocks(stream, expected.covered_bytes if in_footer else None)):
+        if count >= len(expected.digests):
+            return Difference(f"is longer than the {record.size_bytes} bytes committed")
+        if xxhash.xxh3_128_hexdigest(block) != expected.digests[count]:
+            return Difference.in_block(count, position, position + len(block) - 1)
+        position += len(block)
+    if position != expected.covered_bytes:
+        return Difference(f"has {position} bytes, {record.size_bytes} were committed")
+    if not in_footer and _root_digest([*map(bytes.fromhex, expected.digests)]) != record.digest:
+        return Difference("its block digests do not match its digest")
+    return None
+
+
+def block_count(size_bytes: int) -> int:
+    """Return how many blocks so many bytes are."""
+    return -(-size_bytes // BLOCK_BYTES)
+
+
+def round_up(size_bytes: int, multiple: int) -> int:
+    """Return the next multiple."""
+    return -(-size_bytes // multiple) * multiple
+
+
+def _blocks(stream: BinaryIO, limit_bytes: int | None = None) -> Iterator[memoryview]:
+    """Yield the stream in blocks of 8 MiB through one buffer; each is valid until the next.
+
+    `limit_bytes`: where to stop. None: at the end.
+    """
+    buffer = bytearray(BLOCK_BYTES)
+    view = memoryview(buffer)
+    position = 0
+    while True:
+        wanted = BLOCK_BYTES if limit_bytes is None else min(BLOCK_BYTES, limit_bytes - position)
+        filled = 0
+        while filled < wanted:
+            count = stream.readinto(view[filled:wanted])  # type: ignore[attr-defined]  # BinaryIO lacks it
+            if not count:
+                break
+            filled += count
+        if filled:
+            yield view[:filled]
+        position += filled
+        if filled < BLOCK_BYTES:
+            return
+
+
+def _root_digest(digests: Sequence[bytes]) -> str:
+    return xxhash.xxh3_128_hexdigest(b"".join(digests))

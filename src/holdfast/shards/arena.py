@@ -1,0 +1,182 @@
+"""The file before it is a file: memory that is laid out as the shard it becomes.
+
+Owns the memory behind a snapshot, kept from save to save, and the views into it that staging fills:
+headers and trailers are written once, a save copies payloads between them. Promises that the bytes
+of the arena are the bytes of the file, that what a shorter value leaves over is zeros, and that the
+steady state allocates nothing. `StreamedShard` is the same file without an arena, made block by
+block from live tensors. Knows no files and no other rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from holdfast.digests import BLOCK_BYTES, footer_size
+from holdfast.shards.items import Source
+from holdfast.shards.layout import Layout
+from holdfast.shards.memory import allocate
+from holdfast.shards.staging import Copying
+
+_STREAM_BUFFERS = 3
+"""One is filled, one digested and written, one just was."""
+
+
+def image_bytes(layout: Layout) -> int:
+    """Return the size of the whole file: body and footer."""
+    return layout.body_bytes + footer_size(layout.body_bytes)
+
+
+class Arena:
+    """Memory for one shard file; one snapshot is in it at a time."""
+
+    def __init__(self, layout: Layout, memory: memoryview | None = None, *, pinned: bool = False):
+        """Lay the file out in memory, which holds zeros. None: in memory of its own.
+
+        `pinned`: fixed in place for copies from a GPU.
+
+        Raises:
+            NotEnoughMemoryError: it does not fit what is left.
+        """
+        self.layout = layout
+        self.memory = allocate(image_bytes(layout)) if memory is None else memory
+        self._tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self._unpin = _pin(self._tensor) if pinned else None
+        self._targets: list[Any] = []
+        for slot in layout.slots:
+            start, end = slot.payload_offset, slot.payload_offset + slot.payload_bytes
+            if slot.container is None:
+                self._targets.append(self.memory[start:end])
+                continue
+            dtype = slot.item.dtype
+            assert dtype is not None
+            self.memory[slot.offset : start] = slot.container.header
+            if slot.payload_bytes == 0:  # all of it is header, which need not end on a boundary
+                self._targets.append(torch.empty(slot.item.lengths, dtype=dtype))
+                continue
+            self.memory[end : slot.offset + slot.size_bytes] = slot.container.trailer
+            payload = self._tensor[start:end].view(dtype)
+            self._targets.append(payload.view(slot.item.lengths))
+        index_end = layout.index_offset + len(layout.index)
+        self.memory[layout.index_offset : index_end] = layout.index
+        self.memory[layout.body_bytes - len(layout.tail) : layout.body_bytes] = layout.tail
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the file without its footer."""
+        return self.layout.body_bytes
+
+    def stage(self, sources: Sequence[Source], later: Sequence[bool] | None = None) -> Copying:
+        """Copy one source into each slot; return the copies of those marked `later`, begun.
+
+        Nobody may read the arena before the returned copy was waited for. None: nothing is later.
+        """
+        now: list[tuple[Any, Any]] = []
+        beside: list[tuple[Any, Any]] = []
+        marks = repeat(False) if later is None else later
+        for target, source, waits in zip(self._targets, sources, marks, strict=later is not None):
+            if isinstance(source, bytes):
+                target[: len(source)] = source
+                target[len(source) :] = bytes(len(target) - len(source))
+            elif waits:
+                beside.append((target, source))
+            else:
+                now.append((target, source))
+        Copying(now).wait()
+        return Copying(beside, beside=True)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the body in blocks of 8 MiB."""
+        for start in range(0, self.body_bytes, BLOCK_BYTES):
+            yield self.memory[start : min(start + BLOCK_BYTES, self.body_bytes)]
+
+    def release(self) -> None:
+        """Let go of what is fixed in place; the memory follows when nobody views it any more."""
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+
+
+class StreamedShard:
+    """The same file made block by block from live tensors, which must not change meanwhile."""
+
+    def __init__(self, layout: Layout, sources: Sequence[Source]) -> None:
+        """Take one source for each slot."""
+        self.layout = layout
+        self._sources = sources
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the file without its footer."""
+        return self.layout.body_bytes
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Yield the body in blocks of 8 MiB, in a few buffers that take turns."""
+        size_bytes = min(BLOCK_BYTES, self.body_bytes)
+        buffers = [allocate(size_bytes) for _ in range(_STREAM_BUFFERS)]
+        turn = filled = 0
+        for part in self._parts():
+            rest = part
+            while len(rest):
+                count = min(len(rest), size_bytes - filled)
+                buffers[turn][filled : filled + count] = rest[:count]
+                rest = rest[count:]
+                filled += count
+                if filled == size_bytes:
+                    yield buffers[turn]
+                    turn, filled = (turn + 1) % _STREAM_BUFFERS, 0
+        if filled:
+            yield buffers[turn][:filled]
+
+    def _parts(self) -> Iterator[memoryview]:
+        """Yield every byte of the body in order."""
+        position = 0
+        for slot, source in zip(self.layout.slots, self._sources, strict=True):
+            yield memoryview(bytes(slot.offset - position))
+            if isinstance(source, bytes):
+                yield memoryview(source.ljust(slot.size_bytes, b"\0"))
+            else:
+                assert slot.container is not None
+                yield memoryview(slot.container.header)
+                yield from _bytes_of(source)
+                yield memoryview(slot.container.trailer)
+            position = slot.offset + slot.size_bytes
+        layout = self.layout
+        yield memoryview(bytes(layout.index_offset - position))
+        yield memoryview(layout.index)
+        position = layout.index_offset + len(layout.index)
+        yield memoryview(bytes(layout.body_bytes - len(layout.tail) - position))
+        yield memoryview(layout.tail)
+
+
+@torch.no_grad()
+def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the row-major bytes of a tensor; what is no plain host memory in pieces of a block."""
+    tensor = tensor.detach()
+    plain = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+    if plain and tensor.is_contiguous():
+        flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+        yield memoryview(flat)
+        return
+    if tensor.nbytes <= BLOCK_BYTES or tensor.dim() == 0:
+        yield from _bytes_of(tensor.resolve_conj().resolve_neg().cpu().contiguous())
+        return
+    rows = max(tensor.shape[0] * BLOCK_BYTES // tensor.nbytes, 1)
+    for start in range(0, tensor.shape[0], rows):
+        part = tensor[start : start + rows]
+        yield from _bytes_of(part[0] if rows == 1 else part)
+
+
+def _pin(tensor: torch.Tensor) -> Callable[[], None]:
+    """Fix memory in place for a GPU; return what undoes it."""
+    cuda: Any = torch.cuda
+    address = tensor.data_ptr()
+    cuda.check_error(cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
+
+    def unpin() -> None:
+        cuda.check_error(cuda.cudart().cudaHostUnregister(address))
+
+    return unpin

@@ -1,0 +1,135 @@
+"""Host memory for snapshots: pages that are there before they are needed.
+
+Owns how memory is asked of the kernel: on page boundaries, in huge pages where it gives them,
+touched at once, kept from forked children (a data loader's workers would otherwise make every page
+copy-on-write). Promises that a size which does not fit what the machine or the container has left
+is an error with the numbers, and not a process killed hours later. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.errors import NotEnoughMemoryError
+
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, since Linux 5.14; Python does not name it."""
+_CHECKED_BYTES = 64 << 20
+"""Less than that is simply asked for."""
+_PAGE_BYTES = mmap.PAGESIZE
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory can still be had, and what says so."""
+
+    free_bytes: int
+    limited_by: str
+
+
+def allocate(size_bytes: int) -> memoryview:
+    """Return so many writable, zero bytes on a page boundary; they are freed with the last view.
+
+    Raises:
+        NotEnoughMemoryError: more than the machine or the container has left.
+    """
+    if size_bytes >= _CHECKED_BYTES and (room := find_room()) is not None:
+        check_room(size_bytes, room)
+    pages = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with suppress(OSError, AttributeError):  # a kernel without them: slower, and still right
+            pages.madvise(getattr(mmap, advice))
+    touch(pages)
+    return memoryview(pages)[:size_bytes]
+
+
+def touch(pages: mmap.mmap) -> None:
+    """Make the kernel find every page of a writable mapping now, without changing a byte."""
+    try:
+        pages.madvise(_POPULATE_WRITE)
+    except OSError:  # an older kernel: write to each page what it holds
+        for start in range(0, len(pages), _PAGE_BYTES):
+            pages[start] = pages[start]
+
+
+def check_room(size_bytes: int, room: Room) -> None:
+    """Refuse a size that does not fit.
+
+    Raises:
+        NotEnoughMemoryError: with the numbers.
+    """
+    if size_bytes > room.free_bytes:
+        raise NotEnoughMemoryError(size_bytes, room.free_bytes, room.limited_by)
+
+
+def find_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room | None:
+    """Return the tightest limit on new memory: the machine's, or a control group's.
+
+    None: the system does not say.
+    """
+    rooms = [*_machine_room(proc), *_group_rooms(proc, groups)]
+    return min(rooms, key=lambda each: each.free_bytes, default=None)
+
+
+def _machine_room(proc: Path) -> Iterator[Room]:
+    for line in _lines(proc / "meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield Room(int(line.split()[1]) << 10, "the machine's available memory")
+
+
+def _group_rooms(proc: Path, groups: Path) -> Iterator[Room]:
+    """Yield the room in every control group around this process, of either version."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = groups, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = groups / "memory", *_VERSION_1
+        else:
+            continue
+        group = root / name.lstrip("/")
+        while group == root or root in group.parents:
+            yield from _group_room(group, limit, usage)
+            group = group.parent
+
+
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _group_room(group: Path, limit_name: str, usage_name: str) -> Iterator[Room]:
+    limits, usages = _lines(group / limit_name), _lines(group / usage_name)
+    if not limits or not usages or not limits[0].isdigit():  # "max": no limit
+        return
+    # The page cache counts as used, and is given up when memory is asked for.
+    cached = sum(
+        int(line.split()[1])
+        for line in _lines(group / "memory.stat")
+        if line.startswith(("inactive_file ", "active_file "))
+    )
+    limit_bytes = int(limits[0])
+    free_bytes = max(limit_bytes - int(usages[0]) + cached, 0)
+    yield Room(free_bytes, f"the limit of {limit_bytes} bytes of control group {group}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def address_of(memory: memoryview) -> int:
+    """Return where a view of bytes lies."""
+    import ctypes
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory)) if len(memory) else 0
+
+
+def worker_count() -> int:
+    """Return how many threads may copy: the processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

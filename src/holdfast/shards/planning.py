@@ -1,0 +1,723 @@
+"""Which rank writes what, and the `.metadata` that says where it lies.
+
+Owns the one decision of a save that needs every rank: each replicated item goes to exactly one of
+its holders, balanced by bytes, tied names to one place where all holders agree on the tie. Promises
+that no item is lost or written twice, that the chunks of each tensor tile it exactly, that the same
+proposals give the same bytes, and that a plan is used only while every rank stands by it. Refuses
+ranks that disagree about a name, saying which. Pure: no input or output, no communication.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import pickle
+import pickletools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from holdfast.errors import UnsupportedStateError
+from holdfast.shards.layout import (
+    SLOT_ALIGNMENT,
+    IntArray,
+    Item,
+    containers_of,
+    leaders_of,
+    slot_offsets,
+)
+
+NO_PLAN = bytes(16)
+"""What a rank without a plan for its present structure sends in the place of one."""
+
+_HEADER = struct.Struct("<16sQQ")  # structure, bytes of the table, items
+_RECORD = struct.Struct("<8sq16s16s")
+_RECORD_MARK = b"holdfst1"
+_RECORDS = np.dtype(
+    [("mark", "S8"), ("iteration", "<i8"), ("structure", "<u8", 2), ("plan", "<u8", 2)]
+)
+_SHOWN = 3
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def shard_name(rank: int) -> str:
+    """Return the name of a rank's shard file."""
+    return f"__{rank}_0.distcp"
+
+
+def structure_of(items: Sequence[Item]) -> bytes:
+    """Return 16 bytes that change when anything changes that a plan depends on."""
+    digest = xxhash.xxh3_128(_table_of(items))
+    digest.update(_chunks_of(items))
+    digest.update(json.dumps([(item.capacity_bytes, item.alias_of) for item in items]).encode())
+    return digest.digest()
+
+
+def propose(items: Sequence[Item]) -> bytes:
+    """Return what the planner must know about the items of one rank.
+
+    Raises:
+        ValueError: items contradict themselves or one another.
+    """
+    leaders = leaders_of(items)
+    slot_bytes = [
+        item.capacity_bytes if container is None else container.size_bytes
+        for item, container in zip(items, containers_of(items), strict=True)
+    ]
+    table = _table_of(items)
+    header = _HEADER.pack(structure_of(items), len(table), len(items))
+    return b"".join((header, table, _chunks_of(items), _int64(slot_bytes), _int64(leaders)))
+
+
+def _table_of(items: Sequence[Item]) -> bytes:
+    """Describe what the ranks of a data-parallel job have in common: names, paths, whole sizes."""
+    codes: dict[torch.dtype | None, int] = {}
+    described = {
+        "names": [item.name for item in items],
+        "paths": [
+            (position, item.path)
+            for position, item in enumerate(items)
+            if item.path != tuple(item.name.split("."))
+        ],
+        "codes": [codes.setdefault(item.dtype, len(codes)) for item in items],
+        "dtypes": [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in codes],
+        "sizes": [item.size for item in items],
+    }
+    return json.dumps(described, separators=(",", ":"), check_circular=False).encode("ascii")
+
+
+def _chunks_of(items: Sequence[Item]) -> bytes:
+    parts = chain((item.offsets for item in items), (item.lengths for item in items))
+    return _int64(list(chain.from_iterable(parts)))
+
+
+def _int64(numbers: Sequence[int]) -> bytes:
+    return np.array(numbers, dtype=np.int64).tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """Who writes what; equal on every rank that was given the same proposals."""
+
+    shares: list[bytes]
+    """By rank: one bit per proposed item, for `choose`."""
+    structures: list[bytes]
+    """By rank: the structure that its share is for."""
+    plan: bytes
+    """16 bytes that stand for this decision."""
+    body_bytes: list[int]
+    """By rank: of the slots it writes, index not counted."""
+    catalogue: _Catalogue
+    written: _Written
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """One row per item written, sorted by name and offsets."""
+
+    name: IntArray
+    """Position in the catalogue."""
+    rank: IntArray
+    offsets: IntArray
+    lengths: IntArray
+    file_offset: IntArray
+    slot_bytes: IntArray
+
+
+class _Catalogue:
+    """Every name of the job: what all ranks must agree on."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.paths: list[tuple[str | int, ...]] = []
+        self.dtypes: list[str | None] = []
+        self.sizes: list[tuple[int, ...]] = []
+        self._ranks: list[int] = []
+
+    def add(self, table: _Table, rank: int) -> IntArray:
+        """Take in what one rank says; return the number of each of its items' names."""
+        numbers = []
+        for position, name in enumerate(table.names):
+            number = self.numbers.setdefault(name, len(self.paths))
+            dtype, size = table.dtypes[position], table.sizes[position]
+            if number == len(self.paths):
+                self.paths.append(table.paths.get(position) or tuple(name.split(".")))
+                self.dtypes.append(dtype)
+                self.sizes.append(size)
+                self._ranks.append(rank)
+            elif dtype != self.dtypes[number] or size != self.sizes[number]:
+                raise UnsupportedStateError(
+                    f"{name} is {_kind(self.dtypes[number], self.sizes[number])} on rank "
+                    f"{self._ranks[number]} and {_kind(dtype, size)} on rank {rank}.\n"
+                    "One name must mean one tensor on every rank; name them apart."
+                )
+            numbers.append(number)
+        return np.array(numbers, dtype=np.int64)
+
+
+def _kind(dtype: str | None, size: tuple[int, ...]) -> str:
+    return "a value" if dtype is None else f"{dtype}{list(size)}"
+
+
+class _Table:
+    """The common part of proposals, which most ranks share byte for byte."""
+
+    def __init__(self, content: bytes) -> None:
+        described = json.loads(content)
+        self.names: list[str] = described["names"]
+        self.paths: dict[int, tuple[str | int, ...]] = {
+            position: tuple(path) for position, path in described["paths"]
+        }
+        kinds = described["dtypes"]
+        self.dtypes: list[str | None] = [kinds[code] for code in described["codes"]]
+        self.sizes: list[tuple[int, ...]] = [tuple(size) for size in described["sizes"]]
+        self.dimensions = np.array([len(size) for size in self.sizes], dtype=np.int64)
+
+
+@dataclass(eq=False)
+class _Profiles:
+    """Proposals, each different one once: ranks that say the same are one profile."""
+
+    of_rank: IntArray
+    first_rank: IntArray
+    """By profile."""
+    ranks: list[list[int]]
+    """By profile."""
+    tables: dict[bytes, list[tuple[int, bytes]]]
+    """By table: the profiles with it, each with what it alone says."""
+    structures: list[bytes]
+
+
+def _profiles_of(proposals: Sequence[bytes]) -> _Profiles:
+    known: dict[tuple[int, bytes], int] = {}
+    tables: dict[bytes, tuple[int, list[tuple[int, bytes]]]] = {}
+    of_rank: list[int] = []
+    ranks: list[list[int]] = []
+    structures = []
+    for rank, proposal in enumerate(proposals):
+        structure, table_bytes, _ = _HEADER.unpack_from(proposal)
+        split = _HEADER.size + table_bytes
+        number, members = tables.setdefault(proposal[_HEADER.size : split], (len(tables), []))
+        own = proposal[split:]
+        profile = known.setdefault((number, own), len(ranks))
+        if profile == len(ranks):
+            ranks.append([])
+            members.append((profile, own))
+        ranks[profile].append(rank)
+        of_rank.append(profile)
+        structures.append(structure)
+    return _Profiles(
+        of_rank=np.array(of_rank, dtype=np.int64),
+        first_rank=np.array([each[0] for each in ranks], dtype=np.int64),
+        ranks=ranks,
+        tables={table: members for table, (_, members) in tables.items()},
+        structures=structures,
+    )
+
+
+@dataclass(eq=False)
+class _Rows:
+    """One row per profile and item; all arrays have one length."""
+
+    name: IntArray
+    profile: IntArray
+    item: IntArray
+    offsets: IntArray
+    lengths: IntArray
+    slot_bytes: IntArray
+    leader: IntArray
+    """The item of the same profile on whose bytes this one lies; -1: none."""
+
+    def take(self, chosen: Any) -> _Rows:
+        """Return the rows at these positions, or where a mask is true."""
+        return _Rows(**{name: column[chosen] for name, column in vars(self).items()})
+
+
+def _rows_of(profiles: _Profiles, catalogue: _Catalogue) -> tuple[_Rows, IntArray]:
+    """Return all rows, and how many items each profile has."""
+    tables = [(_Table(table), members) for table, members in profiles.tables.items()]
+    dimensions = max((int(max(table.dimensions, default=0)) for table, _ in tables), default=0)
+    counts = np.zeros(len(profiles.ranks), dtype=np.int64)
+    parts = []
+    for table, members in tables:
+        numbers = np.array([profile for profile, _ in members], dtype=np.int64)
+        names = catalogue.add(table, profiles.ranks[members[0][0]][0])
+        items, repeats = len(names), len(members)
+        counts[numbers] = items
+        own = np.frombuffer(b"".join(own for _, own in members), dtype=np.int64)
+        total = int(table.dimensions.sum())
+        own = own.reshape(repeats, 2 * total + 2 * items)
+        present = np.arange(dimensions) < table.dimensions[:, None]
+        offsets = np.zeros((repeats, items, dimensions), dtype=np.int64)
+        lengths = np.ones((repeats, items, dimensions), dtype=np.int64)
+        offsets[:, present] = own[:, :total]
+        lengths[:, present] = own[:, total : 2 * total]
+        parts.append(
+            _Rows(
+                name=np.tile(names, repeats),
+                profile=np.repeat(numbers, items),
+                item=np.tile(np.arange(items), repeats),
+                offsets=offsets.reshape(repeats * items, dimensions),
+                lengths=lengths.reshape(repeats * items, dimensions),
+                slot_bytes=own[:, 2 * total : 2 * total + items].reshape(-1),
+                leader=own[:, 2 * total + items :].reshape(-1),
+            )
+        )
+    if len(parts) == 1:
+        return parts[0], counts
+    columns = _Rows.__dataclass_fields__
+    return (
+        _Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in columns}),
+        counts,
+    )
+
+
+def decide(proposals: Sequence[bytes]) -> Decision:
+    """Decide which rank writes which item, from what `propose` made on every rank, in rank order.
+
+    Raises:
+        UnsupportedStateError: ranks disagree about a name, or chunks do not tile their tensor.
+    """
+    profiles = _profiles_of(proposals)
+    catalogue = _Catalogue()
+    rows, counts = _rows_of(profiles, catalogue)
+    rows, leader_group, group = _group(rows)
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    _check_chunks(rows, starts[group], starts, profiles, catalogue)
+    rank = _assign(rows, starts, leader_group, profiles, catalogue)
+    # Rows stand in the order of group and profile, so that a group's row on a rank can be searched.
+    keys = group * len(profiles.ranks) + rows.profile
+    groups = np.arange(len(starts))
+    chosen = rows.take(
+        np.searchsorted(keys, groups * len(profiles.ranks) + profiles.of_rank[rank])
+        if len(starts)
+        else groups
+    )
+    base = np.concatenate(([0], np.cumsum(counts[profiles.of_rank]))).astype(np.int64)
+    flags = np.zeros(int(base[-1]), dtype=np.bool_)
+    flags[base[rank] + chosen.item] = True
+    packed = [
+        np.packbits(flags[first:last]).tobytes()
+        for first, last in zip(base[:-1].tolist(), base[1:].tolist(), strict=True)
+    ]
+    file_offset, body_bytes = _place(chosen, rank, base, flags)
+    plan = xxhash.xxh3_128(b"".join(profiles.structures))
+    plan.update(b"".join(packed))
+    return Decision(
+        shares=packed,
+        structures=profiles.structures,
+        plan=plan.digest(),
+        body_bytes=body_bytes,
+        catalogue=catalogue,
+        written=_Written(
+            chosen.name, rank, chosen.offsets, chosen.lengths, file_offset, chosen.slot_bytes
+        ),
+    )
+
+
+def _group(rows: _Rows) -> tuple[_Rows, IntArray, IntArray]:
+    """Sort rows so that replicas are neighbours, without those that must not be written.
+
+    Return them with the group of each row's leader (-1: none) and of each row.
+    """
+    empty = (rows.lengths == 0).any(axis=1)
+    moving = [column for column in rows.offsets.T if column.any()]
+    order = np.lexsort((rows.profile, empty, *moving[::-1], rows.name))
+    sorted_ = rows.take(order)
+    differs = np.ones(len(order), dtype=np.bool_)
+    if len(order):
+        differs[1:] = np.diff(sorted_.name) != 0
+        for column in moving:
+            differs[1:] |= np.diff(column[order]) != 0
+    group = np.cumsum(differs) - 1
+    # An item's number in its profile, from where the profile's items began before the sort.
+    first = np.arange(len(order)) - rows.item
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    tied = sorted_.leader >= 0
+    leader_group = np.full(len(order), -1, dtype=np.int64)
+    leader_group[tied] = group[place[first[order][tied] + sorted_.leader[tied]]]
+    # Beside a chunk with bytes, an empty one at the same offsets has nothing to add, and DCP could
+    # not tell the two apart.
+    empty = empty[order]
+    kept = empty == empty[np.flatnonzero(differs)][group]
+    return sorted_.take(kept), leader_group[kept], group[kept]
+
+
+def _check_chunks(
+    rows: _Rows, twin: IntArray, starts: IntArray, profiles: _Profiles, catalogue: _Catalogue
+) -> None:
+    """Raise unless replicas are of one size and the chunks of each tensor tile it."""
+    names = list(catalogue.numbers)
+    if (unlike := (rows.lengths != rows.lengths[twin]).any(axis=1)).any():
+        row = int(np.flatnonzero(unlike)[0])
+        ranks = profiles.first_rank[rows.profile[[twin[row], row]]].tolist()
+        one, other = rows.lengths[[twin[row], row]].tolist()
+        raise UnsupportedStateError(
+            f"{names[rows.name[row]]}: ranks {ranks[0]} and {ranks[1]} hold chunks of sizes {one} "
+            f"and {other} at the same offsets {rows.offsets[row].tolist()}."
+        )
+    chunks = rows.take(starts)
+    sizes = np.ones((len(names), rows.offsets.shape[1]), dtype=np.int64)
+    for number, size in enumerate(catalogue.sizes):
+        sizes[number, : len(size)] = size
+    untiled = first_untiled(chunks.name, chunks.offsets, chunks.lengths, sizes)
+    if untiled is None:
+        return
+    mine = chunks.name == untiled
+    ranks = [str(rank) for rank in np.unique(profiles.first_rank[chunks.profile[mine]])]
+    volume = chunks.lengths[mine].prod(axis=1).sum()
+    raise UnsupportedStateError(
+        f"{names[untiled]}: the {mine.sum()} chunks of ranks {_few(ranks)} hold {volume} elements "
+        f"and do not tile its {sizes[untiled].prod()} (size {list(catalogue.sizes[untiled])}): "
+        "they overlap, leave gaps, or reach beyond it."
+    )
+
+
+def first_untiled(
+    name: IntArray, offsets: IntArray, lengths: IntArray, sizes: IntArray
+) -> int | None:
+    """Return the number of a tensor whose chunks do not fill it exactly once; None: all do.
+
+    One row per chunk, `sizes` by tensor; missing dimensions have offset 0 and length 1. Exact: the
+    signed corners of boxes add up to those of the whole if and only if the boxes tile it.
+    """
+    filled = (lengths > 0).all(axis=1)
+    varies = (offsets != 0) | (lengths != sizes[name])
+    pieces = np.bincount(name[filled], minlength=len(sizes))
+    lacking = np.flatnonzero((pieces == 0) & (sizes > 0).all(axis=1))
+    if len(lacking):
+        return int(lacking[0])
+    pattern = np.zeros(len(sizes), dtype=np.int64)
+    bits = varies[filled] @ (1 << np.arange(sizes.shape[1], dtype=np.int64))
+    np.bitwise_or.at(pattern, name[filled], bits)
+    for each in np.unique(pattern[(pieces > 1) | (pattern != 0)]).tolist():
+        tensors = np.flatnonzero((pattern == each) & (pieces > 0))
+        part = filled & (pattern[name] == each)
+        split = [column for column in range(sizes.shape[1]) if each >> column & 1]
+        owner = np.concatenate((name[part], tensors))
+        low = np.concatenate((offsets[part], np.zeros_like(sizes[tensors])))[:, split]
+        high = low + np.concatenate((lengths[part], sizes[tensors]))[:, split]
+        weight = np.repeat([1, -1], [len(owner) - len(tensors), len(tensors)])
+        corners, signs = [], []
+        for ends in product((False, True), repeat=len(split)):
+            corners.append(np.column_stack((owner, np.where(ends, high, low))))
+            signs.append(weight * (-1) ** sum(ends))
+        points, sign = np.concatenate(corners), np.concatenate(signs)
+        order = np.lexsort(points.T[::-1])
+        points = points[order]
+        first = np.flatnonzero(np.append(True, (np.diff(points, axis=0) != 0).any(axis=1)))
+        wrong = np.flatnonzero(np.add.reduceat(sign[order], first))
+        if len(wrong):
+            return int(points[first[wrong[0]], 0])
+    return None
+
+
+def _assign(
+    rows: _Rows,
+    starts: IntArray,
+    leader_group: IntArray,
+    profiles: _Profiles,
+    catalogue: _Catalogue,
+) -> IntArray:
+    """Return the rank that writes each group: to the least loaded holder, the largest first."""
+    if not len(starts):
+        return np.zeros(0, dtype=np.int64)
+    ends = np.append(starts[1:], len(rows.name))
+    multiplicity = np.array([len(ranks) for ranks in profiles.ranks], dtype=np.int64)
+    holders = np.add.reduceat(multiplicity[rows.profile], starts)
+    weight = -(-rows.slot_bytes[starts] // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    # A tie is kept where each holder of one name ties it to the same other, and no one else has it.
+    low = np.minimum.reduceat(leader_group, starts)
+    leader = np.where(low == np.maximum.reduceat(leader_group, starts), low, -2)
+    tied = leader >= 0
+    guess = np.where(tied, leader, 0)
+    tied &= (ends - starts == (ends - starts)[guess]) & (leader[guess] == -1)
+
+    rank = profiles.first_rank[rows.profile[starts]]
+    is_value = np.array([dtype is None for dtype in catalogue.dtypes])[rows.name[starts]]
+    settled = ~tied & ((holders == 1) | is_value)
+    sums = np.zeros(len(profiles.of_rank), dtype=np.int64)
+    np.add.at(sums, rank[settled], weight[settled])
+    free = np.flatnonzero(~tied & ~settled)
+    free = free[np.argsort(-weight[free], kind="stable")]
+    loads: list[int] = sums.tolist()
+    queues: dict[bytes, list[tuple[int, int]]] = {}
+    for group, start, end, size in zip(
+        free.tolist(),
+        starts[free].tolist(),
+        ends[free].tolist(),
+        weight[free].tolist(),
+        strict=True,
+    ):
+        members = rows.profile[start:end]
+        key = members.tobytes()
+        if (queue := queues.get(key)) is None:
+            ranks = chain.from_iterable(profiles.ranks[profile] for profile in members.tolist())
+            queue = queues[key] = [(loads[each], each) for each in ranks]
+            heapq.heapify(queue)
+        # Loads only grow, through other queues too: what is stale is put back where it belongs.
+        while queue[0][0] != loads[queue[0][1]]:
+            heapq.heapreplace(queue, (loads[queue[0][1]], queue[0][1]))
+        chosen = queue[0][1]
+        rank[group] = chosen
+        loads[chosen] += size
+        heapq.heapreplace(queue, (loads[chosen], chosen))
+    rank[tied] = rank[leader[tied]]
+    return rank
+
+
+def _place(
+    chosen: _Rows, rank: IntArray, base: IntArray, flags: BoolArray
+) -> tuple[IntArray, list[int]]:
+    """Return where each chosen row lies in its rank's file, as `lay_out` says, and each sum."""
+    ranks = len(base) - 1
+    key = base[rank] + chosen.item
+    order = np.argsort(key)
+    key, rank = key[order], rank[order]
+    leader = chosen.leader[order]
+    leader_key = base[rank] + leader
+    shares_bytes = (leader >= 0) & flags[np.where(leader >= 0, leader_key, 0)]
+    sizes = np.where(shares_bytes, 0, chosen.slot_bytes[order])
+    running = slot_offsets(sizes)
+    total = int(running[-1] + slot_offsets(np.append(sizes[-1:], 0))[-1]) if len(sizes) else 0
+    # Where each rank's first row starts in the running count over all ranks.
+    first = np.append(running, total)[np.searchsorted(rank, np.arange(ranks + 1))]
+    offset = running - first[rank]
+    offset[shares_bytes] = offset[np.searchsorted(key, leader_key[shares_bytes])]
+    file_offset = np.empty_like(offset)
+    file_offset[order] = offset
+    return file_offset, np.diff(first).tolist()
+
+
+def choose(items: Sequence[Item], share: bytes) -> list[Item]:
+    """Return the items of a rank that it writes, from its share of a decision.
+
+    Aliases of an item that another rank writes become items of their own.
+
+    Raises:
+        ValueError: the share is for another number of items.
+    """
+    if len(share) != -(-len(items) // 8):
+        raise ValueError(f"the share is {len(share)} bytes, not one bit for {len(items)} items")
+    mask = np.unpackbits(np.frombuffer(share, dtype=np.uint8), count=len(items)).tolist()
+    chosen = []
+    for item, leader, is_chosen in zip(items, leaders_of(items), mask, strict=True):
+        if not is_chosen:
+            continue
+        if item.alias_of is not None:
+            name = items[leader].name if mask[leader] else None
+            item = item if name == item.alias_of else replace(item, alias_of=name)
+        chosen.append(item)
+    return chosen
+
+
+def encode_metadata(decision: Decision) -> bytes:
+    """Return `.metadata` as stock torch reads it; the same bytes for the same proposals.
+
+    A large job has an entry per rank and tensor, so the objects that torch would pickle are never
+    made: their pickle is put together from parts. A test holds it against the objects.
+    """
+    catalogue, written = decision.catalogue, decision.written
+    pickled = _Pickled()
+    names = [pickled.text(name) for name in catalogue.numbers]
+    files = [pickled.text(shard_name(rank)) for rank in range(len(decision.shares))]
+    a_chunk = pickled.template(ChunkStorageMetadata, "offsets", "sizes")
+    a_place = pickled.template(_StorageInfo, "relative_path", "offset", "length")
+    a_chunk_index = pickled.template(MetadataIndex, "fqn", "index", "offset")
+    a_value_index = pickled.template(MetadataIndex, "fqn", "index")
+    chunks: list[list[bytes]] = [[] for _ in names]
+    places: list[bytes] = []
+    for number, rank, offsets, lengths, file_offset, slot_bytes in zip(
+        written.name.tolist(),
+        written.rank.tolist(),
+        map(tuple, written.offsets.tolist()),
+        map(tuple, written.lengths.tolist()),
+        written.file_offset.tolist(),
+        written.slot_bytes.tolist(),
+        strict=True,
+    ):
+        if catalogue.dtypes[number] is None:
+            places.append(a_value_index % (names[number], pickle.NONE))
+        else:
+            mine, dimensions = chunks[number], len(catalogue.sizes[number])
+            offset = pickled.size(offsets[:dimensions])
+            places.append(a_chunk_index % (names[number], _integer(len(mine)), offset))
+            mine.append(a_chunk % (offset, pickled.size(lengths[:dimensions])))
+        places.append(a_place % (files[rank], _integer(file_offset), _integer(slot_bytes)))
+
+    a_tensor = pickled.template(TensorStorageMetadata, "properties", "size", "chunks")
+    a_value = pickled.template(BytesStorageMetadata)
+    described: list[bytes] = []
+    for number, (dtype, size) in enumerate(zip(catalogue.dtypes, catalogue.sizes, strict=True)):
+        described.append(names[number])
+        if dtype is None:
+            described.append(a_value)
+        else:
+            listed = b"".join((pickle.EMPTY_LIST, pickle.MARK, *chunks[number], pickle.APPENDS))
+            described.append(a_tensor % (pickled.properties(dtype), pickled.size(size), listed))
+    paths: list[bytes] = []
+    for name, path in zip(names, catalogue.paths, strict=True):
+        paths += (name, pickled.path(path))
+    fields = {name: _plain(default) for name, default in vars(Metadata({})).items()}
+    fields["state_dict_metadata"] = _dictionary(described)
+    fields["planner_data"] = _dictionary(paths)
+    fields["storage_data"] = _dictionary(places)
+    return pickled.finish(pickled.template(Metadata, *fields) % tuple(fields.values()))
+
+
+class _Pickled:
+    """A pickle of protocol 3 in the making: what recurs stands in front and is referred to."""
+
+    def __init__(self) -> None:
+        self._front: list[bytes] = [pickle.PROTO + b"\x03"]
+        self._references: dict[Any, bytes] = {}
+        self._sizes: dict[tuple[int, ...], bytes] = {}
+
+    def finish(self, whole: bytes) -> bytes:
+        """Return the pickle of the object that these parts make."""
+        return b"".join((*self._front, whole, pickle.STOP))
+
+    def text(self, text: str) -> bytes:
+        return self._references.get(text) or self._refer(text, _plain(text))
+
+    def path(self, path: tuple[str | int, ...]) -> bytes:
+        keys = (self.text(key) if isinstance(key, str) else _integer(key) for key in path)
+        return b"".join((pickle.MARK, *keys, pickle.TUPLE))
+
+    def size(self, size: tuple[int, ...]) -> bytes:
+        if (known := self._sizes.get(size)) is None:
+            called = self._global(torch.Size) + _plain(size) + pickle.TUPLE1 + pickle.REDUCE
+            known = self._sizes[size] = self._refer(torch.Size(size), called)
+        return known
+
+    def properties(self, dtype: str) -> bytes:
+        key = getattr(torch, dtype)
+        return self._references.get(key) or self._refer(key, _plain(TensorProperties(key)))
+
+    def template(self, kind: type, *keys: str) -> bytes:
+        """Return the pickle of an object with a %b where the value of each key goes."""
+        new = self._global(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+        if not keys:
+            return new
+        parts = [new + pickle.EMPTY_DICT + pickle.MARK, *map(self.text, keys)]
+        return b"%b".join(
+            part.replace(b"%", b"%%") for part in (parts[0] + parts[1], *parts[2:])
+        ) + (b"%b" + pickle.SETITEMS + pickle.BUILD)
+
+    def _global(self, kind: type) -> bytes:
+        content = pickle.GLOBAL + f"{kind.__module__}\n{kind.__qualname__}\n".encode("ascii")
+        return self._references.get(kind) or self._refer(kind, content)
+
+    def _refer(self, key: Any, content: bytes) -> bytes:
+        number = (len(self._references)).to_bytes(4, "little")
+        self._front.append(content + pickle.LONG_BINPUT + number + pickle.POP)
+        self._references[key] = reference = pickle.LONG_BINGET + number
+        return reference
+
+
+def _plain(value: Any) -> bytes:
+    """Return the pickle of one thing, without beginning and end and without anything remembered."""
+    return pickletools.optimize(pickle.dumps(value, protocol=3))[2:-1]
+
+
+def _integer(number: int) -> bytes:
+    return pickle.dumps(number, protocol=3)[2:-1]
+
+
+def _dictionary(parts: Sequence[bytes]) -> bytes:
+    return b"".join((pickle.EMPTY_DICT, pickle.MARK, *parts, pickle.SETITEMS))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rank says before a save that needs no planning."""
+
+    iteration: int
+    structure: bytes
+    """Of the state it is about to save."""
+    plan: bytes
+    """The plan that it holds for this structure; `NO_PLAN`: none."""
+
+    def pack(self) -> bytes:
+        """Return the record in its fixed size."""
+        return _RECORD.pack(_RECORD_MARK, self.iteration, self.structure, self.plan)
+
+    @classmethod
+    def unpack(cls, content: bytes) -> Record:
+        """Read what `pack` made; `judge` has found it to be a record."""
+        _, iteration, structure, plan = _RECORD.unpack(content)
+        return cls(iteration, structure, plan)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether all ranks may save by the plan that they have."""
+
+    is_current: bool
+    """All ranks save one iteration, each with the structure that the one plan was made for."""
+    changed: tuple[int, ...]
+    """The ranks because of which to plan anew; when plans merely differ, all of them."""
+    iterations: tuple[int, ...]
+    """Of which iteration each record speaks, without repeats; more than one is an error."""
+    reason: str
+    """Empty when current."""
+
+
+def judge(records: Sequence[bytes], structures: Sequence[bytes] | None = None) -> Verdict:
+    """Judge every rank's packed record, in rank order.
+
+    With the structures of the decision at hand, a rank that claims its plan for another structure
+    is found out as well.
+
+    Raises:
+        ValueError: a record is none.
+    """
+    content = b"".join(records)
+    if not records or any(len(record) != _RECORD.size for record in records):
+        raise ValueError(f"not every one of {len(records)} records has {_RECORD.size} bytes")
+    table = np.frombuffer(content, dtype=_RECORDS)
+    if (table["mark"] != _RECORD_MARK).any():
+        raise ValueError("not every record is of this version of holdfast")
+    numbers, holders = np.unique(table["iteration"], return_index=True)
+    iterations = tuple(numbers.tolist())
+    if len(iterations) > 1:
+        named = [f"rank {rank} saves {iterations[at]}" for at, rank in enumerate(holders.tolist())]
+        return Verdict(False, (), iterations, f"the ranks' iterations differ: {_few(named)}")
+    stale = (table["plan"] == 0).all(axis=1)
+    if structures is not None:
+        if len(structures) != len(records):
+            everyone = tuple(range(len(records)))
+            reason = f"{len(records)} ranks, where the plan is for {len(structures)}"
+            return Verdict(False, everyone, iterations, reason)
+        planned = np.frombuffer(b"".join(structures), dtype="<u8").reshape(-1, 2)
+        stale |= (table["structure"] != planned).any(axis=1)
+    if not stale.any():
+        stale = (table["plan"] != table["plan"][0]).any(axis=1)
+    changed = tuple(np.flatnonzero(stale).tolist())
+    if not changed:
+        return Verdict(True, (), iterations, "")
+    ranks = _few([str(rank) for rank in changed])
+    return Verdict(False, changed, iterations, f"no plan for the present state of ranks {ranks}")
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")

@@ -1,0 +1,322 @@
+"""Where each captured tensor lives, found once and followed from save to save.
+
+Owns the way from a name in the checkpoint to the parameter, buffer or optimizer entry that it
+stands for. Asking torch's getters walks and rebuilds the whole state; following the bindings looks
+every entry up where it was. Promises never to be silently stale: each time, modules, parameters,
+groups and state are compared with what was bound, and anything added, removed, replaced or hooked
+in means asking the getters again. Refuses to bind what is not found in plain sight: a state dict
+that hooks or overrides make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
+"""Parts of a name that DCP leaves out: of DDP, torch.compile and activation checkpointing."""
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Model and optimizer as flat named leaves, referring to live tensors."""
+
+    values: Mapping[str, Any]
+    """Tensors and plain values by DCP's flat name."""
+    paths: Mapping[str, KeyPath]
+    """The nested keys of each name: texts for mappings, numbers for lists."""
+    changed_by_steps: frozenset[str]
+    """Names that nothing but an optimizer step changes: trainable parameters, optimizer state."""
+    hollow: tuple[tuple[str, ...], ...] = ()
+    """The nested keys of mappings without a leaf, which no name stands for."""
+
+
+class Bindings:
+    """One state of one model and its optimizers, bound to where its leaves live."""
+
+    def __init__(self, model: _BoundModel, optimizers: Sequence[_BoundOptimizer], leaves: Leaves):
+        """Use `bind`."""
+        self._model = model
+        self._optimizers = optimizers
+        self._order = list(leaves.values)
+        # What does not follow from the values, and not the values: they are looked up anew.
+        self._about = replace(leaves, values={})
+
+    @classmethod
+    def bind(
+        cls, model: nn.Module, optimizers: Sequence[Optimizer], leaves: Leaves
+    ) -> Bindings | None:
+        """Find every leaf; None: one is not where it could be looked up again."""
+        bound_model = _BoundModel.bind(model, leaves)
+        if bound_model is None:
+            return None
+        bound: list[_BoundOptimizer] = []
+        first_group = 0
+        for each in optimizers:
+            found = _BoundOptimizer.bind(each, leaves, first_group)
+            if found is None:
+                return None
+            bound.append(found)
+            first_group += len(each.param_groups)
+        names = [*bound_model.names(), *(name for each in bound for name in each.names())]
+        if len(names) != len(leaves.values) or set(names) != set(leaves.values):
+            return None
+        return cls(bound_model, bound, leaves)
+
+    def follow(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Leaves | None:
+        """Return the leaves as they are now; None: something moved, and has to be bound anew."""
+        if not self._model.holds(model) or len(optimizers) != len(self._optimizers):
+            return None
+        if not all(
+            bound.holds(each) for bound, each in zip(self._optimizers, optimizers, strict=True)
+        ):
+            return None
+        self._model.run_hooks()
+        found: dict[str, Any] = {}
+        self._model.collect(found)
+        for bound in self._optimizers:
+            if not bound.collect(found):
+                return None
+        values = {name: found[name] for name in self._order}
+        return replace(self._about, values=values)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One dictionary of a module, with the entries that it had."""
+
+    owner: dict[str, Any]
+    entries: tuple[tuple[str, str | None], ...]
+    """Each key, with the name of its leaf; None: it had no value, or is not saved."""
+    absent: frozenset[str]
+    """Keys whose value was None."""
+
+    def holds(self) -> bool:
+        owner = self.owner
+        return len(owner) == len(self.entries) and all(
+            key in owner and (owner[key] is None) == (key in self.absent) for key, _ in self.entries
+        )
+
+
+@dataclass(frozen=True)
+class _BoundModule:
+    module: nn.Module
+    prefix: str
+    children: tuple[nn.Module | None, ...]
+    tables: tuple[_Table, _Table]
+    not_saved: frozenset[str]
+
+    def holds(self) -> bool:
+        module = self.module
+        return (
+            module._parameters is self.tables[0].owner
+            and module._buffers is self.tables[1].owner
+            and self.tables[0].holds()
+            and self.tables[1].holds()
+            and len(module._modules) == len(self.children)
+            and all(map(_is, module._modules.values(), self.children))
+            and module._non_persistent_buffers_set == self.not_saved
+            and not module._state_dict_hooks
+        )
+
+
+class _BoundModel:
+    def __init__(self, root: nn.Module, modules: Sequence[_BoundModule]) -> None:
+        self._root = root
+        self._modules = modules
+
+    @classmethod
+    def bind(cls, root: nn.Module, leaves: Leaves) -> _BoundModel | None:
+        names = {path[1]: name for name, path in leaves.paths.items() if path[0] == "model"}
+        modules: list[_BoundModule] = []
+        for prefix, module in root.named_modules(remove_duplicate=False):
+            if not _is_plain(module):
+                return None
+            prefix = f"{prefix}." if prefix else ""
+            not_saved = frozenset(module._non_persistent_buffers_set)
+            tables: list[_Table] = []
+            for owner, skipped in ((module._parameters, frozenset()), (module._buffers, not_saved)):
+                entries: list[tuple[str, str | None]] = []
+                absent = set()
+                for key, value in owner.items():
+                    name = None
+                    if value is None:
+                        absent.add(key)
+                    elif key not in skipped:
+                        name = names.get(_without_wrappers(prefix + key))
+                        if name is None or not _is_same(leaves.values[name], value):
+                            return None
+                    entries.append((key, name))
+                tables.append(_Table(owner, tuple(entries), frozenset(absent)))
+            children = tuple(module._modules.values())
+            modules.append(
+                _BoundModule(module, prefix, children, (tables[0], tables[1]), not_saved)
+            )
+        return cls(root, modules)
+
+    def names(self) -> list[str]:
+        return [
+            name
+            for each in self._modules
+            for table in each.tables
+            for _, name in table.entries
+            if name is not None
+        ]
+
+    def holds(self, root: nn.Module) -> bool:
+        return root is self._root and all(each.holds() for each in self._modules)
+
+    def run_hooks(self) -> None:
+        """Do what a state dict would do first: FSDP2 brings its parameters into shards so."""
+        for each in self._modules:
+            for hook in each.module._state_dict_pre_hooks.values():
+                hook(each.module, each.prefix, False)  # torch passes it so
+
+    def collect(self, into: dict[str, Any]) -> None:
+        for each in self._modules:
+            for table in each.tables:
+                owner = table.owner
+                for key, name in table.entries:
+                    if name is not None:
+                        into[name] = owner[key]
+
+
+class _BoundOptimizer:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        groups: Sequence[tuple[tuple[str, ...], tuple[int, ...], dict[str, str]]],
+        states: Sequence[tuple[torch.Tensor, dict[str, str]]],
+        parameters: Mapping[str, Any],
+    ) -> None:
+        self._optimizer = optimizer
+        self._groups = groups
+        self._states = states
+        self._parameters = parameters
+
+    @classmethod
+    def bind(cls, optimizer: Optimizer, leaves: Leaves, first_group: int) -> _BoundOptimizer | None:
+        if not _is_plain_optimizer(optimizer):
+            return None
+        by_path = {path: name for name, path in leaves.paths.items() if path[0] == "optimizer"}
+        groups = []
+        states = []
+        fixed: dict[str, Any] = {}
+        for number, group in enumerate(optimizer.param_groups, first_group):
+            at: dict[str, str] = {}
+            for key in group:
+                name = by_path.get(("optimizer", "param_groups", number, key))
+                if name is None:
+                    return None
+                at[key] = name
+            saved_names = leaves.values[at["params"]]
+            if len(saved_names) != len(group["params"]):
+                return None
+            fixed[at.pop("params")] = saved_names
+            groups.append((tuple(group), tuple(map(id, group["params"])), at))
+            for parameter, saved_name in zip(group["params"], saved_names, strict=True):
+                state = optimizer.state.get(parameter)
+                if state is None:
+                    continue
+                where: dict[str, str] = {}
+                for key, value in state.items():
+                    name = by_path.get(("optimizer", "state", saved_name, key))
+                    if name is None or not _is_same(leaves.values[name], value):
+                        return None
+                    where[key] = name
+                states.append((parameter, where))
+        return cls(optimizer, groups, states, fixed)
+
+    def names(self) -> list[str]:
+        found = [name for _, _, at in self._groups for name in at.values()]
+        found += [name for _, where in self._states for name in where.values()]
+        return [*found, *self._parameters]
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        groups = optimizer.param_groups
+        return (
+            optimizer is self._optimizer
+            and not optimizer._optimizer_state_dict_pre_hooks
+            and not optimizer._optimizer_state_dict_post_hooks
+            and len(groups) == len(self._groups)
+            and len(optimizer.state) == len(self._states)
+            and all(
+                tuple(group) == keys and tuple(map(id, group["params"])) == parameters
+                for group, (keys, parameters, _) in zip(groups, self._groups, strict=True)
+            )
+        )
+
+    def collect(self, into: dict[str, Any]) -> bool:
+        """Add the leaves as they are now; False: one is missing, or has become a nest of others."""
+        into.update(self._parameters)
+        for group, (_, _, at) in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for key, name in at.items():
+                into[name] = group[key]
+        live = self._optimizer.state
+        for parameter, where in self._states:
+            state = live.get(parameter)
+            if state is None or len(state) != len(where):
+                return False
+            for key, name in where.items():
+                value = state.get(key, _MISSING)
+                if value is _MISSING or isinstance(value, Mapping | list):
+                    return False
+                into[name] = value
+        return True
+
+
+_MISSING = object()
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's state dict is its parameters and buffers, as they are."""
+    kind = type(module)
+    return (
+        kind.state_dict is nn.Module.state_dict
+        and kind._save_to_state_dict is nn.Module._save_to_state_dict
+        and kind.get_extra_state is nn.Module.get_extra_state
+        and "state_dict" not in vars(module)
+        and not module._state_dict_hooks
+    )
+
+
+def _is_plain_optimizer(optimizer: Optimizer) -> bool:
+    return (
+        type(optimizer).state_dict is Optimizer.state_dict
+        and "state_dict" not in vars(optimizer)
+        and not optimizer._optimizer_state_dict_pre_hooks
+        and not optimizer._optimizer_state_dict_post_hooks
+    )
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _is_same(leaf: Any, live: Any) -> bool:
+    """Whether a leaf that a getter gave is this live value and not a copy of it."""
+    if not isinstance(live, torch.Tensor):
+        return not isinstance(live, Mapping | list) and type(leaf) is type(live)
+    if leaf is live:
+        return True
+    if not isinstance(leaf, torch.Tensor) or leaf.shape != live.shape or leaf.dtype != live.dtype:
+        return False
+    one, other = getattr(leaf, "_local_tensor", leaf), getattr(live, "_local_tensor", live)
+    return (
+        type(leaf) in (type(live), torch.Tensor)
+        and one.device == other.device
+        and one.shape == other.shape
+        and one.data_ptr() == other.data_ptr()
+        and one.stride() == other.stride()
+    )
