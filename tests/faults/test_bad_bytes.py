@@ -22,7 +22,7 @@ from torch import nn
 
 from holdfast.cli import main
 from holdfast.config import LoadConfig
-from holdfast.digests import BLOCK_BYTES
+from holdfast.digests import ALIGNMENT_BYTES, BLOCK_BYTES, footer_size
 from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.manifest import MANIFEST_NAME
@@ -101,8 +101,9 @@ def test_every_byte_of_every_file_is_covered(store: Path) -> None:
     sound = reader.open(folder, NEWEST)
     flips = 0
     for file in sound.manifest.files:
-        expected = f"{folder.name}/{file.path}: block 0 (bytes 0-{file.size_bytes - 1})"
+        covered_bytes = _covered_bytes(folder / file.path)
         for position in _positions(file.size_bytes, rng):
+            expected = f"{folder.name}/{file.path}: {_place(position, covered_bytes)}"
             with _flipped(folder / file.path, position, rng.randrange(8)):
                 [damage] = reader.verify(sound, [file])
             assert str(damage).startswith(expected), position
@@ -120,6 +121,28 @@ def test_every_byte_of_every_file_is_covered(store: Path) -> None:
     record("byte flips", flips)
 
 
+def _covered_bytes(path: Path) -> int:
+    """Return the size of a file without the footer that a shard file ends with."""
+    size_bytes = path.stat().st_size
+    if path.suffix != ".distcp":
+        return size_bytes
+    fitting = (
+        body_bytes
+        for body_bytes in range(0, size_bytes, ALIGNMENT_BYTES)
+        if body_bytes + footer_size(body_bytes) == size_bytes
+    )
+    return next(fitting)
+
+
+def _place(position: int, covered_bytes: int) -> str:
+    """Return how damage to a byte is told."""
+    if position >= covered_bytes:
+        return "the footer"
+    block = position // BLOCK_BYTES
+    end = min((block + 1) * BLOCK_BYTES, covered_bytes) - 1
+    return f"block {block} (bytes {block * BLOCK_BYTES}-{end})"
+
+
 def _positions(size_bytes: int, rng: random.Random) -> Iterable[int]:
     if FULL:
         return range(size_bytes)
@@ -135,12 +158,11 @@ def test_a_load_goes_past_a_flipped_bit(
     size_bytes = path.stat().st_size
     rng = random.Random(f"{SEED} {name}")
     positions = [0, size_bytes - 1, *(rng.randrange(size_bytes) for _ in range(4))]
-    if name == MANIFEST_NAME:
-        expected = re.escape(f"{path}: ")
-    else:
-        where = f"{checkpoint_name(NEWEST)}/{name}: block 0 (bytes 0-{size_bytes - 1})"
-        expected = re.escape(where)
+    covered_bytes = _covered_bytes(path)
     for position in positions:
+        expected = re.escape(f"{checkpoint_name(NEWEST)}/{name}: ")
+        if name != MANIFEST_NAME:
+            expected += re.escape(_place(position, covered_bytes))
         with _flipped(path, position, rng.randrange(8)):
             _expect_older(store, saved[1], expected)
             _expect_refusal_by_number(store, expected)
@@ -178,13 +200,13 @@ def test_every_block_of_a_large_file_is_covered(
         job.save()
         digests[step] = job.digests()
     path = tmp_path / checkpoint_name(NEWEST) / "__0_0.distcp"
-    size_bytes = path.stat().st_size
-    starts = range(0, size_bytes, BLOCK_BYTES)
-    assert len(starts) == 3
+    covered_bytes = _covered_bytes(path)
+    starts = [*range(0, covered_bytes, BLOCK_BYTES), covered_bytes]
+    assert len(starts) == 4
+    ends = [*starts[1:], path.stat().st_size]
     rng, flips = random.Random(SEED), 0
-    for block, start in enumerate(starts):
-        end = min(start + BLOCK_BYTES, size_bytes) - 1
-        where = f"{checkpoint_name(NEWEST)}/__0_0.distcp: block {block} (bytes {start}-{end})"
+    for start, end in zip(starts, (each - 1 for each in ends), strict=True):
+        where = f"{checkpoint_name(NEWEST)}/__0_0.distcp: {_place(start, covered_bytes)}"
         for position in (start, rng.randint(start, end), end):
             with _flipped(path, position, rng.randrange(8)):
                 fresh = _large_job(tmp_path)
@@ -414,8 +436,8 @@ def test_all_ranks_fall_back_together(tmp_path: Path, capsys: pytest.CaptureFixt
         assert iterations == (OLDER, OLDER)
         assert list(digests) == [each[OLDER] for each in saved]
         assert reasons[0] == reasons[1]
+        assert any(f"{checkpoint_name(NEWEST)}/{name}: " in reasons[0][0] for name in files)
         for name in files:
-            assert f"{checkpoint_name(NEWEST)}/{name}: " in reasons[0][0]
             _expect_named_by_verify(stores[number], re.escape(f"/{name}: "), capsys)
     record("byte flips", len(named) - 2)
 

@@ -95,8 +95,6 @@ SAVE_FAULTS = [
     ("capture", 0),
     ("capture", 1),
     ("begin", 0),
-    ("plan", 0),
-    ("plan", 1),
     ("write", 0),
     ("write", 2),
     ("commit", 0),
@@ -210,11 +208,11 @@ def _fail_while_staging(directory: Path) -> list[Any]:
 
 
 def test_a_failure_while_staging_is_told_to_all(tmp_path: Path) -> None:
-    """The copy into host memory is part of the capture: its failure on one rank fails all."""
+    """The copy into host memory is a stage of its own: its failure on one rank fails all."""
     for error, (committed, left) in run_ranks(_fail_while_staging, 2, tmp_path / "store"):
         assert error is not None
         assert [each.rank for each in error["failures"]] == [1]
-        assert error["stage"] == "capture"
+        assert error["stage"] == "stage"
         assert (committed, left) == (["iter_0000000"], [])
 
 
@@ -413,8 +411,6 @@ SAVE_PLACES = [
     ("admit", 0),
     ("capture", 1),
     ("begin", 0),
-    ("plan", 0),
-    ("plan", 1),
     ("write", 0),
     ("write", 1),
     ("commit", 0),
@@ -522,7 +518,6 @@ def test_a_dead_rank_is_named_within_the_deadline(tmp_path: Path) -> None:
 HANGS = [
     ("save", "admit", 0),
     ("save", "capture", 1),
-    ("save", "plan", 0),
     ("save", "write", 0),
     ("save", "write", 1),
     ("save", "commit", 0),
@@ -645,6 +640,7 @@ def test_a_store_that_dies_with_rank_0_is_noticed_at_once(tmp_path: Path) -> Non
         _lose_the_store, 2, tmp_path / "store", may_die=[0], initialise=False
     )
     assert error is not None
-    assert error["stage"] == "write"
+    # The word that the stage before was done may have gone down with rank 0.
+    assert error["stage"] in ("stage", "begin", "write")
     assert "rank 0" in error["message"]
     assert seconds < SLACK_SECONDS
