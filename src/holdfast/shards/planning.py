@@ -1,18 +1,16 @@
-"""Which rank writes what, and the `.metadata` that says where it lies.
+"""Which rank writes what: the one decision of a save that needs every rank's items.
 
-Owns the one decision of a save that needs every rank: each replicated item goes to exactly one of
-its holders, balanced by bytes, tied names to one place where all holders agree on the tie. Promises
-that no item is lost or written twice, that the chunks of each tensor tile it exactly, that the same
-proposals give the same bytes, and that a plan is used only while every rank stands by it. Refuses
-ranks that disagree about a name, saying which. Pure: no input or output, no communication.
+Owns the dealing: each replicated item goes to exactly one of its holders, balanced by bytes, tied
+names to one place where all holders agree on the tie. Promises that no item is lost or written
+twice, that the chunks of each tensor tile it exactly, and that the same proposals give the same
+decision. Refuses ranks that disagree about a name, saying which. Pure: no input or output, no
+communication.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import pickle
-import pickletools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from holdfast.errors import UnsupportedStateError
 from holdfast.shards.layout import (
@@ -43,15 +32,7 @@ from holdfast.shards.layout import (
     slot_offsets,
 )
 
-NO_PLAN = bytes(16)
-"""What a rank without a plan for its present structure sends in the place of one."""
-
 _HEADER = struct.Struct("<16sQQ")  # structure, bytes of the table, items
-_RECORD = struct.Struct("<8sq16s16s")
-_RECORD_MARK = b"holdfst1"
-_RECORDS = np.dtype(
-    [("mark", "S8"), ("iteration", "<i8"), ("structure", "<u8", 2), ("plan", "<u8", 2)]
-)
 _SHOWN = 3
 
 BoolArray = npt.NDArray[np.bool_]
@@ -385,7 +366,7 @@ def _check_chunks(
     ranks = [str(rank) for rank in np.unique(profiles.first_rank[chunks.profile[mine]])]
     volume = chunks.lengths[mine].prod(axis=1).sum()
     raise UnsupportedStateError(
-        f"{names[untiled]}: the {mine.sum()} chunks of ranks {_few(ranks)} hold {volume} elements "
+        f"{names[untiled]}: the {mine.sum()} chunks of ranks {few(ranks)} hold {volume} elements "
         f"and do not tile its {sizes[untiled].prod()} (size {list(catalogue.sizes[untiled])}): "
         "they overlap, leave gaps, or reach beyond it."
     )
@@ -530,194 +511,6 @@ def choose(items: Sequence[Item], share: bytes) -> list[Item]:
     return chosen
 
 
-def encode_metadata(decision: Decision) -> bytes:
-    """Return `.metadata` as stock torch reads it; the same bytes for the same proposals.
-
-    A large job has an entry per rank and tensor, so the objects that torch would pickle are never
-    made: their pickle is put together from parts. A test holds it against the objects.
-    """
-    catalogue, written = decision.catalogue, decision.written
-    pickled = _Pickled()
-    names = [pickled.text(name) for name in catalogue.numbers]
-    files = [pickled.text(shard_name(rank)) for rank in range(len(decision.shares))]
-    a_chunk = pickled.template(ChunkStorageMetadata, "offsets", "sizes")
-    a_place = pickled.template(_StorageInfo, "relative_path", "offset", "length")
-    a_chunk_index = pickled.template(MetadataIndex, "fqn", "index", "offset")
-    a_value_index = pickled.template(MetadataIndex, "fqn", "index")
-    chunks: list[list[bytes]] = [[] for _ in names]
-    places: list[bytes] = []
-    for number, rank, offsets, lengths, file_offset, slot_bytes in zip(
-        written.name.tolist(),
-        written.rank.tolist(),
-        map(tuple, written.offsets.tolist()),
-        map(tuple, written.lengths.tolist()),
-        written.file_offset.tolist(),
-        written.slot_bytes.tolist(),
-        strict=True,
-    ):
-        if catalogue.dtypes[number] is None:
-            places.append(a_value_index % (names[number], pickle.NONE))
-        else:
-            mine, dimensions = chunks[number], len(catalogue.sizes[number])
-            offset = pickled.size(offsets[:dimensions])
-            places.append(a_chunk_index % (names[number], _integer(len(mine)), offset))
-            mine.append(a_chunk % (offset, pickled.size(lengths[:dimensions])))
-        places.append(a_place % (files[rank], _integer(file_offset), _integer(slot_bytes)))
-
-    a_tensor = pickled.template(TensorStorageMetadata, "properties", "size", "chunks")
-    a_value = pickled.template(BytesStorageMetadata)
-    described: list[bytes] = []
-    for number, (dtype, size) in enumerate(zip(catalogue.dtypes, catalogue.sizes, strict=True)):
-        described.append(names[number])
-        if dtype is None:
-            described.append(a_value)
-        else:
-            listed = b"".join((pickle.EMPTY_LIST, pickle.MARK, *chunks[number], pickle.APPENDS))
-            described.append(a_tensor % (pickled.properties(dtype), pickled.size(size), listed))
-    paths: list[bytes] = []
-    for name, path in zip(names, catalogue.paths, strict=True):
-        paths += (name, pickled.path(path))
-    fields = {name: _plain(default) for name, default in vars(Metadata({})).items()}
-    fields["state_dict_metadata"] = _dictionary(described)
-    fields["planner_data"] = _dictionary(paths)
-    fields["storage_data"] = _dictionary(places)
-    return pickled.finish(pickled.template(Metadata, *fields) % tuple(fields.values()))
-
-
-class _Pickled:
-    """A pickle of protocol 3 in the making: what recurs stands in front and is referred to."""
-
-    def __init__(self) -> None:
-        self._front: list[bytes] = [pickle.PROTO + b"\x03"]
-        self._references: dict[Any, bytes] = {}
-        self._sizes: dict[tuple[int, ...], bytes] = {}
-
-    def finish(self, whole: bytes) -> bytes:
-        """Return the pickle of the object that these parts make."""
-        return b"".join((*self._front, whole, pickle.STOP))
-
-    def text(self, text: str) -> bytes:
-        return self._references.get(text) or self._refer(text, _plain(text))
-
-    def path(self, path: tuple[str | int, ...]) -> bytes:
-        keys = (self.text(key) if isinstance(key, str) else _integer(key) for key in path)
-        return b"".join((pickle.MARK, *keys, pickle.TUPLE))
-
-    def size(self, size: tuple[int, ...]) -> bytes:
-        if (known := self._sizes.get(size)) is None:
-            called = self._global(torch.Size) + _plain(size) + pickle.TUPLE1 + pickle.REDUCE
-            known = self._sizes[size] = self._refer(torch.Size(size), called)
-        return known
-
-    def properties(self, dtype: str) -> bytes:
-        key = getattr(torch, dtype)
-        return self._references.get(key) or self._refer(key, _plain(TensorProperties(key)))
-
-    def template(self, kind: type, *keys: str) -> bytes:
-        """Return the pickle of an object with a %b where the value of each key goes."""
-        new = self._global(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
-        if not keys:
-            return new
-        parts = [new + pickle.EMPTY_DICT + pickle.MARK, *map(self.text, keys)]
-        return b"%b".join(
-            part.replace(b"%", b"%%") for part in (parts[0] + parts[1], *parts[2:])
-        ) + (b"%b" + pickle.SETITEMS + pickle.BUILD)
-
-    def _global(self, kind: type) -> bytes:
-        content = pickle.GLOBAL + f"{kind.__module__}\n{kind.__qualname__}\n".encode("ascii")
-        return self._references.get(kind) or self._refer(kind, content)
-
-    def _refer(self, key: Any, content: bytes) -> bytes:
-        number = (len(self._references)).to_bytes(4, "little")
-        self._front.append(content + pickle.LONG_BINPUT + number + pickle.POP)
-        self._references[key] = reference = pickle.LONG_BINGET + number
-        return reference
-
-
-def _plain(value: Any) -> bytes:
-    """Return the pickle of one thing, without beginning and end and without anything remembered."""
-    return pickletools.optimize(pickle.dumps(value, protocol=3))[2:-1]
-
-
-def _integer(number: int) -> bytes:
-    return pickle.dumps(number, protocol=3)[2:-1]
-
-
-def _dictionary(parts: Sequence[bytes]) -> bytes:
-    return b"".join((pickle.EMPTY_DICT, pickle.MARK, *parts, pickle.SETITEMS))
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a rank says before a save that needs no planning."""
-
-    iteration: int
-    structure: bytes
-    """Of the state it is about to save."""
-    plan: bytes
-    """The plan that it holds for this structure; `NO_PLAN`: none."""
-
-    def pack(self) -> bytes:
-        """Return the record in its fixed size."""
-        return _RECORD.pack(_RECORD_MARK, self.iteration, self.structure, self.plan)
-
-    @classmethod
-    def unpack(cls, content: bytes) -> Record:
-        """Read what `pack` made; `judge` has found it to be a record."""
-        _, iteration, structure, plan = _RECORD.unpack(content)
-        return cls(iteration, structure, plan)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether all ranks may save by the plan that they have."""
-
-    is_current: bool
-    """All ranks save one iteration, each with the structure that the one plan was made for."""
-    changed: tuple[int, ...]
-    """The ranks because of which to plan anew; when plans merely differ, all of them."""
-    iterations: tuple[int, ...]
-    """Of which iteration each record speaks, without repeats; more than one is an error."""
-    reason: str
-    """Empty when current."""
-
-
-def judge(records: Sequence[bytes], structures: Sequence[bytes] | None = None) -> Verdict:
-    """Judge every rank's packed record, in rank order.
-
-    With the structures of the decision at hand, a rank that claims its plan for another structure
-    is found out as well.
-
-    Raises:
-        ValueError: a record is none.
-    """
-    content = b"".join(records)
-    if not records or any(len(record) != _RECORD.size for record in records):
-        raise ValueError(f"not every one of {len(records)} records has {_RECORD.size} bytes")
-    table = np.frombuffer(content, dtype=_RECORDS)
-    if (table["mark"] != _RECORD_MARK).any():
-        raise ValueError("not every record is of this version of holdfast")
-    numbers, holders = np.unique(table["iteration"], return_index=True)
-    iterations = tuple(numbers.tolist())
-    if len(iterations) > 1:
-        named = [f"rank {rank} saves {iterations[at]}" for at, rank in enumerate(holders.tolist())]
-        return Verdict(False, (), iterations, f"the ranks' iterations differ: {_few(named)}")
-    stale = (table["plan"] == 0).all(axis=1)
-    if structures is not None:
-        if len(structures) != len(records):
-            everyone = tuple(range(len(records)))
-            reason = f"{len(records)} ranks, where the plan is for {len(structures)}"
-            return Verdict(False, everyone, iterations, reason)
-        planned = np.frombuffer(b"".join(structures), dtype="<u8").reshape(-1, 2)
-        stale |= (table["structure"] != planned).any(axis=1)
-    if not stale.any():
-        stale = (table["plan"] != table["plan"][0]).any(axis=1)
-    changed = tuple(np.flatnonzero(stale).tolist())
-    if not changed:
-        return Verdict(True, (), iterations, "")
-    ranks = _few([str(rank) for rank in changed])
-    return Verdict(False, changed, iterations, f"no plan for the present state of ranks {ranks}")
-
-
-def _few(texts: Sequence[str]) -> str:
+def few(texts: Sequence[str]) -> str:
+    """List the first of some texts, and say when there are more."""
     return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")

@@ -21,18 +21,9 @@ from holdfast.filesystem import Filesystem
 from holdfast.shards.arena import Arena, StreamedShard, image_bytes
 from holdfast.shards.items import Inventory
 from holdfast.shards.layout import Item, Layout, lay_out
-from holdfast.shards.planning import (
-    NO_PLAN,
-    Decision,
-    Record,
-    Verdict,
-    choose,
-    decide,
-    encode_metadata,
-    judge,
-    propose,
-    shard_name,
-)
+from holdfast.shards.metadata import encode_metadata
+from holdfast.shards.planning import Decision, choose, decide, propose, shard_name
+from holdfast.shards.records import NO_PLAN, Record, Verdict, judge
 from holdfast.shards.staging import Copying
 from holdfast.shards.writer import Progress, write_shard
 
