@@ -88,6 +88,14 @@ class Arena:
         Copying(now).wait()
         return Copying(beside, beside=True)
 
+    def content(self, slot: int) -> Source:
+        """Return what was staged into a slot: a view of it, or a copy of small bytes."""
+        target = self._targets[slot]
+        if isinstance(target, memoryview):
+            return bytes(target)
+        source: torch.Tensor = target
+        return source
+
     def blocks(self) -> Iterator[memoryview]:
         """Yield the body in blocks of 8 MiB."""
         for start in range(0, self.body_bytes, BLOCK_BYTES):

@@ -270,8 +270,10 @@ def _rows_of(profiles: _Profiles, catalogue: _Catalogue) -> tuple[_Rows, IntArra
     )
 
 
-def decide(proposals: Sequence[bytes]) -> Decision:
+def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     """Decide which rank writes which item, from what `propose` made on every rank, in rank order.
+
+    `is_whole`: these ranks hold the whole state; else the chunks of a tensor need not tile it.
 
     Raises:
         UnsupportedStateError: ranks disagree about a name, or chunks do not tile their tensor.
@@ -281,7 +283,9 @@ def decide(proposals: Sequence[bytes]) -> Decision:
     rows, counts = _rows_of(profiles, catalogue)
     rows, leader_group, group = _group(rows)
     starts = np.flatnonzero(np.diff(group, prepend=-1))
-    _check_chunks(rows, starts[group], starts, profiles, catalogue)
+    _check_replicas(rows, starts[group], profiles, catalogue)
+    if is_whole:
+        _check_tiling(rows, starts, profiles, catalogue)
     rank = _assign(rows, starts, leader_group, profiles, catalogue)
     # Rows stand in the order of group and profile, so that a group's row on a rank can be searched.
     keys = group * len(profiles.ranks) + rows.profile
@@ -342,10 +346,10 @@ def _group(rows: _Rows) -> tuple[_Rows, IntArray, IntArray]:
     return sorted_.take(kept), leader_group[kept], group[kept]
 
 
-def _check_chunks(
-    rows: _Rows, twin: IntArray, starts: IntArray, profiles: _Profiles, catalogue: _Catalogue
+def _check_replicas(
+    rows: _Rows, twin: IntArray, profiles: _Profiles, catalogue: _Catalogue
 ) -> None:
-    """Raise unless replicas are of one size and the chunks of each tensor tile it."""
+    """Raise unless replicas are of one size."""
     names = list(catalogue.numbers)
     if (unlike := (rows.lengths != rows.lengths[twin]).any(axis=1)).any():
         row = int(np.flatnonzero(unlike)[0])
@@ -355,6 +359,13 @@ def _check_chunks(
             f"{names[rows.name[row]]}: ranks {ranks[0]} and {ranks[1]} hold chunks of sizes {one} "
             f"and {other} at the same offsets {rows.offsets[row].tolist()}."
         )
+
+
+def _check_tiling(
+    rows: _Rows, starts: IntArray, profiles: _Profiles, catalogue: _Catalogue
+) -> None:
+    """Raise unless the chunks of each tensor tile it."""
+    names = list(catalogue.numbers)
     chunks = rows.take(starts)
     sizes = np.ones((len(names), rows.offsets.shape[1]), dtype=np.int64)
     for number, size in enumerate(catalogue.sizes):

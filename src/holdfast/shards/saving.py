@@ -12,14 +12,15 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import xxhash
 
 from holdfast.coordination import Coordinator
 from holdfast.digests import FileRecord
 from holdfast.errors import RankFailure, StageFailedError
 from holdfast.filesystem import Filesystem
 from holdfast.shards.arena import Arena, StreamedShard, image_bytes
-from holdfast.shards.items import Inventory
+from holdfast.shards.items import Inventory, Source
 from holdfast.shards.layout import Item, Layout, lay_out
 from holdfast.shards.metadata import encode_metadata
 from holdfast.shards.planning import Decision, choose, decide, propose, shard_name
@@ -30,7 +31,7 @@ from holdfast.shards.writer import Progress, write_shard
 logger = logging.getLogger(__name__)
 
 
-class _Catalogue:
+class _Metadata:
     """The content of `.metadata`, made when it is first needed and kept."""
 
     def __init__(self, decision: Decision) -> None:
@@ -44,20 +45,34 @@ class _Catalogue:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which of its items a rank writes into one file, and where they lie there."""
+
+    layout: Layout
+    positions: Sequence[int]
+    """For each slot of the layout, the item of the inventory that goes into it."""
+
+
+@dataclass(frozen=True)
 class ShardPlan:
-    """Which of its items a rank writes, and where they lie."""
+    """Who stages and writes what, as this rank needs to know it."""
 
     identity: bytes
     """16 bytes, equal on all ranks."""
     structure: bytes
     """Of this rank's state, which it was made for."""
-    layout: Layout
-    positions: Sequence[int]
-    """For each slot of the layout, the item of the inventory that goes into it."""
+    staged: Share
+    """What this rank copies: replicas are divided among the ranks of a node, or of the job."""
+    written: Share
+    """What of that goes into the file that all ranks' files complete; the same where there is
+    nothing else to divide."""
     name: str
+    """Of that file."""
+    state_names: int
+    """Different names in the whole state."""
     structures: Sequence[bytes] | None = None
     """On rank 0: of every rank."""
-    catalogue: _Catalogue | None = None
+    metadata: _Metadata | None = None
     """On rank 0."""
 
 
@@ -67,6 +82,9 @@ class StagedShard:
 
     plan: ShardPlan
     image: Arena | StreamedShard
+    """Of the file that this rank writes."""
+    arena: Arena | None
+    """All that it staged; None: nothing, the live tensors are read."""
     copying: Copying | None
     """What is still being copied; None: nothing."""
     progress: Progress
@@ -74,7 +92,12 @@ class StagedShard:
     @property
     def is_empty(self) -> bool:
         """Whether this rank has nothing to write."""
-        return not self.plan.layout.slots
+        return not self.plan.written.layout.slots
+
+    def wait(self) -> None:
+        """Wait until all of it is there; raise what kept it from coming."""
+        if self.copying is not None:
+            self.copying.wait()
 
     def write(
         self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
@@ -84,8 +107,7 @@ class StagedShard:
         Raises:
             OSError: it cannot be written.
         """
-        if self.copying is not None:
-            self.copying.wait()
+        self.wait()
         name = self.plan.name
         return write_shard(
             filesystem, directory / name, name, self.image, self.progress, bytes_per_second
@@ -93,8 +115,8 @@ class StagedShard:
 
     def metadata(self) -> bytes:
         """Return the content of `.metadata`, on rank 0."""
-        assert self.plan.catalogue is not None
-        return self.plan.catalogue.content()
+        assert self.plan.metadata is not None
+        return self.plan.metadata.content()
 
 
 class ShardSaver:
@@ -107,9 +129,15 @@ class ShardSaver:
         """Of the file being written, or of the last one."""
 
     def settle(
-        self, take: Callable[[], tuple[int, Inventory]], coordinator: Coordinator
+        self,
+        take: Callable[[], tuple[int, Inventory]],
+        coordinator: Coordinator,
+        nodes: Sequence[int] | None = None,
     ) -> tuple[ShardPlan, Inventory]:
         """Agree with all ranks on the plan for a state; `take` returns its iteration and items.
+
+        `nodes`: by rank, the node that it is on, where each node is to stage the whole state.
+        None: the job stages it once.
 
         Raises:
             CheckpointError: raised by `take` on some rank; on every rank.
@@ -132,67 +160,48 @@ class ShardSaver:
         if plan is None or not verdict.is_current:
             if plan is not None and coordinator.rank == 0:
                 logger.info("planning anew: %s", verdict.reason)
-            plan = self._plan = self._make_plan(taken[0], coordinator)
+            plan = self._plan = _make_plan(taken[0], coordinator, nodes)
         return plan, taken[0]
-
-    def _make_plan(self, inventory: Inventory, coordinator: Coordinator) -> ShardPlan:
-        proposals = coordinator.gather("plan", lambda: propose(inventory.items))
-        decided: list[Decision] = []
-
-        def deal() -> list[tuple[bytes, bytes]]:
-            assert proposals is not None
-            decision = decide(proposals)
-            decided.append(decision)
-            return [(decision.plan, share) for share in decision.shares]
-
-        identity, share = coordinator.scatter("plan", deal)
-        layout = lay_out(choose(inventory.items, share))
-        places = {_key(item): position for position, item in enumerate(inventory.items)}
-        decision = decided[0] if decided else None
-        return ShardPlan(
-            identity,
-            inventory.structure,
-            layout,
-            [places[_key(slot.item)] for slot in layout.slots],
-            shard_name(coordinator.rank),
-            decision.structures if decision is not None else None,
-            _Catalogue(decision) if decision is not None else None,
-        )
 
     def stage(
         self,
         plan: ShardPlan,
         inventory: Inventory,
         *,
+        arena: Arena | None = None,
         pinned: bool = False,
         later: frozenset[str] = frozenset(),
     ) -> StagedShard:
-        """Copy what this rank writes into its arena, which nobody may be reading any more.
+        """Copy what this rank stages into an arena, which nobody may be reading any more.
 
-        `later`: names that are copied beside training.
+        `arena`: laid out for `plan.staged`. None: one of our own. `later`: names that are copied
+        beside training.
 
         Raises:
-            NotEnoughMemoryError: the arena does not fit what is left.
+            NotEnoughMemoryError: our own does not fit what is left.
         """
-        arena = self._arena_for(plan.layout, pinned=pinned)
-        waits = [slot.item.name in later for slot in plan.layout.slots] if later else None
-        copying = arena.stage(self._sources(plan, inventory), waits)
-        return StagedShard(plan, arena, copying, self.progress)
+        staged = plan.staged
+        if arena is None:
+            arena = self._arena_for(staged.layout, pinned=pinned)
+        waits = [slot.item.name in later for slot in staged.layout.slots] if later else None
+        copying = arena.stage(_sources(staged, inventory), waits)
+        image: Arena | StreamedShard = arena
+        if plan.written is not staged:
+            places = {position: slot for slot, position in enumerate(staged.positions)}
+            chosen = [arena.content(places[position]) for position in plan.written.positions]
+            image = StreamedShard(plan.written.layout, chosen)
+        return StagedShard(plan, image, arena, copying, self.progress)
 
     def stream(self, plan: ShardPlan, inventory: Inventory) -> StagedShard:
         """Return the shard as it is to be read from the live tensors, with nothing copied yet."""
-        image = StreamedShard(plan.layout, self._sources(plan, inventory))
-        return StagedShard(plan, image, None, self.progress)
+        image = StreamedShard(plan.written.layout, _sources(plan.written, inventory))
+        return StagedShard(plan, image, None, None, self.progress)
 
     def release(self) -> None:
         """Give the arena's memory back; the next save takes it anew."""
         if self._arena is not None:
             self._arena.release()
         self._arena = None
-
-    @staticmethod
-    def _sources(plan: ShardPlan, inventory: Inventory) -> list[Any]:
-        return [inventory.sources[position] for position in plan.positions]
 
     def _arena_for(self, layout: Layout, *, pinned: bool) -> Arena:
         arena = self._arena
@@ -209,6 +218,91 @@ class ShardSaver:
             memory = None
         self._arena = Arena(layout, memory, pinned=pinned)
         return self._arena
+
+
+def _make_plan(
+    inventory: Inventory, coordinator: Coordinator, nodes: Sequence[int] | None
+) -> ShardPlan:
+    items = inventory.items
+    world = [[*range(coordinator.world_size)]]
+    groups = world if nodes is None else _ranks_of_nodes(nodes)
+    deal = _deal(items, coordinator, groups)
+    staged = written = _share(items, choose(items, deal.share))
+    identity, structures = deal.identity, deal.structures
+    if len(groups) > 1:
+        # What several nodes have staged, one of them writes: from what it has staged.
+        staged_items = choose(items, deal.share)
+        deal = _deal(staged_items, coordinator, world)
+        written_items = choose(staged_items, deal.share)
+        if written_items != staged_items:
+            written = _share(items, written_items)
+        identity = xxhash.xxh3_128_digest(identity + deal.identity)
+    return ShardPlan(
+        identity,
+        inventory.structure,
+        staged,
+        written,
+        shard_name(coordinator.rank),
+        deal.state_names,
+        structures,
+        _Metadata(deal.decisions[0]) if deal.decisions else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """What one round of dealing items gave this rank."""
+
+    identity: bytes
+    state_names: int
+    share: bytes
+    structures: Sequence[bytes] | None
+    """On rank 0: of what each rank proposed."""
+    decisions: Sequence[Decision]
+    """On rank 0: one for each group."""
+
+
+def _deal(
+    items: Sequence[Item], coordinator: Coordinator, groups: Sequence[Sequence[int]]
+) -> _Deal:
+    """Divide replicas within each group of ranks; every rank is in one."""
+    proposals = coordinator.gather("plan", lambda: propose(items))
+    decisions: list[Decision] = []
+    structures = [b""] * coordinator.world_size
+
+    def decide_all() -> list[tuple[bytes, int, bytes]]:
+        assert proposals is not None
+        shares = [b""] * len(proposals)
+        for ranks in groups:
+            decision = decide([proposals[rank] for rank in ranks], is_whole=len(groups) == 1)
+            decisions.append(decision)
+            for rank, share, structure in zip(
+                ranks, decision.shares, decision.structures, strict=True
+            ):
+                shares[rank], structures[rank] = share, structure
+        identity = xxhash.xxh3_128_digest(b"".join(each.plan for each in decisions))
+        names = max(len(each.catalogue.numbers) for each in decisions)
+        return [(identity, names, share) for share in shares]
+
+    identity, names, share = coordinator.scatter("plan", decide_all)
+    leads = coordinator.rank == 0
+    return _Deal(identity, names, share, structures if leads else None, decisions)
+
+
+def _ranks_of_nodes(nodes: Sequence[int]) -> list[list[int]]:
+    return [
+        [rank for rank, each in enumerate(nodes) if each == node] for node in sorted(set(nodes))
+    ]
+
+
+def _share(items: Sequence[Item], chosen: Sequence[Item]) -> Share:
+    places = {_key(item): position for position, item in enumerate(items)}
+    layout = lay_out(chosen)
+    return Share(layout, [places[_key(slot.item)] for slot in layout.slots])
+
+
+def _sources(share: Share, inventory: Inventory) -> list[Source]:
+    return [inventory.sources[position] for position in share.positions]
 
 
 def _judge(records: Sequence[bytes], structures: Sequence[bytes] | None) -> Verdict:
