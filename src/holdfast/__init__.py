@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         LoadResult,
         TrainState,
     )
+    from holdfast.tiers.viewing import open_tensors
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOMES = {
     "LoadResult": "protocol",
     "TrainState": "protocol",
     "create_checkpoint_manager": "factory",
+    "open_tensors": "tiers.viewing",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "LoadResult",
     "TrainState",
     "create_checkpoint_manager",
+    "open_tensors",
 ]
 
 

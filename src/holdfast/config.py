@@ -200,9 +200,17 @@ class CheckpointConfig:
                     "name a path",
                 )
         if self.local.directory is not None:
-            found.append(
-                "checkpoint.local.directory is set, but this version has no local tier yet; "
-                "set it to null"
+            require(self.local.directory.strip() != "", "local.directory", "is empty; use null")
+            require(
+                "://" not in self.local.directory,
+                "local.directory",
+                f"is {self.local.directory!r}; name a path on this node's own disk or RAM",
+            )
+            require(
+                self.local.keep.last is not None and self.local.keep.last >= 2,
+                "local.keep.last",
+                f"is {self.local.keep.last}; it must be 2 or more: one whole checkpoint stands "
+                "while the next is made",
             )
         return found
 

@@ -158,6 +158,10 @@ def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
         if xxhash.xxh3_128_hexdigest(block) != expected.digests[count]:
             return Difference.in_block(count, position, position + len(block) - 1)
         position += len(block)
+    if in_footer:
+        stream.seek(record.size_bytes)
+        if stream.read(1):
+            return Difference(f"is longer than the {record.size_bytes} bytes committed")
     if position != expected.covered_bytes:
         return Difference(f"has {position} bytes, {record.size_bytes} were committed")
     if not in_footer and _root_digest([*map(bytes.fromhex, expected.digests)]) != record.digest:

@@ -29,6 +29,15 @@ _CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
 
 
 @dataclass(frozen=True)
+class CommitIdentity:
+    """What a commit is given by whoever admits saves."""
+
+    attempt: int
+    sequence: int
+    """Larger than that of any commit of the run before, in either tier."""
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One start of a run that has saved, or is about to."""
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -31,6 +31,7 @@ from holdfast.errors import (
     RankFailure,
     SaveFailedError,
     StageFailedError,
+    StageTimeoutError,
     StatePartlyLoadedError,
     StoreIdentityError,
     UnsupportedStateError,
@@ -50,7 +51,8 @@ from holdfast.protocol import (
     LoadResult,
     SkippedCheckpoint,
 )
-from holdfast.restoring import Opened, Restoration, open_verified
+from holdfast.restoring import Opened, Restoration, open_local, open_verified
+from holdfast.shards.arena import Arena
 from holdfast.shards.items import Inventory, Itemizer
 from holdfast.shards.saving import ShardPlan, ShardSaver, StagedShard
 from holdfast.shards.writer import Progress
@@ -60,12 +62,26 @@ from holdfast.state.run_config import to_yaml
 from holdfast.state.safety import encode
 from holdfast.state.step_guard import StepGuard
 from holdfast.store import Checkpoint
+from holdfast.tiers.both import LOCAL, Tiers
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier, Snapshot
-from holdfast.tiers.resolve import resolve
+
+if TYPE_CHECKING:
+    from holdfast.tiers.local_vote import Candidate
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a save is staged into."""
+
+    arena: Arena | None
+    """Of the local tier; None: the stager's own."""
+    pinned: bool
+    is_local: bool
+    """Whether the local tier takes part."""
 
 
 @dataclass
@@ -116,6 +132,7 @@ class DefaultCheckpointManager:
             checkpoint_config.persistent.keep.last,
             _bytes_per_second(checkpoint_config),
         )
+        self._tiers = Tiers(checkpoint_config, self._tier, self._filesystem)
         self._shards = ShardSaver()
         self._itemizer = Itemizer()
         self._bindings: Bindings | None = None
@@ -137,15 +154,11 @@ class DefaultCheckpointManager:
         started = time.monotonic()
         self._calls += 1
         self.wait_staged()
-        if ctx.non_persistent_ckpt:
-            raise ConfigError(
-                ["checkpoint.local.directory is null: there is no local tier to save to"]
-            )
         self._settle(self._background.wait())
         control, writer = self._begin_call()
         event = CheckpointEvent(
             iteration=ctx.state.train_state.step,
-            tier=TIER_NAME,
+            tier=LOCAL if ctx.non_persistent_ckpt else TIER_NAME,
             state=ctx.state,
             model=ctx.model,
             optimizer=ctx.optimizer,
@@ -153,15 +166,17 @@ class DefaultCheckpointManager:
         )
         save = _Save(callback_manager, event, started)
         try:
-            control.lead("admit", self._tier.admit)
-            snapshot = self._take_snapshot(ctx, control)
+            self._tiers.admit(control, to_local=ctx.non_persistent_ckpt)
+            snapshot, to_local = self._take_snapshot(ctx, control)
         except StageFailedError as error:
             self._in_flight = save
             self._settle(Outcome(error=error))
             return
 
         def write() -> Committed:
-            return self._tier.write(snapshot, writer)
+            return self._tiers.write(
+                snapshot, writer, to_local=to_local, to_persistent=not ctx.non_persistent_ckpt
+            )
 
         self._in_flight = save
         if self.checkpoint_config.async_save:
@@ -188,6 +203,7 @@ class DefaultCheckpointManager:
             if terminate:  # the memory of a snapshot, and the hooks on what it was taken from
                 self._guard.leave()
                 self._shards.release()
+                self._tiers.close()
                 self._bindings = None
             self._settle(outcome)
         else:
@@ -206,8 +222,13 @@ class DefaultCheckpointManager:
         """How far this rank's shard of the latest save has come to disk."""
         return self._shards.progress
 
-    def _take_snapshot(self, ctx: CheckpointSaveContext, control: Coordinator) -> Snapshot:
-        """Copy everything out of training's reach; a failure on one rank fails all."""
+    def _take_snapshot(
+        self, ctx: CheckpointSaveContext, control: Coordinator
+    ) -> tuple[Snapshot, bool]:
+        """Copy everything out of training's reach; a failure on one rank fails all.
+
+        Return it, and whether it can go to the local tier.
+        """
         taken: list[tuple[Captured, bytes]] = []
         iteration = ctx.state.train_state.step
 
@@ -219,33 +240,68 @@ class DefaultCheckpointManager:
             leaves = captured.leaves
             return iteration, self._itemizer.describe(leaves.values, leaves.paths)
 
-        plan, inventory = self._shards.settle(take, control)
+        plan, inventory = self._shards.settle(take, control, self._tiers.nodes)
+        memory = self._begin_local(ctx, plan, inventory, control)
 
         def stage() -> Snapshot:
             ((captured, counters),) = taken
             return Snapshot(
                 iteration,
-                self._stage_shard(ctx, captured, plan, inventory),
+                self._stage_shard(ctx, captured, plan, inventory, memory),
                 encode(captured.rank),
                 encode(captured.shared),
                 counters,
                 to_yaml(ctx.state.cfg),
             )
 
-        return _keep_own(control, "stage", stage)
+        try:
+            return _keep_own(control, "stage", stage), memory.is_local
+        except CheckpointError:
+            self._tiers.abandon_local()
+            raise
+
+    def _begin_local(
+        self,
+        ctx: CheckpointSaveContext,
+        plan: ShardPlan,
+        inventory: Inventory,
+        control: Coordinator,
+    ) -> _Memory:
+        """Ask the local tier for memory to stage into, where there is one."""
+        pinned = _is_on_gpu(inventory)
+        if self._tiers.local is None:
+            return _Memory(None, pinned, is_local=False)
+        iteration = ctx.state.train_state.step
+        try:
+            arena = self._tiers.begin_local(iteration, plan, control, pinned=pinned)
+        except StageTimeoutError:
+            raise
+        except CheckpointError as error:
+            if ctx.non_persistent_ckpt:
+                raise
+            if control.rank == 0:
+                logger.warning("no local copy of this save: %s", error)
+            return _Memory(None, pinned, is_local=False)
+        return _Memory(arena, pinned, is_local=True)
 
     def _stage_shard(
-        self, ctx: CheckpointSaveContext, captured: Captured, plan: ShardPlan, inventory: Inventory
+        self,
+        ctx: CheckpointSaveContext,
+        captured: Captured,
+        plan: ShardPlan,
+        inventory: Inventory,
+        memory: _Memory,
     ) -> StagedShard:
-        if not self.checkpoint_config.async_save:
+        if not self.checkpoint_config.async_save and not memory.is_local:
             # Written before `save` returns: nothing to copy.
             return self._shards.stream(plan, inventory)
-        overlapped = self.checkpoint_config.staging == "overlapped"
-        later = captured.leaves.changed_by_steps if overlapped else frozenset()
-        pinned = any(
-            isinstance(source, torch.Tensor) and source.is_cuda for source in inventory.sources
+        overlapped = (
+            self.checkpoint_config.async_save and self.checkpoint_config.staging == "overlapped"
         )
-        staged = self._shards.stage(plan, inventory, pinned=pinned, later=later)
+        later = captured.leaves.changed_by_steps if overlapped else frozenset()
+        staged = self._shards.stage(
+            plan, inventory, arena=memory.arena, pinned=memory.pinned, later=later
+        )
         if overlapped and staged.copying is not None:
             self._guard.watch(_optimizers(ctx), staged.copying.hold)
         return staged
@@ -298,37 +354,29 @@ class DefaultCheckpointManager:
         self._settle(self._background.wait())
         control, _ = self._begin_call()
         config = self.checkpoint_config
-        decision = control.lead(
-            "resolve",
-            lambda: resolve(config.load, self._tier.store.root, config.run_id, self._filesystem),
-        )
+        decision = self._tiers.resolve(control)
         failed: list[SkippedCheckpoint] = []
         touched = False
-        place = _place(ctx, control)
-        for checkpoint in decision.candidates:
+        for candidate in self._tiers.candidates(decision, control):
             try:
-                opened = open_verified(
-                    checkpoint,
-                    control,
-                    self._filesystem,
-                    place,
-                    verify_first=config.load.verify == "first",
-                )
+                opened = self._open(candidate, ctx, control)
                 restoration = self._compare(ctx, opened, control)
                 touched = True
                 restoration.fill(control)
             except CorruptCheckpointError as error:
                 if decision.asked_for and not touched:
                     raise
-                skipped = _skip(checkpoint, error)
-                if control.rank == 0:
-                    logger.warning("%s is passed over: %s", skipped.path, skipped.reason)
-                failed.append(skipped)
+                self._give_up(candidate, error, failed, control)
                 continue
             control.together("apply", restoration.apply)
-            newer = [each for each in decision.skipped if _is_beyond(each, checkpoint.iteration)]
+            if not isinstance(candidate, Checkpoint):
+                assert self._tiers.local is not None
+                self._tiers.local.finish(control)
+            skipped = [*decision.skipped, *self._tiers.passed_over_locally()]
+            newer = [each for each in skipped if _is_beyond(each, opened.checkpoint.iteration)]
             return self._finish_load(ctx.state, opened, _newest_first(newer + failed))
-        if reasons := _newest_first([*decision.skipped, *failed]):
+        reasons = _newest_first([*decision.skipped, *failed, *self._tiers.passed_over_locally()])
+        if reasons:
             kind = StatePartlyLoadedError if touched else NoLoadableCheckpointError
             raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in reasons])
         if config.load.on_missing == "error":
@@ -338,6 +386,41 @@ class DefaultCheckpointManager:
             )
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         return LoadResult()
+
+    def _open(
+        self, candidate: Checkpoint | Candidate, ctx: CheckpointLoadContext, control: Coordinator
+    ) -> Opened:
+        place = _place(ctx, control)
+        verify_first = self.checkpoint_config.load.verify == "first"
+        if isinstance(candidate, Checkpoint):
+            return open_verified(
+                candidate, control, self._filesystem, place, verify_first=verify_first
+            )
+        local = self._tiers.local
+        assert local is not None
+        return open_local(candidate, local, control, place, verify_first=verify_first)
+
+    def _give_up(
+        self,
+        candidate: Checkpoint | Candidate,
+        error: CorruptCheckpointError,
+        failed: list[SkippedCheckpoint],
+        control: Coordinator,
+    ) -> None:
+        """Note why a candidate was not loaded, so that the next one is another."""
+        if isinstance(candidate, Checkpoint):
+            skipped = _skip(candidate, error)
+            failed.append(skipped)
+        else:
+            local = self._tiers.local
+            assert local is not None
+            local.pass_over(candidate, control, str(error))
+            skipped = SkippedCheckpoint(
+                str(local.directory), str(error), candidate.record.iteration, LOCAL
+            )
+            failed.append(skipped)
+        if control.rank == 0:
+            logger.warning("%s is passed over: %s", skipped.path, skipped.reason)
 
     def _compare(
         self, ctx: CheckpointLoadContext, opened: Opened, control: Coordinator
@@ -359,7 +442,7 @@ class DefaultCheckpointManager:
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
         state.train_state.update_from(counters["train_state"])
-        self._tier.resume_from(checkpoint)
+        self._tiers.resume_from(checkpoint)
         return LoadResult(
             iteration=checkpoint.iteration,
             num_floating_point_operations_so_far=counters["num_floating_point_operations_so_far"],
@@ -394,6 +477,12 @@ def _keep_own(coordinator: Coordinator, stage: str, work: Callable[[], T]) -> T:
     results: list[T] = []
     coordinator.settle(stage, lambda: results.append(work()), lambda _: None)
     return results[0]
+
+
+def _is_on_gpu(inventory: Inventory) -> bool:
+    return torch.cuda.is_available() and any(
+        isinstance(source, torch.Tensor) and source.is_cuda for source in inventory.sources
+    )
 
 
 def _bytes_per_second(config: CheckpointConfig) -> float | None:

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError, StageFailedError, StageTimeoutError
 from holdfast.filesystem import Filesystem
+from holdfast.shards.sharing import ReadAlone, Reading, ReadShared
 from holdfast.state.capture import AppState, Place, SavedRun, SavedTensors
 from holdfast.state.safety import decode
 from holdfast.store import Checkpoint
 from holdfast.tiers.reading import Contents, open_contents, verify_together
+
+if TYPE_CHECKING:
+    from holdfast.tiers.local import LocalTier
+    from holdfast.tiers.local_vote import Candidate
 
 _SHOWN = 3
 """Damaged files that one message lists."""
@@ -31,7 +38,8 @@ class Opened:
     contents: Contents
     shared: dict[str, Any]
     rank_states: list[dict[str, Any]]
-    """This rank's own alone; every saving rank's, in rank order, where ranks have changed."""
+    """This rank's own alone; every saving rank's, in rank order, where ranks have changed. Empty:
+    the checkpoint holds nothing but model and optimizer."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -61,6 +69,9 @@ def open_verified(
 
     def read() -> None:
         contents = open_contents(checkpoint, filesystem)
+        if contents.shared_state is None:
+            opened.append(Opened(contents, {}, []))
+            return
         saved_size = checkpoint.manifest.world_size
         states = []
         if place.world_size == saved_size:
@@ -71,6 +82,45 @@ def open_verified(
         opened.append(Opened(contents, shared, states))
 
     _read_together("open", read, checkpoint, coordinator)
+    return opened[0]
+
+
+def open_local(
+    candidate: Candidate,
+    tier: LocalTier,
+    coordinator: Coordinator,
+    place: Place,
+    *,
+    verify_first: bool,
+) -> Opened:
+    """As `open_verified`, a commit of the local tier, which passes it over where that fails.
+
+    Raises:
+        CorruptCheckpointError: on every rank, naming what is damaged or cannot be read.
+    """
+    if verify_first:
+        tier.verify(candidate, coordinator)
+    same_world = candidate.record.world_size == place.world_size
+
+    def suffices(content: bytes) -> bool:
+        return same_world and place.reads_on_from(decode(content, "the state of this rank"))
+
+    contents = tier.open(candidate, coordinator, None, suffices)
+    opened: list[Opened] = []
+
+    def read() -> None:
+        ranks = sorted(contents.rank_states)
+        if place.rank in ranks and suffices(contents.rank_states[place.rank]):
+            ranks = [place.rank]
+        states = [
+            decode(contents.rank_states[rank], f"{contents.checkpoint.path}: state of rank {rank}")
+            for rank in ranks
+        ]
+        assert contents.shared_state is not None
+        shared = decode(contents.shared_state, str(contents.checkpoint.path))
+        opened.append(Opened(contents, shared, states))
+
+    _read_together("open", read, contents.checkpoint, coordinator)
     return opened[0]
 
 
@@ -113,9 +163,13 @@ def _listed(damages: Sequence[str]) -> str:
 class Restoration:
     """An opened checkpoint and the live state that it is to fill."""
 
-    def __init__(self, opened: Opened, app: AppState, *, with_tensors: bool) -> None:
+    def __init__(
+        self, opened: Opened, app: AppState, *, with_tensors: bool, broadcast: bool = False
+    ) -> None:
+        """`broadcast`: what every rank needs in full is read by one rank and sent to the others."""
         self._opened = opened
-        self._app = app
+        self._app = app if opened.rank_states else app.of_tensors_alone()
+        self._broadcast = broadcast
         self._saved: SavedTensors | None = None
         if with_tensors:
             reader, values = opened.contents.reader, opened.contents.values
@@ -130,7 +184,8 @@ class Restoration:
         Raises:
             StateMismatchError, DataReshardError: it is sound, but not for this run as built.
         """
-        opened, own = self._opened, self._opened.rank_states[0]
+        opened = self._opened
+        own = opened.rank_states[0] if opened.rank_states else {}
         path = str(opened.checkpoint.path)
         self._app.check(path, self._saved, opened.shared, own, strict)
         self._app.check_data(own, path, accept_data_restart)
@@ -144,17 +199,31 @@ class Restoration:
         if (saved := self._saved) is None:
             return
 
+        reader = self._opened.contents.reader
+        targets: dict[str, torch.Tensor] = {}
+
+        def find_targets() -> dict[str, torch.Tensor]:
+            targets.update(self._app.targets(saved))
+            return targets
+
+        self._opened.contents.bring(find_targets, coordinator)
+        reading: Reading = ReadAlone()
+        if self._broadcast and coordinator.world_size > 1:
+            reading = ReadShared.agree(find_targets, reader, coordinator)
+
         def read() -> None:
-            targets = self._app.targets(saved)
-            self._opened.contents.reader.read_tensors(targets)
+            reading.read(reader, targets or find_targets())
             self._filled = {**saved.values, **targets}
 
         _read_together("read", read, self._opened.checkpoint, coordinator)
+        reading.pass_on(coordinator)
 
     def apply(self) -> None:
         """Give every live object its state; RNG last."""
         if self._saved is not None:
             self._app.apply(self._filled, self._saved)
+        if not self._opened.rank_states:
+            return
         self._app.apply_scheduler(self._opened.shared)
         manifest = self._opened.checkpoint.manifest
         saved = SavedRun(manifest.run_id, manifest.iteration, manifest.world_size)

@@ -106,7 +106,8 @@ IMPOSSIBLE = [
     ("persistent.directory", "s3://bucket/run", "mounted file systems only"),
     ("load.directory", "", "is empty; name a directory or use null"),
     ("load.directory", "gs://bucket", "mounted file systems only"),
-    ("local.directory", "/dev/shm/x", "no local tier yet"),
+    ("local.directory", "s3://bucket/x", "name a path on this node"),
+    ("local.directory", " ", "is empty"),
 ]
 
 MISTYPED = [

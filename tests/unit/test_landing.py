@@ -8,16 +8,12 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from holdfast.shards.container import container_of
 from holdfast.shards.landing import Landing, waves
+from holdfast.shards.regions import Region
 
 
 @st.composite
@@ -46,13 +42,8 @@ def _land(
         torch.Size(starts),
         lengths,
     )
-    described = TensorStorageMetadata(
-        TensorProperties(dtype=stored.dtype),
-        stored.size(),
-        [ChunkStorageMetadata(torch.Size([0] * stored.dim()), stored.size())],
-    )
     container = container_of(stored.dtype, stored.size())
-    landing = Landing(item, at, container, described, stored.size(), target)
+    landing = Landing(Region(item, stored.size(), target), at, container, stored.dtype)
     for part in landing.open():
         part.target[:] = file[part.offset : part.end]
     return landing.close()
@@ -96,14 +87,12 @@ def test_waves_bound_the_extra_memory(tmp_path: Path) -> None:
         LoadItemType.TENSOR, MetadataIndex("w"), torch.Size([0]), MetadataIndex("w"),
         torch.Size([0]), torch.Size([30 << 20]),
     )  # fmt: skip
-    described = TensorStorageMetadata(
-        TensorProperties(dtype=torch.float32), torch.Size([30 << 20]), []
-    )
-    container = container_of(torch.float32, torch.Size([30 << 20]))
+    size = torch.Size([30 << 20])
+    container = container_of(torch.float32, size)
     far = torch.empty(30 << 20, dtype=torch.float64, device="meta")
     near = torch.empty(30 << 20, device="meta")
     landings = [
-        Landing(item, 0, container, described, torch.Size([30 << 20]), each)
+        Landing(Region(item, size, each), 0, container, torch.float32)
         for each in (far, near, far, far, far)
     ]
     assert [len(wave) for wave in waves(landings)] == [2, 2, 1]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +32,7 @@ from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, naming, read_into
 
 THREADS = min(4, os.cpu_count() or 1)
+_SCRATCH_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -120,22 +123,31 @@ class _Pass:
                 f"has {self._expected.covered_bytes} bytes, too few for what it should hold",
             )
         workers = min(THREADS, len(numbers))
-        shares = [numbers[start::workers] for start in range(workers)]
+        waiting = deque(numbers)
         if workers <= 1:
-            for share in shares:
-                self._read_blocks(share)
+            self._read_blocks(waiting)
             return
         with ThreadPoolExecutor(workers, thread_name_prefix="holdfast-reader") as pool:
-            for done in [pool.submit(self._read_blocks, share) for share in shares]:
-                done.result()
+            try:
+                for done in [pool.submit(self._read_blocks, waiting) for _ in range(workers)]:
+                    done.result()
+            finally:
+                waiting.clear()  # after an error, nobody needs the rest
 
-    def _read_blocks(self, numbers: Sequence[int]) -> None:
-        scratch = memoryview(bytearray(min(BLOCK_BYTES, self._expected.covered_bytes)))
+    def _read_blocks(self, waiting: deque[int]) -> None:
+        """Take blocks off a queue that several threads share, in file order."""
+        scratch = _Scratch()
         with naming(self._path), self._filesystem.open_existing(self._path) as stream:
-            for number in numbers:
+            while True:
+                try:
+                    number = waiting.popleft()
+                except IndexError:
+                    return
+                if len(waiting) >= THREADS:
+                    _announce(stream, waiting[THREADS - 1])
                 self._read_block(stream, number, scratch)
 
-    def _read_block(self, stream: BinaryIO, number: int, scratch: memoryview) -> None:
+    def _read_block(self, stream: BinaryIO, number: int, scratch: _Scratch) -> None:
         start = number * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
         views = self._views(start, end, scratch)
@@ -147,9 +159,10 @@ class _Pass:
             found = Difference.in_block(number, start, end - 1)
             raise CorruptCheckpointError(str(self._path), found.reason, found.byte_range)
 
-    def _views(self, start: int, end: int, scratch: memoryview) -> list[memoryview]:
+    def _views(self, start: int, end: int, scratch: _Scratch) -> list[memoryview]:
         """Return the memory for one block in file order: targets, and scratch between them."""
         views: list[memoryview] = []
+        scratch.reset()
         position = start
         first = max(bisect_right(self._offsets, start) - 1, 0)
         for part in self._parts[first:]:
@@ -159,9 +172,42 @@ class _Pass:
                 continue
             low, high = max(part.offset, start), min(part.end, end)
             if low > position:
-                views.append(scratch[position - start : low - start])
+                views.append(scratch.take(low - position))
             views.append(part.target[low - part.offset : high - part.offset])
             position = high
         if position < end:
-            views.append(scratch[position - start : end - start])
+            views.append(scratch.take(end - position))
         return views
+
+
+class _Scratch:
+    """Memory for bytes that are read only to be digested; grows to what one block needs."""
+
+    def __init__(self) -> None:
+        self._pieces: list[memoryview] = []
+        self._piece = 0
+        self._taken = 0
+
+    def reset(self) -> None:
+        """Give all of it back."""
+        self._piece = self._taken = 0
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return so many bytes that nothing else has since the last reset."""
+        while self._piece < len(self._pieces):
+            piece = self._pieces[self._piece]
+            if self._taken + size_bytes <= len(piece):
+                self._taken += size_bytes
+                return piece[self._taken - size_bytes : self._taken]
+            self._piece, self._taken = self._piece + 1, 0
+        self._pieces.append(memoryview(bytearray(max(size_bytes, _SCRATCH_BYTES))))
+        self._taken = size_bytes
+        return self._pieces[-1][:size_bytes]
+
+
+def _announce(stream: BinaryIO, number: int) -> None:
+    """Tell the kernel which block is read soon: by itself it may read ahead too little."""
+    # A stream in memory, or a file system or system that takes no advice.
+    with suppress(OSError, AttributeError):
+        start = number * BLOCK_BYTES
+        os.posix_fadvise(stream.fileno(), start, BLOCK_BYTES, os.POSIX_FADV_WILLNEED)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import operator
 import pickle
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,7 @@ class Itemizer:
         self._known: dict[str, _Known] = {}
         self._values: dict[str, _Encoded] = {}
         self._aliased: dict[tuple[str, str], Item] = {}
-        self._last = _Last((), (), (), ())
+        self._last = _Last((), (), (), (), ())
         self._structure = b""
 
     def describe(
@@ -89,7 +90,14 @@ class Itemizer:
             self._structure = structure_of(items)
         # No sources: holding them would keep a model alive that nobody else does.
         known = [self._known.get(name) for name in leaves]
-        self._last = _Last(tuple(leaves), known, items, addresses)
+        lying = Counter(addresses)
+        shared = [
+            _place_of(source)
+            if address and lying[address] > 1 and isinstance(source, torch.Tensor)
+            else None
+            for source, address in zip(sources, addresses, strict=True)
+        ]
+        self._last = _Last(tuple(leaves), known, items, addresses, shared)
         return Inventory(items, sources, self._structure)
 
     def _repeat(self, leaves: Mapping[str, Any]) -> Inventory | None:
@@ -98,8 +106,8 @@ class Itemizer:
         if tuple(leaves) != last.names or len(last.items) != len(last.names):
             return None
         sources: list[Source] = []
-        for leaf, known, item, address in zip(
-            leaves.values(), last.known, last.items, last.addresses, strict=True
+        for leaf, known, item, address, place in zip(
+            leaves.values(), last.known, last.items, last.addresses, last.shared, strict=True
         ):
             if known is None:
                 return None
@@ -115,6 +123,7 @@ class Itemizer:
                     or source.dtype is not known.dtype
                     or source.data_ptr() != address
                     or source.layout is not torch.strided
+                    or (place is not None and _place_of(source) != place)
                 ):
                     return None
             elif known.kind is bytes and item.dtype is None:
@@ -254,6 +263,8 @@ class _Last:
     known: Sequence[_Known | None]
     items: Sequence[Item]
     addresses: Sequence[int]
+    shared: Sequence[tuple[Any, ...] | None]
+    """How the bytes are looked at, where several names lie at one address."""
 
 
 @dataclass(frozen=True)

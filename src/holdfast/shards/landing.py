@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from operator import mul
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
 
 from holdfast.shards.container import Container
 from holdfast.shards.direct import Part
+from holdfast.shards.regions import Region
 
 _WAVE_BYTES = 256 << 20
 """Host memory for tensors that cannot be read in place, at one time."""
@@ -26,38 +26,29 @@ class Landing:
     """One region of one stored chunk on its way into one target."""
 
     def __init__(
-        self,
-        item: ReadItem,
-        offset: int,
-        container: Container,
-        described: TensorStorageMetadata,
-        chunk_size: torch.Size,
-        target: torch.Tensor,
+        self, region: Region, offset: int, container: Container, dtype: torch.dtype
     ) -> None:
-        self.item = item
+        self.region = region
         self._offset = offset
         self._container = container
-        self._dtype = described.properties.dtype
-        self._target = target
-        self._chunk_size = chunk_size
-        dense = _is_dense(item.lengths, chunk_size)
+        self._dtype = dtype
+        target, lengths = region.target, region.item.lengths
+        self._is_whole = lengths == region.chunk_size
+        dense = self._is_whole or _is_dense(lengths, region.chunk_size)
         self._in_place = (
             dense
             and target.device.type == "cpu"
-            and target.dtype == self._dtype
+            and target.dtype == dtype
             and target.is_contiguous()
             and not (target.is_conj() or target.is_neg())  # lazily, their bytes are others
         )
         # A region with gaps is read with all of its chunk and cut out afterwards.
-        self._read_size = item.lengths if dense else chunk_size
-        self._first_element = (
-            sum(
-                start * stride
-                for start, stride in zip(item.storage_offsets, _strides(chunk_size), strict=True)
-            )
-            if dense
-            else 0
-        )
+        self._read_size = lengths if dense else region.chunk_size
+        self._first_element = 0
+        if dense and not self._is_whole:
+            strides = _strides(region.chunk_size)
+            starts = region.item.storage_offsets
+            self._first_element = sum(map(mul, starts, strides))
 
     @property
     def whole(self) -> range:
@@ -66,7 +57,7 @@ class Landing:
         A region of a chunk needs only the part that it is read from.
         """
         end = self._offset + self._container.size_bytes
-        return range(self._offset, end) if self._read_size == self._chunk_size else range(0)
+        return range(self._offset, end) if self._read_size == self.region.chunk_size else range(0)
 
     @property
     def extra_bytes(self) -> int:
@@ -76,9 +67,9 @@ class Landing:
     def open(self) -> list[Part]:
         """Make the memory and return the parts to read: the header, and the bytes wanted."""
         if self._in_place:
-            self._landed = self._target
+            self._landed = self.region.target
         else:
-            pinned = self._target.is_cuda
+            pinned = self.region.target.is_cuda
             self._landed = torch.empty(self._read_size, dtype=self._dtype, pin_memory=pinned)
         self._header = bytearray(len(self._container.header))
         payload = self._offset + len(self._header)
@@ -92,13 +83,13 @@ class Landing:
         """Deliver what was read; False: the header is another's, the bytes mean something else."""
         recognised = self._header == self._container.header
         if recognised and not self._in_place:
-            region = self._landed
-            if self._read_size != self.item.lengths:
+            wanted, item = self._landed, self.region.item
+            if self._read_size != item.lengths:
                 for dimension, (start, length) in enumerate(
-                    zip(self.item.storage_offsets, self.item.lengths, strict=True)
+                    zip(item.storage_offsets, item.lengths, strict=True)
                 ):
-                    region = region.narrow(dimension, start, length)
-            self._target.copy_(region)
+                    wanted = wanted.narrow(dimension, start, length)
+            self.region.target.copy_(wanted)
         del self._landed
         return recognised
 

@@ -105,11 +105,12 @@ def _group_room(group: Path, limit_name: str, usage_name: str) -> Iterator[Room]
     limits, usages = _lines(group / limit_name), _lines(group / usage_name)
     if not limits or not usages or not limits[0].isdigit():  # "max": no limit
         return
-    # The page cache counts as used, and is given up when memory is asked for.
+    # The page cache counts as used, and is given up when memory is asked for. Version 1 tells that
+    # of the groups within as a total of its own; version 2 tells nothing else.
+    counts = dict(line.split()[:2] for line in _lines(group / "memory.stat"))
     cached = sum(
-        int(line.split()[1])
-        for line in _lines(group / "memory.stat")
-        if line.startswith(("inactive_file ", "active_file "))
+        int(counts.get(f"total_{name}", counts.get(name, 0)))
+        for name in ("inactive_file", "active_file")
     )
     limit_bytes = int(limits[0])
     free_bytes = max(limit_bytes - int(usages[0]) + cached, 0)

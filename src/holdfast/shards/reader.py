@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
     TensorStorageMetadata,
 )
@@ -34,6 +35,7 @@ from holdfast.shards.container import container_of
 from holdfast.shards.direct import Part, read_verified
 from holdfast.shards.inventory import METADATA_NAME, list_names, names_at
 from holdfast.shards.landing import Landing, waves
+from holdfast.shards.regions import Region, UncoveredError, regions_of
 from holdfast.shards.seam import SeamFileSystem
 
 _METADATA_GLOBALS = {
@@ -81,6 +83,20 @@ class _SafePlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
+class RegionPlanner(_SafePlanner):
+    """Tells torch's reader where regions go that were planned already."""
+
+    def __init__(self, regions: Iterable[Region]) -> None:
+        super().__init__()
+        self._targets = {id(each.item): each.target for each in regions}
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self._targets[id(read_item)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing is left to do: the tensor is a view of where it belongs."""
+
+
 class _SeamReader(FileSystemReader):
     def __init__(self, path: Path, metadata: Metadata, filesystem: Filesystem) -> None:
         super().__init__(path)
@@ -98,10 +114,12 @@ class ShardReader:
     records: Mapping[str, FileRecord]
     """Of the manifest, by path: the digests that every byte read is held against."""
 
+    _unlisted: ClassVar[str] = "the manifest does not list"
+
     @classmethod
     def open(
         cls, path: Path, content: bytes, records: Mapping[str, FileRecord], filesystem: Filesystem
-    ) -> ShardReader:
+    ) -> Self:
         """Understand the content of `.metadata`.
 
         Raises:
@@ -124,7 +142,7 @@ class ShardReader:
             relative_path = getattr(info, "relative_path", None)
             if relative_path not in records:
                 raise CorruptCheckpointError(
-                    str(where), f"names {relative_path!r}, which the manifest does not list"
+                    str(where), f"names {relative_path!r}, which {cls._unlisted}"
                 )
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
@@ -155,12 +173,30 @@ class ShardReader:
         """Return everything that is no tensor, by flat name, verified before it is read.
 
         Raises:
-            CorruptCheckpointError: a block that holds a value does not match its digest.
+            CorruptCheckpointError: a block that holds a value does not match its digest, or what
+                it holds asks for code.
         """
         values: dict[str, Any] = dict.fromkeys(self.value_names())
-        planner, plan = self._plan(values)
-        for name, items in self._by_file(plan.items).items():
-            self._read_through_torch(name, items, planner)
+        places: dict[str, list[tuple[str, Any]]] = {}
+        for name in values:
+            info = self.place_of(MetadataIndex(name))
+            places.setdefault(info.relative_path, []).append((name, info))
+        for file_name, found in places.items():
+            contents = [bytearray(info.length) for _, info in found]
+            self._read_parts(
+                file_name,
+                [
+                    Part(info.offset, memoryview(content))
+                    for (_, info), content in zip(found, contents, strict=True)
+                ],
+            )
+            for (name, _), content in zip(found, contents, strict=True):
+                try:
+                    values[name] = torch.load(io.BytesIO(content), weights_only=True)
+                except Exception as error:  # what torch says is how to run the code after all
+                    raise CorruptCheckpointError(
+                        str(self.path / file_name), f"{name} asks for code, or is torn"
+                    ) from error
         return values
 
     def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
@@ -171,9 +207,40 @@ class ShardReader:
         Raises:
             CorruptCheckpointError: a block does not match; the tensors hold wrong values.
         """
-        planner, plan = self._plan(dict(targets))
-        for name, items in self._by_file(plan.items).items():
-            self._read_tensors_of(name, items, planner)
+        files: dict[str, list[Region]] = {}
+        try:
+            for region in regions_of(targets, self.metadata):
+                place = self.place_of(region.item.storage_index)
+                files.setdefault(place.relative_path, []).append(region)
+        except UncoveredError as error:
+            raise CorruptCheckpointError(str(self.path / METADATA_NAME), str(error)) from error
+        for name, regions in files.items():
+            self._read_regions_of(name, regions)
+
+    def file_order(self, names: Iterable[str]) -> list[str]:
+        """Return names of tensors in the order in which their first bytes lie in the files."""
+        return sorted(names, key=self._first_place)
+
+    def place_of(self, index: MetadataIndex) -> Any:
+        """Return which bytes of which file hold a value, or a chunk of a tensor.
+
+        Raises:
+            CorruptCheckpointError: the metadata does not say.
+        """
+        try:
+            return self.metadata.storage_data[index]
+        except KeyError:
+            raise CorruptCheckpointError(
+                str(self.path / METADATA_NAME), f"names no place for {index.fqn}"
+            ) from None
+
+    def _first_place(self, name: str) -> tuple[str, int]:
+        described = self.metadata.state_dict_metadata[name]
+        assert isinstance(described, TensorStorageMetadata)
+        places = [
+            self.place_of(MetadataIndex(name, chunk.offsets)) for chunk in described.chunks[:1]
+        ]
+        return (places[0].relative_path, places[0].offset) if places else ("", 0)
 
     def _plan(self, state: dict[str, Any]) -> tuple[_SafePlanner, LoadPlan]:
         planner = _SafePlanner()
@@ -187,29 +254,31 @@ class ShardReader:
             files.setdefault(info.relative_path, []).append(item)
         return files
 
-    def _read_tensors_of(self, name: str, items: list[ReadItem], planner: _SafePlanner) -> None:
+    def _read_regions_of(self, name: str, regions: Sequence[Region]) -> None:
         """Fill what lies in one file: directly where its containers allow, else through torch."""
-        foreign: list[ReadItem] = []
+        foreign: list[Region] = []
         landings: list[Landing] = []
-        for item in items:
-            info = self.metadata.storage_data[item.storage_index]
-            described = self.metadata.state_dict_metadata[item.storage_index.fqn]
+        for region in regions:
+            info = self.metadata.storage_data[region.item.storage_index]
+            described = self.metadata.state_dict_metadata[region.item.storage_index.fqn]
             assert isinstance(described, TensorStorageMetadata)
-            size = _chunk_size(described, item)
-            container = container_of(described.properties.dtype, size)
+            container = container_of(described.properties.dtype, region.chunk_size)
             if container.size_bytes != info.length:
-                foreign.append(item)  # strided, say: only its own pickle knows how it lies
+                foreign.append(region)  # strided, say: only its own pickle knows how it lies
                 continue
-            target = planner.resolve_tensor(item).detach()
-            landings.append(Landing(item, info.offset, container, described, size, target))
+            landings.append(Landing(region, info.offset, container, described.properties.dtype))
         for wave in waves(landings):
             parts = [part for landing in wave for part in landing.open()]
             self._read_parts(name, parts, [landing.whole for landing in wave])
-            foreign += [landing.item for landing in wave if not landing.close()]
+            foreign += [landing.region for landing in wave if not landing.close()]
         if foreign:
-            self._read_through_torch(name, foreign, planner)
+            places = [self.metadata.storage_data[each.item.storage_index] for each in foreign]
+            self._read_parts(
+                name, [], [range(each.offset, each.offset + each.length) for each in places]
+            )
+            self._read_through_torch(name, [each.item for each in foreign], RegionPlanner(foreign))
 
-    def _read_parts(self, name: str, parts: list[Part], ranges: list[range]) -> None:
+    def _read_parts(self, name: str, parts: list[Part], ranges: Sequence[range] = ()) -> None:
         try:
             read_verified(self.filesystem, self.path / name, self.records[name], parts, ranges)
         except FileNotFoundError as error:  # gone since, or not seen from this node yet
@@ -222,26 +291,15 @@ class ShardReader:
                 error.path, error.reason + names, error.byte_range
             ) from error
 
-    def _read_through_torch(self, name: str, items: list[ReadItem], planner: _SafePlanner) -> None:
-        """Let torch take containers apart, once their bytes are known to be right."""
-        places = [self.metadata.storage_data[item.storage_index] for item in items]
-        self._read_parts(
-            name, [], [range(each.offset, each.offset + each.length) for each in places]
-        )
+    def _read_through_torch(
+        self, name: str, items: Sequence[ReadItem], planner: _SafePlanner
+    ) -> None:
+        """Let torch take containers apart."""
         reader = _SeamReader(self.path, self.metadata, self.filesystem)
         try:
-            reader.read_data(LoadPlan(items), planner).wait()
+            reader.read_data(LoadPlan(list(items)), planner).wait()
         except pickle.UnpicklingError as error:
             # What torch says instead is how to run the code after all.
             raise CorruptCheckpointError(
                 str(self.path / name), "an item asks for code, or is torn"
             ) from error
-
-
-def _chunk_size(described: TensorStorageMetadata, item: ReadItem) -> torch.Size:
-    """Return the shape of the stored chunk that an item reads from."""
-    offset = item.storage_index.offset
-    for chunk in described.chunks:
-        if offset is None or chunk.offsets == offset:
-            return chunk.sizes
-    raise ValueError(f"the metadata describes no chunk of {item.storage_index}")

@@ -78,7 +78,8 @@ class Bindings:
             bound.holds(each) for bound, each in zip(self._optimizers, optimizers, strict=True)
         ):
             return None
-        self._model.run_hooks()
+        if self._model.run_hooks() and not self._model.holds(model):
+            return None
         found: dict[str, Any] = {}
         self._model.collect(found)
         for bound in self._optimizers:
@@ -109,7 +110,7 @@ class _Table:
 class _BoundModule:
     module: nn.Module
     prefix: str
-    children: tuple[nn.Module | None, ...]
+    children: Mapping[str, nn.Module | None]
     tables: tuple[_Table, _Table]
     not_saved: frozenset[str]
 
@@ -120,10 +121,10 @@ class _BoundModule:
             and module._buffers is self.tables[1].owner
             and self.tables[0].holds()
             and self.tables[1].holds()
-            and len(module._modules) == len(self.children)
-            and all(map(_is, module._modules.values(), self.children))
+            and module._modules.keys() == self.children.keys()
+            and all(map(_is, module._modules.values(), self.children.values()))
             and module._non_persistent_buffers_set == self.not_saved
-            and not module._state_dict_hooks
+            and _is_plain(module)
         )
 
 
@@ -155,7 +156,7 @@ class _BoundModel:
                             return None
                     entries.append((key, name))
                 tables.append(_Table(owner, tuple(entries), frozenset(absent)))
-            children = tuple(module._modules.values())
+            children = dict(module._modules)
             modules.append(
                 _BoundModule(module, prefix, children, (tables[0], tables[1]), not_saved)
             )
@@ -171,13 +172,20 @@ class _BoundModel:
         ]
 
     def holds(self, root: nn.Module) -> bool:
-        return root is self._root and all(each.holds() for each in self._modules)
+        known = root is self._root or _are_equal_lists(root, self._root)
+        return known and all(each.holds() for each in self._modules)
 
-    def run_hooks(self) -> None:
-        """Do what a state dict would do first: FSDP2 brings its parameters into shards so."""
+    def run_hooks(self) -> bool:
+        """Do what a state dict would do first: FSDP2 brings its parameters into shards so.
+
+        Returns whether there was anything to do, which may have changed what was bound.
+        """
+        ran = False
         for each in self._modules:
-            for hook in each.module._state_dict_pre_hooks.values():
+            for hook in tuple(each.module._state_dict_pre_hooks.values()):
                 hook(each.module, each.prefix, False)  # torch passes it so
+                ran = True
+        return ran
 
     def collect(self, into: dict[str, Any]) -> None:
         for each in self._modules:
@@ -188,11 +196,22 @@ class _BoundModel:
                         into[name] = owner[key]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """One group of an optimizer's parameters."""
+
+    keys: tuple[str, ...]
+    members: Sequence[tuple[str, bool]]
+    """Of each parameter: the name of the model's leaf that it is, and whether steps change it."""
+    options: Mapping[str, str]
+    """Each key but the parameters', with the name of its leaf."""
+
+
 class _BoundOptimizer:
     def __init__(
         self,
         optimizer: Optimizer,
-        groups: Sequence[tuple[tuple[str, ...], tuple[int, ...], dict[str, str]]],
+        groups: Sequence[_Group],
         states: Sequence[tuple[torch.Tensor, dict[str, str]]],
         parameters: Mapping[str, Any],
     ) -> None:
@@ -220,7 +239,12 @@ class _BoundOptimizer:
             if len(saved_names) != len(group["params"]):
                 return None
             fixed[at.pop("params")] = saved_names
-            groups.append((tuple(group), tuple(map(id, group["params"])), at))
+            members: list[tuple[str, bool]] = []
+            for parameter, saved_name in zip(group["params"], saved_names, strict=True):
+                if f"model.{saved_name}" not in leaves.values:
+                    return None
+                members.append((f"model.{saved_name}", parameter.requires_grad))
+            groups.append(_Group(tuple(group), members, at))
             for parameter, saved_name in zip(group["params"], saved_names, strict=True):
                 state = optimizer.state.get(parameter)
                 if state is None:
@@ -235,7 +259,7 @@ class _BoundOptimizer:
         return cls(optimizer, groups, states, fixed)
 
     def names(self) -> list[str]:
-        found = [name for _, _, at in self._groups for name in at.values()]
+        found = [name for group in self._groups for name in group.options.values()]
         found += [name for _, where in self._states for name in where.values()]
         return [*found, *self._parameters]
 
@@ -243,21 +267,28 @@ class _BoundOptimizer:
         groups = optimizer.param_groups
         return (
             optimizer is self._optimizer
-            and not optimizer._optimizer_state_dict_pre_hooks
-            and not optimizer._optimizer_state_dict_post_hooks
+            and _is_plain_optimizer(optimizer)
             and len(groups) == len(self._groups)
             and len(optimizer.state) == len(self._states)
             and all(
-                tuple(group) == keys and tuple(map(id, group["params"])) == parameters
-                for group, (keys, parameters, _) in zip(groups, self._groups, strict=True)
+                tuple(group) == bound.keys and len(group["params"]) == len(bound.members)
+                for group, bound in zip(groups, self._groups, strict=True)
             )
         )
 
     def collect(self, into: dict[str, Any]) -> bool:
-        """Add the leaves as they are now; False: one is missing, or has become a nest of others."""
+        """Add the leaves as they are now; False: one is missing, or has become a nest of others.
+
+        `into` has the model's already.
+        """
         into.update(self._parameters)
-        for group, (_, _, at) in zip(self._optimizer.param_groups, self._groups, strict=True):
-            for key, name in at.items():
+        for group, bound in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for parameter, (name, steps) in zip(group["params"], bound.members, strict=True):
+                if into[name] is not parameter or parameter.requires_grad != steps:
+                    return False
+            for key, name in bound.options.items():
+                if not _is_leaf(group[key]):
+                    return False
                 into[name] = group[key]
         live = self._optimizer.state
         for parameter, where in self._states:
@@ -266,7 +297,7 @@ class _BoundOptimizer:
                 return False
             for key, name in where.items():
                 value = state.get(key, _MISSING)
-                if value is _MISSING or isinstance(value, Mapping | list):
+                if value is _MISSING or not _is_leaf(value):
                     return False
                 into[name] = value
         return True
@@ -287,7 +318,19 @@ def _is_plain(module: nn.Module) -> bool:
         and kind._save_to_state_dict is nn.Module._save_to_state_dict
         and kind.get_extra_state is nn.Module.get_extra_state
         and "state_dict" not in vars(module)
+        and "_save_to_state_dict" not in vars(module)
         and not module._state_dict_hooks
+    )
+
+
+def _are_equal_lists(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both only hold several models together, and the same ones."""
+    return (
+        type(one) is type(other) is nn.ModuleList
+        and len(one) == len(other)
+        and all(map(_is, one, other))
+        and not (one._parameters or one._buffers or one._state_dict_pre_hooks)
+        and _is_plain(one)
     )
 
 
@@ -304,10 +347,17 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def _is_leaf(value: Any) -> bool:
+    """Whether DCP keeps a value whole: a list without tensors and mappings, and no mapping."""
+    if isinstance(value, list):
+        return all(_is_leaf(each) and not isinstance(each, torch.Tensor) for each in value)
+    return not isinstance(value, Mapping)
+
+
 def _is_same(leaf: Any, live: Any) -> bool:
     """Whether a leaf that a getter gave is this live value and not a copy of it."""
     if not isinstance(live, torch.Tensor):
-        return not isinstance(live, Mapping | list) and type(leaf) is type(live)
+        return _is_leaf(live) and type(leaf) is type(live)
     if leaf is live:
         return True
     if not isinstance(leaf, torch.Tensor) or leaf.shape != live.shape or leaf.dtype != live.dtype:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch.optim import Optimizer
 from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedStateError
 from holdfast.protocol import ReshardableData, Stateful
 from holdfast.state.bindings import Bindings, Leaves
+from holdfast.state.landed import finish_optimizers, has_landed
 from holdfast.state.rng import apply_rng, capture_rng, reseed
 from holdfast.state.safety import check_plain
 
@@ -161,6 +163,10 @@ class AppState:
         self._data = data if isinstance(data, Stateful) else None
         self._place = place
 
+    def of_tensors_alone(self) -> AppState:
+        """Return model and optimizers without scheduler and data, for what knows no others."""
+        return AppState(self._model, self.optimizers, None, None, self._place)
+
     def capture(self, bindings: Bindings | None = None) -> Captured:
         """Return the state as it stands, referring to live tensors.
 
@@ -240,7 +246,7 @@ class AppState:
         """
         missing, unexpected, different = [], [], []
         if saved is not None:
-            live, saved_model = self._live_model(), saved.model_names()
+            live, saved_model = self._live_model, saved.model_names()
             missing = sorted(
                 name for name, value in live.items()
                 if name not in saved_model and not _is_hollow(value)
@@ -248,7 +254,7 @@ class AppState:
             unexpected = sorted(saved_model - set(live))
             different = _find_different(live, saved.tensors, strict)
             if self._optimizers:
-                live_names, saved_names = self._parameter_names(), saved.parameter_names()
+                live_names, saved_names = self._parameter_names, saved.parameter_names()
                 missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
                 unexpected += [f"optimizer.{name}" for name in sorted(saved_names - live_names)]
         if self._scheduler is not None and shared.get("scheduler") is None:
@@ -264,9 +270,8 @@ class AppState:
 
     def targets(self, saved: SavedTensors) -> dict[str, torch.Tensor]:
         """Return the tensors to fill, by flat name: live ones where they exist, else new ones."""
-        live = self._live_model()
-        state = self._optimizer_state()["state"] if self._optimizers else {}
-        parameters = self._named_parameters()
+        live = self._live_model
+        state = self._live_optimizer["state"] if self._optimizers else {}
         found = {}
         for name, source in saved.tensors.items():
             path = saved.key_paths[name]
@@ -280,29 +285,34 @@ class AppState:
                 continue
             elif path[1] != "state":  # a learning rate kept as a tensor, say
                 found[name] = _new(source)
-            elif path[2] in parameters:  # else left out, as `check` has said
+            elif isinstance(parameter := live.get(f"model.{path[2]}"), torch.Tensor):
                 present = state.get(path[2], {}).get(path[3]) if len(path) == 4 else None
-                found[name] = _fitting(present, parameters[path[2]], source)
+                found[name] = _fitting(present, parameter, source)
+            # else left out, as `check` has said
         return found
 
     def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> None:
         """Give model and optimizer their state; `filled` holds tensors and values by flat name."""
         options = StateDictOptions(strict=False)  # `check` has compared the names
-        names = set(self._live_model())
-        known = self._parameter_names() if self._optimizers else set()
+        live = self._live_model
+        known = self._parameter_names if self._optimizers else set()
         nested: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}}
         parts: list[tuple[Sequence[Any], Any]]
         parts = [(path, {}) for path in saved.hollow if path[2:] or path[0] == "model"]
         parts += [(saved.key_paths[name], value) for name, value in filled.items()]
         for path, value in parts:
             if path[0] == "model":
-                belongs = f"model.{path[1]}" in names
+                belongs = f"model.{path[1]}" in live
             else:
                 belongs = path[1] != "state" or path[2] in known
             if belongs:
                 set_element(nested, tuple(path), value)
-        set_model_state_dict(self._model, nested["model"], options=options)
-        if known & saved.parameter_names():
+        restored = {f"model.{name}": value for name, value in nested["model"].items()}
+        if not has_landed(self._model, live, restored):
+            set_model_state_dict(self._model, nested["model"], options=options)
+        if known & saved.parameter_names() and not finish_optimizers(
+            self.optimizers, self._live_optimizer, nested["optimizer"]
+        ):
             self._keep_unknown(nested["optimizer"], known - saved.parameter_names())
             views: Any = self._optimizers
             set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
@@ -313,7 +323,7 @@ class AppState:
         """
         if not unknown:
             return
-        live = self._optimizer_state()
+        live = self._live_optimizer
         restored["state"].update({name: live["state"][name] for name in unknown & {*live["state"]}})
         groups = [
             {**group, "params": [name for name in group["params"] if name in unknown]}
@@ -333,8 +343,10 @@ class AppState:
         Raises:
             DataReshardError: another data-parallel size, and the loader cannot reshard.
         """
+        if self._data is None or rank["data"] is None:
+            return
         saved_data_size = rank["data_size"]
-        if self._data is None or rank["data"] is None or saved_data_size == self._place.data_size:
+        if saved_data_size == self._place.data_size:
             return
         if not isinstance(self._data, ReshardableData) and not accept_restart:
             raise DataReshardError(
@@ -385,22 +397,25 @@ class AppState:
                 "data of %d data-parallel ranks, now %d: %s", saved_size, place.data_size, change
             )
 
+    @cached_property
     def _live_model(self) -> dict[str, Any]:
+        """The model's state as it was when first asked for; its tensors stay the live ones."""
         return {f"model.{name}": each for name, each in get_model_state_dict(self._model).items()}
+
+    @cached_property
+    def _live_optimizer(self) -> dict[str, Any]:
+        """The optimizers' state, likewise."""
+        return self._optimizer_state()
 
     def _optimizer_state(self) -> dict[str, Any]:
         views: Any = self._optimizers
         state: dict[str, Any] = get_optimizer_state_dict(self._model, views)
         return state
 
+    @cached_property
     def _parameter_names(self) -> set[str]:
-        groups = self._optimizer_state()["param_groups"]
+        groups = self._live_optimizer["param_groups"]
         return {name for group in groups for name in group["params"]}
-
-    def _named_parameters(self) -> dict[str, torch.Tensor]:
-        """Return every parameter by the name that DCP gives it, wrappers left out."""
-        live = get_model_state_dict(self._model)
-        return {name: each for name, each in live.items() if isinstance(each, torch.Tensor)}
 
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:

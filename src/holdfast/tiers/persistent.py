@@ -21,7 +21,7 @@ from holdfast.coordination import Coordinator
 from holdfast.digests import FileRecord
 from holdfast.errors import CheckpointError, StoreNotLoadedError, StoreNotWritableError
 from holdfast.filesystem import Filesystem, make_durable_directory, set_aside, write_new
-from holdfast.identity import RUN_NAME, Attempt, RunIdentity
+from holdfast.identity import RUN_NAME, Attempt, CommitIdentity, RunIdentity
 from holdfast.manifest import Manifest
 from holdfast.policies.keeping import Candidate, retain
 from holdfast.shards.inventory import METADATA_NAME
@@ -70,11 +70,36 @@ class Committed:
     size_bytes: int
     removed_iterations: tuple[int, ...]
     """What retention removed afterwards."""
+    tier: str = TIER_NAME
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a job was granted by the store."""
+
+    run_id: str
+    is_new: bool
+    """Whether it was granted just now."""
+    goes_on: bool
+    """Whether this job loaded a checkpoint of this run."""
+    resumed_from: int | None
+    """The iteration that it loaded."""
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """What was loaded."""
+
+    run_id: str
+    iteration: int
+    path: Path
+    is_own: bool
+    """Whether it is of this store's run, and not one that another run left."""
 
 
 @dataclass
-class _Admission:
-    """What rank 0 was granted by the store at the first save."""
+class _Grant:
+    """What rank 0 holds since the first save."""
 
     run_id: str
     attempt: Attempt
@@ -99,13 +124,19 @@ class PersistentTier:
         self._configured_run_id = run_id
         self._keep_last = keep_last
         self._bytes_per_second = bytes_per_second
-        self._resumed: Checkpoint | None = None
-        self._admission: _Admission | None = None
+        self._resumed: _Resumed | None = None
+        self._grant: _Grant | None = None
 
-    def resume_from(self, checkpoint: Checkpoint) -> None:
-        """Note on every rank what was loaded; a later first save goes on from there."""
-        self._resumed = checkpoint
-        self._admission = None  # what follows is another lineage of this store: a new attempt
+    def resume_from(self, checkpoint: Checkpoint, *, is_own: bool | None = None) -> None:
+        """Note on every rank what was loaded; a later first save goes on from there.
+
+        `is_own`: whether it is of this store's run. None: if it lies in this store.
+        """
+        if is_own is None:
+            is_own = checkpoint.path.parent.resolve() == self.store.root.resolve()
+        run_id = checkpoint.manifest.run_id
+        self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own)
+        self._grant = None  # what follows is another lineage of this store: a new attempt
 
     def prove_writable(self) -> None:
         """Write and remove a file in the store, on rank 0: a first save must not fail hours later.
@@ -123,16 +154,18 @@ class PersistentTier:
         except OSError as error:
             raise StoreNotWritableError(str(root), error) from error
 
-    def admit(self) -> None:
+    def admit(self) -> Admission:
         """Take an attempt at this store, on rank 0, before the first save; repeated calls are free.
 
         Raises:
             StoreIdentityError: the store belongs to another run.
             StoreNotLoadedError: it holds checkpoints and this job loaded none of them.
         """
-        if self._admission is not None:
-            self.identity.check_newest(self._admission.attempt)
-            return
+        own = self._resumed if self._resumed is not None and self._resumed.is_own else None
+        resumed_from = own.iteration if own is not None else None
+        if self._grant is not None:
+            self.identity.check_newest(self._grant.attempt)
+            return Admission(self._grant.run_id, False, own is not None, resumed_from)
         root = self.store.root
         found = self.identity.read_run_id()
         if found is None:
@@ -140,30 +173,55 @@ class PersistentTier:
         else:
             self.identity.check_run_id(self._configured_run_id, found)
         listing = self.store.listing()
-        resumed = self._resumed
-        loaded_here = resumed is not None and resumed.path.parent.resolve() == root.resolve()
-        if (listing.checkpoints or listing.broken) and not loaded_here:
+        if (listing.checkpoints or listing.broken) and own is None:
             raise StoreNotLoadedError(
                 f"{root} holds checkpoints that this job has not loaded; saving beside them could "
                 "supersede them.\nCall load first (with load.directory=null), or name another "
                 "checkpoint.persistent.directory."
             )
-        lineage = resumed.manifest.run_id if resumed is not None and loaded_here else None
+        lineage = own.run_id if own is not None else None
         run_id = self.identity.agree_run_id(self._configured_run_id or lineage)
         attempt = self.identity.claim_attempt(
             run_id,
-            resumed.iteration if resumed is not None and loaded_here else None,
-            str(resumed.path) if resumed is not None else None,
+            resumed_from,
+            str(self._resumed.path) if self._resumed is not None else None,
         )
         newest = max((each.manifest.sequence for each in listing.checkpoints), default=0)
         if listing.broken:
             # One of these may be the newest, and be readable again tomorrow: what this attempt
             # commits must outrank it all the same. Only the newest attempt commits.
             newest = max(newest, attempt.number * SEQUENCE_STRIDE)
-        self._admission = _Admission(run_id, attempt, newest + 1)
+        self._grant = _Grant(run_id, attempt, newest + 1)
+        return Admission(run_id, True, own is not None, resumed_from)
 
-    def write(self, snapshot: Snapshot, coordinator: Coordinator) -> Committed:
+    def outrank(self, sequence: int) -> None:
+        """Let what is committed from here on be newer than a commit elsewhere, on rank 0."""
+        assert self._grant is not None
+        self._grant.next_sequence = max(self._grant.next_sequence, sequence + 1)
+
+    def reserve(self) -> CommitIdentity:
+        """Give the next commit its place in the order, on rank 0; spent even if it fails.
+
+        Raises:
+            SupersededAttemptError: a newer attempt has taken over.
+        """
+        assert self._grant is not None
+        self.identity.check_newest(self._grant.attempt)
+        sequence, self._grant.next_sequence = (
+            self._grant.next_sequence,
+            self._grant.next_sequence + 1,
+        )
+        return CommitIdentity(self._grant.attempt.number, sequence)
+
+    def write(
+        self,
+        snapshot: Snapshot,
+        coordinator: Coordinator,
+        identity: CommitIdentity | None = None,
+    ) -> Committed:
         """Write, commit and retain, together with every other rank; any thread may do it.
+
+        `identity`: what `reserve` gave to the same snapshot elsewhere, on rank 0. None: its own.
 
         Raises:
             CheckpointError: on every rank, naming the stage, the ranks and the cause.
@@ -174,7 +232,10 @@ class PersistentTier:
                 "write", lambda: self._write_files(pending, snapshot, coordinator.rank)
             )
             checkpoint = coordinator.lead(
-                "commit", lambda: self._commit(pending, snapshot, written or [], coordinator)
+                "commit",
+                lambda: self._commit(
+                    pending, snapshot, written or [], coordinator, identity or self.reserve()
+                ),
             )
         except CheckpointError:
             if coordinator.rank == 0:
@@ -184,8 +245,8 @@ class PersistentTier:
         return Committed(checkpoint.path, checkpoint.manifest.size_bytes, removed)
 
     def _begin(self, iteration: int) -> Path:
-        assert self._admission is not None
-        attempt = self._admission.attempt
+        assert self._grant is not None
+        attempt = self._grant.attempt
         self.identity.check_newest(attempt)
         # Once more between listing and removing: what looks like a leftover may be the pending
         # checkpoint of a newer attempt, which had claimed its number before it began.
@@ -213,8 +274,8 @@ class PersistentTier:
         try:
             yield
         except OSError:
-            if self._admission is not None:
-                self.identity.check_newest(self._admission.attempt)
+            if self._grant is not None:
+                self.identity.check_newest(self._grant.attempt)
             raise
 
     def _commit(
@@ -223,9 +284,10 @@ class PersistentTier:
         snapshot: Snapshot,
         written: Sequence[Sequence[FileRecord]],
         coordinator: Coordinator,
+        identity: CommitIdentity,
     ) -> Checkpoint:
-        assert self._admission is not None
-        store, admission = self.store, self._admission
+        assert self._grant is not None
+        store, grant = self.store, self._grant
         records = [record for part in written for record in part]
         with self._naming_successor():
             for name, content in (
@@ -235,12 +297,10 @@ class PersistentTier:
                 (RUN_CONFIG_NAME, snapshot.run_config),
             ):
                 records.append(store.write_file(pending, name, content))
-        # Spent even if the commit fails: it may fail after the checkpoint became visible.
-        sequence, admission.next_sequence = admission.next_sequence, admission.next_sequence + 1
         manifest = Manifest(
-            run_id=admission.run_id,
-            attempt=admission.attempt.number,
-            sequence=sequence,
+            run_id=grant.run_id,
+            attempt=identity.attempt,
+            sequence=identity.sequence,
             iteration=snapshot.iteration,
             tier=TIER_NAME,
             world_size=coordinator.world_size,
@@ -248,7 +308,7 @@ class PersistentTier:
             files=tuple(sorted(records, key=lambda each: each.path)),
             written_by=f"holdfast {__version__}",
         )
-        self.identity.check_newest(admission.attempt)  # the last moment before it is visible
+        self.identity.check_newest(grant.attempt)  # the last moment before it is visible
         return store.commit(pending, manifest)
 
     def _retain(self) -> tuple[int, ...]:

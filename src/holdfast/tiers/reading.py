@@ -8,10 +8,12 @@ rank hears of every damage, and that all small state was read and matched its di
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
+
+import torch
 
 from holdfast.coordination import Coordinator
 from holdfast.digests import FileRecord, find_difference
@@ -23,6 +25,7 @@ from holdfast.shards.inventory import METADATA_NAME
 from holdfast.shards.reader import ShardReader
 from holdfast.store import Checkpoint, Damage, Store
 from holdfast.tiers.damage import name_tensors
+from holdfast.tiers.foreign import ForeignCheckpoint, open_foreign, unchanged_counters
 from holdfast.tiers.persistent import (
     RUN_CONFIG_NAME,
     SHARED_STATE_NAME,
@@ -41,7 +44,8 @@ class Contents:
     """Everything among the shards that is no tensor, by flat name."""
     counters: dict[str, Any]
     """`train_state`, and `num_floating_point_operations_so_far`."""
-    shared_state: bytes
+    shared_state: bytes | None
+    """None, and no rank has a state either: the checkpoint is a foreign one."""
 
     def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
         """Return the state file of one of the saving ranks.
@@ -50,6 +54,14 @@ class Contents:
             CorruptCheckpointError: it is not listed, so that nothing vouches for it, or damaged.
         """
         return _read_checked(self.checkpoint, rank_state_name(rank), filesystem)
+
+    def bring(
+        self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
+    ) -> None:
+        """Fetch what these tensors need and only other ranks can read; here every rank reads all.
+
+        Every rank calls it together, before any reads.
+        """
 
 
 def verify_together(
@@ -72,6 +84,9 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     Raises:
         CorruptCheckpointError: a file is missing, or is not what it should be.
     """
+    if isinstance(checkpoint, ForeignCheckpoint):
+        foreign = open_foreign(checkpoint, filesystem)
+        return Contents(checkpoint, foreign, foreign.read_values(), unchanged_counters(), None)
     where = checkpoint.path / TRAIN_STATE_NAME
     content = _read_checked(checkpoint, TRAIN_STATE_NAME, filesystem)
     try:

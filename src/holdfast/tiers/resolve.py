@@ -1,9 +1,9 @@
 """Choose the checkpoints to load, best first, with a reason for each that is passed over.
 
-Owns what a directory given to `load` may be (a store, or one iter_* directory of it), whose
-checkpoints count, and their order: newest commit first, whatever their iteration. Promises one
-decision, made on one rank, that says everything it saw. Reads manifests and sizes only; never
-touches live state.
+Owns what a directory given to `load` may be (a store, one iter_* directory of it, or a checkpoint
+that torch made without us), whose checkpoints count, and their order: newest commit first, whatever
+their iteration. Promises one decision, made on one rank, that says everything it saw. Reads
+manifests and sizes only; never touches live state.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from holdfast.identity import Attempt, RunIdentity
 from holdfast.manifest import MANIFEST_NAME, Manifest
 from holdfast.protocol import SkippedCheckpoint
 from holdfast.store import Checkpoint, Listing, Store, parse_checkpoint_name
+from holdfast.tiers.foreign import ForeignCheckpoint, is_foreign, warn_of_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ class Decision:
     skipped: tuple[SkippedCheckpoint, ...] = ()
     """What was passed over already: superseded, another run's, unreadable, or of wrong size.
     Complete, largest iteration first: the best candidate may yet turn out to be damaged."""
+    run_id: str | None = None
+    """Whose checkpoints count; None: nobody's are there, or one was named."""
+    attempts: tuple[Attempt, ...] = ()
+    """Those whose resuming supersedes what came after."""
 
 
 def resolve(
@@ -64,13 +69,21 @@ def resolve(
             raise CheckpointNotFoundError(f"{root} has no checkpoint of iteration {load.step}.")
         return Decision(root, (), asked_for=False)
     root = root.resolve()
+    if load.directory is not None and is_foreign(root, filesystem):
+        foreign = ForeignCheckpoint.at(root)
+        _check_step(foreign, load.step)
+        warn_of_foreign(root)
+        return Decision(root.parent, (foreign,), asked_for=True)
     if _is_checkpoint_directory(root, filesystem):
         checkpoint = _open_named(root, load.step, filesystem)
         return Decision(root.parent, (_check_sizes(checkpoint, filesystem),), asked_for=True)
     store = Store(root, filesystem)
     if load.step is not None:
         checkpoint = store.find(load.step)
-        return Decision(root, (_check_sizes(checkpoint, filesystem),), asked_for=True)
+        run_id = RunIdentity(root, filesystem).read_run_id()
+        return Decision(
+            root, (_check_sizes(checkpoint, filesystem),), asked_for=True, run_id=run_id
+        )
     return _newest_first(store, RunIdentity(root, filesystem), run_id, load.directory is None)
 
 
@@ -98,7 +111,14 @@ def _newest_first(
             skipped.append(SkippedCheckpoint(str(each.path), reason, each.iteration))
     _report_tracker(store, listing.checkpoints)
     skipped.sort(key=lambda each: each.iteration or 0, reverse=True)
-    return Decision(store.root, tuple(candidates), asked_for=False, skipped=tuple(skipped))
+    return Decision(
+        store.root,
+        tuple(candidates),
+        asked_for=False,
+        skipped=tuple(skipped),
+        run_id=run_id,
+        attempts=tuple(attempts),
+    )
 
 
 def _has_footing(attempt: Attempt, listing: Listing) -> bool:
@@ -120,15 +140,22 @@ def _objection(
     manifest = checkpoint.manifest
     if manifest.run_id != run_id:
         return f"belongs to run {manifest.run_id!r}, this store to {run_id!r}"
+    return find_supersession(manifest.attempt, manifest.iteration, attempts)
+
+
+def find_supersession(
+    attempt_number: int, iteration: int, attempts: Sequence[Attempt]
+) -> str | None:
+    """Say why a checkpoint of an attempt does not count any more; None: it does."""
     for attempt in attempts:
         if (
-            attempt.number > manifest.attempt
+            attempt.number > attempt_number
             and attempt.resumed_from is not None
-            and attempt.resumed_from < manifest.iteration
+            and attempt.resumed_from < iteration
         ):
             return (
                 f"superseded when attempt {attempt.number} resumed from iteration "
-                f"{attempt.resumed_from}; load.step={manifest.iteration} still loads it"
+                f"{attempt.resumed_from}; load.step={iteration} still loads it"
             )
     return None
 
@@ -161,11 +188,15 @@ def _open_named(path: Path, step: int | None, filesystem: Filesystem) -> Checkpo
         manifest_path = path / MANIFEST_NAME
         content = read_bytes(filesystem, manifest_path)
         iteration = Manifest.from_bytes(content, str(manifest_path)).iteration
-    if step is not None and step != iteration:
-        raise ConfigError(
-            [f"checkpoint.load.step is {step}, but load.directory is iteration {iteration}: {path}"]
-        )
-    return Store(path.parent, filesystem).open(path, iteration)
+    checkpoint = Store(path.parent, filesystem).open(path, iteration)
+    _check_step(checkpoint, step)
+    return checkpoint
+
+
+def _check_step(checkpoint: Checkpoint, step: int | None) -> None:
+    if step is not None and step != checkpoint.iteration:
+        found = f"iteration {checkpoint.iteration}: {checkpoint.path}"
+        raise ConfigError([f"checkpoint.load.step is {step}, but load.directory is {found}"])
 
 
 def _check_sizes(checkpoint: Checkpoint, filesystem: Filesystem) -> Checkpoint:

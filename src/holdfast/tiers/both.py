@@ -1,0 +1,271 @@
+"""Both tiers of one run: where a save goes, and which checkpoint is the newest over both.
+
+Owns what needs the one and the other: one order of commits, one admission, one snapshot for
+whichever is due, and the order in which a load tries what either holds (the newest commit first; of
+two that are equally new the local one). Promises that without a local tier nothing but the
+persistent one is ever asked, and that a local failure never costs a persistent save. What a tier
+does is its own business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from holdfast.config import CheckpointConfig
+from holdfast.coordination import Coordinator
+from holdfast.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    StageTimeoutError,
+    StoreIdentityError,
+    StoreNotLoadedError,
+)
+from holdfast.filesystem import Filesystem
+from holdfast.identity import CommitIdentity
+from holdfast.protocol import SkippedCheckpoint
+from holdfast.shards.arena import Arena
+from holdfast.shards.saving import ShardPlan
+from holdfast.store import Checkpoint
+from holdfast.tiers.persistent import Committed, PersistentTier, Snapshot
+from holdfast.tiers.resolve import Decision, find_supersession, resolve
+
+if TYPE_CHECKING:
+    from holdfast.tiers.local import LocalTier
+    from holdfast.tiers.local_format import ShardRecord
+    from holdfast.tiers.local_vote import Candidate
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local"
+
+
+class Tiers:
+    """The persistent tier of one run, and the local one where it is configured."""
+
+    def __init__(
+        self, config: CheckpointConfig, persistent: PersistentTier, filesystem: Filesystem
+    ):
+        """Open nothing yet: whose run this is shows when the store is first looked at."""
+        self.persistent = persistent
+        self.local: LocalTier | None = None
+        self._config = config
+        self._filesystem = filesystem
+
+    # -- save ------------------------------------------------------------------------------------
+
+    def admit(self, coordinator: Coordinator, *, to_local: bool) -> None:
+        """Take an attempt at this run before its first save; repeated calls are nearly free.
+
+        Raises:
+            ConfigError: a local save is asked for, and there is no local tier.
+            StoreIdentityError: another run's store, or a newer attempt has taken over.
+            StoreNotLoadedError: checkpoints are there and this job loaded none of them.
+        """
+        if to_local and self._config.local.directory is None:
+            raise ConfigError(
+                ["checkpoint.local.directory is null: there is no local tier to save to"]
+            )
+        admission = coordinator.lead("admit", self.persistent.admit)
+        if self._config.local.directory is None:
+            return
+        local = self._open_local(admission.run_id, coordinator)
+        if not admission.is_new:
+            return
+        local.find(coordinator, lambda _: None)  # what is there, loadable or not
+        newest = local.newest_sequence
+
+        def outrank() -> None:
+            if newest and not admission.goes_on:
+                raise StoreNotLoadedError(
+                    f"{local.directory} holds checkpoints of run {admission.run_id} that this job "
+                    "has not loaded.\nCall load first, or name another checkpoint.run_id."
+                )
+            self.persistent.outrank(newest)
+
+        coordinator.lead("outrank", outrank)
+        local.discard_after(admission.resumed_from, coordinator)
+
+    @property
+    def nodes(self) -> Sequence[int] | None:
+        """By rank, the node that it is on; None: there is no local tier."""
+        return None if self.local is None else self.local.topology.nodes
+
+    def begin_local(
+        self, snapshot_of: int, plan: ShardPlan, coordinator: Coordinator, *, pinned: bool
+    ) -> Arena | None:
+        """Return the memory of the local tier to stage into; None: the stager's own will do.
+
+        Raises:
+            CheckpointError: on every rank: there is no room.
+        """
+        assert self.local is not None
+        return self.local.begin(snapshot_of, plan.staged.layout, coordinator, pinned=pinned)
+
+    def abandon_local(self) -> None:
+        """Give that memory back: the staging failed."""
+        if self.local is not None:
+            self.local.abandon()
+
+    def write(
+        self,
+        snapshot: Snapshot,
+        coordinator: Coordinator,
+        *,
+        to_local: bool,
+        to_persistent: bool,
+    ) -> Committed:
+        """Write one snapshot to whichever tiers are due, together with every other rank.
+
+        Raises:
+            CheckpointError: on every rank: the persistent save failed, or it was not due and the
+                local one did.
+        """
+        identities: list[CommitIdentity] = []
+
+        def identify() -> CommitIdentity:
+            identities.append(self.persistent.reserve())
+            return identities[-1]
+
+        committed: Committed | None = None
+        if to_local:
+            try:
+                committed = self._write_local(snapshot, identify, coordinator)
+            except (StageTimeoutError, StoreIdentityError):
+                raise
+            except CheckpointError as error:
+                if not to_persistent:
+                    raise
+                if coordinator.rank == 0:
+                    logger.warning("the local copy of this save failed: %s", error)
+        if to_persistent:
+            identity = identities[0] if identities else None
+            committed = self.persistent.write(snapshot, coordinator, identity)
+        assert committed is not None
+        return committed
+
+    def _write_local(
+        self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator
+    ) -> Committed:
+        from holdfast.tiers.local_sealing import LocalSnapshot
+
+        assert self.local is not None
+        plan, arena = snapshot.shard.plan, snapshot.shard.arena
+        assert arena is not None
+        snapshot.shard.wait()
+        local = LocalSnapshot(
+            snapshot.iteration,
+            arena,
+            plan.structure,
+            plan.identity,
+            plan.state_names,
+            snapshot.rank_state,
+            snapshot.shared_state,
+            snapshot.train_state,
+            snapshot.run_config,
+        )
+        done = self.local.write(local, identify, coordinator)
+        return Committed(done.path, done.size_bytes, (), tier=LOCAL)
+
+    # -- load ------------------------------------------------------------------------------------
+
+    def resolve(self, coordinator: Coordinator) -> Decision:
+        """Decide what a load may try, in the persistent tier and as far as it needs no reading.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError, StoreIdentityError, ConfigError: as
+                `tiers.resolve.resolve`.
+        """
+        config = self._config
+        root = self.persistent.store.root
+        is_own = config.load.directory is None
+        try:
+            decision = coordinator.lead(
+                "resolve",
+                lambda: resolve(config.load, root, config.run_id, self._filesystem),
+            )
+        except CheckpointNotFoundError:
+            if config.local.directory is None or not is_own or config.load.step is None:
+                raise
+            # It may be in the local tier alone.
+            run_id = coordinator.lead("run id", self.persistent.identity.read_run_id)
+            decision = Decision(root, (), asked_for=True, run_id=run_id or config.run_id)
+            self._use_local(decision, coordinator)
+            if self.local is None or self._find(decision, coordinator) is None:
+                raise
+            return decision
+        if is_own and config.local.directory is not None:
+            self._use_local(decision, coordinator)
+        return decision
+
+    def candidates(
+        self, decision: Decision, coordinator: Coordinator
+    ) -> Iterator[Checkpoint | Candidate]:
+        """Yield what to try, the newest commit first; whoever takes the next one gave this one up.
+
+        A local commit that was given up must have been passed over in its tier.
+        """
+        left = list(decision.candidates)
+        is_own = self._config.load.directory is None
+        while True:
+            found = self._find(decision, coordinator) if is_own else None
+            if found is not None and (
+                not left or found.record.sequence >= left[0].manifest.sequence
+            ):
+                yield found
+            elif left:
+                yield left.pop(0)
+            else:
+                return
+
+    def passed_over_locally(self) -> list[SkippedCheckpoint]:
+        """Return what the local tier has passed over, with reasons."""
+        if self.local is None:
+            return []
+        return [
+            SkippedCheckpoint(each.path, each.reason, each.iteration, LOCAL)
+            for each in self.local.passed
+        ]
+
+    def resume_from(self, checkpoint: Checkpoint) -> None:
+        """Note on every rank what was loaded; a later first save goes on from there."""
+        is_local = checkpoint.manifest.tier == LOCAL
+        self.persistent.resume_from(checkpoint, is_own=True if is_local else None)
+
+    def close(self) -> None:
+        """Let go of the local tier's files; what is published stays."""
+        if self.local is not None:
+            self.local.close()
+            self.local = None
+
+    def _use_local(self, decision: Decision, coordinator: Coordinator) -> None:
+        if decision.run_id is not None:
+            self._open_local(decision.run_id, coordinator)
+
+    def _open_local(self, run_id: str, coordinator: Coordinator) -> LocalTier:
+        from holdfast.tiers.local import LocalTier
+
+        if self.local is None or self.local.run_id != run_id:
+            self.close()
+            self.local = LocalTier(
+                self._config.local,
+                run_id,
+                self._filesystem,
+                coordinator,
+                self._config.timeout_seconds,
+            )
+        return self.local
+
+    def _find(self, decision: Decision, coordinator: Coordinator) -> Candidate | None:
+        if self.local is None:
+            return None
+        step = self._config.load.step
+
+        def object_to(record: ShardRecord) -> str | None:
+            if step is not None:
+                return None if record.iteration == step else f"load.step is {step}"
+            return find_supersession(record.attempt, record.iteration, decision.attempts)
+
+        return self.local.find(coordinator, object_to)

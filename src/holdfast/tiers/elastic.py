@@ -1,0 +1,178 @@
+"""Shards written by N ranks, read by M: their indexes merged, and the blocks that lie elsewhere.
+
+Owns what the index of a shard file says, whether a set of shards covers the state, the merged view
+of them as the shard reader takes it, and the fetching of remote blocks. Promises that a state is
+called covered only if every name is there and every tensor is tiled exactly, that a file at this
+place is preferred to a peer's, that a remote block is fetched once for all ranks of a place and
+matched its digest, and that nothing is fetched that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from holdfast.digests import DifferenceError, read_blocks
+from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import Filesystem, naming
+from holdfast.shards.direct import Part, read_verified
+from holdfast.shards.layout import TAIL, Entry, locate_index, parse_index
+from holdfast.shards.planning import first_untiled
+from holdfast.tiers.local_format import ShardRecord
+
+Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Name, size of the whole, offsets, lengths."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What one shard file holds, verified."""
+
+    content: bytes
+    offset: int
+    """Of the index in the file."""
+    digests: tuple[str, ...]
+    """Of the blocks of the body."""
+
+    def entries(self, path: str) -> list[Entry]:
+        """Return the items.
+
+        Raises:
+            CorruptCheckpointError: it contradicts itself.
+        """
+        try:
+            return parse_index(self.content, self.offset)
+        except ValueError as error:
+            raise CorruptCheckpointError(path, str(error)) from error
+
+
+def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) -> Index:
+    """Read the index of a published shard, held against the digests of its blocks.
+
+    Raises:
+        CorruptCheckpointError: it is damaged, or gone.
+        OSError: it cannot be read.
+    """
+    image = record.image_record(str(path))
+    try:
+        with naming(path), filesystem.open_existing(path) as stream:
+            blocks = read_blocks(image, stream)
+    except DifferenceError as error:
+        raise CorruptCheckpointError(str(path), error.difference.reason) from None
+    except FileNotFoundError as error:
+        raise CorruptCheckpointError(str(path), "is missing") from error
+    end = bytearray(TAIL.size)
+    part = Part(record.body_bytes - TAIL.size, memoryview(end))
+    read_verified(filesystem, path, image, [part])
+    try:
+        place = locate_index(bytes(end), record.body_bytes)
+    except ValueError as error:
+        raise CorruptCheckpointError(str(path), str(error)) from error
+    content = bytearray(len(place))
+    read_verified(filesystem, path, image, [Part(place.start, memoryview(content))])
+    return Index(bytes(content), place.start, tuple(blocks.digests))
+
+
+def outline(path: Path, record: ShardRecord, filesystem: Filesystem) -> list[Chunk]:
+    """Return the chunks in a published shard; errors as `read_shard_index`."""
+    entries = read_shard_index(path, record, filesystem).entries(str(path))
+    return [(each.name, each.size, each.offsets, each.lengths) for each in entries]
+
+
+def find_gap(chunks: Sequence[Chunk], state_names: int | None) -> str | None:
+    """Say what a set of chunks lacks of the whole state; None: nothing.
+
+    `state_names`: how many names the whole state has. None: nobody knows, so nothing is certain.
+    """
+    sizes: dict[str, tuple[int, ...]] = {}
+    different: dict[tuple[str, tuple[int, ...], tuple[int, ...]], None] = {}
+    for name, size, offsets, lengths in chunks:
+        sizes.setdefault(name, size)
+        different.setdefault((name, offsets, lengths))
+    if state_names is None or len(sizes) < state_names:
+        return f"the others hold {len(sizes)} of {state_names} names of the state"
+    numbers = {name: number for number, name in enumerate(sizes)}
+    dimensions = max((len(size) for size in sizes.values()), default=0)
+
+    def padded(rows: Iterable[tuple[int, ...]], fill: int) -> Any:
+        table = [(*row, *([fill] * (dimensions - len(row)))) for row in rows]
+        return np.array(table, dtype=np.int64).reshape(len(table), dimensions)
+
+    lacking = first_untiled(
+        np.array([numbers[name] for name, _, _ in different], dtype=np.int64),
+        padded((offsets for _, offsets, _ in different), 0),
+        padded((lengths for _, _, lengths in different), 1),
+        padded(sizes.values(), 1),
+    )
+    return None if lacking is None else f"the others do not hold all of {list(sizes)[lacking]}"
+
+
+def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
+    """Return one view of many shard files, as torch's planner takes it: path and items of each.
+
+    Where several hold the same chunk, the first one is read.
+    """
+    described: dict[str, Any] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for file_path, entries in shards:
+        for entry in entries:
+            paths.setdefault(entry.name, entry.path)
+            if entry.dtype is None:
+                place = MetadataIndex(entry.name)
+                described.setdefault(entry.name, BytesStorageMetadata())
+            else:
+                place = MetadataIndex(entry.name, torch.Size(entry.offsets))
+                tensor = described.setdefault(
+                    entry.name,
+                    TensorStorageMetadata(
+                        TensorProperties(dtype=entry.dtype), torch.Size(entry.size), []
+                    ),
+                )
+                if place not in places:
+                    chunk = ChunkStorageMetadata(
+                        torch.Size(entry.offsets), torch.Size(entry.lengths)
+                    )
+                    tensor.chunks.append(chunk)
+            places.setdefault(place, _StorageInfo(file_path, entry.offset, entry.length))
+    return Metadata(described, paths, places, StorageMeta())
+
+
+def deal(
+    wishes: Sequence[Mapping[int, Sequence[int]]], places: Sequence[int]
+) -> list[list[tuple[int, int]]]:
+    """Deal blocks to fetch, pairs of owner and number, so that each place gets each block once.
+
+    `wishes`: by rank, the blocks that it will read, by owner. The result is by rank.
+    """
+    shares: list[list[tuple[int, int]]] = [[] for _ in wishes]
+    for place in sorted(set(places)):
+        ranks = [rank for rank, each in enumerate(places) if each == place]
+        wanted = sorted(
+            {
+                (owner, number)
+                for rank in ranks
+                for owner, numbers in wishes[rank].items()
+                for number in numbers
+            }
+        )
+        for position, rank in enumerate(ranks):
+            # Runs, not every n-th: a rank reads and sends its part in file order.
+            size = -(-len(wanted) // len(ranks))
+            shares[rank] = wanted[position * size : (position + 1) * size]
+    return shares

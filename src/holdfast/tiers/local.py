@@ -1,0 +1,457 @@
+"""The fast tier: snapshots on each node's own RAM or disk, replicated, loadable by any world.
+
+Owns the order in which a job uses its local checkpoints: memory to stage into, sealing, the hand to
+nvidia-resiliency-ext's manager (exchange, publish, prune), the vote at a load, opening, and what is
+written again afterwards. Promises that a failed save leaves the commits before it, that what is
+found was sealed by all its ranks and that everything passed over has a reason, and that no rank
+waits in an exchange that not all have agreed to. Power loss and a lost node without copies are what
+the persistent tier is for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from holdfast.config import LocalConfig
+from holdfast.coordination import Coordinator
+from holdfast.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpointError,
+    RankFailure,
+    StageFailedError,
+    StageTimeoutError,
+)
+from holdfast.filesystem import Filesystem
+from holdfast.identity import CommitIdentity
+from holdfast.shards.arena import Arena, image_bytes
+from holdfast.shards.layout import Layout
+from holdfast.tiers.local_budget import Budget, find_budget
+from holdfast.tiers.local_files import RunDirectory, is_memory, shard_name
+from holdfast.tiers.local_format import ShardRecord
+from holdfast.tiers.local_nodes import Seat, Topology, assign_holders, node_name
+from holdfast.tiers.local_sealing import LocalSnapshot, lay_out_in, seal
+from holdfast.tiers.local_vote import Candidate, Objection, Passed
+
+if TYPE_CHECKING:
+    from holdfast.tiers.local_engine import ShardManager
+    from holdfast.tiers.local_reading import LocalContents
+    from holdfast.tiers.local_state import ShardState
+    from holdfast.tiers.local_turns import TurnFile
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 0.75
+"""Of the timeout: who waits here for a reader must still be in time to tell the other ranks."""
+
+
+@dataclass(frozen=True)
+class LocalCommitted:
+    """A local save that succeeded."""
+
+    path: Path
+    """Of this rank's own shard."""
+    size_bytes: int
+    """Of all shards together, copies not counted."""
+
+
+class LocalTier:
+    """The local checkpoints of one run, as all ranks of a job use them.
+
+    Made by all ranks together on the training thread, when the run id is known.
+    """
+
+    def __init__(
+        self,
+        config: LocalConfig,
+        run_id: str,
+        filesystem: Filesystem,
+        coordinator: Coordinator,
+        timeout_seconds: float,
+        node: str | None = None,
+    ) -> None:
+        """Check the directory, meet the other ranks, sweep leftovers.
+
+        `node`: the name of this node. None: HOLDFAST_NODE, or the host name.
+
+        Raises:
+            ConfigError: nvidia-resiliency-ext is missing, or the directory is not this user's.
+            StageFailedError: a directory cannot be made, on some rank.
+        """
+        assert config.directory is not None
+        keep_last = config.keep.last
+        if keep_last is None or keep_last < 2:
+            rule = "it must be 2 or more: one whole commit must stand while the next is made"
+            raise ConfigError([f"checkpoint.local.keep.last is {keep_last}; {rule}"])
+        self.directory = Path(config.directory).absolute()
+        self.run_id = run_id
+        self._filesystem = filesystem
+        self._timeout_seconds = timeout_seconds
+        self._turns_count = keep_last + 1
+        rank = coordinator.rank
+        run = RunDirectory(self.directory, run_id, filesystem)
+        # Within the stage: where the package is missing on one node only, all hear of it.
+        seats = coordinator.together("local prepare", lambda: _prepare(run, rank, node))
+        engine = _import_engine()
+        self.topology = Topology(tuple(seats))
+        factor, jump = config.replication.factor, config.replication.jump
+        nodes = self.topology.nodes
+        # With one copy of each shard its small states still go to another node: where the shards
+        # that are left cover the state, they are all that a lost node would be missed for.
+        copies = factor if factor > 1 else min(2, len(set(nodes)))
+        self.holders = assign_holders(nodes, copies, jump)
+        """By rank: who holds its shard, or with `replication.factor` 1 its small states."""
+        self.in_memory = is_memory(run.root)
+        strategy = None
+        if coordinator.world_size > 1:
+            strategy = engine.make_strategy(
+                self._new_group(), self.holders, timeout_seconds, sends_images=factor > 1
+            )
+            if factor > 1 and min(map(len, self.holders)) < factor and rank == 0:
+                logger.warning(
+                    "checkpoint.local.replication.factor is %d; this job has too few ranks for it",
+                    factor,
+                )
+        self.manager: ShardManager = engine.ShardManager(
+            run, rank, self.topology, strategy, keep_last, in_memory=self.in_memory
+        )
+        self._file: TurnFile | None = None
+        self._candidate: Candidate | None = None
+        self._noted: frozenset[Any] = frozenset()
+        """Damage that was known when the candidate was opened."""
+        self._opened: LocalContents | None = None
+        share = self.manager.shelf.share()
+        coordinator.settle("local sweep", lambda: run.sweep(share), lambda _: None)
+
+    # -- save ------------------------------------------------------------------------------------
+
+    def begin(
+        self, iteration: int, layout: Layout, coordinator: Coordinator, *, pinned: bool = False
+    ) -> Arena | None:
+        """Return the memory to stage into, on the training thread; None: the caller's own arena.
+
+        Waits while every file is held by a reader, and says so.
+
+        Raises:
+            StageFailedError: on every rank: there is no room on some, say.
+            CheckpointError: no file became free.
+        """
+        if self.manager.recovery.verdict is None:
+            self.find(coordinator, lambda record: None)  # what retention must not remove
+        self._give_back()
+
+        def take() -> bool:
+            if self.in_memory:
+                self._filesystem.make_directory(self.manager.shelf.directory)  # it may be wiped
+                patience = self._timeout_seconds * _PATIENCE
+                self._file = self.manager.shelf.turns.take(image_bytes(layout), patience)
+                arenas.append(lay_out_in(self._file, layout, pinned=pinned))
+            return self._group_is_broken()
+
+        arenas: list[Arena] = []
+        self._renew_group(coordinator.settle("local begin", take, any))
+        return arenas[0] if arenas else None
+
+    def abandon(self) -> None:
+        """Give the memory back: the staging failed."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._file is not None:
+            self.manager.shelf.turns.give_back(self._file)
+            self._file = None
+
+    def write(
+        self,
+        snapshot: LocalSnapshot,
+        identify: Callable[[], CommitIdentity],
+        coordinator: Coordinator,
+    ) -> LocalCommitted:
+        """Seal, exchange, publish and prune, together with every other rank, on any thread.
+
+        `identify` is called on rank 0 and may refuse the save.
+
+        Raises:
+            CheckpointError: on every rank, naming the stage, the ranks and the cause; what was
+                published before stands.
+        """
+        self.manager.coordinator = coordinator
+        engine = _import_engine()
+        size = image_bytes(snapshot.arena.layout)
+        sealed: list[ShardState] = []
+        try:
+            identity = coordinator.lead("local identity", identify)
+
+            def seal_own() -> tuple[int, int]:
+                pending, tail = seal(snapshot, identity, self.manager.shelf, self._file)
+                image = snapshot.arena.memory[:size]
+                sealed.append(engine.ShardState(image, tail, pending, self._file))
+                return snapshot.iteration, size
+
+            total = coordinator.settle("local seal", seal_own, _agree_on_iteration)
+            self._file = None  # the manager's, from here on
+            self.manager.save(sealed[0], snapshot.iteration)
+        except BaseException:
+            self._give_back()
+            for state in sealed:
+                self.manager.shelf.drop(state.pending, state.file)
+            raise
+        if self.in_memory:
+            self._prepare_next(size)
+        name = shard_name(snapshot.iteration, coordinator.rank)
+        own = self.manager.run.rank_directory(coordinator.rank) / name
+        return LocalCommitted(own, total)
+
+    def _prepare_next(self, size: int) -> None:
+        """Allocate now, beside training, what the next save would have to."""
+        try:
+            self.manager.shelf.turns.top_up(size)
+        except OSError as error:
+            logger.warning("%s: the next save may find no room: %s", self.directory, error)
+
+    # -- load ------------------------------------------------------------------------------------
+
+    def find(self, coordinator: Coordinator, objection: Objection) -> Candidate | None:
+        """Agree on the newest commit that all ranks can load; None: there is none.
+
+        `objection` is asked on rank 0 why a commit must not be loaded: it is superseded, say. Call
+        again after damage was found: files noted as damaged count as missing then. `passed` has the
+        reasons.
+
+        Raises:
+            StageFailedError: a directory cannot be read, on some rank, or a rank is gone.
+        """
+        self._return_loan()
+        self.manager.coordinator = coordinator
+        self._renew_group(coordinator.settle("local group", self._group_is_broken, any))
+        return self.manager.vote(objection).candidate
+
+    @property
+    def passed(self) -> tuple[Passed, ...]:
+        """What the last `find` passed over, newest first, with reasons."""
+        verdict = self.manager.recovery.verdict
+        return () if verdict is None else verdict.passed
+
+    @property
+    def newest_sequence(self) -> int:
+        """The largest sequence of any file that the last `find` saw; 0: none."""
+        verdict = self.manager.recovery.verdict
+        return 0 if verdict is None else verdict.newest_sequence
+
+    def open(
+        self,
+        candidate: Candidate,
+        coordinator: Coordinator,
+        structure: bytes | None = None,
+        suffices: Callable[[bytes], bool] | None = None,
+    ) -> LocalContents:
+        """Open a commit that `find` returned, together with every other rank.
+
+        A shard that its rank has lost is written again from a peer's copy first. `structure`: of
+        what this rank has live; where it is what was saved, no index need travel. `suffices`: says
+        of this rank's own small state whether it needs no other rank's.
+
+        Raises:
+            CorruptCheckpointError: on every rank; call `find` again for what else there is.
+            StageTimeoutError: a rank is gone.
+        """
+        from holdfast.tiers.local_reading import Opening
+
+        manager = self.manager
+        self._noted = frozenset(manager.recovery.damaged)
+        try:
+            if candidate.record.world_size == self.topology.world_size:
+                candidate = manager.recovery.bring_home(candidate, coordinator)
+            opening = Opening(manager, candidate, coordinator)
+            self._opened = opening.run(None if structure is None else structure.hex(), suffices)
+            self._candidate = candidate
+        except StageTimeoutError:
+            raise
+        except (CorruptCheckpointError, StageFailedError) as error:
+            self.pass_over(candidate, coordinator, str(error))
+            if isinstance(error, StageFailedError):
+                raise CorruptCheckpointError(str(manager.run.root), str(error)) from error
+            raise
+        return self._opened
+
+    def pass_over(self, candidate: Candidate, coordinator: Coordinator, reason: str) -> None:
+        """Make sure that the next `find` offers something else, where a commit could not be loaded.
+
+        Together with every other rank. Damage that was noted since `open` is enough; without any
+        the whole commit is passed over, for this reason.
+        """
+        found = coordinator.settle(
+            "local pass over", lambda: not self._noted >= self.manager.recovery.damaged, any
+        )
+        if not found:
+            self.manager.recovery.rejected[candidate.commit] = reason
+
+    def verify(self, candidate: Candidate, coordinator: Coordinator) -> None:
+        """Read every file of a commit, each rank its share.
+
+        Raises:
+            CorruptCheckpointError: on every rank; call `find` again.
+        """
+        problems = coordinator.settle(
+            "local verify",
+            lambda: self.manager.recovery.verify(candidate),
+            lambda parts: [each for part in parts for each in part],
+        )
+        if problems:
+            raise CorruptCheckpointError(str(self.manager.run.root), "; ".join(problems[:3]))
+
+    def finish(self, coordinator: Coordinator) -> None:
+        """End a load that succeeded: return what was borrowed, write missing copies again."""
+        self._return_loan()
+        candidate = self._candidate
+        if candidate is None or candidate.record.world_size != self.topology.world_size:
+            return
+        try:
+            self.manager.recovery.restore_redundancy(candidate, coordinator)
+        except StageTimeoutError:
+            raise
+        except CheckpointError as error:
+            logger.warning("copies were not restored, the next save makes new ones: %s", error)
+
+    def _return_loan(self) -> None:
+        if self._opened is not None:
+            self._opened.loan.return_all()
+            self._opened = None
+
+    def discard_after(self, iteration: int | None, coordinator: Coordinator) -> None:
+        """Remove the commits that resuming from an iteration supersedes; None: all of them.
+
+        Call it before the first save of the attempt that resumed there, on every rank.
+        """
+
+        def is_superseded(record: ShardRecord) -> bool:
+            return iteration is None or record.iteration > iteration
+
+        coordinator.settle(
+            "local discard", lambda: self.manager.shelf.discard(is_superseded), lambda _: None
+        )
+        self.manager.kept = [
+            each for each in self.manager.kept if iteration is not None and each[2] <= iteration
+        ]
+
+    # -- besides ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold(self, iteration: int) -> Iterator[BinaryIO]:
+        """Open this rank's own shard of a commit, and keep it as it is meanwhile, on any thread."""
+        rank = self.manager.rank
+        path = self.manager.run.rank_directory(rank) / shard_name(iteration, rank)
+        with self.manager.shelf.turns.hold(path) as stream:
+            yield stream
+
+    def budget(self, image_size_bytes: int, coordinator: Coordinator) -> Budget:
+        """Return what this place needs for shards of such sizes, one given by each rank.
+
+        Raises:
+            ConfigError: on every rank: it does not fit, with the numbers.
+        """
+        sizes = coordinator.together("local budget", lambda: image_size_bytes)
+        rank = coordinator.rank
+        mates = self.topology.place_mates(rank)
+        strategy = self.manager.repl_strategy
+        sends = strategy is not None and strategy.sends_images
+        held = [
+            [sizes[owner] for owner in strategy.owners_held_by(each)] if sends else []
+            for each in mates
+        ]
+
+        def find() -> Budget:
+            found = find_budget(
+                self.directory,
+                [sizes[each] for each in mates],
+                held,
+                self._turns_count,
+                in_memory=self.in_memory,
+            )
+            if rank == mates[0]:
+                found.check()
+            return found
+
+        budgets: list[Budget] = []
+        coordinator.settle("local room", lambda: budgets.append(find()), lambda _: None)
+        return budgets[0]
+
+    def close(self) -> None:
+        """Let go of every file and the group; what is published stays."""
+        self._return_loan()
+        self._give_back()
+        self.manager.close()
+
+    # -- the group -------------------------------------------------------------------------------
+
+    def _new_group(self) -> Any:
+        """Make the group that exchanges run over; all ranks together, on the training thread."""
+        from torch import distributed
+
+        return distributed.new_group(
+            backend="gloo", timeout=timedelta(seconds=self._timeout_seconds)
+        )
+
+    def _group_is_broken(self) -> bool:
+        strategy = self.manager.repl_strategy
+        return strategy is not None and strategy.local_group.is_broken
+
+    def _renew_group(self, is_broken: bool) -> None:
+        """Replace a group in which a rank left another waiting: gloo has closed its connections."""
+        if is_broken:
+            self.manager.repl_strategy.local_group.renew(self._new_group())
+
+
+def _prepare(run: RunDirectory, rank: int, node: str | None) -> Seat:
+    _import_engine()
+    run.prepare(rank)
+    found = os.stat(run.root)
+    return Seat(node_name(node), (found.st_dev, found.st_ino))
+
+
+def _agree_on_iteration(sealed: list[tuple[int, int]]) -> int:
+    """Return the bytes of all shards.
+
+    Raises:
+        StageFailedError: ranks save different iterations.
+    """
+    failures = [
+        RankFailure(
+            rank, "Disagreement", f"saves at step {iteration}, rank 0 at step {sealed[0][0]}"
+        )
+        for rank, (iteration, _) in enumerate(sealed)
+        if iteration != sealed[0][0]
+    ]
+    if failures:
+        raise StageFailedError("local seal", failures)
+    return sum(size for _, size in sealed)
+
+
+def _import_engine() -> Any:
+    """Import what stands on nvidia-resiliency-ext, which not every platform has.
+
+    Raises:
+        ConfigError: it is missing, or does not work here.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "The pynvml package is deprecated", category=FutureWarning
+            )
+            from holdfast.tiers import local_engine
+    except ImportError as error:
+        problem = (
+            "checkpoint.local.directory is set, but nvidia-resiliency-ext cannot be imported "
+            f"({error}); install nvidia-resiliency-ext>=0.4.1,<0.8 (Linux, Python below 3.13), "
+            "or set local.directory to null"
+        )
+        raise ConfigError([problem]) from error
+    return local_engine

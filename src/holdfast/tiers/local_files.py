@@ -1,0 +1,227 @@
+"""The names of the local tier on one node: `<directory>/<run id>/<rank>/iter_<N>_<owner>_local.pt`.
+
+Owns the grammar of these names (nvidia-resiliency-ext's, with any number of digits), who may own
+the directories, and what lies there. Promises that nothing outside the grammar is touched or
+counted, that leftovers never stand in the way of a save, and that a shard is published under its
+name only when it is whole: a predecessor of the same iteration stays beside it under a name that
+still counts, until the new commit is agreed. Knows no tensors and no other rank.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.errors import ConfigError, CorruptCheckpointError
+from holdfast.filesystem import PENDING_MARK, Filesystem, make_durable_directory, naming
+from holdfast.tiers.local_format import ShardRecord, Tail, read_tail
+
+REPLACED_MARK = ".replaced-"
+_NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"
+_SHARD = re.compile(
+    rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.pt({re.escape(REPLACED_MARK)}[0-9a-f]{{8}})?"
+)
+_PENDING = re.compile(rf"[a-z0-9_]+(\.pt)?{re.escape(PENDING_MARK)}[0-9a-f]{{8}}")
+_STOCK_PENDING = re.compile(rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.dirty\.pt")
+_RANK = re.compile("0|[1-9][0-9]*")
+_MEMORY_TYPES = ("tmpfs", "ramfs")
+
+
+def shard_name(iteration: int, owner: int) -> str:
+    """Return the name of a rank's shard."""
+    return f"iter_{iteration:07d}_{owner}_local.pt"
+
+
+def parse_shard_name(name: str) -> tuple[int, int] | None:
+    """Return the iteration and the owner that a shard's name stands for; None: not such a name."""
+    match = _SHARD.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def pending_name(stem: str) -> str:
+    """Return a fresh name for something that does not count yet, or no more."""
+    return f"{stem}{PENDING_MARK}{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One published file: its record, or why it has none."""
+
+    path: str
+    """Relative to the run's directory: `<rank>/<name>`."""
+    iteration: int
+    owner: int
+    record: ShardRecord | None
+    reason: str | None = None
+
+
+class RunDirectory:
+    """What one place keeps of one run."""
+
+    def __init__(self, directory: Path, run_id: str, filesystem: Filesystem) -> None:
+        self.root = directory / run_id
+        self.run_id = run_id
+        self.filesystem = filesystem
+        self._directory = directory
+
+    def prepare(self, rank: int) -> None:
+        """Create this rank's directory; what is there already must be this user's alone.
+
+        Raises:
+            ConfigError: a directory on the way belongs to somebody else, or others may write to it.
+            OSError: it cannot be created.
+        """
+        for path in (self._directory, self.root, self.root / str(rank)):
+            make_durable_directory(self.filesystem, path)
+            check_owned(path)
+
+    def rank_directory(self, rank: int) -> Path:
+        """Return the directory of a rank."""
+        return self.root / str(rank)
+
+    def ranks(self) -> list[int]:
+        """Return every rank that has a directory here, whether or not it still exists."""
+        try:
+            entries = self.filesystem.list_directory(self.root)
+        except FileNotFoundError:  # wiped under our feet: nothing is here
+            return []
+        return sorted(
+            int(each.name) for each in entries if each.is_directory and _RANK.fullmatch(each.name)
+        )
+
+    def published(self, rank: int) -> list[str]:
+        """Return the paths of one rank's published files, relative to the run's directory."""
+        return [
+            f"{rank}/{name}" for name in self._names(rank) if parse_shard_name(name) is not None
+        ]
+
+    def _names(self, rank: int) -> list[str]:
+        try:
+            entries = self.filesystem.list_directory(self.rank_directory(rank))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [each.name for each in entries if each.is_file]
+
+    def scan(self, ranks: Iterable[int]) -> list[Found]:
+        """Read the record of every published file in the directories of these ranks."""
+        return [self._look_at(path) for rank in ranks for path in self.published(rank)]
+
+    def _look_at(self, path: str) -> Found:
+        parsed = parse_shard_name(path.partition("/")[2])
+        assert parsed is not None
+        iteration, owner = parsed
+        try:
+            record = self.read_tail(path).record
+        except CorruptCheckpointError as error:
+            return Found(path, iteration, owner, None, error.reason)
+        except OSError as error:
+            return Found(path, iteration, owner, None, f"cannot be read: {error.strerror}")
+        if (record.iteration, record.owner) != parsed:
+            reason = f"is the shard of rank {record.owner} of iteration {record.iteration}"
+            return Found(path, iteration, owner, None, reason)
+        if record.run_id != self.run_id:
+            return Found(path, iteration, owner, None, f"belongs to run {record.run_id!r}")
+        return Found(path, iteration, owner, record)
+
+    def read_tail(self, path: str) -> Tail:
+        """Return the tail of a published file.
+
+        Raises:
+            CorruptCheckpointError: it has no sound one.
+            OSError: it cannot be read.
+        """
+        full = self.root / path
+        with naming(full), self.filesystem.open_existing(full) as stream:
+            return read_tail(stream, os.fstat(stream.fileno()).st_size, str(full))
+
+    def publish(
+        self, pending: Path, rank: int, iteration: int, owner: int
+    ) -> tuple[Path, Path | None]:
+        """Give a whole, synced file its name in a rank's directory.
+
+        Return its path, and that of a predecessor of the same name: it counts until it is removed.
+        """
+        final = self.rank_directory(rank) / shard_name(iteration, owner)
+        replaced = None
+        if final.name in self._names(rank):
+            replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
+            self.filesystem.rename(final, replaced)
+        self.filesystem.rename(pending, final)  # visible from here
+        return final, replaced
+
+    def sweep(self, ranks: Iterable[int]) -> None:
+        """Remove what killed processes left behind; only while nobody saves."""
+        for rank in ranks:
+            for name in self._names(rank):
+                if _PENDING.fullmatch(name) or _STOCK_PENDING.fullmatch(name):
+                    with suppress(FileNotFoundError):
+                        self.filesystem.remove_file(self.rank_directory(rank) / name)
+
+    def remove_empty(self, ranks: Collection[int]) -> None:
+        """Remove directories with nothing in them, of ranks that are no more."""
+        for rank in ranks:
+            with suppress(OSError):  # somebody else's file is in it, or it is gone
+                self.filesystem.remove_directory(self.rank_directory(rank))
+
+
+def check_owned(path: Path) -> None:
+    """Refuse a directory in which somebody else could put, or take away, what this job trusts.
+
+    Raises:
+        ConfigError: it is another user's, or others may write to it.
+    """
+    found = path.lstat()
+    problem = None
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is no directory"
+    elif found.st_uid != os.geteuid():
+        problem = f"belongs to user {found.st_uid}, this job runs as user {os.geteuid()}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        problem = f"can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+    if problem is not None:
+        advice = "name one that this job makes itself, such as /dev/shm/holdfast-<user>"
+        raise ConfigError([f"checkpoint.local.directory: {path} {problem}; {advice}"])
+
+
+def is_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether files under an existing directory lie in RAM."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        if after and before.split()[2] == wanted:
+            return after.split()[0] in _MEMORY_TYPES
+    return False
+
+
+def reserve(descriptor: int, size_bytes: int, path: Path) -> None:
+    """Take room for so many bytes: a sparse file in a full memory file system kills who maps it.
+
+    Raises:
+        OSError: there is no such room (ENOSPC), with the path.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, max(size_bytes, 1))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def as_problem(error: OSError, size_bytes: int) -> OSError:
+    """Say with the numbers what a full directory means."""
+    if error.errno != errno.ENOSPC or error.filename is None:
+        return error
+    free = os.statvfs(Path(error.filename).parent)
+    free_bytes = free.f_bavail * free.f_frsize
+    reason = f"{error.strerror}: {size_bytes} bytes are needed, {free_bytes} are free"
+    return OSError(error.errno, reason, error.filename)

@@ -1,0 +1,48 @@
+"""Tensors of a committed checkpoint for people who only look at them: inference, evaluation.
+
+Owns the way from a path to tensors without a manager, a model or a job. Promises the checkpoint
+that a load would try first, and to touch nothing but `.metadata`, the manifest and the tensors
+asked for. Falls back to no older checkpoint: damage is an error here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from holdfast.config import LoadConfig
+from holdfast.errors import CheckpointNotFoundError, NoLoadableCheckpointError
+from holdfast.filesystem import LocalFilesystem
+from holdfast.shards.lazy import LazyTensors
+from holdfast.tiers.reading import open_shards
+from holdfast.tiers.resolve import resolve
+
+
+def open_tensors(
+    path: str | os.PathLike[str],
+    *,
+    prefix: str = "",
+    step: int | None = None,
+    verify: bool = True,
+) -> LazyTensors:
+    """Open the tensors of a checkpoint without reading them, by name.
+
+    `path`: one `iter_*` directory, or a store, whose newest checkpoint it then is, or that of
+    iteration `step`. `prefix`: only names that begin so, given without it; `model.` leaves what
+    `load_state_dict(..., assign=True)` takes. `verify`: hold each block against its digest when a
+    tensor in it is first asked for.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing of that name, or nothing in the store.
+        CorruptCheckpointError: a file is missing or is not what it should be.
+        NoLoadableCheckpointError: the store holds checkpoints, and none can be loaded.
+    """
+    filesystem = LocalFilesystem()
+    decision = resolve(LoadConfig(directory=str(path), step=step), Path(path), None, filesystem)
+    if not decision.candidates:
+        if decision.skipped:
+            reasons = [f"{each.path}: {each.reason}" for each in decision.skipped]
+            raise NoLoadableCheckpointError(str(path), reasons)
+        raise CheckpointNotFoundError(f"{path} holds no checkpoint.")
+    reader = open_shards(decision.candidates[0], filesystem)
+    return LazyTensors(reader, prefix, verify=verify)
