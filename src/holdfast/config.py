@@ -41,6 +41,9 @@ class PersistentConfig:
     save_interval: int | None = 1000
     """Iterations between saves, for the loop that asks. None: no periodic save."""
     keep: KeepConfig = field(default_factory=KeepConfig)
+    from_local: bool = False
+    """Whether a save is committed locally first and promoted from there beside training, while
+    local saves go on. Needs a local tier."""
     write_mib_per_second: float | None = None
     """How fast each rank writes at most, to leave others their share. None: as fast as it goes."""
 
@@ -219,7 +222,11 @@ class CheckpointConfig:
         inert = []
         if self.staging == "overlapped" and not self.async_save:
             inert.append("checkpoint.staging=overlapped: async_save is false, nothing is staged")
+        if self.persistent.from_local and not self.async_save:
+            inert.append("checkpoint.persistent.from_local: async_save is false")
         if self.local.directory is None:
+            if self.persistent.from_local:
+                inert.append("checkpoint.persistent.from_local: local.directory is null")
             if self.local.save_interval is not None:
                 inert.append("checkpoint.local.save_interval: local.directory is null")
             if self.local.replication.factor != 1:

@@ -10,7 +10,6 @@ block from live tensors. Knows no files and no other rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from holdfast.shards.staging import Copying
 
 _STREAM_BUFFERS = 3
 """One is filled, one digested and written, one just was."""
+_PIECE_BYTES = 1 << 20
+"""What is no plain host memory is brought there in pieces; larger ones cost malloc more to keep."""
 
 
 def image_bytes(layout: Layout) -> int:
@@ -76,8 +77,8 @@ class Arena:
         """
         now: list[tuple[Any, Any]] = []
         beside: list[tuple[Any, Any]] = []
-        marks = repeat(False) if later is None else later
-        for target, source, waits in zip(self._targets, sources, marks, strict=later is not None):
+        marks = [False] * len(self._targets) if later is None else later
+        for target, source, waits in zip(self._targets, sources, marks, strict=True):
             if isinstance(source, bytes):
                 target[: len(source)] = source
                 target[len(source) :] = bytes(len(target) - len(source))
@@ -162,17 +163,17 @@ class StreamedShard:
 
 @torch.no_grad()
 def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the row-major bytes of a tensor; what is no plain host memory in pieces of a block."""
+    """Yield the row-major bytes of a tensor; what is no plain host memory in pieces."""
     tensor = tensor.detach()
     plain = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
     if plain and tensor.is_contiguous():
         flat: Any = tensor.view(-1).view(torch.uint8).numpy()
         yield memoryview(flat)
         return
-    if tensor.nbytes <= BLOCK_BYTES or tensor.dim() == 0:
+    if tensor.nbytes <= _PIECE_BYTES or tensor.dim() == 0:
         yield from _bytes_of(tensor.resolve_conj().resolve_neg().cpu().contiguous())
         return
-    rows = max(tensor.shape[0] * BLOCK_BYTES // tensor.nbytes, 1)
+    rows = max(tensor.shape[0] * _PIECE_BYTES // tensor.nbytes, 1)
     for start in range(0, tensor.shape[0], rows):
         part = tensor[start : start + rows]
         yield from _bytes_of(part[0] if rows == 1 else part)

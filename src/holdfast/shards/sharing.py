@@ -141,8 +141,9 @@ def divide(names: Sequence[str], sizes: Mapping[str, int], count: int) -> list[l
     total = sum(sizes[name] for name in names)
     position = 0
     for name in names:
-        middle = position + sizes[name] // 2
-        parts[min(middle * count // max(total, 1), count - 1)].append(name)
+        # To whom its middle belongs; on the border, to the first of two.
+        middle = (2 * position + sizes[name]) * count
+        parts[max(middle - 1, 0) // max(2 * total, 1)].append(name)
         position += sizes[name]
     return parts
 

@@ -96,6 +96,7 @@ def write_shard(
             block = following.result()
         footer = allocate(footer_size(image.body_bytes))
         footer[:] = make_footer(image.body_bytes, digests)
+        _keep_pace(progress, bytes_per_second)
         append(footer)
         progress.written_bytes += len(footer)
     return describe_body(name, image.body_bytes, digests)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from holdfast.config import CheckpointConfig
@@ -26,7 +27,7 @@ from holdfast.errors import (
 from holdfast.filesystem import Filesystem
 from holdfast.identity import CommitIdentity
 from holdfast.protocol import SkippedCheckpoint
-from holdfast.shards.arena import Arena
+from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.saving import ShardPlan
 from holdfast.store import Checkpoint
 from holdfast.tiers.persistent import Committed, PersistentTier, Snapshot
@@ -53,6 +54,10 @@ class Tiers:
         self.local: LocalTier | None = None
         self._config = config
         self._filesystem = filesystem
+        self._identity: CommitIdentity | None = None
+        """What the last local commit was given, on rank 0."""
+        self._budgeted = b""
+        """The plan that the local tier is known to have room for."""
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -99,10 +104,18 @@ class Tiers:
         """Return the memory of the local tier to stage into; None: the stager's own will do.
 
         Raises:
+            ConfigError: on every rank: what it needs in all does not fit, with the numbers.
             CheckpointError: on every rank: there is no room.
         """
         assert self.local is not None
-        return self.local.begin(snapshot_of, plan.staged.layout, coordinator, pinned=pinned)
+        layout = plan.staged.layout
+        if plan.identity != self._budgeted:
+            # Before anything is allocated: what all turns will need, and not only the next file.
+            budget = self.local.budget(image_bytes(layout), coordinator)
+            if coordinator.rank == 0:
+                logger.info("%s", budget.line)
+            self._budgeted = plan.identity
+        return self.local.begin(snapshot_of, layout, coordinator, pinned=pinned)
 
     def abandon_local(self) -> None:
         """Give that memory back: the staging failed."""
@@ -116,8 +129,12 @@ class Tiers:
         *,
         to_local: bool,
         to_persistent: bool,
+        drains: bool = False,
     ) -> Committed:
         """Write one snapshot to whichever tiers are due, together with every other rank.
+
+        `drains`: not to both; `hold` is called for the persistent tier when this has returned a
+        local commit.
 
         Raises:
             CheckpointError: on every rank: the persistent save failed, or it was not due and the
@@ -140,11 +157,27 @@ class Tiers:
                     raise
                 if coordinator.rank == 0:
                     logger.warning("the local copy of this save failed: %s", error)
-        if to_persistent:
-            identity = identities[0] if identities else None
+        identity = self._identity = identities[0] if identities else None
+        if to_persistent and not (drains and committed is not None):
             committed = self.persistent.write(snapshot, coordinator, identity)
         assert committed is not None
         return committed
+
+    def hold(self, snapshot: Snapshot, coordinator: Coordinator) -> Callable[[], Committed]:
+        """Keep the local commit of a snapshot from being overwritten; return what promotes it.
+
+        That is for a thread of its own: it writes to the persistent tier and lets go.
+        """
+        assert self.local is not None
+        kept = ExitStack()
+        kept.enter_context(self.local.hold(snapshot.iteration))
+        identity = self._identity
+
+        def promote() -> Committed:
+            with kept:
+                return self.persistent.write(snapshot, coordinator, identity)
+
+        return promote
 
     def _write_local(
         self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator

@@ -22,9 +22,9 @@ from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager impor
 )
 
 from holdfast.coordination import Coordinator, SingleProcess
-from holdfast.digests import find_difference
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import naming
+from holdfast.filesystem import naming, read_into
+from holdfast.shards.direct import Part, read_verified
 from holdfast.tiers.local_files import RunDirectory, shard_name
 from holdfast.tiers.local_format import Tail
 from holdfast.tiers.local_nodes import Topology
@@ -225,12 +225,11 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         try:
             tail = self.run.read_tail(path)
             record = tail.record
+            image = memoryview(bytearray(record.image_bytes))
+            parts = [Part(0, image[: record.body_bytes])]
+            read_verified(self.run.filesystem, full, record.image_record(path), parts)
             with naming(full), self.run.filesystem.open_existing(full) as stream:
-                difference = find_difference(record.image_record(path), stream)
-                if difference is not None:
-                    raise CorruptCheckpointError(str(full), difference.reason)
-                stream.seek(0)
-                image = memoryview(bytearray(stream.read(record.image_bytes)))
+                read_into(stream, record.body_bytes, [image[record.body_bytes :]])
         except (CorruptCheckpointError, OSError) as error:
             raise CheckpointingException(str(error)) from error
         return ShardState(image, tail, full, None)

@@ -14,9 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from holdfast.coordination import Coordinator
-from holdfast.digests import Difference, find_difference
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import naming
+from holdfast.shards.direct import read_verified
 from holdfast.tiers.elastic import find_gap, outline
 from holdfast.tiers.local_files import shard_name
 from holdfast.tiers.local_shards import FileShard
@@ -105,13 +104,11 @@ class Recovery:
             path = self._run.root / copy.path
             try:
                 record = self._run.read_tail(copy.path).record
-                with naming(path), self._run.filesystem.open_existing(path) as stream:
-                    difference = find_difference(record.image_record(copy.path), stream)
+                whole = [range(record.body_bytes)]
+                read_verified(self._run.filesystem, path, record.image_record(copy.path), [], whole)
             except (CorruptCheckpointError, OSError) as error:
-                difference = Difference(str(error))
-            if difference is not None:
                 self.note_damage(copy.path)
-                problems.append(f"{path}: {difference.reason}")
+                problems.append(str(error))
         return problems
 
     def note_damage(self, path: str, lister: int | None = None) -> None:

@@ -3,8 +3,8 @@
 Owns the files of one rank in a directory that lies in RAM, where a snapshot's memory is the file
 itself. Promises that every byte of a file has been allocated before anybody writes to it, so that a
 full directory is an error and never a signal; that a file is out of every reader's sight before it
-is filled again; and that no more than `limit` of them exist. A save that finds none free waits for
-whoever holds one, and says so. Knows no format.
+is filled again; and that no more than `limit` of them exist, or one more while it is read. A save
+that finds none free waits for whoever holds one, and says so. Knows no format.
 """
 
 from __future__ import annotations
@@ -177,11 +177,19 @@ class Turns:
         return bool(self._free) or self._may_create()
 
     def _may_create(self) -> bool:
+        return self._limit is None or self._count() < self._limit
+
+    def _count(self) -> int:
+        """Return how many files exist, but one that only its reader still needs: a drain takes
+        longer than a save, and should not keep the next one waiting.
+        """
         count = len(self._free) + len(self._published) + len(self._taken)
-        return self._limit is None or count < self._limit
+        return count - any(each.is_retired for each in self._published.values())
 
     def _pick(self, size_bytes: int) -> TurnFile:
-        self._free = [file for file in self._free if file.is_there]
+        for file in [each for each in self._free if not each.is_there]:
+            self._free.remove(file)
+            file.close()
         for file in self._free:
             if file.size_bytes == size_bytes:
                 self._free.remove(file)
@@ -258,7 +266,7 @@ class Turns:
         self._keep_or_remove(file)
 
     def _keep_or_remove(self, file: TurnFile) -> None:
-        if len(self._free) < self._spares:
+        if len(self._free) < self._spares and self._may_create():
             self._free.append(file)
         else:
             file.remove()

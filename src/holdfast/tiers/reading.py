@@ -85,7 +85,7 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
         CorruptCheckpointError: a file is missing, or is not what it should be.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
-        foreign = open_foreign(checkpoint, filesystem)
+        foreign = open_shards(checkpoint, filesystem)
         return Contents(checkpoint, foreign, foreign.read_values(), unchanged_counters(), None)
     where = checkpoint.path / TRAIN_STATE_NAME
     content = _read_checked(checkpoint, TRAIN_STATE_NAME, filesystem)
@@ -100,9 +100,7 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     if step != checkpoint.iteration:
         raise CorruptCheckpointError(str(where), f"is of step {step}")
     _read_checked(checkpoint, RUN_CONFIG_NAME, filesystem)  # vouched for too
-    metadata = _read_checked(checkpoint, METADATA_NAME, filesystem)
-    records = {each.path: each for each in checkpoint.manifest.files}
-    reader = ShardReader.open(checkpoint.path, metadata, records, filesystem)
+    reader = open_shards(checkpoint, filesystem)
     return Contents(
         checkpoint,
         reader,
@@ -110,6 +108,19 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
         counters,
         _read_checked(checkpoint, SHARED_STATE_NAME, filesystem),
     )
+
+
+def open_shards(checkpoint: Checkpoint, filesystem: Filesystem) -> ShardReader:
+    """Understand where tensors and values lie, reading none of them.
+
+    Raises:
+        CorruptCheckpointError: `.metadata` is missing, or is not what it should be.
+    """
+    if isinstance(checkpoint, ForeignCheckpoint):
+        return open_foreign(checkpoint, filesystem)
+    metadata = _read_checked(checkpoint, METADATA_NAME, filesystem)
+    records = {each.path: each for each in checkpoint.manifest.files}
+    return ShardReader.open(checkpoint.path, metadata, records, filesystem)
 
 
 def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> bytes:

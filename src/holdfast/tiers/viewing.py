@@ -14,6 +14,7 @@ from holdfast.config import LoadConfig
 from holdfast.errors import CheckpointNotFoundError, NoLoadableCheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.shards.lazy import LazyTensors
+from holdfast.tiers.foreign import ForeignCheckpoint
 from holdfast.tiers.reading import open_shards
 from holdfast.tiers.resolve import resolve
 
@@ -44,5 +45,7 @@ def open_tensors(
             reasons = [f"{each.path}: {each.reason}" for each in decision.skipped]
             raise NoLoadableCheckpointError(str(path), reasons)
         raise CheckpointNotFoundError(f"{path} holds no checkpoint.")
-    reader = open_shards(decision.candidates[0], filesystem)
-    return LazyTensors(reader, prefix, verify=verify)
+    checkpoint = decision.candidates[0]
+    has_digests = not isinstance(checkpoint, ForeignCheckpoint)
+    reader = open_shards(checkpoint, filesystem)
+    return LazyTensors(reader, prefix, verify=verify and has_digests)

@@ -1,0 +1,164 @@
+"""A save in flight, and what is told of it when it lands.
+
+Owns the listener and the event of one save, the job that writes it, and the rule by which a failure
+is raised or lived with. Promises that an outcome is told once, on all ranks at the same step: first
+the event, then the error if there is one. Knows nothing of what the job does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.background import Background, Outcome
+from holdfast.config import CheckpointConfig
+from holdfast.coordination import Coordinator
+from holdfast.errors import (
+    CheckpointError,
+    RankFailure,
+    SaveFailedError,
+    StageFailedError,
+    StoreIdentityError,
+)
+from holdfast.events import (
+    ON_CHECKPOINT_SAVE,
+    ON_CHECKPOINT_SAVE_FAILED,
+    CallbackManager,
+    CheckpointEvent,
+)
+from holdfast.tiers.persistent import Committed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Save:
+    """One save, until its outcome was told."""
+
+    callback_manager: Any | None
+    event: CheckpointEvent
+    started: float
+    """By `time.monotonic`."""
+
+    def tell(self, event_name: str) -> None:
+        """Fire an event at the listener of this save, where it has one that knows it."""
+        # Other callback managers than ours know Megatron-Bridge's event only.
+        listener = self.callback_manager
+        if isinstance(listener, CallbackManager) or (
+            listener is not None and event_name == ON_CHECKPOINT_SAVE
+        ):
+            listener.fire(event_name, self.event)
+
+
+class FailureRule:
+    """Which failure in a row ends the run."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self._raises = config.on_save_failure == "raise"
+        self._limit = config.save_failure_limit
+        self._in_a_row = 0
+
+    def note_success(self) -> None:
+        """Start counting anew."""
+        self._in_a_row = 0
+
+    def judge(self, error: CheckpointError, cause: BaseException) -> None:
+        """Warn of a failure, or raise it."""
+        self._in_a_row += 1
+        spent = self._limit is not None and self._in_a_row >= self._limit
+        overtaken = isinstance(error, StoreIdentityError)  # no later save can succeed
+        if self._raises or spent or overtaken:
+            raise error from cause
+        logger.warning(
+            "%s (failure %d in a row, the run ends at %s)",
+            error,
+            self._in_a_row,
+            self._limit if self._limit is not None else "none",
+        )
+
+
+class Flight:
+    """At most one save whose outcome was not told yet; every rank calls its methods alike."""
+
+    def __init__(self, rule: FailureRule) -> None:
+        self._rule = rule
+        self._background: Background[Committed] = Background()
+        self._save: Save | None = None
+        self._landed: Callable[[Committed], None] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is one."""
+        return self._background.is_busy
+
+    def start(
+        self,
+        save: Save,
+        work: Callable[[], Committed],
+        coordinator: Coordinator,
+        landed: Callable[[Committed], None] | None = None,
+    ) -> None:
+        """Do the work on a thread; `landed` hears of what it committed before anybody else."""
+        self._save, self._landed = save, landed
+        self._background.start(work, coordinator)
+
+    def run(self, save: Save, work: Callable[[], Committed], rank: int) -> None:
+        """Do the work here and tell of it.
+
+        Raises:
+            CheckpointError: it failed, and the run does not live with that.
+        """
+        self._save, self._landed = save, None
+        try:
+            outcome = Outcome(value=work())
+        except CheckpointError as error:
+            outcome = Outcome(error=error)
+        save.event.stall_seconds = time.monotonic() - save.started
+        self._tell(outcome, rank)
+
+    def fail(self, save: Save, error: CheckpointError, rank: int) -> None:
+        """Tell of a save that did not come as far as its work; raises as `run`."""
+        self._save, self._landed = save, None
+        self._tell(Outcome(error=error), rank)
+
+    def wait(self, rank: int) -> None:
+        """Wait for the save in flight, if there is one, and tell of it; raises as `run`."""
+        self._tell(self._background.wait(), rank)
+
+    def poll(self, rank: int) -> None:
+        """Tell of the save in flight at the step at which all ranks do; raises as `run`."""
+        self._tell(self._background.poll(), rank)
+
+    def _tell(self, outcome: Outcome[Committed] | None, rank: int) -> None:
+        save, landed = self._save, self._landed
+        if outcome is None or save is None:
+            return
+        self._save = self._landed = None
+        event = save.event
+        event.total_seconds = time.monotonic() - save.started
+        if outcome.value is not None:
+            self._rule.note_success()
+            event.tier = outcome.value.tier
+            event.path = str(outcome.value.path)
+            event.size_bytes = outcome.value.size_bytes
+            event.removed_iterations = outcome.value.removed_iterations
+            if landed is not None:
+                landed(outcome.value)
+            save.tell(ON_CHECKPOINT_SAVE)
+            return
+        assert outcome.error is not None
+        event.error = _as_save_failure(event.iteration, outcome.error, rank)
+        save.tell(ON_CHECKPOINT_SAVE_FAILED)
+        self._rule.judge(event.error, outcome.error)
+
+
+def _as_save_failure(iteration: int, error: BaseException, rank: int) -> CheckpointError:
+    """Name the save that failed; an error that speaks for itself stays what it is."""
+    if isinstance(error, StageFailedError):
+        return SaveFailedError(iteration, error.stage, error.failures)
+    if isinstance(error, CheckpointError):
+        return error
+    return SaveFailedError(iteration, "write", [RankFailure.of(rank, error)])

@@ -1,0 +1,201 @@
+"""The app state on its way out of training's reach.
+
+Owns the steps between live objects and a snapshot that threads may write: capture, agree on the
+plan, take memory (the local tier's where it has some), stage. Promises that all ranks have a
+snapshot or none, that what stays in use from save to save is compared with the live state each
+time, and that an optimizer step waits for what is still being copied. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+from holdfast.config import CheckpointConfig
+from holdfast.coordination import Coordinator
+from holdfast.errors import (
+    CheckpointError,
+    ConfigError,
+    StageTimeoutError,
+    UnsupportedStateError,
+)
+from holdfast.protocol import CheckpointSaveContext
+from holdfast.shards.arena import Arena
+from holdfast.shards.items import Inventory, Itemizer
+from holdfast.shards.saving import ShardPlan, ShardSaver, StagedShard
+from holdfast.shards.writer import Progress
+from holdfast.state.bindings import Bindings
+from holdfast.state.capture import AppState, Captured
+from holdfast.state.run_config import to_yaml
+from holdfast.state.safety import encode
+from holdfast.state.step_guard import StepGuard
+from holdfast.tiers.both import Tiers
+from holdfast.tiers.persistent import Snapshot
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a save is staged into."""
+
+    arena: Arena | None
+    """Of the local tier; None: the stager's own."""
+    pinned: bool
+    is_local: bool
+    """Whether the local tier takes part."""
+
+
+class Snapshotter:
+    """Takes one snapshot after another; each overwrites the one before, unless a tier keeps it."""
+
+    def __init__(self, config: CheckpointConfig, tiers: Tiers) -> None:
+        self._is_async = config.async_save
+        self._overlaps = config.async_save and config.staging == "overlapped"
+        self._tiers = tiers
+        self._shards = ShardSaver()
+        self._itemizer = Itemizer()
+        self._bindings: Bindings | None = None
+        self._guard = StepGuard()
+
+    @property
+    def progress(self) -> Progress:
+        """How far this rank's shard of the latest save has come to disk."""
+        return self._shards.progress
+
+    def take(
+        self, ctx: CheckpointSaveContext, app: AppState, control: Coordinator
+    ) -> tuple[Snapshot, bool]:
+        """Copy everything out of training's reach, and say whether it can go to the local tier.
+
+        Raises:
+            CheckpointError: on every rank.
+        """
+        taken: list[tuple[Captured, bytes]] = []
+        iteration = ctx.state.train_state.step
+
+        def capture() -> tuple[int, Inventory]:
+            counters = _encode_counters(ctx)
+            captured = app.capture(self._bindings)
+            self._bindings = captured.bindings
+            taken.append((captured, counters))
+            leaves = captured.leaves
+            return iteration, self._itemizer.describe(leaves.values, leaves.paths)
+
+        plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
+        memory = self._take_memory(ctx, plan, inventory, control)
+
+        def stage() -> Snapshot:
+            ((captured, counters),) = taken
+            return Snapshot(
+                iteration,
+                self._stage_shard(app.optimizers, captured, plan, inventory, memory),
+                encode(captured.rank),
+                encode(captured.shared),
+                counters,
+                to_yaml(ctx.state.cfg),
+            )
+
+        try:
+            return _keep_own(control, "stage", stage), memory.is_local
+        except CheckpointError:
+            self._tiers.abandon_local()
+            raise
+
+    def wait(self) -> None:
+        """Return when the last snapshot no longer reads live tensors."""
+        self._guard.settle()
+
+    def release(self) -> None:
+        """Give memory back, take hooks off, and let go of live objects."""
+        self._guard.leave()
+        self._shards.release()
+        self._bindings = None
+
+    def _take_memory(
+        self,
+        ctx: CheckpointSaveContext,
+        plan: ShardPlan,
+        inventory: Inventory,
+        control: Coordinator,
+    ) -> _Memory:
+        """Ask the local tier for memory to stage into, where there is one."""
+        pinned = _is_on_gpu(inventory)
+        if self._tiers.local is None:
+            return _Memory(None, pinned, is_local=False)
+        iteration = ctx.state.train_state.step
+        try:
+            arena = self._tiers.begin_local(iteration, plan, control, pinned=pinned)
+        except (StageTimeoutError, ConfigError):
+            raise
+        except CheckpointError as error:
+            if ctx.non_persistent_ckpt:
+                raise
+            if control.rank == 0:
+                logger.warning("no local copy of this save: %s", error)
+            return _Memory(None, pinned, is_local=False)
+        return _Memory(arena, pinned, is_local=True)
+
+    def _stage_shard(
+        self,
+        optimizers: Sequence[Optimizer],
+        captured: Captured,
+        plan: ShardPlan,
+        inventory: Inventory,
+        memory: _Memory,
+    ) -> StagedShard:
+        if not self._is_async and not memory.is_local:
+            # Written before `save` returns: nothing to copy.
+            return self._shards.stream(plan, inventory)
+        later = captured.leaves.changed_by_steps if self._overlaps else frozenset()
+        staged = self._shards.stage(
+            plan, inventory, arena=memory.arena, pinned=memory.pinned, later=later
+        )
+        if self._overlaps and staged.copying is not None:
+            self._guard.watch(optimizers, staged.copying.hold)
+        return staged
+
+
+def _keep_own(coordinator: Coordinator, stage: str, work: Callable[[], T]) -> T:
+    """Run work on every rank, and keep the result here: all succeed or all fail."""
+    results: list[T] = []
+    coordinator.settle(stage, lambda: results.append(work()), lambda _: None)
+    return results[0]
+
+
+def _is_on_gpu(inventory: Inventory) -> bool:
+    return torch.cuda.is_available() and any(
+        isinstance(source, torch.Tensor) and source.is_cuda for source in inventory.sources
+    )
+
+
+def _encode_counters(ctx: CheckpointSaveContext) -> bytes:
+    values = {
+        "train_state": ctx.state.train_state.to_dict(),
+        "num_floating_point_operations_so_far": ctx.num_floating_point_operations_so_far,
+    }
+    step: object = ctx.state.train_state.step
+    if type(step) is not int or step < 0:
+        raise UnsupportedStateError(
+            f"train_state.step is {step!r}, which names no iteration; use a whole number from 0 on."
+        )
+    advice = "Use numbers, texts, lists and dicts with texts as keys in its fields and in extra."
+    try:
+        content = json.dumps(values, indent=1, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedStateError(
+            f"train_state holds a value that is no JSON: {error}. {advice}"
+        ) from error
+    if json.loads(content) != values:  # JSON makes texts of number keys, and lists of tuples
+        raise UnsupportedStateError(
+            f"train_state holds a value that JSON would give back as another. {advice}"
+        )
+    return content.encode() + b"\n"
