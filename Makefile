@@ -12,7 +12,8 @@ RUN := $(VENV)/bin/python
 # another pyproject.toml, another pin or a moved checkout does.
 CHECKSUM := $(shell { cat pyproject.toml constraints.txt; pwd; } | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(CHECKSUM)
-CHECKED := src recipes tests/support
+BENCHED := $(VENV)/benched-$(CHECKSUM)
+CHECKED := src recipes tests/support benchmarks
 
 # nvidia-resiliency-ext brings pynvml, and torch warns of it at every import: nothing a reader could mend.
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
@@ -41,8 +42,8 @@ faults-full: $(INSTALLED) ## the same, leaving nothing out
 soak: $(INSTALLED) ## train on two ranks under random SIGKILL: make soak SECONDS=3600 ARGS="--seed 1"
 	@$(QUIET) $(RUN) -m tests.faults.soak --seconds $(SECONDS) $(ARGS)
 
-bench: $(INSTALLED) ## time saves and loads beside torch's own, and print ratios; never part of the tests
-	@$(QUIET) $(RUN) benchmarks/persistent.py $(ARGS)
+bench: $(BENCHED) ## measure saves and loads beside peers and the machine's limits: make bench ARGS="--quick"
+	@$(QUIET) $(RUN) -m benchmarks $(ARGS)
 
 drill: $(INSTALLED) ## kill a run, resume it, and compare it with an uninterrupted one to the last bit
 	@$(QUIET) $(RUN) recipes/drill.py $(ARGS)
@@ -70,4 +71,13 @@ $(INSTALLED):
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@rm -f $(VENV)/installed-*
+	@touch $@
+
+# The peers are needed by nothing else. The constraints keep them from replacing torch, and one that does not
+# install here costs its own row only.
+$(BENCHED): $(INSTALLED)
+	@echo "adding the peers of the benchmarks to $(VENV) (once)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' || \
+		echo 'the peers do not install here: those that do not import are left out' >&2
+	@rm -f $(VENV)/benched-*
 	@touch $@

@@ -43,7 +43,7 @@ class PersistentConfig:
     keep: KeepConfig = field(default_factory=KeepConfig)
     from_local: bool = False
     """Whether a save is committed locally first and promoted from there beside training, while
-    local saves go on. Needs a local tier."""
+    local saves go on. Needs a local tier in RAM; elsewhere both are written before the next."""
     write_mib_per_second: float | None = None
     """How fast each rank writes at most, to leave others their share. None: as fast as it goes."""
 

@@ -113,7 +113,7 @@ class DefaultCheckpointManager:
             self._saving.fail(save, error, control.rank)
             return
         config = self.checkpoint_config
-        drains = is_persistent and to_local and config.async_save and config.persistent.from_local
+        drains = is_persistent and to_local and config.async_save and self._tiers.can_drain
 
         def write() -> Committed:
             return self._tiers.write(
@@ -205,10 +205,12 @@ class DefaultCheckpointManager:
             if not isinstance(candidate, Checkpoint):
                 assert self._tiers.local is not None
                 self._tiers.local.finish(control)
-            skipped = [*decision.skipped, *self._tiers.passed_over_locally()]
+            skipped = [*decision.skipped, *self._tiers.passed_over_locally(failed)]
             newer = [each for each in skipped if _is_beyond(each, opened.checkpoint.iteration)]
             return self._finish_load(ctx.state, opened, _newest_first(newer + failed))
-        reasons = _newest_first([*decision.skipped, *failed, *self._tiers.passed_over_locally()])
+        reasons = _newest_first(
+            [*decision.skipped, *failed, *self._tiers.passed_over_locally(failed)]
+        )
         if reasons:
             kind = StatePartlyLoadedError if touched else NoLoadableCheckpointError
             raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in reasons])

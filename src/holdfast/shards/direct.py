@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +29,7 @@ from holdfast.digests import (
 )
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, naming, read_into
+from holdfast.shards.page_cache import announce, copy_cached
 
 THREADS = min(4, os.cpu_count() or 1)
 _SCRATCH_BYTES = 256 << 10
@@ -144,14 +144,16 @@ class _Pass:
                 except IndexError:
                     return
                 if len(waiting) >= THREADS:
-                    _announce(stream, waiting[THREADS - 1])
+                    announce(stream, waiting[THREADS - 1] * BLOCK_BYTES, BLOCK_BYTES)
                 self._read_block(stream, number, scratch)
 
     def _read_block(self, stream: BinaryIO, number: int, scratch: _Scratch) -> None:
         start = number * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
         views = self._views(start, end, scratch)
-        filled = read_into(stream, start, views)
+        filled = end - start
+        if not copy_cached(stream, start, views):
+            filled = read_into(stream, start, views)
         digest = xxhash.xxh3_128()
         for view in views:
             digest.update(view)
@@ -203,11 +205,3 @@ class _Scratch:
         self._pieces.append(memoryview(bytearray(max(size_bytes, _SCRATCH_BYTES))))
         self._taken = size_bytes
         return self._pieces[-1][:size_bytes]
-
-
-def _announce(stream: BinaryIO, number: int) -> None:
-    """Tell the kernel which block is read soon: by itself it may read ahead too little."""
-    # A stream in memory, or a file system or system that takes no advice.
-    with suppress(OSError, AttributeError):
-        start = number * BLOCK_BYTES
-        os.posix_fadvise(stream.fileno(), start, BLOCK_BYTES, os.POSIX_FADV_WILLNEED)

@@ -56,6 +56,7 @@ class Itemizer:
         self._values: dict[str, _Encoded] = {}
         self._aliased: dict[tuple[str, str], Item] = {}
         self._last = _Last((), (), (), (), ())
+        self._paths: Mapping[str, tuple[str | int, ...]] = {}
         self._structure = b""
 
     def describe(
@@ -66,6 +67,8 @@ class Itemizer:
         Raises:
             UnsupportedStateError: a tensor type that cannot be taken apart.
         """
+        if paths is not self._paths:
+            self._forget_moved(leaves, paths)
         if (repeated := self._repeat(leaves)) is not None:
             return repeated
         items: list[Item] = []
@@ -100,6 +103,18 @@ class Itemizer:
         self._last = _Last(tuple(leaves), known, items, addresses, shared)
         return Inventory(items, sources, self._structure)
 
+    def _forget_moved(
+        self, leaves: Mapping[str, Any], paths: Mapping[str, tuple[str | int, ...]]
+    ) -> None:
+        """Know nothing any more of names that stand for other nested keys than they did."""
+        for name in leaves:
+            known, path = self._known.get(name), tuple(paths[name])
+            if known is not None and any(item.path != path for item in known.items):
+                del self._known[name]
+                self._values.pop(name, None)
+                self._last = _Last((), (), (), (), ())
+        self._paths = paths
+
     def _repeat(self, leaves: Mapping[str, Any]) -> Inventory | None:
         """Return the items of last time, if every leaf is as it was; None: describe them."""
         last = self._last
@@ -121,8 +136,8 @@ class Itemizer:
                 if (
                     source.shape != known.shape
                     or source.dtype is not known.dtype
-                    or source.data_ptr() != address
                     or source.layout is not torch.strided
+                    or source.data_ptr() != address
                     or (place is not None and _place_of(source) != place)
                 ):
                     return None

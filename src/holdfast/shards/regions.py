@@ -78,6 +78,12 @@ def _within(
     missing = local.numel()
     if not missing:
         return
+    if len(described.chunks) == 1 and local.size() == described.size == described.chunks[0].sizes:
+        origin = described.chunks[0].offsets  # all of it, saved in one piece: nearly always so
+        index = MetadataIndex(name, origin)
+        item = ReadItem(LoadItemType.TENSOR, index, origin, index, origin, described.size)
+        yield Region(item, described.size, local)
+        return
     for chunk in described.chunks:
         lows = [max(pair) for pair in zip(offsets, chunk.offsets, strict=True)]
         lengths = torch.Size(

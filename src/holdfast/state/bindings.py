@@ -365,6 +365,7 @@ def _is_same(leaf: Any, live: Any) -> bool:
     one, other = getattr(leaf, "_local_tensor", leaf), getattr(live, "_local_tensor", live)
     return (
         type(leaf) in (type(live), torch.Tensor)
+        and one.layout is other.layout is torch.strided
         and one.device == other.device
         and one.shape == other.shape
         and one.data_ptr() == other.data_ptr()

@@ -98,6 +98,16 @@ class Tiers:
         """By rank, the node that it is on; None: there is no local tier."""
         return None if self.local is None else self.local.topology.nodes
 
+    @property
+    def can_drain(self) -> bool:
+        """Whether a persistent save is to be promoted from its local commit.
+
+        Only where the arena is the local file, which stays as it is while others take turns; on a
+        disk the next local save would overwrite the arena under the drain.
+        """
+        drains = self._config.persistent.from_local
+        return drains and self.local is not None and self.local.in_memory
+
     def begin_local(
         self, snapshot_of: int, plan: ShardPlan, coordinator: Coordinator, *, pinned: bool
     ) -> Arena | None:
@@ -253,13 +263,15 @@ class Tiers:
             else:
                 return
 
-    def passed_over_locally(self) -> list[SkippedCheckpoint]:
-        """Return what the local tier has passed over, with reasons."""
+    def passed_over_locally(self, told: Sequence[SkippedCheckpoint]) -> list[SkippedCheckpoint]:
+        """Return what the local tier has passed over, with reasons, but for what was told of."""
         if self.local is None:
             return []
+        known = {each.iteration for each in told if each.tier == LOCAL}
         return [
             SkippedCheckpoint(each.path, each.reason, each.iteration, LOCAL)
             for each in self.local.passed
+            if each.iteration not in known
         ]
 
     def resume_from(self, checkpoint: Checkpoint) -> None:

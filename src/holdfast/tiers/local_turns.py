@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,13 +56,16 @@ class TurnFile:
         self.is_retired = False
         """Free as soon as its last holder lets go."""
         self._filesystem = filesystem
-        self._stream = filesystem.open_new(path)
+        with filesystem.open_new(path) as stream:
+            self._descriptor = os.dup(stream.fileno())
+        # Also where nobody closes it: a manager has no end of its own.
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         self._memory: memoryview | None = None
         try:
-            reserve(self._stream.fileno(), size_bytes, path)
+            reserve(self._descriptor, size_bytes, path)
             if mapped and size_bytes:
                 flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-                pages = mmap.mmap(self._stream.fileno(), size_bytes, flags=flags)
+                pages = mmap.mmap(self._descriptor, size_bytes, flags=flags)
                 with suppress(OSError, AttributeError):
                     pages.madvise(mmap.MADV_DONTFORK)
                 self._memory = memoryview(pages)
@@ -82,7 +86,7 @@ class TurnFile:
             found = self.path.lstat()
         except OSError:
             return False
-        return found.st_ino == os.fstat(self._stream.fileno()).st_ino
+        return found.st_ino == os.fstat(self._descriptor).st_ino
 
     def write_at(self, offset: int, content: bytes | memoryview) -> None:
         """Write all of it.
@@ -93,7 +97,7 @@ class TurnFile:
         rest = memoryview(content)
         try:
             while len(rest):
-                count = os.pwrite(self._stream.fileno(), rest, offset)
+                count = os.pwrite(self._descriptor, rest, offset)
                 rest, offset = rest[count:], offset + count
         except OSError as error:
             raise as_problem(
@@ -102,11 +106,11 @@ class TurnFile:
 
     def cut(self, size_bytes: int) -> None:
         """End the file here."""
-        os.ftruncate(self._stream.fileno(), size_bytes)
+        os.ftruncate(self._descriptor, size_bytes)
 
     def sync(self) -> None:
         """Make the bytes durable; for a file in RAM there is nothing to do."""
-        os.fsync(self._stream.fileno())
+        os.fsync(self._descriptor)
 
     def rename(self, path: Path) -> None:
         """Give it another name, over an existing file."""
@@ -115,7 +119,7 @@ class TurnFile:
 
     def close(self) -> None:
         """Let go of it; whoever still views its memory keeps that alive."""
-        self._stream.close()
+        self._close()
         self._memory = None
         if self.content is not None:
             self.content.release()
