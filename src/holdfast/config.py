@@ -88,6 +88,8 @@ class LoadConfig:
     """Whether every name must be on both sides."""
     verify: str = "while_reading"
     """`while_reading`: in the pass that fills the tensors, if the reader can; `first`: before."""
+    broadcast: bool = False
+    """Whether a tensor that every rank needs in full is read by one rank and sent to the others."""
     on_missing: str = "start_fresh"
     """What an empty store means: `start_fresh` or `error`."""
     accept_data_restart: bool = False

@@ -263,7 +263,12 @@ class DefaultCheckpointManager:
         """Hold a checkpoint against the live state, on every rank, touching nothing."""
         load = self.checkpoint_config.load
         app = _app_state(ctx, control)
-        restoration = Restoration(opened, app, with_tensors=not ctx.skip_load_to_model_and_opt)
+        restoration = Restoration(
+            opened,
+            app,
+            with_tensors=not ctx.skip_load_to_model_and_opt,
+            broadcast=load.broadcast and opened.checkpoint.manifest.tier != LOCAL,
+        )
         strict = load.strict if ctx.strict is None else ctx.strict
 
         def compare() -> None:
