@@ -282,7 +282,8 @@ class DefaultCheckpointManager:
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
         state.train_state.update_from(counters["train_state"])
-        self._tiers.resume_from(checkpoint)
+        if checkpoint.manifest.run_id:  # else of no run: there is no lineage to go on with
+            self._tiers.resume_from(checkpoint)
         return LoadResult(
             iteration=checkpoint.iteration,
             num_floating_point_operations_so_far=counters["num_floating_point_operations_so_far"],

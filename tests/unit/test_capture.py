@@ -125,6 +125,7 @@ class _WideMomentum(torch.optim.Optimizer):
 
 def test_state_wider_than_its_parameter_is_not_rounded(tmp_path: Path) -> None:
     """32-bit state of a 16-bit parameter comes back in 32 bits, every one of them."""
+    torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2).bfloat16() for _ in range(2)]
     optimizers = [_WideMomentum(each.parameters()) for each in models]
     for parameter in models[0].parameters():

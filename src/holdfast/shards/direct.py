@@ -29,7 +29,6 @@ from holdfast.digests import (
 )
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, naming, read_into
-from holdfast.shards.page_cache import announce, copy_cached
 
 THREADS = min(4, os.cpu_count() or 1)
 _SCRATCH_BYTES = 256 << 10
@@ -143,17 +142,13 @@ class _Pass:
                     number = waiting.popleft()
                 except IndexError:
                     return
-                if len(waiting) >= THREADS:
-                    announce(stream, waiting[THREADS - 1] * BLOCK_BYTES, BLOCK_BYTES)
                 self._read_block(stream, number, scratch)
 
     def _read_block(self, stream: BinaryIO, number: int, scratch: _Scratch) -> None:
         start = number * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
         views = self._views(start, end, scratch)
-        filled = end - start
-        if not copy_cached(stream, start, views):
-            filled = read_into(stream, start, views)
+        filled = read_into(stream, start, views)
         digest = xxhash.xxh3_128()
         for view in views:
             digest.update(view)

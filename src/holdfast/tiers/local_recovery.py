@@ -17,7 +17,7 @@ from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
 from holdfast.shards.direct import read_verified
 from holdfast.tiers.elastic import find_gap, outline
-from holdfast.tiers.local_files import shard_name
+from holdfast.tiers.local_files import parse_shard_name, shard_name
 from holdfast.tiers.local_shards import FileShard
 from holdfast.tiers.local_shelf import Shelf
 from holdfast.tiers.local_vote import (
@@ -118,6 +118,8 @@ class Recovery:
         """
         if self.verdict is None or self.verdict.candidate is None:
             return
+        if parse_shard_name(path.rpartition("/")[2]) is None:
+            return  # a file that was borrowed: nothing published is to blame
         rank = self._shelf.lister(_directory(path)) if lister is None else lister
         self.damaged.add((rank, path, self.verdict.candidate.record.sequence))
 
