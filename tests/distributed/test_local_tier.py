@@ -168,6 +168,25 @@ def test_shards_are_found_wherever_their_rank_is_now(root: Path) -> None:
     _check_all(root, (4, before), (4, after))
 
 
+def _load_and_list(root: Path, nodes: Sequence[str]) -> tuple[Loaded, list[str]]:
+    job = Job(root, nodes)
+    loaded = job.load()
+    wait_for_all()
+    files = job.files()
+    job.close()
+    return loaded, files
+
+
+def test_a_shard_follows_its_rank_to_another_node(root: Path) -> None:
+    """It is written again where its rank is now, and read from there."""
+    run_ranks(_save, 4, root, TWO_BY_TWO, {})
+    for rank, (loaded, files) in enumerate(
+        run_ranks(_load_and_list, 4, root, ("b", "a", "b", "a"))
+    ):
+        assert (loaded.iteration, loaded.wrong) == (20, [])
+        assert f"{rank}/iter_0000020_{rank}_local.pt" in files
+
+
 def test_fewer_ranks_load_what_more_have_written(root: Path) -> None:
     """4 to 2: on both nodes; on one of them, with replicas; and 4 to 1."""
     before = [(TWO_BY_TWO, {"factor": 1}), (TWO_BY_TWO, {"factor": 2})]
@@ -340,3 +359,89 @@ def test_a_full_directory_on_one_node_fails_the_save_on_all(
             assert (after.iteration, after.wrong) == (30, [])
     finally:
         subprocess.run(["umount", str(tmp_path / "b")], check=True)
+
+
+def test_damage_is_found_on_the_way_to_another_world(root: Path) -> None:
+    """A flipped bit in a file here or at a peer: its copy serves, or the commit before."""
+    cases = [(TWO_BY_TWO, {"factor": 2})] * 2
+    run_ranks(_save_all, 4, root, cases)
+    DAMAGES["flipped"](shard_path(root / "0", "b", 3, 20))
+    DAMAGES["flipped"](shard_path(root / "1", "a", 0, 20, owner=2))
+    after: list[tuple[Sequence[str], dict[str, Any]]] = [
+        (("a", "b"), {"factor": 2}),
+        (("a", "c"), {"factor": 2}),
+    ]
+    for first, _, second, _ in run_ranks(_load_all, 2, root, after):
+        assert (first.iteration, first.wrong, first.tries) == (20, [], 2)
+        assert any("3/iter_0000020_3_local.pt" in each for each in first.reasons)
+        assert (second.iteration, second.wrong, second.tries) == (10, [], 2)
+        assert any("rank 2 of 4" in each for each in second.reasons)
+
+
+def test_shards_of_many_blocks_travel_whole(root: Path) -> None:
+    """More than one block of digests: exchanged, brought home, and read by another world."""
+    settings = {"factor": 2, "width": 120_000}
+    before = [(("a", "b"), settings)] * 4
+    run_ranks(_save_all, 2, root, before)
+    lose_node(root / "0", "a")
+    lose_node(root / "1", "b")
+    lose_node(root / "2", "b")
+    for number in (2, 3):  # far from the index: found only where the block is read
+        DAMAGES["flipped"](shard_path(root / str(number), "a", 0, 20))
+    for loaded in run_ranks(_load, 2, root / "0", ("a", "b"), settings):
+        assert (loaded.iteration, loaded.wrong) == (20, [])
+    for loaded in run_ranks(_load, 3, root / "1", ("a", "b", "b"), settings):
+        assert (loaded.iteration, loaded.wrong) == (20, [])
+    for loaded in run_ranks(_load, 3, root / "2", ("b", "b", "a"), settings):
+        assert (loaded.iteration, loaded.wrong, loaded.tries) == (10, [], 2)
+    for loaded in run_ranks(_load, 2, root / "3", ("a", "b"), settings):
+        assert (loaded.iteration, loaded.wrong, loaded.tries) == (20, [], 2)
+
+
+def _die_in_load(root: Path, where: str) -> str:
+    """Rank 2 is killed when it makes a file in a load: while it receives its own shard."""
+    killer = _Killer()
+    job = Job(root, TWO_BY_TWO, factor=2, filesystem=killer, timeout_seconds=6.0)
+    if job.rank == 2:
+        killer.strike_at = lambda path: where in path.name
+    started = time.monotonic()
+    error = failure_of(job.load)
+    assert time.monotonic() - started < 15
+    return f"{type(error).__name__}: {error}"
+
+
+def test_a_rank_that_dies_in_a_load_is_told_to_the_others(root: Path) -> None:
+    """No rank waits for ever in the exchange that brings its shard home, and nothing is lost."""
+    run_ranks(_save, 4, root, TWO_BY_TWO, {"factor": 2})
+    lose_node(root, "b")
+    messages = run_ranks(_die_in_load, 4, root, "spare", may_die=(2,))
+    for rank in (0, 1, 3):
+        assert "StageTimeoutError" in messages[rank]
+        assert "rank 2" in messages[rank]
+    for loaded in run_ranks(_load, 4, root, TWO_BY_TWO, {"factor": 2}):
+        assert (loaded.iteration, loaded.wrong) == (20, [])
+
+
+def _refuse_on_one(root: Path) -> list[str]:
+    """Rank 1 cannot stage; then all save; then rank 1 is at another step."""
+    job = Job(root, ("a", "b"), factor=2, timeout_seconds=8.0)
+    job.save(10)
+    messages = []
+    job.tier.abandon()
+    iteration = 20 if job.rank == 0 else 21
+    messages.append(str(failure_of(lambda: job.save(iteration))))
+    job.save(30)
+    loaded = job.load()
+    messages.append(f"{loaded.iteration} {loaded.wrong} {job.files()}")
+    job.close()
+    return messages
+
+
+def test_ranks_at_different_steps_are_named_and_nothing_is_published(root: Path) -> None:
+    """The next save works, and what is kept are the two that all ranks made."""
+    for message, after in run_ranks(_refuse_on_one, 2, root):
+        assert "rank 1" in message
+        assert "saves at step 21, rank 0 at step 20" in message
+        assert after.startswith("30 []")
+        assert "iter_0000020" not in after
+        assert "iter_0000021" not in after

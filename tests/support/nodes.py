@@ -29,12 +29,13 @@ from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import CheckpointError, CorruptCheckpointError
 from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.identity import CommitIdentity
 from holdfast.protocol import TrainState
 from holdfast.shards.arena import Arena
 from holdfast.shards.layout import Item, lay_out
 from holdfast.shards.planning import structure_of
 from holdfast.tiers.local import LocalTier
-from holdfast.tiers.local_sealing import CommitIdentity, LocalSnapshot
+from holdfast.tiers.local_sealing import LocalSnapshot
 
 if TYPE_CHECKING:
     from holdfast.tiers.local_reading import LocalContents

@@ -39,9 +39,8 @@ VIEWS: dict[str, Callable[[int], Tensor]] = {
     "expanded from one": lambda width: torch.rand(()).expand(width),
     "conjugated": lambda width: torch.rand(3, width, dtype=torch.complex64).conj(),
     "negated": lambda width: torch.rand(3, width, dtype=torch.complex64).conj().imag,
-    "channels last": lambda width: (
-        torch.rand(2, 3, 4, width).to(memory_format=torch.channels_last)
-    ),
+    "negated whole": lambda width: torch._neg_view(torch.rand(3, width)),
+    "channels last": lambda width: torch.rand(2, 3, 4, width).to(memory_format=torch.channels_last),
     "unfolded": lambda width: torch.rand(width + 2).unfold(0, 3, 1),
 }
 """Each makes a tensor that is not its own row-major memory; the number is about how wide."""
@@ -49,7 +48,9 @@ VIEWS: dict[str, Callable[[int], Tensor]] = {
 
 def bits(tensor: Tensor) -> bytes:
     """Return the row-major bytes of a tensor's values."""
-    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    plain = (
+        tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    )
     flat: Any = plain.reshape(-1).view(torch.uint8).numpy()
     found: bytes = flat.tobytes()
     return found
@@ -79,4 +80,4 @@ class Gated(Tensor):
                     assert each.let.wait(30), "nobody let the copy go on"
                     if each.error is not None:
                         raise each.error
-        return super().__torch_function__(function, types, arguments, named or {})
+        return super().__torch_function__(function, types, arguments, named or {})  # type: ignore[no-untyped-call]

@@ -77,10 +77,13 @@ class LocalTier:
         coordinator: Coordinator,
         timeout_seconds: float,
         node: str | None = None,
+        *,
+        drains: bool = False,
     ) -> None:
         """Check the directory, meet the other ranks, sweep leftovers.
 
-        `node`: the name of this node. None: HOLDFAST_NODE, or the host name.
+        `node`: the name of this node. None: HOLDFAST_NODE, or the host name. `drains`: commits will
+        be held while they are promoted, for which the budget has one more turn.
 
         Raises:
             ConfigError: nvidia-resiliency-ext is missing, or the directory is not this user's.
@@ -95,7 +98,7 @@ class LocalTier:
         self.run_id = run_id
         self._filesystem = filesystem
         self._timeout_seconds = timeout_seconds
-        self._turns_count = keep_last + 1
+        self._turns_count = keep_last + 1 + drains
         rank = coordinator.rank
         run = RunDirectory(self.directory, run_id, filesystem)
         # Within the stage: where the package is missing on one node only, all hear of it.

@@ -196,6 +196,9 @@ class _BlockSource:
         self._filesystem = filesystem
         self._blocks = blocks
 
+    def view(self, offset: int, length: int) -> memoryview | None:
+        return None
+
     def read_into(self, offset: int, target: memoryview) -> None:
         path, number = self._blocks[offset // self.block_bytes]
         with naming(path), self._filesystem.open_existing(path) as stream:

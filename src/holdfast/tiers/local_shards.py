@@ -33,6 +33,11 @@ class MemoryShard:
         self._image = image
         self._tail = memoryview(tail)
 
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Return bytes of the image; None: part of them are the tail's."""
+        inside = offset + length <= len(self._image)
+        return self._image[offset : offset + length] if inside else None
+
     def read_into(self, offset: int, target: memoryview) -> None:
         """Copy bytes from where they lie."""
         inside = max(min(len(self._image) - offset, len(target)), 0)
@@ -59,6 +64,10 @@ class FileShard:
         with suppress(OSError):
             self._stream = filesystem.open_existing(path)
             self.size_bytes = os.fstat(self._stream.fileno()).st_size
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Nothing of a file is in memory that could be relied on."""
+        return None
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Read bytes; those behind an end that came too early are zeros, and no digest fits."""

@@ -37,12 +37,12 @@ class NoFileFreeError(CheckpointError, TimeoutError):
 
 
 class TurnFile:
-    """One file with all of its bytes allocated, open, and mapped if it is to be an arena."""
+    """One file, open; if it is to be an arena, mapped, with all of its bytes allocated."""
 
     def __init__(
         self, path: Path, size_bytes: int, filesystem: Filesystem, *, mapped: bool
     ) -> None:
-        """Create and allocate it.
+        """Create it, and allocate what is mapped: all else is told by the write that has no room.
 
         Raises:
             OSError: there is no room.
@@ -62,8 +62,8 @@ class TurnFile:
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._memory: memoryview | None = None
         try:
-            reserve(self._descriptor, size_bytes, path)
             if mapped and size_bytes:
+                reserve(self._descriptor, size_bytes, path)
                 flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
                 pages = mmap.mmap(self._descriptor, size_bytes, flags=flags)
                 with suppress(OSError, AttributeError):

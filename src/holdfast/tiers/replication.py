@@ -12,8 +12,10 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +28,7 @@ from nvidia_resiliency_ext.checkpointing.local.replication.strategies import (
 )
 from torch import distributed
 
-_WINDOW = 3
+_WINDOW = 4
 """Blocks of one stream under way at a time: one arrives while one is digested and written."""
 _PATIENCE = 0.75
 """Of the group's timeout: who waited in vain here must still be in time to say so elsewhere."""
@@ -48,6 +50,10 @@ class Source(Protocol):
     @property
     def block_bytes(self) -> int:
         """Of each message but the last."""
+        ...
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Return the bytes where they lie, if that is memory that can be sent from."""
         ...
 
     def read_into(self, offset: int, target: memoryview) -> None:
@@ -110,13 +116,22 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
         Raises:
             GroupBrokenError: a rank is gone or silent.
         """
+        with ThreadPoolExecutor(1, thread_name_prefix="holdfast-receiver") as beside:
+            self._stream(outgoing, incoming, beside)
+
+    def _stream(
+        self,
+        outgoing: Sequence[Outgoing],
+        incoming: Sequence[Incoming],
+        beside: ThreadPoolExecutor,
+    ) -> None:
         try:
             lanes: list[_Lane] = [
                 _SendLane(self, each, tag)
                 for each, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True)
             ]
             lanes += [
-                _ReceiveLane(self, each, tag)
+                _ReceiveLane(self, each, tag, beside)
                 for each, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True)
             ]
             # In rounds, and everything of a round posted before any of it is waited for: whoever is
@@ -234,13 +249,20 @@ class _SendLane:
         while len(self._works) <= _WINDOW - 1 and self._posted * self._step < self._size:
             offset = self._posted * self._step
             length = min(self._step, self._size - offset)
-            view, tensor = self._buffers.at(self._posted, length)
-            try:
-                self._source.read_into(offset, view)
-            except Exception:  # noqa: BLE001  # the receiver finds the digest wrong, and says so
-                view[:] = bytes(length)
+            tensor = self._fill(offset, length)
             self._works.append(self._group.post_send(tensor, self._transfer.receiver, self._tag))
             self._posted += 1
+
+    def _fill(self, offset: int, length: int) -> torch.Tensor:
+        """Return the next block: where it lies, if that is memory, or in a buffer."""
+        if (in_place := self._source.view(offset, length)) is not None:
+            return torch.frombuffer(in_place, dtype=torch.uint8)
+        view, tensor = self._buffers.at(self._posted, length)
+        try:
+            self._source.read_into(offset, view)
+        except Exception:  # noqa: BLE001  # the receiver finds the digest wrong, and says so
+            view[:] = bytes(length)
+        return tensor
 
     def finish(self) -> bool:
         self._group.wait(self._works.pop(0))
@@ -248,8 +270,14 @@ class _SendLane:
 
 
 class _ReceiveLane:
-    def __init__(self, group: OwnGroup, transfer: Incoming, tag: int) -> None:
+    def __init__(
+        self, group: OwnGroup, transfer: Incoming, tag: int, beside: ThreadPoolExecutor
+    ) -> None:
         self._group, self._transfer, self._tag = group, transfer, tag
+        self._beside = beside
+        """Where blocks are digested and written, in order, while the next ones arrive."""
+        self._busy: dict[int, Future[None]] = {}
+        """By place in the window: what must end before its buffer is filled again."""
         self._header = bytearray(_HEADER.size)
         tensor = torch.frombuffer(self._header, dtype=torch.uint8)
         self._pending: list[tuple[Any, int, memoryview | None]] = [
@@ -263,6 +291,8 @@ class _ReceiveLane:
     def post(self) -> None:
         while len(self._pending) <= _WINDOW - 1 and self._posted * self._step < self._size:
             offset = self._posted * self._step
+            if (earlier := self._busy.pop(self._posted % _WINDOW, None)) is not None:
+                earlier.result()
             view, tensor = self._buffers.at(self._posted, min(self._step, self._size - offset))
             work = self._group.post_receive(tensor, self._transfer.sender, self._tag)
             self._pending.append((work, offset, view))
@@ -277,8 +307,13 @@ class _ReceiveLane:
             self._guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
         else:
             received = block
-            self._guard(lambda: self._transfer.sink.put(offset, received))
-        return bool(self._pending) or self._posted * self._step < self._size
+            put = partial(self._guard, lambda: self._transfer.sink.put(offset, received))
+            self._busy[offset // self._step % _WINDOW] = self._beside.submit(put)
+        goes_on = bool(self._pending) or self._posted * self._step < self._size
+        if not goes_on:
+            for each in self._busy.values():
+                each.result()
+        return goes_on
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Note the first failure here, and go on taking what the other rank sends."""

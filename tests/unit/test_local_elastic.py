@@ -1,0 +1,119 @@
+"""Shards of any number of ranks merge into one view, and cover the state or do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import LocalFilesystem
+from holdfast.shards.arena import Arena
+from holdfast.shards.layout import Entry, Item, lay_out
+from holdfast.shards.reader import ShardReader
+from holdfast.shards.writer import seal_image
+from holdfast.tiers.elastic import Chunk, deal, find_gap, merge, outline, read_shard_index
+from holdfast.tiers.local_format import ShardRecord
+from tests.support.nodes import flip
+from tests.unit.test_local_format import RECORD
+
+
+def _rows(name: str, start: int, stop: int, size: int = 8) -> Chunk:
+    return (name, (size, 3), (start, 0), (stop - start, 3))
+
+
+VALUE: Chunk = ("lr", (), (), ())
+
+
+@pytest.mark.parametrize(
+    ("chunks", "names", "gap"),
+    [
+        ([_rows("w", 0, 8), VALUE], 2, None),
+        ([_rows("w", 0, 4), _rows("w", 4, 8), VALUE], 2, None),
+        ([_rows("w", 0, 4), _rows("w", 4, 8), _rows("w", 0, 4), VALUE], 2, None),
+        ([_rows("w", 0, 8)], 2, "1 of 2 names"),
+        ([_rows("w", 0, 4), VALUE], 2, "all of w"),
+        ([_rows("w", 0, 3), _rows("w", 4, 8), VALUE], 2, "all of w"),
+        ([_rows("w", 0, 8), VALUE], None, "of None names"),
+        ([("empty", (0, 3), (0, 0), (0, 3))], 1, None),
+        ([("scalar", (), (), ())], 1, None),
+        ([], 0, None),
+    ],
+)
+def test_a_gap_is_named(chunks: list[Chunk], names: int | None, gap: str | None) -> None:
+    """Every name must be there, and the chunks of each tensor must tile it."""
+    found = find_gap(chunks, names)
+    assert found is None if gap is None else gap in str(found)
+
+
+def _write(path: Path, items: list[Item], values: list[torch.Tensor]) -> ShardRecord:
+    layout = lay_out(items)
+    arena = Arena(layout)
+    arena.stage(values).wait()
+    written = seal_image(arena.memory, layout.body_bytes, path.name)
+    path.write_bytes(arena.memory)
+    from dataclasses import replace
+
+    return replace(RECORD, body_bytes=layout.body_bytes, digest=written.digest)
+
+
+def _item(name: str, start: int, stop: int) -> Item:
+    return Item(name, ("model", name), torch.float32, (8, 3), (start, 0), (stop - start, 3))
+
+
+def test_two_files_are_read_as_one(tmp_path: Path) -> None:
+    """Chunks from both, and where both have the same, from the first."""
+    whole = torch.arange(24.0).reshape(8, 3)
+    first = _write(tmp_path / "a", [_item("w", 0, 4)], [whole[:4]])
+    second = _write(tmp_path / "b", [_item("w", 4, 8), _item("v", 0, 8)], [whole[4:], whole + 100])
+    third = _write(tmp_path / "c", [_item("v", 0, 8)], [whole - 100])
+    filesystem = LocalFilesystem()
+    shards: list[tuple[str, list[Entry]]] = []
+    records = {}
+    for name, record in (("a", first), ("b", second), ("c", third)):
+        index = read_shard_index(tmp_path / name, record, filesystem)
+        shards.append((name, index.entries(name)))
+        records[name] = record.image_record(name)
+    reader = ShardReader(tmp_path, filesystem, merge(shards), records)
+    assert reader.key_path("w") == ("model", "w")
+    targets = {"w": torch.zeros(8, 3), "v": torch.zeros(8, 3)}
+    reader.read_tensors(targets)
+    assert torch.equal(targets["w"], whole)
+    assert torch.equal(targets["v"], whole + 100)
+    assert outline(tmp_path / "a", first, filesystem) == [_rows("w", 0, 4)]
+
+
+@pytest.mark.parametrize("where", ["index", "footer", "gone"])
+def test_a_damaged_index_is_refused(tmp_path: Path, where: str) -> None:
+    """Its block must match its digest, and the digests those of the record."""
+    path = tmp_path / "a"
+    record = _write(path, [_item("w", 0, 8)], [torch.zeros(8, 3)])
+    layout = lay_out([_item("w", 0, 8)])
+    if where == "gone":
+        path.unlink()
+    else:
+        flip(path, layout.index_offset + 5 if where == "index" else record.body_bytes + 3)
+    with pytest.raises(CorruptCheckpointError):
+        read_shard_index(path, record, LocalFilesystem())
+
+
+def test_each_place_fetches_each_block_once() -> None:
+    """Dealt to the ranks of the place in runs, whoever of them asked for it."""
+    wishes = [{5: [0, 1, 2]}, {5: [1, 2, 3], 6: [0]}, {5: [0]}, {}]
+    shares = deal(wishes, places=[0, 0, 1, 1])
+    assert shares == [[(5, 0), (5, 1), (5, 2)], [(5, 3), (6, 0)], [(5, 0)], []]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        places = rng.integers(0, 3, size=6).tolist()
+        wishes = [
+            {int(owner): sorted({*rng.integers(0, 9, size=4).tolist()}) for owner in range(3)}
+            for _ in places
+        ]
+        shares = deal(wishes, places)
+        for place in set(places):
+            ranks = [rank for rank in range(6) if places[rank] == place]
+            wanted = {(o, n) for r in ranks for o, ns in wishes[r].items() for n in ns}
+            dealt = [each for rank in ranks for each in shares[rank]]
+            assert sorted(dealt) == sorted(wanted)

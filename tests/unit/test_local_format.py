@@ -1,0 +1,113 @@
+"""A shard file is whole or it is none: its tail is read back exactly, or refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from holdfast.errors import CorruptCheckpointError
+from holdfast.tiers.local_format import PART_NAMES, ShardRecord, Tail, parse_tail, read_tail
+
+RECORD = ShardRecord(
+    run_id="run",
+    attempt=2,
+    sequence=7,
+    iteration=12_345_678,
+    world_size=2,
+    nodes=(0, 1),
+    plan="ab" * 16,
+    state_names=9,
+    owner=1,
+    structure="cd" * 16,
+    body_bytes=4096,
+    digest="ef" * 16,
+)
+PARTS = {name: name.encode() * 3 + b"\n\x00" for name in PART_NAMES}
+TAIL = Tail(RECORD, PARTS)
+FILE = bytes(RECORD.image_bytes) + TAIL.to_bytes()
+
+
+def _read(content: bytes) -> Tail:
+    return read_tail(io.BytesIO(content), len(content), "shard")
+
+
+def test_a_tail_is_read_back_exactly() -> None:
+    """Record and small states, from a whole file and from a copy of the small states alone."""
+    assert _read(FILE) == TAIL
+    alone = TAIL.without_image()
+    assert _read(alone.to_bytes()) == alone
+    assert not alone.record.is_whole
+    assert alone.record.commit == RECORD.commit
+
+
+@pytest.mark.parametrize("length", [0, 10, 100, RECORD.image_bytes, len(FILE) - 1])
+def test_a_torn_file_is_no_shard(length: int) -> None:
+    """Cut anywhere, it is refused."""
+    with pytest.raises(CorruptCheckpointError):
+        _read(FILE[:length])
+
+
+def test_every_changed_bit_of_a_tail_is_found() -> None:
+    """In the record, in the small states, or in the end that seals them."""
+    start = RECORD.image_bytes
+    for offset in range(start, len(FILE)):
+        changed = bytearray(FILE)
+        changed[offset] ^= 1
+        with pytest.raises(CorruptCheckpointError):
+            _read(bytes(changed))
+
+
+def test_what_follows_a_file_makes_it_another() -> None:
+    """A tail that lies over an older, longer one is not taken for sound."""
+    with pytest.raises(CorruptCheckpointError):
+        _read(FILE + b"x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"iteration": -1},
+        {"iteration": 1.0},
+        {"owner": 2},
+        {"world_size": 3},
+        {"nodes": (0, "x")},
+        {"run_id": 3},
+        {"state_names": "many"},
+        {"is_whole": 1},
+        {"format": 2},
+        {"body_bytes": 8192},
+    ],
+)
+def test_a_sealed_record_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    """A digest vouches for the bytes, not for what they say."""
+    wrong = replace(RECORD, **change)
+    tail = Tail(wrong, PARTS)
+    content = bytes(RECORD.image_bytes) + tail.to_bytes()
+    if "body_bytes" in change:
+        content = _sealed_with_image(tail, RECORD.image_bytes)
+    with pytest.raises(CorruptCheckpointError):
+        _read(content)
+
+
+def _sealed_with_image(tail: Tail, image_bytes: int) -> bytes:
+    import holdfast.tiers.local_format as format_
+
+    rest = tail.to_bytes()[: -format_._END.size]
+    end = format_._END.pack(
+        format_._MARK, image_bytes, len(rest), format_._digest(image_bytes, rest)
+    )
+    return bytes(image_bytes) + rest + end
+
+
+def test_a_record_with_other_fields_is_refused() -> None:
+    """As an older or newer version of the same format number could have."""
+    import holdfast.tiers.local_format as format_
+
+    text = json.dumps({"format": 1, "parts": {}, "surprise": 1}).encode() + b"\n"
+    end = format_._END.pack(format_._MARK, 0, len(text), format_._digest(0, text))
+    with pytest.raises(CorruptCheckpointError, match="no sound record"):
+        parse_tail(text + end, "shard")

@@ -1,0 +1,66 @@
+"""Borrowed blocks are those that were promised, or they are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from holdfast.digests import BLOCK_BYTES
+from holdfast.filesystem import LocalFilesystem
+from holdfast.tiers.elastic import Index
+
+pytest.importorskip("nvidia_resiliency_ext")
+
+from holdfast.tiers.local_loan import Shard, _BlockSink, _BlockSource  # needs it
+
+BODY_BYTES = 2 * BLOCK_BYTES + 4096
+
+
+def _content() -> bytes:
+    return b"".join(bytes([number]) * BLOCK_BYTES for number in (1, 2)) + bytes([3]) * 4096
+
+
+def _shard(content: bytes, owner: int, provider: int | None = 1) -> Shard:
+    blocks = [content[at : at + BLOCK_BYTES] for at in range(0, len(content), BLOCK_BYTES)]
+    digests = tuple(xxhash.xxh3_128_hexdigest(block) for block in blocks)
+    return Shard(owner, f"borrowed_{owner}", Index(b"", 0, digests), BODY_BYTES, provider)
+
+
+def test_blocks_of_several_files_arrive_at_their_places(tmp_path: Path) -> None:
+    """A short last block too; what nobody asked for is a hole."""
+    content = _content()
+    for owner in (0, 1):
+        (tmp_path / f"file{owner}").write_bytes(content)
+    wanted = [(0, 0), (0, 2), (1, 1)]
+    shards = {owner: _shard(content, owner) for owner in (0, 1)}
+    source = _BlockSource(
+        LocalFilesystem(),
+        [(tmp_path / f"file{owner}", number) for owner, number in wanted],
+        [BLOCK_BYTES, 4096, BLOCK_BYTES],
+    )
+    sink = _BlockSink(tmp_path, [(shards[owner], number) for owner, number in wanted])
+    sink.begin(source.size_bytes, source.body_bytes)
+    for offset in range(0, source.size_bytes, source.block_bytes):
+        block = memoryview(bytearray(source.block_bytes))
+        source.read_into(offset, block)
+        sink.put(offset, block)
+    sink.close()
+    assert sink.damaged == []
+    hole = bytes(BLOCK_BYTES)
+    first = (tmp_path / "borrowed_0").read_bytes()
+    assert first == content[:BLOCK_BYTES] + hole + content[2 * BLOCK_BYTES :]
+    second = (tmp_path / "borrowed_1").read_bytes()
+    assert second == hole + content[BLOCK_BYTES : 2 * BLOCK_BYTES]
+
+
+def test_a_block_that_does_not_match_is_told_and_not_written(tmp_path: Path) -> None:
+    """Its owner's copy at the provider is what is damaged."""
+    shard = _shard(_content(), 4)
+    sink = _BlockSink(tmp_path, [(shard, 0)])
+    sink.begin(BLOCK_BYTES, 0)
+    sink.put(0, memoryview(bytes(BLOCK_BYTES)))
+    sink.close()
+    assert sink.damaged == [4]
+    assert not (tmp_path / "borrowed_4").exists()

@@ -1,0 +1,253 @@
+"""Streams between ranks arrive whole, cross without waiting for one another, and tell failures."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import distributed
+
+from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import LocalFilesystem
+from holdfast.tiers.local_format import Tail
+from holdfast.tiers.local_shards import FileShard, MemoryShard, ReceivedShard
+from holdfast.tiers.local_turns import Turns
+from tests.support.ranks import run_ranks
+from tests.unit.test_local_format import FILE, PARTS, RECORD
+
+pytest.importorskip("nvidia_resiliency_ext")
+
+
+class _Bytes:
+    """A source of small messages, so that a few bytes are many blocks."""
+
+    def __init__(self, content: bytes, block_bytes: int = 3, fails_at: int | None = None) -> None:
+        self.content = content
+        self.size_bytes = len(content)
+        self.body_bytes = 0
+        self.block_bytes = block_bytes
+        self._fails_at = fails_at
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        return None
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        if self._fails_at is not None and offset >= self._fails_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "source")
+        target[:] = self.content[offset : offset + len(target)]
+
+
+class _Collected:
+    """A sink that fails, if asked to, at an offset."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.content = bytearray()
+        self._fails_at = fails_at
+
+    def begin(self, size_bytes: int, body_bytes: int) -> None:
+        assert not self.content
+
+    def put(self, offset: int, block: memoryview) -> None:
+        assert offset == len(self.content)
+        if self._fails_at is not None and offset >= self._fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sink")
+        self.content += block
+
+
+def _own_group(timeout_seconds: float = 20.0) -> Any:
+    from holdfast.tiers.replication import OwnGroup
+
+    return OwnGroup(distributed.new_group(backend="gloo"), timeout_seconds)
+
+
+def _message(sender: int, receiver: int) -> bytes:
+    return bytes([sender, receiver]) * (7 * (3 * sender + receiver))
+
+
+def _cross() -> list[bytes]:
+    """Everybody sends to everybody, streams of very different length and one of nothing."""
+    from holdfast.tiers.replication import Incoming, Outgoing
+
+    group = _own_group()
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    others = [each for each in range(size) if each != rank]
+    found = []
+    for _ in range(2):
+        sinks = {each: _Collected() for each in others}
+        group.stream(
+            [Outgoing(each, _Bytes(_message(rank, each))) for each in others],
+            [Incoming(each, sinks[each]) for each in others],
+        )
+        found = [bytes(sinks[each].content) for each in others]
+    return found
+
+
+def test_streams_cross_in_all_directions() -> None:
+    """No circle of ranks waits for itself, and each stream arrives whole."""
+    for rank, found in enumerate(run_ranks(_cross, 3)):
+        assert found == [_message(each, rank) for each in range(3) if each != rank]
+
+
+def _fail_in_the_middle() -> tuple[str, str, bytes]:
+    """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
+    from holdfast.tiers.replication import Incoming, Outgoing
+
+    group = _own_group()
+    rank = distributed.get_rank()
+    outgoing, incoming = [], []
+    sinks = {0: _Collected(fails_at=9 if rank == 1 else None)}
+    if rank == 0:
+        outgoing = [
+            Outgoing(1, _Bytes(b"x" * 100)),
+            Outgoing(2, _Bytes(b"x" * 100, fails_at=50)),
+        ]
+    else:
+        incoming = [Incoming(0, sinks[0])]
+    group.stream(outgoing, incoming)
+    again = _Collected()
+    if rank == 0:
+        group.stream([Outgoing(1, _Bytes(b"after")), Outgoing(2, _Bytes(b"after"))], [])
+    else:
+        group.stream([], [Incoming(0, again)])
+    errors = [str(each.error) for each in incoming]
+    return "".join(errors), bytes(sinks[0].content).decode(), bytes(again.content)
+
+
+def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
+    """The stream goes on to its end, the failure is noted where it was, the group still works."""
+    sender, full, garbled = run_ranks(_fail_in_the_middle, 3)
+    assert sender[0] == ""
+    assert "No space left" in full[0]
+    assert full[1] == "x" * 9
+    assert garbled[0] == "None"
+    assert garbled[1] == "x" * 51 + "\0" * 49, "what cannot be read is not what was there"
+    assert [full[2], garbled[2]] == [b"after", b"after"]
+
+
+def _lose_one() -> tuple[str, float]:
+    """Rank 2 dies instead of sending."""
+    from holdfast.tiers.replication import GroupBrokenError, Incoming
+
+    group = _own_group(8.0)
+    distributed.barrier()
+    if distributed.get_rank() == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(GroupBrokenError) as caught:
+        group.stream([], [Incoming(2, _Collected())])
+    assert group.is_broken
+    return str(caught.value), time.monotonic() - started
+
+
+def test_a_rank_that_dies_is_noticed_before_the_timeout() -> None:
+    """Its peers raise, well within the time that ranks wait for one another."""
+    for reason, seconds in run_ranks(_lose_one, 3, may_die=(2,))[:2]:
+        assert "broke off" in reason
+        assert seconds < 8.0
+
+
+def _share() -> list[bytes]:
+    group = _own_group()
+    rank = distributed.get_rank()
+    content = bytes([rank]) * (rank * 5)
+    shared: list[bytes] = group.share(content, [0, 5, 10])
+    return shared
+
+
+def test_every_rank_is_told_what_each_had_to_tell() -> None:
+    """Whatever its size, nothing included."""
+    for found in run_ranks(_share, 3):
+        assert found == [b"", bytes([1]) * 5, bytes([2]) * 10]
+
+
+# -- shards as streams -----------------------------------------------------------------------------
+
+
+def _receive(source: Any, directory: Path) -> ReceivedShard:
+    turns = Turns(directory, LocalFilesystem(), spares=0, mapped=False)
+    sink = ReceivedShard(lambda size: turns.take(size, 0.0))
+    sink.begin(source.size_bytes, source.body_bytes)
+    for offset in range(0, source.size_bytes, source.block_bytes):
+        block = memoryview(bytearray(min(source.block_bytes, source.size_bytes - offset)))
+        source.read_into(offset, block)
+        sink.put(offset, block)
+    assert sink.file is not None
+    sink.file.close()
+    return sink
+
+
+def _sealed_file() -> tuple[bytes, Tail]:
+    """Return a body with its true footer, and a tail that vouches for it."""
+    from dataclasses import replace
+
+    from holdfast.shards.writer import seal_image
+
+    image = memoryview(bytearray(RECORD.image_bytes))
+    image[:5] = b"hello"
+    written = seal_image(image, RECORD.body_bytes, "x")
+    tail = Tail(replace(RECORD, digest=written.digest), PARTS)
+    return bytes(image), tail
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+@pytest.mark.parametrize("block_bytes", [8 << 20, 1024])
+def test_a_shard_arrives_as_it_was(tmp_path: Path, from_file: bool, block_bytes: int) -> None:
+    """Out of memory or out of a file, byte for byte, its tail included."""
+    image, tail = _sealed_file()
+    whole = image + tail.to_bytes()
+    (tmp_path / "shard").write_bytes(whole)
+    memory = MemoryShard(memoryview(image), RECORD.body_bytes, tail.to_bytes())
+    file = FileShard(LocalFilesystem(), tmp_path / "shard", RECORD.body_bytes)
+    source: Any = file if from_file else memory
+    if block_bytes < RECORD.body_bytes:
+        source.block_bytes = RECORD.body_bytes  # a body's blocks arrive one by one
+    sink = _receive(source, tmp_path)
+    file.close()
+    assert sink.file is not None
+    assert sink.seal("run", tail.record.commit, 1) == tail
+    assert sink.file.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("offset", [0, 4095, 4100, 8191, RECORD.image_bytes + 9, -1])
+def test_a_shard_that_changed_on_its_way_is_refused(tmp_path: Path, offset: int) -> None:
+    """In its body, its footer, or its tail."""
+    image, tail = _sealed_file()
+    whole = bytearray(image + tail.to_bytes())
+    whole[offset] ^= 1
+    source = MemoryShard(memoryview(whole), RECORD.body_bytes, b"")
+    sink = _receive(source, tmp_path)
+    with pytest.raises(CorruptCheckpointError):
+        sink.seal("run", tail.record.commit, 1)
+
+
+def test_another_shard_than_was_to_be_sent_is_refused(tmp_path: Path) -> None:
+    """Of another commit, of another owner, or nothing at all."""
+    image, tail = _sealed_file()
+    source = MemoryShard(memoryview(image), RECORD.body_bytes, tail.to_bytes())
+    for run_id, commit, owner in (
+        ("other", tail.record.commit, 1),
+        ("run", (8, 2, 12_345_678), 1),
+        ("run", tail.record.commit, 0),
+    ):
+        sink = _receive(source, tmp_path)
+        with pytest.raises(CorruptCheckpointError, match="another shard"):
+            sink.seal(run_id, commit, owner)
+    nothing = FileShard(LocalFilesystem(), tmp_path / "absent", RECORD.body_bytes)
+    assert nothing.size_bytes == 0
+    with pytest.raises(CorruptCheckpointError):
+        _receive(nothing, tmp_path).seal("run", tail.record.commit, 1)
+
+
+def test_the_small_states_travel_alone(tmp_path: Path) -> None:
+    """A copy without an image says so, and is a file of its own."""
+    tail = Tail(RECORD, PARTS).without_image()
+    sink = _receive(MemoryShard(memoryview(b""), 0, tail.to_bytes()), tmp_path)
+    assert sink.seal("run", RECORD.commit, 1) == tail
+    assert sink.file is not None
+    assert sink.file.path.read_bytes() == tail.to_bytes()
+    assert len(FILE) > len(tail.to_bytes())
