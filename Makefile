@@ -22,7 +22,7 @@ QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench faults faults-full soak drill lint format clean
+.PHONY: help train test bench faults faults-full soak drill lost-node lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -47,6 +47,9 @@ bench: $(BENCHED) ## measure saves and loads beside peers and the machine's limi
 
 drill: $(INSTALLED) ## kill a run, resume it, and compare it with an uninterrupted one to the last bit
 	@$(QUIET) $(RUN) recipes/drill.py $(ARGS)
+
+lost-node: $(INSTALLED) ## wipe one of two simulated nodes, resume from its peer's memory, compare to the last bit
+	@$(QUIET) $(RUN) recipes/lost_node.py $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy and the import layers
 	$(RUN) -m ruff check .

@@ -33,6 +33,8 @@ from holdfast.events import ON_CHECKPOINT_SAVE
 
 # The name that loading looks for: with it the mirror is a store like any other.
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
+PERSISTENT = "persistent"
+"""The tier that is mirrored; local checkpoints come and go with the node's memory."""
 
 
 class MirroringCheckpointManager:
@@ -59,7 +61,7 @@ class MirroringCheckpointManager:
     def load(self, ctx: CheckpointLoadContext) -> LoadResult:
         """Load, and mirror what was loaded if a crash came between its commit and its copy."""
         result = self._manager.load(ctx)
-        if result.path is not None:
+        if result.path is not None and result.tier == PERSISTENT:
             self._mirror.add(result.path, result.iteration)
         return result
 
@@ -128,7 +130,8 @@ class _MirroringCallbacks:
         self._callbacks = callbacks
 
     def fire(self, event_name: str, context: CheckpointEvent) -> None:
-        if event_name == ON_CHECKPOINT_SAVE and context.path is not None:
+        is_commit = event_name == ON_CHECKPOINT_SAVE and context.tier == PERSISTENT
+        if is_commit and context.path is not None:
             self._mirror.add(Path(context.path), context.iteration)
             self._mirror.remove(context.removed_iterations)
         if self._callbacks is not None:

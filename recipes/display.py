@@ -7,14 +7,18 @@ number of them may hold a display. Decides nothing.
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 
 from rich import box
@@ -22,11 +26,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from holdfast import LoadResult
+from due import LOCAL
+from holdfast import CheckpointConfig, LoadResult
 from saving import SaveRecord, describe_size
 
 PLAIN_WIDTH = 100
 """Columns where there is no terminal to ask."""
+BUDGET_LOGGER = "holdfast.tiers.both"
+"""Says, once, how much room the local tier takes."""
 
 
 def bits_per_byte(loss: float) -> float:
@@ -55,9 +62,11 @@ class Display:
             disable=rank != 0 or not console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=steps, figures="")
+        self._messages = _Messages(self.say if rank == 0 else None)
         self._window_began, self._window_tokens = time.perf_counter(), 0
 
     def __enter__(self) -> Display:
+        self._messages.listen()
         return self
 
     def __exit__(
@@ -67,22 +76,31 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+        self._messages.leave()
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         self._console.print(line, markup=False)
 
-    def show_load(self, iteration: int, result: object, store: str | None) -> None:
+    def show_load(self, iteration: int, result: object, config: CheckpointConfig) -> None:
         """Say what was resumed, or that nothing was, and what was passed over and why."""
-        where = store
+        store, local = config.persistent.directory, config.local.directory
+        where, tier = store, ""
         if isinstance(result, LoadResult):
             for skipped in result.skipped:
-                self.say(f"skipped {skipped.path}: {skipped.reason}")
+                place = " the local" if skipped.tier == LOCAL else ""
+                self.say(f"skipped{place} {skipped.path}: {skipped.reason}")
             where = str(result.path or store)
+            if local is not None and result.tier is not None:
+                tier = f", {result.tier} tier"
+                is_told = any(each.tier == LOCAL for each in result.skipped)
+                if result.tier != LOCAL and config.load.directory is None and not is_told:
+                    tier += f"; {local} holds nothing newer"
         if iteration > 0:
-            self.say(f"resumed from iteration {iteration} of {where}")
+            self.say(f"resumed from iteration {iteration} of {where}{tier}")
         elif store is not None:
-            self.say(f"starting from step 0: no checkpoint in {store} yet")
+            elsewhere = "" if local is None else f" or {local}"
+            self.say(f"starting from step 0: no checkpoint in {store}{elsewhere} yet")
 
     def start_training(self, step: int) -> None:
         """Show the bar and begin to count time."""
@@ -109,16 +127,27 @@ class Display:
         """Show a validation after a step."""
         self.say(f"validation after step {step}: {bits_per_byte(loss):.3f} bits/byte")
 
-    def show_saves(self, records: Sequence[SaveRecord], store: str | None) -> None:
-        """Print the closing table: what was saved, where, and how long training waited."""
+    def show_saves(self, records: Sequence[SaveRecord], config: CheckpointConfig) -> None:
+        """Print the closing table: what was saved, where, and how long training waited.
+
+        Local saves are many and soon replaced: they share a row.
+        """
         self._progress.stop()
         if not records:
             self.say("no checkpoint was saved")
             return
-        table = Table(box=box.SIMPLE, title=f"checkpoints in {store}", title_justify="left")
+        local = [each for each in records if each.tier == LOCAL]
+        title = f"checkpoints in {config.persistent.directory}"
+        if local:
+            title += f" and {config.local.directory}"
+        table = Table(box=box.SIMPLE, title=title, title_justify="left")
         for heading in ("iteration", "state", "size", "committed after", "training waited"):
             table.add_column(heading, justify="left" if heading == "state" else "right")
+        if local:
+            self._add_local_row(table, local)
         for record in records:
+            if record.tier == LOCAL:
+                continue
             table.add_row(
                 str(record.iteration),
                 record.outcome,
@@ -131,10 +160,69 @@ class Display:
         table.add_row("all", "", "", "", f"{waited_seconds:.3f} s")
         self._console.print(table)
 
-    def show_ways_on(self, steps: int) -> None:
+    def _add_local_row(self, table: Table, records: Sequence[SaveRecord]) -> None:
+        counts = Counter(each.outcome for each in records)
+        sizes = [each.size_bytes for each in records if each.size_bytes is not None]
+        times = [each.total_seconds for each in records if each.total_seconds is not None]
+        waited_seconds = [each.waited_seconds for each in records]
+        table.add_row(
+            f"{len(records)} local",
+            ", ".join(f"{count} {outcome}" for outcome, count in counts.items()),
+            describe_size(round(median(sizes))) if sizes else "-",
+            f"{median(times):.2f} s each" if times else "-",
+            f"{sum(waited_seconds):.3f} s, {median(waited_seconds):.3f} s each",
+        )
+
+    def show_ways_on(self, steps: int, config: CheckpointConfig) -> None:
         """Print the commands that go on from here."""
+        if (local := _find_local_directory(config)) is not None:
+            self.say(f"its local checkpoints take room until you say: rm -r {local}")
         self.say(f"the same command resumes an interrupted run: {describe_command()}")
         self.say(f"to train on from here: {describe_command(2 * steps)}")
+
+
+class _Messages(logging.Handler):
+    """What holdfast logs, among the lines of the display instead of across its bar."""
+
+    def __init__(self, say: Callable[[str], None] | None) -> None:
+        """None: another process speaks, and only warnings of this one are printed, to stderr."""
+        super().__init__(logging.INFO if say is not None else logging.WARNING)
+        self._say = say
+        self._logger = logging.getLogger("holdfast")
+        self._level = self._logger.level
+
+    def listen(self) -> None:
+        self._logger.addHandler(self)
+        self._logger.setLevel(logging.INFO)
+
+    def leave(self) -> None:
+        self._logger.setLevel(self._level)
+        self._logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            line = f"warning: {record.getMessage()}"
+        elif record.name == BUDGET_LOGGER:
+            line = record.getMessage()
+        else:
+            return  # of interest to whoever looks into a manager's decisions
+        if self._say is not None:
+            self._say(line)
+        else:
+            print(line, file=sys.stderr)
+
+
+def _find_local_directory(config: CheckpointConfig) -> Path | None:
+    """Return what this node keeps of this run alone; None: nothing."""
+    store, directory = config.persistent.directory, config.local.directory
+    if store is None or directory is None:
+        return None
+    try:
+        run_id = json.loads(Path(store, "run.json").read_bytes())["run_id"]
+    except (OSError, ValueError, KeyError):
+        return None  # another manager's store
+    local = Path(directory, run_id)
+    return local if local.is_dir() else None
 
 
 def describe_command(steps: int | None = None) -> str:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from due import LOCAL, PERSISTENT
 from holdfast import (
     CallbackManager,
     CheckpointEvent,
@@ -29,8 +30,11 @@ class SaveRecord:
     """One save of this attempt."""
 
     iteration: int
+    tier: str = PERSISTENT
+    """Where it was asked to go."""
     outcome: str = "asked for"
-    """What is known of it: `asked for`, `committed`, `failed`, or `pruned` by retention later."""
+    """What is known of it: `asked for`, `committed`, `failed`, `promoting` while it is local and
+    on its way to the persistent tier, or `pruned` by retention later."""
     waited_seconds: float = 0.0
     """How long training stood still for it."""
     total_seconds: float | None = None
@@ -58,7 +62,8 @@ class MeasuredSaves:
     def save(self, context: CheckpointSaveContext) -> None:
         """Save now, as `CheckpointManager.save`."""
         iteration = context.state.train_state.step
-        self._records[iteration] = SaveRecord(iteration)
+        tier = LOCAL if context.non_persistent_ckpt else PERSISTENT
+        self._records[iteration] = SaveRecord(iteration, tier)
         with self._measuring():
             self._manager.save(context, self._callbacks)
 
@@ -80,23 +85,28 @@ class MeasuredSaves:
             for record in self._records.values():
                 record.outcome = "committed"
             return
-        record = self._records.setdefault(event.iteration, SaveRecord(event.iteration))
-        record.outcome = "committed"
+        record = self._record_of(event)
+        is_on_its_way = event.tier == LOCAL and record.tier == PERSISTENT
+        record.outcome = "promoting" if is_on_its_way else "committed"
         record.total_seconds, record.size_bytes = event.total_seconds, event.size_bytes
         for iteration in event.removed_iterations:
             if iteration in self._records:
                 self._records[iteration].outcome = "pruned"
+        where = " locally" if event.tier == LOCAL else ""
         self._say(
-            f"checkpoint {event.iteration} committed: {describe_size(event.size_bytes)} in "
+            f"checkpoint {event.iteration} committed{where}: {describe_size(event.size_bytes)} in "
             f"{event.total_seconds:.2f} s, of which training waited {event.stall_seconds:.3f} s"
         )
 
     def _note_failure(self, event: Any) -> None:
         if not isinstance(event, CheckpointEvent):
             return
-        record = self._records.setdefault(event.iteration, SaveRecord(event.iteration))
-        record.outcome = "failed"
-        self._say(f"checkpoint {event.iteration} FAILED: {event.error}")
+        self._record_of(event).outcome = "failed"
+        self._say(f"checkpoint {event.iteration} ({event.tier} tier) FAILED: {event.error}")
+
+    def _record_of(self, event: CheckpointEvent) -> SaveRecord:
+        fresh = SaveRecord(event.iteration, event.tier)
+        return self._records.setdefault(event.iteration, fresh)
 
 
 def describe_size(size_bytes: int) -> str:

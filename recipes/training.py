@@ -21,11 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from crash import CrashPlan, plan_crash
 from display import Display
+from due import LOCAL, PERSISTENT, find_due_tier
 from gpt import GPT, floating_point_operations_per_token
 from holdfast import (
     CheckpointLoadContext,
+    CheckpointManager,
     CheckpointSaveContext,
     GlobalState,
+    LoadResult,
     create_checkpoint_manager,
 )
 from losses import LOSSES_NAME, LossLog, read_losses
@@ -45,18 +48,16 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
     run_dir, store = Path(config.run_dir), config.checkpoint.persistent.directory
     job = _build(config, processes, display)
     progress = job.state.train_state
-    manager = create_checkpoint_manager(_load_own_store_first(config, display).checkpoint)
-    result = manager.load(
-        CheckpointLoadContext(
-            job.state, job.model, job.optimizer, job.scheduler, train_data_iterator=job.loader
-        )
-    )
+    manager, result = _load(config, job)
     progress.step, progress.floating_point_operations_so_far = result
-    display.show_load(progress.step, result, store)
+    display.show_load(progress.step, result, config.checkpoint)
+    saves = MeasuredSaves(manager, display.say)
     if progress.step >= config.steps:
-        manager.finalize_async_saves(job.state, blocking=True, terminate=True)
+        if _is_only_local(result, store):  # the end came between the commits to the two tiers
+            saves.save(job.save_context(PERSISTENT))
+        saves.finalize(job.state, last=True)
         display.say(f"already complete: {progress.step} of {config.steps} steps are done")
-        display.show_ways_on(progress.step)
+        display.show_ways_on(progress.step, config.checkpoint)
         return
 
     crash = plan_crash(
@@ -65,13 +66,12 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
         None if store is None else Path(store),
         read_losses(run_dir).furthest_step,
     )
-    saves = MeasuredSaves(manager, display.say)
     with LossLog(run_dir, progress.step, processes.rank) as log:
         _run_steps(job, saves, log, crash)
     saves.finalize(job.state, last=True)
-    display.show_saves(saves.records, store)
+    display.show_saves(saves.records, config.checkpoint)
     display.say(f"losses of every step: {run_dir / LOSSES_NAME}")
-    display.show_ways_on(config.steps)
+    display.show_ways_on(config.steps, config.checkpoint)
 
 
 @dataclass
@@ -104,6 +104,24 @@ class _Job:
         progress.tokens_seen += tokens
         progress.floating_point_operations_so_far += tokens * self.operations_per_token
         return self.processes.mean(loss.detach())
+
+    def load_context(self) -> CheckpointLoadContext:
+        """Return where a load puts what it restores."""
+        return CheckpointLoadContext(
+            self.state, self.model, self.optimizer, self.scheduler, train_data_iterator=self.loader
+        )
+
+    def save_context(self, tier: str) -> CheckpointSaveContext:
+        """Return what a save to a tier covers."""
+        return CheckpointSaveContext(
+            self.state,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.state.train_state.floating_point_operations_so_far,
+            train_data_iterator=self.loader,
+            non_persistent_ckpt=tier == LOCAL,
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -164,42 +182,44 @@ def _run_steps(job: _Job, saves: MeasuredSaves, log: LossLog, crash: CrashPlan) 
             log.append_validation(progress.step, validation_loss)
             display.show_validation(progress.step, validation_loss)
         crash.crash_if_due(progress.step)
-        if _is_save_due(config, progress.step):
-            crash.watch_save_if_due(progress.step)
-            saves.save(
-                CheckpointSaveContext(
-                    state,
-                    job.model,
-                    job.optimizer,
-                    job.scheduler,
-                    progress.floating_point_operations_so_far,
-                    train_data_iterator=job.loader,
-                )
-            )
+        due_tier = find_due_tier(config.checkpoint, progress.step, config.steps)
+        if due_tier is not None:
+            if due_tier == PERSISTENT:
+                crash.watch_save_if_due(progress.step)
+            saves.save(job.save_context(due_tier))
         saves.finalize(state)
 
 
-def _is_save_due(config: RunConfig, step: int) -> bool:
-    interval = config.checkpoint.persistent.save_interval
-    return interval is not None and (step % interval == 0 or step == config.steps)
+def _load(config: RunConfig, job: _Job) -> tuple[CheckpointManager, LoadResult]:
+    """Load what this run goes on from; return it with the manager that loaded it.
 
-
-def _load_own_store_first(config: RunConfig, display: Display) -> RunConfig:
-    """Drop a named `load.directory` once the run's own store holds a checkpoint.
-
-    A run that began from another's checkpoint would otherwise begin from it again each time the
-    same command is typed, and be refused when it saves beside its own newer checkpoints.
+    A run that began from another's checkpoint would begin from it again each time the same command
+    is typed, and be refused when it saves beside its own newer checkpoints. So where `load` names a
+    directory and the run has saved before, in whichever tier, its own checkpoints are tried first.
     """
-    own, load = config.checkpoint.persistent.directory, config.checkpoint.load
-    if load.directory is None or load.step is not None or own is None:
-        return config
-    if not Path(load.directory).exists():
-        return config  # a name that was mistyped is refused, whatever is here
-    if all("." in path.name for path in Path(own).glob("iter_*")):  # pending ones at most
-        return config
-    display.say(f"{own} has checkpoints of its own by now; not loading from {load.directory}")
-    load = dataclasses.replace(load, directory=None)
-    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=load))
+    settings = config.checkpoint
+    named, own = settings.load.directory, settings.persistent.directory
+    has_saved = own is not None and Path(own, "run.json").exists()
+    # A name that was mistyped is refused, whatever is here.
+    if named is not None and settings.load.step is None and has_saved and Path(named).exists():
+        load = dataclasses.replace(settings.load, directory=None, on_missing="start_fresh")
+        manager = create_checkpoint_manager(dataclasses.replace(settings, load=load))
+        result = manager.load(job.load_context())
+        iteration, _ = result
+        if iteration > 0:
+            job.display.say(f"{own} has checkpoints of its own by now; not loading from {named}")
+            return manager, result
+        manager.finalize_async_saves(job.state, blocking=True, terminate=True)
+    manager = create_checkpoint_manager(settings)
+    return manager, manager.load(job.load_context())
+
+
+def _is_only_local(result: object, store: str | None) -> bool:
+    """Whether what was loaded lies in memory and is not what the store's tracker names."""
+    if not isinstance(result, LoadResult) or result.tier != LOCAL or store is None:
+        return False
+    tracker = Path(store, "latest_checkpointed_iteration.txt")
+    return not tracker.exists() or tracker.read_text().strip() != str(result.iteration)
 
 
 class _ValidationSet:

@@ -24,6 +24,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
     |-- StoreNotWritableError          (OSError)          the store cannot be written at all
     |-- NotEnoughMemoryError           (MemoryError)      a snapshot that would not fit
+    |-- NoFileFreeError                (TimeoutError)     every local file was being read
     `-- StageFailedError               (RuntimeError)     a stage failed, on which ranks and why
         |-- StageTimeoutError          (TimeoutError)     ranks that never reached a stage
         `-- SaveFailedError                               the save that a stage belonged to
@@ -237,6 +238,10 @@ class NotEnoughMemoryError(CheckpointError, MemoryError):
             "Give the job more memory, shard the state over more ranks, or save without one: "
             "checkpoint.async_save=false."
         )
+
+
+class NoFileFreeError(CheckpointError, TimeoutError):
+    """Every file that local saves take turns with was held until the patience of a save ended."""
 
 
 class StageFailedError(CheckpointError, RuntimeError):

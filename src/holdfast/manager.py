@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,7 +46,7 @@ from holdfast.tiers.both import LOCAL, Tiers
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local_vote import Candidate
+    from holdfast.tiers.local.vote import Candidate
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,9 @@ class DefaultCheckpointManager:
             if committed.tier != LOCAL:
                 return  # it had to go to the persistent tier after all
             promote = self._tiers.hold(snapshot, drainer)
-            self._draining.start(_describe(ctx, callback_manager, started), promote, drainer)
+            # The loop has gone on: the event is of the iteration that was saved.
+            event = replace(save.event, tier=TIER_NAME)
+            self._draining.start(Save(callback_manager, event, started), promote, drainer)
 
         if not config.async_save:
             self._saving.run(save, write, control.rank)
@@ -254,8 +257,8 @@ class DefaultCheckpointManager:
                 str(local.directory), str(error), candidate.record.iteration, LOCAL
             )
             failed.append(skipped)
-        if control.rank == 0:
-            logger.warning("%s is passed over: %s", skipped.path, skipped.reason)
+        if control.rank == 0:  # told with the result too: this is for a log that stops here
+            logger.info("%s is passed over: %s", skipped.path, skipped.reason)
 
     def _compare(
         self, ctx: CheckpointLoadContext, opened: Opened, control: Coordinator

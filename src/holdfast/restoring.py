@@ -24,8 +24,8 @@ from holdfast.store import Checkpoint
 from holdfast.tiers.reading import Contents, open_contents, verify_together
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local import LocalTier
-    from holdfast.tiers.local_vote import Candidate
+    from holdfast.tiers.local.tier import LocalTier
+    from holdfast.tiers.local.vote import Candidate
 
 _SHOWN = 3
 """Damaged files that one message lists."""

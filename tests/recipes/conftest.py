@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,16 @@ class Outcome:
 
 
 @pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the directory in RAM that the overlays name for this user, gone afterwards."""
+    user = f"test-{secrets.token_hex(4)}"
+    monkeypatch.setenv("USER", user)
+    path = Path(f"/dev/shm/holdfast-{user}")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
 def text(tmp_path: Path) -> Path:
     """Return a small file of real text: the recipe's own modules."""
     path = tmp_path / "text.txt"
@@ -35,6 +47,7 @@ def text(tmp_path: Path) -> Path:
 def pretrain(
     tmp_path: Path,
     text: Path,
+    memory: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Outcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,9 @@ def test_there_are_the_groups_that_people_choose_from() -> None:
     assert {option.split("=")[0] for option in OPTIONS} == {
         "model", "data", "parallel", "checkpoint", "optim", "recipe",
     }  # fmt: skip
-    assert OVERLAYS == ["crash_drill", "custom_manager", "quickstart", "resume_elsewhere"]
+    assert OVERLAYS == [
+        "crash_drill", "custom_manager", "lost_node", "quickstart", "resume_elsewhere", "tiered",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -63,6 +66,18 @@ def test_an_overlay_changes_the_run_and_gives_way_to_the_command_line(overlay: s
     assert typed.run_dir == "mine"
     assert typed.checkpoint.persistent.directory == "mine/checkpoints"
     assert typed.model == _compose("model=medium").model
+
+
+def test_two_tiers_are_one_word() -> None:
+    """`checkpoint=tiered` saves often to memory, in a directory of each user's own."""
+    tiered = _compose("checkpoint=tiered").checkpoint
+    assert (tiered.local.save_interval, tiered.persistent.save_interval) == (20, 200)
+    assert str(tiered.local.directory).startswith("/dev/shm/holdfast-")
+    assert tiered.persistent.directory == "runs/pretrain/checkpoints"
+    assert _compose("recipe=lost_node").checkpoint.local.replication.factor == 2
+    assert _compose("recipe=lost_node", "checkpoint.local.directory=here").checkpoint.local == (
+        dataclasses.replace(_compose("recipe=lost_node").checkpoint.local, directory="here")
+    )
 
 
 def test_a_run_directory_is_never_named_by_the_clock() -> None:

@@ -34,11 +34,11 @@ from holdfast.protocol import TrainState
 from holdfast.shards.arena import Arena
 from holdfast.shards.layout import Item, lay_out
 from holdfast.shards.planning import structure_of
-from holdfast.tiers.local import LocalTier
-from holdfast.tiers.local_sealing import LocalSnapshot
+from holdfast.tiers.local.sealing import LocalSnapshot
+from holdfast.tiers.local.tier import LocalTier
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local_reading import LocalContents
+    from holdfast.tiers.local.reading import LocalContents
 
 RUN_ID = "run"
 ROWS = 24

@@ -100,7 +100,85 @@ def test_the_leader_deals_shares(clients: list[Any]) -> None:
     assert found == {0: "a", 1: "b", 2: "c"}
 
 
-TURNS = ["together", "gather"]
+def test_rank_0_judges_for_all(clients: list[Any]) -> None:
+    """`settle` shows rank 0 all results in rank order, once, and gives everyone its verdict."""
+    judged: list[tuple[int, list[int]]] = []
+
+    def program(ranks: Coordinator) -> Any:
+        def judge(found: list[int]) -> dict[str, int]:
+            judged.append((ranks.rank, found))
+            return {"sum": sum(found)}
+
+        return ranks.settle("s", lambda: ranks.rank * 10, judge)
+
+    assert _on_ranks(clients, program) == {rank: {"sum": 30} for rank in range(RANKS)}
+    assert judged == [(0, [0, 10, 20])]
+
+
+class _Counting:
+    """A rendezvous store that counts the bytes which each kind of key was given."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.replies: list[int] = []
+
+    def set(self, key: str, content: bytes) -> None:
+        if "/reply/" in key:
+            self.replies.append(len(content))
+        self._store.set(key, content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_verdict_is_no_longer_than_it_is() -> None:
+    """What `settle` tells a rank does not hold the ranks' results, as `together` does."""
+    store = _Counting(HashStore())
+    content = bytes(10_000)
+    _on_ranks([store] * RANKS, lambda ranks: ranks.settle("s", lambda: content, lambda _: "go"))
+    assert len(store.replies) == RANKS - 1
+    assert max(store.replies) < 100
+    _on_ranks([store] * RANKS, lambda ranks: ranks.together("s", lambda: content))
+    assert max(store.replies) > RANKS * len(content)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_judge_that_fails_fails_all(clients: list[Any], ours: bool) -> None:
+    """What the judge raises on rank 0 reaches every rank: ours as it is, else named with stage."""
+
+    def judge(found: list[int]) -> None:
+        if ours:
+            raise CorruptCheckpointError("/x", f"torn {sum(found)}")
+        raise KeyError("nothing")
+
+    found = _on_ranks(clients, lambda ranks: ranks.settle("plan", lambda: ranks.rank, judge))
+    if ours:
+        assert {type(each) for each in found.values()} == {CorruptCheckpointError}
+        assert all("torn 3" in str(each) for each in found.values())
+    else:
+        expected = (RankFailure(0, "KeyError", "'nothing'"),)
+        assert [(each.stage, each.failures) for each in found.values()] == [("plan", expected)] * 3
+
+
+def test_nothing_is_judged_where_a_rank_failed(clients: list[Any]) -> None:
+    """With a result missing, rank 0 raises as all do, without asking the judge."""
+    asked: list[Any] = []
+
+    def program(ranks: Coordinator) -> Any:
+        return ranks.settle("s", lambda: 1 // ranks.rank if ranks.rank < 2 else 2, asked.append)
+
+    found = _on_ranks(clients, program)
+    assert {type(each) for each in found.values()} == {StageFailedError}
+    assert not asked
+
+
+TURNS = ["together", "gather", "settle"]
+
+
+def _take(ranks: Coordinator, turn: str, stage: str, work: Callable[[], Any]) -> Any:
+    """Take one turn of a kind; what `settle` is asked to judge is everything."""
+    more = [lambda found: found] if turn == "settle" else []
+    return getattr(ranks, turn)(stage, work, *more)
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -116,7 +194,7 @@ def test_a_failure_on_some_ranks_is_raised_on_all(
                 raise OSError(28, "No space left on device", f"/store/{ranks.rank}")
             return 1
 
-        return getattr(ranks, turn)("write", work)
+        return _take(ranks, turn, "write", work)
 
     found = _on_ranks(clients, program)
     expected = tuple(
@@ -255,6 +333,7 @@ def test_keys_are_cleaned_up(clients: list[Any]) -> None:
         for _ in range(20):
             ranks.together("a", lambda: 1)
             ranks.gather("b", lambda: 1)
+            ranks.settle("s", lambda: 1, len)
             ranks.lead("c", lambda: 1)
             ranks.scatter("d", lambda: [1, 2, 3])
             with pytest.raises(StageFailedError):
@@ -293,23 +372,28 @@ def test_a_single_process_agrees_with_itself() -> None:
     single: Coordinator = SingleProcess()
     assert single.together("s", lambda: 1) == [1]
     assert single.gather("s", lambda: 1) == [1]
+    assert single.settle("s", lambda: 1, lambda found: (found, "go")) == ([1], "go")
     assert single.lead("s", lambda: 1) == 1
     assert single.scatter("s", lambda: [1]) == 1
 
 
-@pytest.mark.parametrize("turn", ["together", "gather", "lead", "scatter"])
+@pytest.mark.parametrize("turn", ["together", "gather", "settle", "lead", "scatter"])
 def test_a_single_process_fails_as_ranks_do(turn: str) -> None:
     """Foreign errors are named with their stage, ours stay, and a crash passes through."""
 
     def fail(error: BaseException) -> Any:
         raise error
 
-    work = getattr(SingleProcess(), turn)
+    def work(stage: str, task: Callable[[], Any]) -> Any:
+        return _take(SingleProcess(), turn, stage, task)
+
     with pytest.raises(StageFailedError) as caught:
         work("write", lambda: fail(PermissionError(13, "Permission denied", "/x")))
     assert caught.value.failures == (
         RankFailure(0, "PermissionError", "EACCES Permission denied", "/x", 13),
     )
+    with pytest.raises(StageFailedError, match="nothing"):
+        SingleProcess().settle("plan", lambda: 1, lambda _: fail(KeyError("nothing")))
     ours = CorruptCheckpointError("/x", "torn")
     with pytest.raises(CorruptCheckpointError) as kept:
         work("write", lambda: fail(ours))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import io
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -17,7 +21,9 @@ from holdfast.filesystem import (
     remove_tree,
     replace,
     write_new,
+    writing_past_cache,
 )
+from holdfast.shards.memory import allocate
 from tests.support.stores import FaultyFilesystem, tree
 
 
@@ -149,3 +155,190 @@ def test_an_error_without_a_path_is_given_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as kept, naming(tmp_path / "a"):
         (tmp_path / "b").read_bytes()
     assert str(kept.value.filename) == str(tmp_path / "b")
+
+
+# -- past the page cache -------------------------------------------------------------------------
+
+_PAGES = 4096 * 5
+
+
+class _Raw(io.FileIO):
+    """A file that tells whether it is written past the cache, and may refuse."""
+
+    modes: list[bool]
+    refuses: Callable[[_Raw, memoryview], int | None]
+
+    @property
+    def is_direct(self) -> bool:
+        return bool(fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT)
+
+    def write(self, block: Any) -> int:
+        if (number := self.refuses(self, block)) is not None:
+            raise OSError(number, os.strerror(number))
+        self.modes.append(self.is_direct)
+        return super().write(block)
+
+
+class _Watched(LocalFilesystem):
+    """A file system that tells how each write was made."""
+
+    def __init__(self, refuses: Callable[[_Raw, memoryview], int | None] = lambda *_: None) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+        self.refuses = refuses
+
+    def open_new(self, path: Path) -> BinaryIO:
+        raw = _Raw(path, "x+b")
+        raw.modes, raw.refuses = self.modes, self.refuses
+        return io.BufferedRandom(raw)
+
+
+def _takes_direct(directory: Path) -> bool:
+    try:
+        os.close(os.open(directory / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    (directory / "probe").unlink(missing_ok=True)
+    return True
+
+
+def _pages(size_bytes: int = _PAGES) -> memoryview:
+    memory = allocate(size_bytes)
+    memory[:] = os.urandom(size_bytes)
+    return memory
+
+
+def test_blocks_go_past_the_page_cache(tmp_path: Path) -> None:
+    """Where the disk takes it every block is written with O_DIRECT, and read back as it was."""
+    if not _takes_direct(tmp_path):
+        pytest.skip("this file system has no O_DIRECT")
+    filesystem, blocks = _Watched(), [_pages(), _pages(4096), _pages()]
+    with writing_past_cache(filesystem, tmp_path / "a") as append:
+        for each in blocks:
+            append(each)
+    assert filesystem.modes == [True, True, True]
+    assert (tmp_path / "a").read_bytes() == b"".join(map(bytes, blocks))
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2])
+def test_a_late_refusal_goes_through_the_cache(tmp_path: Path, accepted: int) -> None:
+    """A system that refuses O_DIRECT at some write gets that block, and all later, buffered."""
+    turns = iter(range(100))
+
+    def refuse(raw: _Raw, block: memoryview) -> int | None:
+        return errno.EINVAL if raw.is_direct and next(turns) >= accepted else None
+
+    if not _takes_direct(tmp_path):
+        pytest.skip("this file system has no O_DIRECT")
+    filesystem, blocks = _Watched(refuse), [_pages(), _pages(), _pages()]
+    with writing_past_cache(filesystem, tmp_path / "a") as append:
+        for each in blocks:
+            append(each)
+    assert filesystem.modes == [True] * accepted + [False] * (3 - accepted)
+    assert (tmp_path / "a").read_bytes() == b"".join(map(bytes, blocks))
+
+
+@pytest.mark.parametrize("start", [0, 1, 100])
+@pytest.mark.parametrize("length", [0, 1, 4095, 5000])
+def test_what_is_no_whole_page_is_written_too(tmp_path: Path, start: int, length: int) -> None:
+    """A block of any length, anywhere in memory and behind any other, arrives whole."""
+    blocks = [_pages(), _pages()[start : start + length], _pages(), _pages(start + length)]
+    with writing_past_cache(LocalFilesystem(), tmp_path / "a") as append:
+        for each in blocks:
+            append(each)
+    assert (tmp_path / "a").read_bytes() == b"".join(map(bytes, blocks))
+
+
+def test_memory_as_a_file_system_takes_the_same(tmp_path: Path) -> None:
+    """On tmpfs, which may refuse O_DIRECT, the bytes are the same."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        pytest.skip("there is no tmpfs here")
+    path = shared / f"holdfast-test-{os.getpid()}"
+    blocks = [_pages(), _pages(4096)]
+    try:
+        with writing_past_cache(LocalFilesystem(), path) as append:
+            for each in blocks:
+                append(each)
+        assert path.read_bytes() == b"".join(map(bytes, blocks))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+class _Short(_Raw):
+    """A file that takes at most so much at once."""
+
+    def write(self, block: Any) -> int:
+        return super().write(block[:5000])
+
+
+def test_a_short_write_is_gone_on_with(tmp_path: Path) -> None:
+    """What a system did not take of a block it is given again, past the cache or through it."""
+
+    class Short(_Watched):
+        def open_new(self, path: Path) -> BinaryIO:
+            raw = _Short(path, "x+b")
+            raw.modes, raw.refuses = self.modes, self.refuses
+            return io.BufferedRandom(raw)
+
+    blocks = [_pages(), _pages()]
+    with writing_past_cache(Short(), tmp_path / "a") as append:
+        for each in blocks:
+            append(each)
+    assert (tmp_path / "a").read_bytes() == b"".join(map(bytes, blocks))
+
+
+class _NoFlags(_Raw):
+    """A file on a file system that refuses O_DIRECT when it is asked for."""
+
+    asked = 0
+
+    def fileno(self) -> int:
+        self.asked += 1
+        if self.asked == 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return super().fileno()
+
+
+def test_a_refused_flag_means_the_cache(tmp_path: Path) -> None:
+    """Where O_DIRECT cannot even be asked for, all is written as it always was."""
+
+    class Refusing(_Watched):
+        def open_new(self, path: Path) -> BinaryIO:
+            raw = _NoFlags(path, "x+b")
+            raw.modes, raw.refuses = self.modes, self.refuses
+            buffered = io.BufferedRandom(raw)
+            raw.asked = 0  # by us, from here on
+            return buffered
+
+    filesystem, block = Refusing(), _pages()
+    with writing_past_cache(filesystem, tmp_path / "a") as append:
+        append(block)
+        append(block)
+    assert filesystem.modes == [False, False]
+    assert (tmp_path / "a").read_bytes() == bytes(block) * 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EINVAL])
+def test_an_error_past_the_cache_has_errno_and_path(tmp_path: Path, number: int) -> None:
+    """A write that fails for good is raised, EINVAL too when it is not about O_DIRECT."""
+    filesystem = _Watched(lambda raw, block: number)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with (
+        pytest.raises(OSError, match=r".") as caught,
+        writing_past_cache(filesystem, tmp_path / "a") as append,
+    ):
+        append(_pages())
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "a"))
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_nothing_is_written_over_what_is_there(tmp_path: Path) -> None:
+    """A name that is taken is refused before a byte is written."""
+    (tmp_path / "a").write_bytes(b"old")
+    with (
+        pytest.raises(FileExistsError),
+        writing_past_cache(LocalFilesystem(), tmp_path / "a") as append,
+    ):
+        append(_pages())
+    assert tree(tmp_path) == {"a": b"old"}

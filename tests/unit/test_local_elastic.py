@@ -14,10 +14,10 @@ from holdfast.shards.arena import Arena
 from holdfast.shards.layout import Entry, Item, lay_out
 from holdfast.shards.reader import ShardReader
 from holdfast.shards.writer import seal_image
-from holdfast.tiers.elastic import Chunk, deal, find_gap, merge, outline, read_shard_index
-from holdfast.tiers.local_format import ShardRecord
+from holdfast.tiers.local.elastic import Chunk, deal, find_gap, merge, outline, read_shard_index
+from holdfast.tiers.local.tail import ShardRecord
 from tests.support.nodes import flip
-from tests.unit.test_local_format import RECORD
+from tests.unit.test_local_tail import RECORD
 
 
 def _rows(name: str, start: int, stop: int, size: int = 8) -> Chunk:

@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.errors import ConfigError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.tiers.local_files import (
+from holdfast.tiers.local.files import (
     RunDirectory,
     check_owned,
     is_memory,
@@ -17,7 +17,7 @@ from holdfast.tiers.local_files import (
     pending_name,
     shard_name,
 )
-from tests.unit.test_local_format import FILE, RECORD
+from tests.unit.test_local_tail import FILE, RECORD
 
 
 @pytest.fixture

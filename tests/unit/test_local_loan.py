@@ -9,11 +9,11 @@ import xxhash
 
 from holdfast.digests import BLOCK_BYTES
 from holdfast.filesystem import LocalFilesystem
-from holdfast.tiers.elastic import Index
+from holdfast.tiers.local.elastic import Index
 
 pytest.importorskip("nvidia_resiliency_ext")
 
-from holdfast.tiers.local_loan import Shard, _BlockSink, _BlockSource  # needs it
+from holdfast.tiers.local.loan import Shard, _BlockSink, _BlockSource  # needs it
 
 BODY_BYTES = 2 * BLOCK_BYTES + 4096
 

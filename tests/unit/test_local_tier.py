@@ -16,9 +16,9 @@ from holdfast.config import LocalConfig, LocalKeepConfig
 from holdfast.coordination import SingleProcess
 from holdfast.errors import ConfigError, CorruptCheckpointError, StageFailedError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.tiers.local import LocalTier
-from holdfast.tiers.local_budget import Budget, find_budget
-from holdfast.tiers.local_format import ShardRecord
+from holdfast.tiers.local.budget import Budget, find_budget
+from holdfast.tiers.local.tail import ShardRecord
+from holdfast.tiers.local.tier import LocalTier
 from tests.support.nodes import (
     DAMAGES,
     RUN_ID,
@@ -308,8 +308,8 @@ def test_without_the_package_the_error_says_what_to_do(
 
     for name in [each for each in sys.modules if each.startswith("nvidia_resiliency_ext")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("local_engine", "replication", "local_state", "local_recovery"):
-        monkeypatch.delitem(sys.modules, f"holdfast.tiers.{name}", raising=False)
+    for name in ("engine", "replication", "state", "recovery"):
+        monkeypatch.delitem(sys.modules, f"holdfast.tiers.local.{name}", raising=False)
         monkeypatch.delattr(holdfast.tiers, name, raising=False)
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
     with pytest.raises(ConfigError, match="nvidia-resiliency-ext") as caught:
@@ -320,7 +320,7 @@ def test_without_the_package_the_error_says_what_to_do(
 def test_the_package_is_imported_only_where_there_is_a_local_tier() -> None:
     """Importing the tier's module costs nothing to those who have none."""
     code = (
-        "import sys, warnings; warnings.simplefilter('ignore'); import holdfast.tiers.local; "
+        "import sys, warnings; warnings.simplefilter('ignore'); import holdfast.tiers.local.tier; "
         "sys.exit(any(name.startswith('nvidia_resiliency') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -435,5 +435,5 @@ def test_importing_the_package_warns_of_nothing_new() -> None:
     """Only what torch says about pynvml is silenced."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        import holdfast.tiers.local_engine  # noqa: F401  # to see what it says
+        import holdfast.tiers.local.engine  # noqa: F401  # to see what it says
     assert [str(each.message) for each in found] == []

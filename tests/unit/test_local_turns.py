@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.errors import NoFileFreeError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.tiers.local_turns import NoFileFreeError, TurnFile, Turns
+from holdfast.tiers.local.turns import TurnFile, Turns
 from tests.support.nodes import memory_directory
 
 SIZE = 8192

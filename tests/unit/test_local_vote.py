@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from holdfast.tiers.local_files import Found, shard_name
-from holdfast.tiers.local_format import ShardRecord
-from holdfast.tiers.local_vote import Inventory, Verdict, judge
-from tests.unit.test_local_format import RECORD
+from holdfast.tiers.local.files import Found, shard_name
+from holdfast.tiers.local.tail import ShardRecord
+from holdfast.tiers.local.vote import Inventory, Verdict, judge
+from tests.unit.test_local_tail import RECORD
 
 
 def _found(

@@ -14,11 +14,11 @@ from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.tiers.local_format import Tail
-from holdfast.tiers.local_shards import FileShard, MemoryShard, ReceivedShard
-from holdfast.tiers.local_turns import Turns
+from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
+from holdfast.tiers.local.tail import Tail
+from holdfast.tiers.local.turns import Turns
 from tests.support.ranks import run_ranks
-from tests.unit.test_local_format import FILE, PARTS, RECORD
+from tests.unit.test_local_tail import FILE, PARTS, RECORD
 
 pytest.importorskip("nvidia_resiliency_ext")
 
@@ -60,7 +60,7 @@ class _Collected:
 
 
 def _own_group(timeout_seconds: float = 20.0) -> Any:
-    from holdfast.tiers.replication import OwnGroup
+    from holdfast.tiers.local.replication import OwnGroup
 
     return OwnGroup(distributed.new_group(backend="gloo"), timeout_seconds)
 
@@ -71,7 +71,7 @@ def _message(sender: int, receiver: int) -> bytes:
 
 def _cross() -> list[bytes]:
     """Everybody sends to everybody, streams of very different length and one of nothing."""
-    from holdfast.tiers.replication import Incoming, Outgoing
+    from holdfast.tiers.local.replication import Incoming, Outgoing
 
     group = _own_group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -95,7 +95,7 @@ def test_streams_cross_in_all_directions() -> None:
 
 def _fail_in_the_middle() -> tuple[str, str, bytes]:
     """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
-    from holdfast.tiers.replication import Incoming, Outgoing
+    from holdfast.tiers.local.replication import Incoming, Outgoing
 
     group = _own_group()
     rank = distributed.get_rank()
@@ -131,7 +131,7 @@ def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
 
 def _lose_one() -> tuple[str, float]:
     """Rank 2 dies instead of sending."""
-    from holdfast.tiers.replication import GroupBrokenError, Incoming
+    from holdfast.tiers.local.replication import GroupBrokenError, Incoming
 
     group = _own_group(8.0)
     distributed.barrier()

@@ -242,7 +242,7 @@ def test_what_cannot_fit_is_told_before_anything_is_copied(
     job = _Job(tmp_path, small_memory)
     job.live = linear(width=20_000)
     job.load()
-    with pytest.raises(ConfigError, match=r"GiB of 0\.00 GiB free .*keep\.last"):
+    with pytest.raises(ConfigError, match=r"MiB of 0\.[0-9] MiB free .*keep\.last"):
         job.save(1, to_local=True)
     job.close()
 
@@ -309,7 +309,7 @@ def test_local_saves_go_on_while_one_drains(tmp_path: Path, local: Path) -> None
 
 @pytest.mark.parametrize("local", ["disk"], indirect=True)
 def test_what_follows_a_save_to_a_disk_never_reaches_it(tmp_path: Path, local: Path) -> None:
-    """Where the arena is not the local file, `from_local` keeps the next save until both are done."""
+    """Where the arena is no local file, `from_local` keeps the next save until both are done."""
     job = _Job(tmp_path, local, async_save=True, persistent={"from_local": True})
     job.load()
     job.save(1, to_local=True)

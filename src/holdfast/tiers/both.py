@@ -34,9 +34,9 @@ from holdfast.tiers.persistent import Committed, PersistentTier, Snapshot
 from holdfast.tiers.resolve import Decision, find_supersession, resolve
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local import LocalTier
-    from holdfast.tiers.local_format import ShardRecord
-    from holdfast.tiers.local_vote import Candidate
+    from holdfast.tiers.local.tail import ShardRecord
+    from holdfast.tiers.local.tier import LocalTier
+    from holdfast.tiers.local.vote import Candidate
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class Tiers:
     def _write_local(
         self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator
     ) -> Committed:
-        from holdfast.tiers.local_sealing import LocalSnapshot
+        from holdfast.tiers.local.sealing import LocalSnapshot
 
         assert self.local is not None
         plan, arena = snapshot.shard.plan, snapshot.shard.arena
@@ -290,7 +290,7 @@ class Tiers:
             self._open_local(decision.run_id, coordinator)
 
     def _open_local(self, run_id: str, coordinator: Coordinator) -> LocalTier:
-        from holdfast.tiers.local import LocalTier
+        from holdfast.tiers.local.tier import LocalTier
 
         if self.local is None or self.local.run_id != run_id:
             self.close()
@@ -300,6 +300,7 @@ class Tiers:
                 self._filesystem,
                 coordinator,
                 self._config.timeout_seconds,
+                drains=self._config.persistent.from_local,
             )
         return self.local
 

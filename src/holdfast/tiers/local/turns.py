@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from holdfast.errors import CheckpointError
+from holdfast.errors import NoFileFreeError
 from holdfast.filesystem import Filesystem
-from holdfast.tiers.local_files import as_problem, pending_name, reserve
+from holdfast.tiers.local.files import as_problem, pending_name, reserve
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,6 @@ class Laid(Protocol):
     """What somebody has laid out in the memory of a file."""
 
     def release(self) -> None: ...
-
-
-class NoFileFreeError(CheckpointError, TimeoutError):
-    """Every file of a rank was held until the patience of the save ended."""
 
 
 class TurnFile:

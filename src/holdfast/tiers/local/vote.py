@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from holdfast.tiers.local_files import Found
-from holdfast.tiers.local_format import ShardRecord
+from holdfast.tiers.local.files import Found
+from holdfast.tiers.local.tail import ShardRecord
 
 Commit = tuple[int, int, int]
 """Sequence, attempt, iteration: larger is newer."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from holdfast.errors import ConfigError, CorruptCheckpointError
 from holdfast.filesystem import PENDING_MARK, Filesystem, make_durable_directory, naming
-from holdfast.tiers.local_format import ShardRecord, Tail, read_tail
+from holdfast.tiers.local.tail import ShardRecord, Tail, read_tail
 
 REPLACED_MARK = ".replaced-"
 _NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"

@@ -16,11 +16,12 @@ from typing import Any
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
 from holdfast.shards.direct import read_verified
-from holdfast.tiers.elastic import find_gap, outline
-from holdfast.tiers.local_files import parse_shard_name, shard_name
-from holdfast.tiers.local_shards import FileShard
-from holdfast.tiers.local_shelf import Shelf
-from holdfast.tiers.local_vote import (
+from holdfast.tiers.local.elastic import find_gap, outline
+from holdfast.tiers.local.files import parse_shard_name, shard_name
+from holdfast.tiers.local.replication import ShardReplication
+from holdfast.tiers.local.shards import FileShard
+from holdfast.tiers.local.shelf import Shelf
+from holdfast.tiers.local.vote import (
     Candidate,
     Commit,
     Copy,
@@ -30,7 +31,6 @@ from holdfast.tiers.local_vote import (
     judge,
     lacks_cover,
 )
-from holdfast.tiers.replication import ShardReplication
 
 CkptId = tuple[int, int, str]
 """As nvidia-resiliency-ext has it: iteration, owner, session (here the run id)."""

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from nvidia_resiliency_ext.checkpointing.local.base_state_dict import TensorAwareStateDict
 
-from holdfast.tiers.local_format import Tail
-from holdfast.tiers.local_turns import TurnFile
+from holdfast.tiers.local.tail import Tail
+from holdfast.tiers.local.turns import TurnFile
 
 
 class ShardState(TensorAwareStateDict):  # type: ignore[misc]  # the package ships no types

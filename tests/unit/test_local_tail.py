@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CorruptCheckpointError
-from holdfast.tiers.local_format import PART_NAMES, ShardRecord, Tail, parse_tail, read_tail
+from holdfast.tiers.local.tail import PART_NAMES, ShardRecord, Tail, parse_tail, read_tail
 
 RECORD = ShardRecord(
     run_id="run",
@@ -94,7 +94,7 @@ def test_a_sealed_record_that_makes_no_sense_is_refused(change: dict[str, Any]) 
 
 
 def _sealed_with_image(tail: Tail, image_bytes: int) -> bytes:
-    import holdfast.tiers.local_format as format_
+    import holdfast.tiers.local.tail as format_
 
     rest = tail.to_bytes()[: -format_._END.size]
     end = format_._END.pack(
@@ -105,7 +105,7 @@ def _sealed_with_image(tail: Tail, image_bytes: int) -> bytes:
 
 def test_a_record_with_other_fields_is_refused() -> None:
     """As an older or newer version of the same format number could have."""
-    import holdfast.tiers.local_format as format_
+    import holdfast.tiers.local.tail as format_
 
     text = json.dumps({"format": 1, "parts": {}, "surprise": 1}).encode() + b"\n"
     end = format_._END.pack(format_._MARK, 0, len(text), format_._digest(0, text))

@@ -18,8 +18,8 @@ import xxhash
 from holdfast.digests import BLOCK_BYTES, describe_body, footer_size, make_footer
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, naming, read_into
-from holdfast.tiers.local_format import Tail, parse_tail
-from holdfast.tiers.local_turns import TurnFile
+from holdfast.tiers.local.tail import Tail, parse_tail
+from holdfast.tiers.local.turns import TurnFile
 
 
 class MemoryShard:

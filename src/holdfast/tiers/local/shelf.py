@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-from holdfast.tiers.local_files import Found, RunDirectory
-from holdfast.tiers.local_format import ShardRecord, Tail
-from holdfast.tiers.local_nodes import Topology
-from holdfast.tiers.local_shards import ReceivedShard
-from holdfast.tiers.local_turns import TurnFile, Turns
-from holdfast.tiers.local_vote import Commit
+from holdfast.tiers.local.files import Found, RunDirectory
+from holdfast.tiers.local.nodes import Topology
+from holdfast.tiers.local.shards import ReceivedShard
+from holdfast.tiers.local.tail import ShardRecord, Tail
+from holdfast.tiers.local.turns import TurnFile, Turns
+from holdfast.tiers.local.vote import Commit
 
 logger = logging.getLogger(__name__)
 

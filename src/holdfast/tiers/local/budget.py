@@ -40,11 +40,11 @@ class Budget:
     @property
     def line(self) -> str:
         """The sum in words."""
-        room = "" if self.room is None else f" of {self.room.free_bytes / _GIB:.2f} GiB free"
+        room = "" if self.room is None else f" of {_size(self.room.free_bytes)} free"
         return (
-            f"local tier at {self.directory}: {self.needed_bytes / _GIB:.2f} GiB{room} "
-            f"({self.turns} files in turn: own shards {self.own_bytes / _GIB:.2f} GiB, copies "
-            f"for others {self.copy_bytes / _GIB:.2f} GiB)"
+            f"local tier at {self.directory}: {_size(self.needed_bytes)}{room} "
+            f"({self.turns} files in turn: own shards {_size(self.own_bytes)}, copies "
+            f"for others {_size(self.copy_bytes)})"
         )
 
     def check(self) -> None:
@@ -58,6 +58,12 @@ class Budget:
         advice = "lower local.keep.last or local.replication.factor, or name a larger directory"
         limit = f"limited by {self.room.limited_by}"
         raise ConfigError([f"checkpoint.local: {self.line}; {limit}; {advice}"])
+
+
+def _size(size_bytes: int) -> str:
+    if size_bytes >= _GIB:
+        return f"{size_bytes / _GIB:.2f} GiB"
+    return f"{size_bytes / 2**20:.1f} MiB"
 
 
 def find_budget(

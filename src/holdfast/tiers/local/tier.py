@@ -34,18 +34,18 @@ from holdfast.filesystem import Filesystem
 from holdfast.identity import CommitIdentity
 from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.layout import Layout
-from holdfast.tiers.local_budget import Budget, find_budget
-from holdfast.tiers.local_files import RunDirectory, is_memory, shard_name
-from holdfast.tiers.local_format import ShardRecord
-from holdfast.tiers.local_nodes import Seat, Topology, assign_holders, node_name
-from holdfast.tiers.local_sealing import LocalSnapshot, lay_out_in, seal
-from holdfast.tiers.local_vote import Candidate, Objection, Passed
+from holdfast.tiers.local.budget import Budget, find_budget
+from holdfast.tiers.local.files import RunDirectory, is_memory, shard_name
+from holdfast.tiers.local.nodes import Seat, Topology, assign_holders, node_name
+from holdfast.tiers.local.sealing import LocalSnapshot, lay_out_in, seal
+from holdfast.tiers.local.tail import ShardRecord
+from holdfast.tiers.local.vote import Candidate, Objection, Passed
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local_engine import ShardManager
-    from holdfast.tiers.local_reading import LocalContents
-    from holdfast.tiers.local_state import ShardState
-    from holdfast.tiers.local_turns import TurnFile
+    from holdfast.tiers.local.engine import ShardManager
+    from holdfast.tiers.local.reading import LocalContents
+    from holdfast.tiers.local.state import ShardState
+    from holdfast.tiers.local.turns import TurnFile
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ class LocalTier:
             CorruptCheckpointError: on every rank; call `find` again for what else there is.
             StageTimeoutError: a rank is gone.
         """
-        from holdfast.tiers.local_reading import Opening
+        from holdfast.tiers.local.reading import Opening
 
         manager = self.manager
         self._noted = frozenset(manager.recovery.damaged)
@@ -449,7 +449,7 @@ def _import_engine() -> Any:
             warnings.filterwarnings(
                 "ignore", "The pynvml package is deprecated", category=FutureWarning
             )
-            from holdfast.tiers import local_engine
+            from holdfast.tiers.local import engine
     except ImportError as error:
         problem = (
             "checkpoint.local.directory is set, but nvidia-resiliency-ext cannot be imported "
@@ -457,4 +457,4 @@ def _import_engine() -> Any:
             "or set local.directory to null"
         )
         raise ConfigError([problem]) from error
-    return local_engine
+    return engine

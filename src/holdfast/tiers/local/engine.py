@@ -25,15 +25,15 @@ from holdfast.coordination import Coordinator, SingleProcess
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import naming, read_into
 from holdfast.shards.direct import Part, read_verified
-from holdfast.tiers.local_files import RunDirectory, shard_name
-from holdfast.tiers.local_format import Tail
-from holdfast.tiers.local_nodes import Topology
-from holdfast.tiers.local_recovery import CkptId, Recovery
-from holdfast.tiers.local_shards import MemoryShard, ReceivedShard
-from holdfast.tiers.local_shelf import Shelf
-from holdfast.tiers.local_state import ShardState
-from holdfast.tiers.local_vote import Commit, Objection, Verdict
-from holdfast.tiers.replication import OwnGroup, ShardReplication
+from holdfast.tiers.local.files import RunDirectory, shard_name
+from holdfast.tiers.local.nodes import Topology
+from holdfast.tiers.local.recovery import CkptId, Recovery
+from holdfast.tiers.local.replication import OwnGroup, ShardReplication
+from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
+from holdfast.tiers.local.shelf import Shelf
+from holdfast.tiers.local.state import ShardState
+from holdfast.tiers.local.tail import Tail
+from holdfast.tiers.local.vote import Commit, Objection, Verdict
 
 logger = logging.getLogger(__name__)
 

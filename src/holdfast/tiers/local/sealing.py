@@ -18,10 +18,10 @@ from holdfast.identity import CommitIdentity
 from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.layout import Layout
 from holdfast.shards.writer import seal_image, write_shard
-from holdfast.tiers.local_files import pending_name, shard_name
-from holdfast.tiers.local_format import ShardRecord, Tail
-from holdfast.tiers.local_shelf import Shelf
-from holdfast.tiers.local_turns import TurnFile
+from holdfast.tiers.local.files import pending_name, shard_name
+from holdfast.tiers.local.shelf import Shelf
+from holdfast.tiers.local.tail import ShardRecord, Tail
+from holdfast.tiers.local.turns import TurnFile
 
 
 @dataclass(frozen=True)

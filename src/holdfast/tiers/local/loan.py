@@ -24,9 +24,9 @@ from holdfast.digests import BLOCK_BYTES, FileRecord, block_count
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, naming, read_into
 from holdfast.shards.reader import ShardReader
-from holdfast.tiers.elastic import Index, deal
-from holdfast.tiers.local_engine import ShardManager
-from holdfast.tiers.replication import Incoming, Outgoing
+from holdfast.tiers.local.elastic import Index, deal
+from holdfast.tiers.local.engine import ShardManager
+from holdfast.tiers.local.replication import Incoming, Outgoing
 
 
 @dataclass(frozen=True)

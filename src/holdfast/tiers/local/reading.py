@@ -25,11 +25,11 @@ from holdfast.filesystem import PENDING_MARK, Filesystem
 from holdfast.manifest import Manifest
 from holdfast.protocol import TrainState
 from holdfast.store import Checkpoint
-from holdfast.tiers.elastic import Index, merge, read_shard_index
-from holdfast.tiers.local_engine import ShardManager
-from holdfast.tiers.local_format import Tail
-from holdfast.tiers.local_loan import Loan, MergedShards, Shard
-from holdfast.tiers.local_vote import Candidate
+from holdfast.tiers.local.elastic import Index, merge, read_shard_index
+from holdfast.tiers.local.engine import ShardManager
+from holdfast.tiers.local.loan import Loan, MergedShards, Shard
+from holdfast.tiers.local.tail import Tail
+from holdfast.tiers.local.vote import Candidate
 from holdfast.tiers.reading import Contents
 
 TIER_NAME = "local"

@@ -33,7 +33,7 @@ from holdfast.filesystem import Filesystem, naming
 from holdfast.shards.direct import Part, read_verified
 from holdfast.shards.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.shards.planning import first_untiled
-from holdfast.tiers.local_format import ShardRecord
+from holdfast.tiers.local.tail import ShardRecord
 
 Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Name, size of the whole, offsets, lengths."""

@@ -1,0 +1,1 @@
+"""The local tier: fast, frequent checkpoints on each node's own RAM or disk."""
