@@ -304,13 +304,13 @@ def test_without_the_package_the_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Instead of an ImportError from somewhere inside."""
-    import holdfast.tiers
+    import holdfast.tiers.local
 
     for name in [each for each in sys.modules if each.startswith("nvidia_resiliency_ext")]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("engine", "replication", "state", "recovery"):
         monkeypatch.delitem(sys.modules, f"holdfast.tiers.local.{name}", raising=False)
-        monkeypatch.delattr(holdfast.tiers, name, raising=False)
+        monkeypatch.delattr(holdfast.tiers.local, name, raising=False)
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
     with pytest.raises(ConfigError, match="nvidia-resiliency-ext") as caught:
         _tier(tmp_path)

@@ -9,7 +9,6 @@ is an error with the numbers, and not a process killed hours later. Knows nothin
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,15 +121,3 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-
-
-def address_of(memory: memoryview) -> int:
-    """Return where a view of bytes lies."""
-    import ctypes
-
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory)) if len(memory) else 0
-
-
-def worker_count() -> int:
-    """Return how many threads may copy: the processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

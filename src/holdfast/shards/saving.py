@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import xxhash
 
 from holdfast.coordination import Coordinator
@@ -213,7 +214,7 @@ class ShardSaver:
         del arena
         if memory is not None and len(memory) // 2 <= size_bytes <= len(memory):
             memory = memory[:size_bytes]
-            memory[:] = bytes(size_bytes)
+            torch.frombuffer(memory, dtype=torch.uint8).zero_()
         else:
             memory = None
         self._arena = Arena(layout, memory, pinned=pinned)

@@ -420,6 +420,8 @@ class AppState:
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
     local = getattr(tensor, "_local_tensor", tensor)
+    if local.layout is not torch.strided:
+        return local.device, -1  # a sparse one lies nowhere in particular
     return local.device, local.data_ptr()
 
 
