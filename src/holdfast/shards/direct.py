@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from holdfast.filesystem import Filesystem, naming, read_into
 
 THREADS = min(4, os.cpu_count() or 1)
 _SCRATCH_BYTES = 256 << 10
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,12 @@ class _Pass:
         start = number * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
         views = self._views(start, end, scratch)
-        filled = read_into(stream, start, views)
         digest = xxhash.xxh3_128()
-        for view in views:
-            digest.update(view)
+        filled = 0
+        for piece in _pieces(views):
+            filled += read_into(stream, start + filled, piece)
+            for view in piece:
+                digest.update(view)
         if filled != end - start or digest.hexdigest() != self._expected.digests[number]:
             found = Difference.in_block(number, start, end - 1)
             raise CorruptCheckpointError(str(self._path), found.reason, found.byte_range)
@@ -175,6 +178,24 @@ class _Pass:
         if position < end:
             views.append(scratch.take(end - position))
         return views
+
+
+def _pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Divide memory into pieces that are still in a processor's cache when they are digested."""
+    piece: list[memoryview] = []
+    size_bytes = 0
+    for view in views:
+        rest = view
+        while len(rest):
+            part = rest[: _PIECE_BYTES - size_bytes]
+            piece.append(part)
+            size_bytes += len(part)
+            rest = rest[len(part) :]
+            if size_bytes == _PIECE_BYTES:
+                yield piece
+                piece, size_bytes = [], 0
+    if piece:
+        yield piece
 
 
 class _Scratch:
