@@ -8,9 +8,11 @@ time, and that an optimizer step waits for what is still being copied. Writes no
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -90,7 +92,8 @@ class Snapshotter:
             leaves = captured.leaves
             return iteration, self._itemizer.describe(leaves.values, leaves.paths)
 
-        plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
+        with _collection_put_off():
+            plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
         memory = self._take_memory(ctx, plan, inventory, control)
 
         def stage() -> Snapshot:
@@ -162,6 +165,18 @@ class Snapshotter:
         if self._overlaps and staged.copying is not None:
             self._guard.watch(optimizers, staged.copying.hold)
         return staged
+
+
+@contextmanager
+def _collection_put_off() -> Iterator[None]:
+    """Keep Python from looking for garbage now: with many tensors that takes longer than a save."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _keep_own(coordinator: Coordinator, stage: str, work: Callable[[], T]) -> T:

@@ -123,19 +123,25 @@ class _Pass:
                 f"has {self._expected.covered_bytes} bytes, too few for what it should hold",
             )
         workers = min(THREADS, len(numbers))
-        waiting = deque(numbers)
         if workers <= 1:
-            self._read_blocks(waiting)
+            self._read_blocks(deque(numbers))
             return
+        # Each thread a stretch of its own: what lies ahead in a file that is read from front to
+        # back is fetched from a cold disk meanwhile, which taking turns over blocks would prevent.
+        shares = [
+            deque(numbers[len(numbers) * each // workers : len(numbers) * (each + 1) // workers])
+            for each in range(workers)
+        ]
         with ThreadPoolExecutor(workers, thread_name_prefix="holdfast-reader") as pool:
             try:
-                for done in [pool.submit(self._read_blocks, waiting) for _ in range(workers)]:
+                for done in [pool.submit(self._read_blocks, share) for share in shares]:
                     done.result()
             finally:
-                waiting.clear()  # after an error, nobody needs the rest
+                for share in shares:
+                    share.clear()  # after an error, nobody needs the rest
 
     def _read_blocks(self, waiting: deque[int]) -> None:
-        """Take blocks off a queue that several threads share, in file order."""
+        """Read blocks in file order, until there are none left."""
         scratch = _Scratch()
         with naming(self._path), self._filesystem.open_existing(self._path) as stream:
             while True:
