@@ -39,7 +39,7 @@ from holdfast.protocol import (
 )
 from holdfast.restoring import Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
-from holdfast.snapshotting import Snapshotter
+from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState, Place
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import LOCAL, Tiers
@@ -109,7 +109,8 @@ class DefaultCheckpointManager:
         save = _describe(ctx, callback_manager, started)
         try:
             self._tiers.admit(control, to_local=not is_persistent)
-            snapshot, to_local = self._snapshotter.take(ctx, _app_state(ctx, control), control)
+            with collection_put_off():
+                snapshot, to_local = self._snapshotter.take(ctx, _app_state(ctx, control), control)
         except StageFailedError as error:
             self._saving.fail(save, error, control.rank)
             return
@@ -195,10 +196,11 @@ class DefaultCheckpointManager:
         touched = False
         for candidate in self._tiers.candidates(decision, control):
             try:
-                opened = self._open(candidate, ctx, control)
-                restoration = self._compare(ctx, opened, control)
-                touched = True
-                restoration.fill(control)
+                with collection_put_off():
+                    opened = self._open(candidate, ctx, control)
+                    restoration = self._compare(ctx, opened, control)
+                    touched = True
+                    restoration.fill(control)
             except CorruptCheckpointError as error:
                 if decision.asked_for and not touched:
                     raise

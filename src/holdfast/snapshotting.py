@@ -92,8 +92,7 @@ class Snapshotter:
             leaves = captured.leaves
             return iteration, self._itemizer.describe(leaves.values, leaves.paths)
 
-        with _collection_put_off():
-            plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
+        plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
         memory = self._take_memory(ctx, plan, inventory, control)
 
         def stage() -> Snapshot:
@@ -168,8 +167,8 @@ class Snapshotter:
 
 
 @contextmanager
-def _collection_put_off() -> Iterator[None]:
-    """Keep Python from looking for garbage now: with many tensors that takes longer than a save."""
+def collection_put_off() -> Iterator[None]:
+    """Keep Python from looking for garbage: with many tensors that takes longer than all else."""
     was_on = gc.isenabled()
     gc.disable()
     try:
