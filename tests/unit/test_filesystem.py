@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import io
 import os
 import threading
@@ -136,6 +137,7 @@ def test_only_a_regular_file_is_opened_or_measured(tmp_path: Path, kind: str) ->
     """A link, a directory or a pipe in the place of a file is an error with its path, at once."""
     path, filesystem = tmp_path / "a", LocalFilesystem()
     _make(path, kind)
+    gc.collect()  # what earlier tests have left to be collected must not be counted
     descriptors = len(os.listdir("/proc/self/fd"))
     for attempt in (
         lambda: read_bytes(filesystem, path),
@@ -144,7 +146,7 @@ def test_only_a_regular_file_is_opened_or_measured(tmp_path: Path, kind: str) ->
         with pytest.raises(OSError, match=r".") as caught:
             attempt()
         assert str(caught.value.filename) == str(path)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_an_error_without_a_path_is_given_one(tmp_path: Path) -> None:
@@ -323,6 +325,7 @@ def test_a_refused_flag_means_the_cache(tmp_path: Path) -> None:
 def test_an_error_past_the_cache_has_errno_and_path(tmp_path: Path, number: int) -> None:
     """A write that fails for good is raised, EINVAL too when it is not about O_DIRECT."""
     filesystem = _Watched(lambda raw, block: number)
+    gc.collect()  # what earlier tests have left to be collected must not be counted
     descriptors = len(os.listdir("/proc/self/fd"))
     with (
         pytest.raises(OSError, match=r".") as caught,
@@ -330,7 +333,7 @@ def test_an_error_past_the_cache_has_errno_and_path(tmp_path: Path, number: int)
     ):
         append(_pages())
     assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "a"))
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_nothing_is_written_over_what_is_there(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import io
 import os
 import threading
@@ -138,6 +139,7 @@ def test_a_failed_write_names_its_file(tmp_path: Path, write: int, number: int) 
             raise OSError(number, os.strerror(number))
         return None
 
+    gc.collect()  # what earlier tests have left to be collected must not be counted
     descriptors = len(os.listdir("/proc/self/fd"))
     threads = threading.active_count()
     progress = Progress()
@@ -148,7 +150,7 @@ def test_a_failed_write_names_its_file(tmp_path: Path, write: int, number: int) 
     assert caught.value.errno == number
     assert caught.value.filename == str(tmp_path / "a")
     assert progress.written_bytes == min(write * BLOCK_BYTES, 2 * BLOCK_BYTES + 4096)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     assert threading.active_count() == threads
     assert next(turns) == write + 1, "it went on writing"
 
