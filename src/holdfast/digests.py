@@ -72,11 +72,6 @@ class Blocks:
     """So many bytes from the start of the file; a footer follows."""
     digests: Sequence[str]
 
-    @property
-    def footer_bytes(self) -> int:
-        """The size of the footer, were there one."""
-        return footer_size(self.covered_bytes)
-
 
 def describe_file(path: str, stream: BinaryIO) -> FileRecord:
     """Read a stream to its end and return the record of it under a relative path."""

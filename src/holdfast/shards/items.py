@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 from torch.distributed.tensor import DTensor
 
+from holdfast.digests import round_up
 from holdfast.errors import UnsupportedStateError
-from holdfast.shards.layout import Item, align_up
+from holdfast.shards.layout import Item
 from holdfast.shards.planning import structure_of
 
 _SLOT_ALIGNMENT = 64
@@ -239,7 +240,7 @@ class Itemizer:
             ):
                 return slot, content
         headroom = min(max(len(content) // 4, _LEAST_HEADROOM_BYTES), _MOST_HEADROOM_BYTES)
-        slot = replace(item, capacity_bytes=align_up(len(content) + headroom, _SLOT_ALIGNMENT))
+        slot = replace(item, capacity_bytes=round_up(len(content) + headroom, _SLOT_ALIGNMENT))
         self._known[item.name] = _Known(bytes, None, torch.Size(), None, [slot])
         return slot, content
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from holdfast.digests import round_up
 from holdfast.shards.container import Container, container_of
 
 SLOT_ALIGNMENT = 64
@@ -132,11 +133,6 @@ class Entry:
         return prod(self.lengths) * self.dtype.itemsize
 
 
-def align_up(number: int, alignment: int) -> int:
-    """Return the smallest multiple of an alignment that is not below a number."""
-    return -(-number // alignment) * alignment
-
-
 def slot_offsets(slot_bytes: IntArray) -> IntArray:
     """Return where slots of these sizes start, one behind the other; size 0 takes no room."""
     padded = -(-slot_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
@@ -223,9 +219,9 @@ def lay_out(items: Sequence[Item]) -> Layout:
             slot = placed[leader][1]
         placed.append((item, slot))
     end = slots[-1].offset + slots[-1].size_bytes if slots else 0
-    index_offset = align_up(end, SLOT_ALIGNMENT)
+    index_offset = round_up(end, SLOT_ALIGNMENT)
     index = _encode_index(placed)
-    body_bytes = align_up(index_offset + len(index) + TAIL.size, BODY_ALIGNMENT)
+    body_bytes = round_up(index_offset + len(index) + TAIL.size, BODY_ALIGNMENT)
     return Layout(tuple(slots), tuple(placed), index_offset, index, body_bytes)
 
 
