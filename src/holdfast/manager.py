@@ -134,6 +134,7 @@ class DefaultCheckpointManager:
             self._saving.run(save, write, control.rank)
             return
         self._saving.start(save, write, writer, drain if drains else None)
+        self._snapshotter.finish(snapshot)  # while the thread prepares to write
         save.event.stall_seconds = time.monotonic() - started
         save.tell(ON_CHECKPOINT_STAGED)
 

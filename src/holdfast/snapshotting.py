@@ -76,7 +76,9 @@ class Snapshotter:
     def take(
         self, ctx: CheckpointSaveContext, app: AppState, control: Coordinator
     ) -> tuple[Snapshot, bool]:
-        """Copy everything out of training's reach, and say whether it can go to the local tier.
+        """Take what is there at this step, and say whether it can go to the local tier.
+
+        Large tensors are copied when `finish` has returned, or the next optimizer step begins.
 
         Raises:
             CheckpointError: on every rank.
@@ -111,6 +113,11 @@ class Snapshotter:
         except CheckpointError:
             self._tiers.abandon_local()
             raise
+
+    def finish(self, snapshot: Snapshot) -> None:
+        """Copy what is left to be copied, unless that goes on beside training."""
+        if not self._overlaps:
+            snapshot.shard.finish()
 
     def wait(self) -> None:
         """Return when the last snapshot no longer reads live tensors."""
@@ -157,12 +164,13 @@ class Snapshotter:
         if not self._is_async and not memory.is_local:
             # Written before `save` returns: nothing to copy.
             return self._shards.stream(plan, inventory)
-        later = captured.leaves.changed_by_steps if self._overlaps else frozenset()
+        later = captured.leaves.changed_by_steps if self._overlaps else None
         staged = self._shards.stage(
             plan, inventory, arena=memory.arena, pinned=memory.pinned, later=later
         )
         if self._overlaps and staged.copying is not None:
             self._guard.watch(optimizers, staged.copying.hold)
+            staged.copying.begin()
         return staged
 
 

@@ -42,7 +42,7 @@ def _staged(leaves: dict[str, Any]) -> Arena:
 
 
 def _body(image: Arena | StreamedShard) -> bytes:
-    return b"".join(map(bytes, image.blocks()))
+    return b"".join(map(bytes, image.stretches()))
 
 
 def _loaded(body: bytes) -> dict[str, Any]:
@@ -112,10 +112,12 @@ def test_a_streamed_shard_has_the_bytes_of_an_arena(leaves: dict[str, Any]) -> N
     arena, streamed = Arena(layout), StreamedShard(layout, sources)
     arena.stage(sources).wait()
     assert streamed.body_bytes == arena.body_bytes == layout.body_bytes
-    sizes: list[int] = []
-    for mine, theirs in zip(streamed.blocks(), arena.blocks(), strict=True):
-        assert mine == theirs, len(sizes)
-        sizes.append(len(mine))
+    body, sizes = memoryview(_body(arena)), []
+    assert len(body) == layout.body_bytes
+    for stretch in streamed.stretches():
+        start = sum(sizes)
+        assert stretch == body[start : start + len(stretch)], len(sizes)
+        sizes.append(len(stretch))
     assert all(size == BLOCK_BYTES for size in sizes[:-1])
     assert sum(sizes) == layout.body_bytes
 
@@ -125,7 +127,7 @@ def test_a_streamed_block_stays_until_the_one_after_the_next() -> None:
     leaves = {"a": torch.randint(0, 255, (5 * BLOCK_BYTES,), dtype=torch.uint8)}
     layout, sources = _own(_describe(leaves))
     before: tuple[memoryview, int] | None = None
-    for block in StreamedShard(layout, sources).blocks():
+    for block in StreamedShard(layout, sources).stretches():
         if before is not None:
             assert hash(bytes(before[0])) == before[1]
         before = block, hash(bytes(block))
@@ -249,13 +251,25 @@ def test_only_what_may_wait_is_copied_later() -> None:
     arena = Arena(layout)
     _, (_, b, c) = _own(_describe({"a": torch.ones(3), "b": torch.ones(3) * 2, "c": 5}))
     copying = arena.stage([Gated.of(torch.ones(3), let), b, c], [True, False, False])
-    early = _loaded(_body(arena))
+    early = _loaded(bytes(arena.memory[: arena.body_bytes]))
     assert early["a"].tolist() == [0.0] * 3
     assert early["b"].tolist() == [2.0] * 3
     assert early["c"] == 5
     let.set()
     copying.wait()
     assert _loaded(_body(arena))["a"].tolist() == [1.0] * 3
+
+
+def test_an_arena_is_read_in_stretches_as_it_is_staged() -> None:
+    """With a copy beside training the front is given out early; each stretch is whole blocks."""
+    leaves = {str(number): torch.full((3 * MIB,), float(number)) for number in range(20)}
+    layout, sources = _own(_describe(leaves))
+    arena = Arena(layout)
+    arena.stage(sources, [True] * len(sources)).begin()
+    stretches = list(arena.stretches())
+    assert len(stretches) > 1
+    assert all(len(each) % BLOCK_BYTES == 0 for each in stretches[:-1])
+    assert _loaded(b"".join(stretches))["19"][-1] == 19.0
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -179,6 +179,7 @@ def test_metadata_is_made_when_it_is_asked_for() -> None:
 
 def _arena_of(staged: StagedShard) -> Arena:
     assert staged.arena is not None
+    staged.wait()
     return staged.arena
 
 

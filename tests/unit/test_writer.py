@@ -27,16 +27,39 @@ SIZES = [4096, BLOCK_BYTES - 4096, BLOCK_BYTES, BLOCK_BYTES + 4096, 3 * BLOCK_BY
 
 
 class _Memory:
-    """An image in memory, whose blocks all stay."""
+    """An image in memory."""
+
+    keeps_stretches = True
 
     def __init__(self, size_bytes: int) -> None:
         self.memory = allocate(size_bytes + footer_size(size_bytes))
         self.memory[:size_bytes] = (os.urandom(4099) * (size_bytes // 4099 + 1))[:size_bytes]
         self.body_bytes = size_bytes
 
-    def blocks(self) -> Iterator[memoryview]:
+    def stretches(self) -> Iterator[memoryview]:
         for start in range(0, self.body_bytes, BLOCK_BYTES):
             yield self.memory[start : min(start + BLOCK_BYTES, self.body_bytes)]
+
+
+class _Whole(_Memory):
+    """The same, in one stretch of many blocks."""
+
+    def stretches(self) -> Iterator[memoryview]:
+        yield self.memory[: self.body_bytes]
+
+
+class _Reused(_Memory):
+    """The same, in two buffers that take turns."""
+
+    keeps_stretches = False
+
+    def stretches(self) -> Iterator[memoryview]:
+        buffers = [allocate(BLOCK_BYTES), allocate(BLOCK_BYTES)]
+        for number, stretch in enumerate(super().stretches()):
+            buffer = buffers[number % 2]
+            buffer[:] = bytes(BLOCK_BYTES)
+            buffer[: len(stretch)] = stretch
+            yield buffer[: len(stretch)]
 
 
 class _Raw(io.FileIO):
@@ -73,10 +96,13 @@ def _is_sound(path: Path, record: Any, image: _Memory) -> bool:
         return find_difference(record, stream) is None
 
 
+@pytest.mark.parametrize("kind", [_Memory, _Whole, _Reused])
 @pytest.mark.parametrize("size_bytes", SIZES)
-def test_a_file_is_its_image_and_the_footer(tmp_path: Path, size_bytes: int) -> None:
+def test_a_file_is_its_image_and_the_footer(
+    tmp_path: Path, size_bytes: int, kind: type[_Memory]
+) -> None:
     """What lies on disk is the body and its footer, and the record returned is theirs."""
-    image = _Memory(size_bytes)
+    image = kind(size_bytes)
     record = write_shard(LocalFilesystem(), tmp_path / "a", "b/a", image)
     assert record.path == "b/a"
     assert record.blocks is None
@@ -173,8 +199,8 @@ def test_an_image_that_cannot_be_read_fails_the_pass(tmp_path: Path) -> None:
     """What a later block raises reaches the caller, and no footer is put."""
 
     class Torn(_Memory):
-        def blocks(self) -> Iterator[memoryview]:
-            yield next(super().blocks())
+        def stretches(self) -> Iterator[memoryview]:
+            yield next(super().stretches())
             raise RuntimeError("the second block is gone")
 
     with pytest.raises(RuntimeError, match="second block"):

@@ -20,6 +20,8 @@ from holdfast.shards.layout import Layout
 from holdfast.shards.memory import allocate
 from holdfast.shards.staging import Copying
 
+_STRETCH_BYTES = 64 << 20
+"""Written in one call: a disk has something to do while the next one is prepared."""
 _STREAM_BUFFERS = 3
 """One is filled, one digested and written, one just was."""
 _PIECE_BYTES = 1 << 20
@@ -46,6 +48,7 @@ class Arena:
         self.memory = allocate(image_bytes(layout)) if memory is None else memory
         self._tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
         self._unpin = _pin(self._tensor) if pinned else None
+        self._copying = Copying(())
         self._targets: list[Any] = []
         for slot in layout.slots:
             start, end = slot.payload_offset, slot.payload_offset + slot.payload_bytes
@@ -65,29 +68,33 @@ class Arena:
         self.memory[layout.index_offset : index_end] = layout.index
         self.memory[layout.body_bytes - len(layout.tail) : layout.body_bytes] = layout.tail
 
+    keeps_stretches = True
+
     @property
     def body_bytes(self) -> int:
         """Of the file without its footer."""
         return self.layout.body_bytes
 
     def stage(self, sources: Sequence[Source], later: Sequence[bool] | None = None) -> Copying:
-        """Copy one source into each slot; return the copies of those marked `later`, begun.
+        """Give each slot its source: copy all but those marked `later`, and return their copy.
 
-        Nobody may read the arena before the returned copy was waited for. None: nothing is later.
+        That is yet to be made; nobody but `stretches` may read the arena before it was waited for.
+        None: all tensors are for later.
         """
         now: list[tuple[Any, Any]] = []
-        beside: list[tuple[Any, Any]] = []
-        marks = [False] * len(self._targets) if later is None else later
+        then: list[tuple[Any, Any]] = []
+        marks = [True] * len(self._targets) if later is None else later
         for target, source, waits in zip(self._targets, sources, marks, strict=True):
             if isinstance(source, bytes):
                 target[: len(source)] = source
                 target[len(source) :] = bytes(len(target) - len(source))
             elif waits:
-                beside.append((target, source))
+                then.append((target, source))
             else:
                 now.append((target, source))
         Copying(now).wait()
-        return Copying(beside, beside=True)
+        self._copying = Copying(then)
+        return self._copying
 
     def content(self, slot: int) -> Source:
         """Return what was staged into a slot: a view of it, or a copy of small bytes."""
@@ -97,10 +104,13 @@ class Arena:
         source: torch.Tensor = target
         return source
 
-    def blocks(self) -> Iterator[memoryview]:
-        """Yield the body in blocks of 8 MiB."""
-        for start in range(0, self.body_bytes, BLOCK_BYTES):
-            yield self.memory[start : min(start + BLOCK_BYTES, self.body_bytes)]
+    def stretches(self) -> Iterator[memoryview]:
+        """Yield the body in stretches of 64 MiB, each when it has been staged."""
+        address = self._tensor.data_ptr()
+        for start in range(0, self.body_bytes, _STRETCH_BYTES):
+            end = min(start + _STRETCH_BYTES, self.body_bytes)
+            self._copying.wait_below(address + end)
+            yield self.memory[start:end]
 
     def release(self) -> None:
         """Let go of what is fixed in place; the memory follows when nobody views it any more."""
@@ -117,12 +127,14 @@ class StreamedShard:
         self.layout = layout
         self._sources = sources
 
+    keeps_stretches = False
+
     @property
     def body_bytes(self) -> int:
         """Of the file without its footer."""
         return self.layout.body_bytes
 
-    def blocks(self) -> Iterator[memoryview]:
+    def stretches(self) -> Iterator[memoryview]:
         """Yield the body in blocks of 8 MiB, in a few buffers that take turns."""
         size_bytes = min(BLOCK_BYTES, self.body_bytes)
         buffers = [allocate(size_bytes) for _ in range(_STREAM_BUFFERS)]

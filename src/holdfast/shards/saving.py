@@ -87,13 +87,18 @@ class StagedShard:
     arena: Arena | None
     """All that it staged; None: nothing, the live tensors are read."""
     copying: Copying | None
-    """What is still being copied; None: nothing."""
+    """Of what is not there yet; None: nothing is to be copied."""
     progress: Progress
 
     @property
     def is_empty(self) -> bool:
         """Whether this rank has nothing to write."""
         return not self.plan.written.layout.slots
+
+    def finish(self) -> None:
+        """Return when nobody reads the live tensors any more, copying what nobody copies yet."""
+        if self.copying is not None:
+            self.copying.finish()
 
     def wait(self) -> None:
         """Wait until all of it is there; raise what kept it from coming."""
@@ -103,12 +108,13 @@ class StagedShard:
     def write(
         self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
     ) -> FileRecord:
-        """Write the file into a directory; its durability is the caller's.
+        """Write the file into a directory, as it is being staged; durability is the caller's.
 
         Raises:
             OSError: it cannot be written.
         """
-        self.wait()
+        if self.image is not self.arena:
+            self.wait()
         name = self.plan.name
         return write_shard(
             filesystem, directory / name, name, self.image, self.progress, bytes_per_second
@@ -171,12 +177,12 @@ class ShardSaver:
         *,
         arena: Arena | None = None,
         pinned: bool = False,
-        later: frozenset[str] = frozenset(),
+        later: frozenset[str] | None = None,
     ) -> StagedShard:
-        """Copy what this rank stages into an arena, which nobody may be reading any more.
+        """Stage what this rank stages into an arena, which nobody may be reading any more.
 
-        `arena`: laid out for `plan.staged`. None: one of our own. `later`: names that are copied
-        beside training.
+        The returned shard's `copying` is yet to be made. `arena`: laid out for `plan.staged`. None:
+        one of our own. `later`: names that are left to it. None: all tensors are.
 
         Raises:
             NotEnoughMemoryError: our own does not fit what is left.
@@ -184,7 +190,8 @@ class ShardSaver:
         staged = plan.staged
         if arena is None:
             arena = self._arena_for(staged.layout, pinned=pinned)
-        waits = [slot.item.name in later for slot in staged.layout.slots] if later else None
+        names = [slot.item.name for slot in staged.layout.slots]
+        waits = None if later is None else [name in later for name in names]
         copying = arena.stage(_sources(staged, inventory), waits)
         image: Arena | StreamedShard = arena
         if plan.written is not staged:

@@ -2,14 +2,16 @@
 
 Owns the copy and its speed: large tensors as plain memory on every core, the rest in one call of
 torch, from a GPU on a stream of its own. Promises that `wait` returns when the last byte is there,
-and that a copy which goes on beside training can be waited for without being told of its failure.
-Decides neither what is copied nor where to.
+that whoever reads the front of the target meanwhile is told how far it has come, and that a copy
+which goes on beside training can be waited for without being told of its failure. Decides neither
+what is copied nor where to.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -19,42 +21,37 @@ import torch
 _LARGE_BYTES = 256 << 10
 """From here a copy is worth a call of its own, shared between threads."""
 _PIECE_BYTES = 8 << 20
+_EVERYWHERE = sys.maxsize
+"""Beyond every address."""
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Targets in host memory, each with its source of the same shape and type."""
 
 
-def copy(pairs: Pairs) -> None:
-    """Copy every source into its target and return when that is done."""
-    copying = Copying(pairs)
-    copying.wait()
-
-
 class Copying:
-    """A copy that was begun, perhaps beside training."""
+    """A copy that is to be made, beside training or by whoever waits for it first.
 
-    def __init__(self, pairs: Pairs, *, beside: bool = False) -> None:
-        """Begin. `beside`: return at once; nobody may change the sources before `hold` returns."""
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        self._event: Any = None
+    From a GPU it begins at once, since that keeps nobody waiting.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        """Nobody may change the sources before `hold` has returned."""
         on_device = [pair for pair in pairs if pair[1].is_cuda] if torch.cuda.is_available() else []
-        on_host = [pair for pair in pairs if not pair[1].is_cuda] if on_device else pairs
-        if on_device:
-            self._event = _copy_from_device(on_device)
-        if beside and on_host:
-            self._thread = threading.Thread(
-                target=self._run, args=(on_host,), name="holdfast-staging"
-            )
-            self._thread.start()
-        elif on_host:
-            _copy_on_host(on_host)
+        self._pairs = [pair for pair in pairs if not pair[1].is_cuda] if on_device else pairs
+        self._event = _copy_from_device(on_device) if on_device else None
+        self._front = _Front()
+        self._taking = threading.Lock()
+        self._is_taken = not self._pairs
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if self._is_taken:
+            self._front.finish()
 
-    def _run(self, pairs: Pairs) -> None:
-        try:
-            _copy_on_host(pairs)
-        except BaseException as error:  # noqa: BLE001  # raised where somebody waits for the bytes
-            self._error = error
+    def begin(self) -> None:
+        """Copy on a thread from now on."""
+        if self._take():
+            self._thread = threading.Thread(target=self._copy, name="holdfast-staging")
+            self._thread.start()
 
     def hold(self) -> None:
         """Keep training from changing the sources before they are copied.
@@ -63,17 +60,91 @@ class Copying:
         """
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
-        if self._thread is not None:
-            self._thread.join()
+        self._finish_on_host()
+
+    def finish(self) -> None:
+        """Return when nobody reads the sources any more, whatever became of it."""
+        self._finish_on_host()
+        if self._event is not None:
+            self._event.synchronize()
 
     def wait(self) -> None:
         """Wait until every byte is there; raise what kept it from coming."""
+        self.finish()
+        self.wait_below(_EVERYWHERE)
+
+    def wait_below(self, address: int) -> None:
+        """Wait until all of the targets below an address is there.
+
+        Unless the copy goes on beside training that is all of it: training waits for it, and
+        whoever went on now would take memory's time from it. Raises what kept it from coming.
+        """
         if self._event is not None:
             self._event.synchronize()
-        if self._thread is not None:
-            self._thread.join()
+        if self._thread is None:
+            self._finish_on_host()
+        self._front.wait_for(address)
         if self._error is not None:
             raise self._error
+
+    def _finish_on_host(self) -> None:
+        if self._take():
+            self._copy()
+        self._front.wait_for(_EVERYWHERE)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _take(self) -> bool:
+        """Whether it falls to the caller to copy."""
+        with self._taking:
+            was_taken, self._is_taken = self._is_taken, True
+            return not was_taken
+
+    def _copy(self) -> None:
+        try:
+            _copy_on_host(self._pairs, self._front)
+        except Exception as error:  # noqa: BLE001  # raised where somebody waits for the bytes
+            self._error = error
+        except BaseException as error:  # an interrupt, which is also for who was interrupted
+            self._error = error
+            raise
+        finally:
+            self._pairs = ()
+            self._front.finish()
+
+
+class _Front:
+    """How far a copy has come, through memory from low to high."""
+
+    def __init__(self) -> None:
+        self._moved = threading.Condition()
+        self._reached = [0]
+        self._awaited: list[int] = []
+
+    def divide(self, workers: int) -> None:
+        """Let so many workers move it, each of whom takes higher places as it goes on."""
+        with self._moved:
+            self._reached = [0] * workers
+
+    def reach(self, worker: int, address: int) -> None:
+        """Note that a worker will touch nothing below an address any more."""
+        with self._moved:
+            self._reached[worker] = address
+            # Nobody is woken in vain: that would take the interpreter from who copies.
+            if self._awaited and min(self._reached) >= min(self._awaited):
+                self._moved.notify_all()
+
+    def finish(self) -> None:
+        """Note that nobody will touch anything any more."""
+        self.divide(1)
+        self.reach(0, _EVERYWHERE)
+
+    def wait_for(self, address: int) -> None:
+        """Wait until nobody will touch anything below an address."""
+        with self._moved:
+            self._awaited.append(address)
+            self._moved.wait_for(lambda: min(self._reached) >= address)
+            self._awaited.remove(address)
 
 
 @torch.no_grad()
@@ -96,7 +167,7 @@ def _copy_from_device(pairs: Pairs) -> Any:
 
 
 @torch.no_grad()
-def _copy_on_host(pairs: Pairs) -> None:
+def _copy_on_host(pairs: Pairs, front: _Front) -> None:
     jobs: list[tuple[int, int, int]] = []
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
@@ -111,9 +182,9 @@ def _copy_on_host(pairs: Pairs) -> None:
         else:
             targets.append(target)
             sources.append(source)
-    _copy_memory(jobs)
     if targets:
         torch._foreach_copy_(targets, sources)
+    _copy_memory(sorted(jobs), front)  # low addresses first: the front follows the large ones
 
 
 def _is_plain_memory(tensor: torch.Tensor) -> bool:
@@ -125,21 +196,30 @@ def _is_plain_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-def _copy_memory(jobs: Sequence[tuple[int, int, int]]) -> None:
+def _copy_memory(jobs: Sequence[tuple[int, int, int]], front: _Front) -> None:
     """Copy pieces of memory on as many threads as torch may use here; each lets go of the GIL."""
-    workers = min(torch.get_num_threads(), len(jobs))
+    workers = max(min(torch.get_num_threads(), len(jobs)), 1)
+    front.divide(workers)
     turns = itertools.count()
 
-    def work() -> None:
+    def work(worker: int) -> None:
         while (turn := next(turns)) < len(jobs):
+            # A turn that was taken and not noted yet lies above the last one that was.
+            front.reach(worker, jobs[turn][0])
             _memcpy(*jobs[turn])
+        front.reach(worker, _EVERYWHERE)  # nor holds the others up
 
-    threads = [threading.Thread(target=work, name="holdfast-copy") for _ in range(workers - 1)]
+    threads = [
+        threading.Thread(target=work, args=(each,), name="holdfast-copy")
+        for each in range(1, workers)
+    ]
     for each in threads:
         each.start()
-    work()
-    for each in threads:
-        each.join()
+    try:
+        work(0)
+    finally:
+        for each in threads:
+            each.join()
 
 
 _memcpy = ctypes.CDLL(None).memcpy

@@ -1,7 +1,7 @@
 """The bytes of a shard file go to disk in one pass, digested on the way.
 
-Owns the pass: 8 MiB blocks, past the page cache where the file system takes that, each digested
-while the one before it is written, the footer behind the last. Promises that every byte goes
+Owns the pass: stretches of 8 MiB blocks, past the page cache where the file system takes that, each
+block digested while others are written, the footer behind the last. Promises that every byte goes
 through the filesystem seam, that what it reports as digests is of the bytes in memory and not of
 what a disk made of them, and that somebody may watch and slow it down. Durability is the caller's,
 who syncs. Knows bytes, not tensors.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,17 +24,22 @@ from holdfast.shards.memory import allocate
 
 
 class Image(Protocol):
-    """The body of a shard file, to be had block by block and in order."""
+    """The body of a shard file, to be had piece by piece and in order."""
 
     @property
     def body_bytes(self) -> int:
         """A multiple of 4096."""
         ...
 
-    def blocks(self) -> Iterator[memoryview]:
-        """Yield the body in blocks of 8 MiB, on pages of memory; the last may be shorter.
+    @property
+    def keeps_stretches(self) -> bool:
+        """Whether each stretch stays as it is; else until the one after the next is asked for."""
+        ...
 
-        A block stays as it is until the one after the next is asked for.
+    def stretches(self) -> Iterator[memoryview]:
+        """Yield the body in stretches of whole 8 MiB blocks, on pages of memory.
+
+        The last block may be shorter.
         """
         ...
 
@@ -77,39 +82,46 @@ def write_shard(
     """
     progress = progress or Progress()
     progress.begin(image.body_bytes + footer_size(image.body_bytes))
-    digests: list[bytes] = []
+    digests: list[Future[bytes]] = []
     with (
-        ThreadPoolExecutor(2, thread_name_prefix="holdfast-digest") as beside,
+        ThreadPoolExecutor(1, thread_name_prefix="holdfast-digest") as digesting,
+        ThreadPoolExecutor(1, thread_name_prefix="holdfast-stretch") as preparing,
         writing_past_cache(filesystem, path) as append,
     ):
-        # Making the next block, digesting this one and writing it let go of the interpreter, and
+        # Making the next stretch, digesting this one and writing it let go of the interpreter, and
         # run side by side.
-        blocks = image.blocks()
-        block = next(blocks, None)
-        while block is not None:
-            digest = beside.submit(xxhash.xxh3_128_digest, block)
-            following = beside.submit(next, blocks, None)
-            _keep_pace(progress, bytes_per_second)
-            append(block)
-            progress.written_bytes += len(block)
-            digests.append(digest.result())
-            block = following.result()
+        stretches = image.stretches()
+        stretch = next(stretches, None)
+        while stretch is not None:
+            blocks = _cut(stretch, BLOCK_BYTES)
+            digests += [digesting.submit(xxhash.xxh3_128_digest, each) for each in blocks]
+            following = preparing.submit(next, stretches, None)
+            for part in [stretch] if bytes_per_second is None else blocks:
+                _keep_pace(progress, bytes_per_second)
+                append(part)
+                progress.written_bytes += len(part)
+            if not image.keeps_stretches:
+                wait(digests[-len(blocks) :])
+            stretch = following.result()
+        results = [each.result() for each in digests]
         footer = allocate(footer_size(image.body_bytes))
-        footer[:] = make_footer(image.body_bytes, digests)
+        footer[:] = make_footer(image.body_bytes, results)
         _keep_pace(progress, bytes_per_second)
         append(footer)
         progress.written_bytes += len(footer)
-    return describe_body(name, image.body_bytes, digests)
+    return describe_body(name, image.body_bytes, results)
 
 
 def seal_image(memory: memoryview, body_bytes: int, name: str) -> FileRecord:
     """Put the footer behind a body in memory, and return the record of the file that they are."""
-    digests = [
-        xxhash.xxh3_128_digest(memory[start : min(start + BLOCK_BYTES, body_bytes)])
-        for start in range(0, body_bytes, BLOCK_BYTES)
-    ]
+    digests = [xxhash.xxh3_128_digest(block) for block in _cut(memory[:body_bytes], BLOCK_BYTES)]
     memory[body_bytes : body_bytes + footer_size(body_bytes)] = make_footer(body_bytes, digests)
     return describe_body(name, body_bytes, digests)
+
+
+def _cut(memory: memoryview, size_bytes: int) -> list[memoryview]:
+    """Cut memory into pieces of one size; the last may be shorter."""
+    return [memory[start : start + size_bytes] for start in range(0, len(memory), size_bytes)]
 
 
 def _keep_pace(
