@@ -168,7 +168,8 @@ def _items(mode: str, ranks: int, rank: int, tensors: int) -> list[Any]:
 
 def _measure_holdfast(mode: str, ranks: int, tensors: int) -> dict[str, float]:
     from holdfast.shards.metadata import encode_metadata
-    from holdfast.shards.planning import decide, propose
+    from holdfast.shards.planning import decide
+    from holdfast.shards.proposals import propose
 
     proposals = [propose(_items(mode, ranks, rank, tensors)) for rank in range(ranks)]
     own = _items(mode, ranks, 0, tensors)
@@ -192,7 +193,7 @@ def _measure_holdfast(mode: str, ranks: int, tensors: int) -> dict[str, float]:
 
 def _measure_steady(mode: str, ranks: int, tensors: int) -> dict[str, float]:
     """A rank finds its structure and says so; the coordinator judges what all said."""
-    from holdfast.shards.planning import structure_of
+    from holdfast.shards.proposals import structure_of
     from holdfast.shards.records import Record, judge
 
     own = _items(mode, STEADY_RANKS, 0, tensors)

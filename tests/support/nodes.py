@@ -33,7 +33,7 @@ from holdfast.identity import CommitIdentity
 from holdfast.protocol import TrainState
 from holdfast.shards.arena import Arena
 from holdfast.shards.layout import Item, lay_out
-from holdfast.shards.planning import structure_of
+from holdfast.shards.proposals import structure_of
 from holdfast.tiers.local.sealing import LocalSnapshot
 from holdfast.tiers.local.tier import LocalTier
 

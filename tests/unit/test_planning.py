@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from holdfast.errors import UnsupportedStateError
 from holdfast.shards.layout import Item, Layout, lay_out, read_index
 from holdfast.shards.metadata import encode_metadata
-from holdfast.shards.planning import Decision, choose, decide, propose, shard_name, structure_of
+from holdfast.shards.planning import Decision, choose, decide, shard_name
+from holdfast.shards.proposals import propose, structure_of
 from holdfast.shards.records import NO_PLAN, Record, judge
 
 pytestmark = pytest.mark.filterwarnings(

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.digests import round_up
 from holdfast.errors import UnsupportedStateError
 from holdfast.shards.layout import Item
-from holdfast.shards.planning import structure_of
+from holdfast.shards.proposals import structure_of
 
 _SLOT_ALIGNMENT = 64
 _LEAST_HEADROOM_BYTES = 256

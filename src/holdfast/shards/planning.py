@@ -3,36 +3,24 @@
 Owns the dealing: each replicated item goes to exactly one of its holders, balanced by bytes, tied
 names to one place where all holders agree on the tie. Promises that no item is lost or written
 twice, that the chunks of each tensor tile it exactly, and that the same proposals give the same
-decision. Refuses ranks that disagree about a name, saying which. Pure: no input or output, no
-communication.
+decision. Pure: no input or output, no communication.
 """
 
 from __future__ import annotations
 
 import heapq
-import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import xxhash
 
 from holdfast.errors import UnsupportedStateError
-from holdfast.shards.layout import (
-    SLOT_ALIGNMENT,
-    IntArray,
-    Item,
-    containers_of,
-    leaders_of,
-    slot_offsets,
-)
+from holdfast.shards.layout import SLOT_ALIGNMENT, IntArray, Item, leaders_of, slot_offsets
+from holdfast.shards.proposals import Catalogue, Profiles, Rows, profiles_of, rows_of
 
-_HEADER = struct.Struct("<16sQQ")  # structure, bytes of the table, items
 _SHOWN = 3
 
 BoolArray = npt.NDArray[np.bool_]
@@ -41,56 +29,6 @@ BoolArray = npt.NDArray[np.bool_]
 def shard_name(rank: int) -> str:
     """Return the name of a rank's shard file."""
     return f"__{rank}_0.distcp"
-
-
-def structure_of(items: Sequence[Item]) -> bytes:
-    """Return 16 bytes that change when anything changes that a plan depends on."""
-    digest = xxhash.xxh3_128(_table_of(items))
-    digest.update(_chunks_of(items))
-    digest.update(json.dumps([(item.capacity_bytes, item.alias_of) for item in items]).encode())
-    return digest.digest()
-
-
-def propose(items: Sequence[Item]) -> bytes:
-    """Return what the planner must know about the items of one rank.
-
-    Raises:
-        ValueError: items contradict themselves or one another.
-    """
-    leaders = leaders_of(items)
-    slot_bytes = [
-        item.capacity_bytes if container is None else container.size_bytes
-        for item, container in zip(items, containers_of(items), strict=True)
-    ]
-    table = _table_of(items)
-    header = _HEADER.pack(structure_of(items), len(table), len(items))
-    return b"".join((header, table, _chunks_of(items), _int64(slot_bytes), _int64(leaders)))
-
-
-def _table_of(items: Sequence[Item]) -> bytes:
-    """Describe what the ranks of a data-parallel job have in common: names, paths, whole sizes."""
-    codes: dict[torch.dtype | None, int] = {}
-    described = {
-        "names": [item.name for item in items],
-        "paths": [
-            (position, item.path)
-            for position, item in enumerate(items)
-            if item.path != tuple(item.name.split("."))
-        ],
-        "codes": [codes.setdefault(item.dtype, len(codes)) for item in items],
-        "dtypes": [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in codes],
-        "sizes": [item.size for item in items],
-    }
-    return json.dumps(described, separators=(",", ":"), check_circular=False).encode("ascii")
-
-
-def _chunks_of(items: Sequence[Item]) -> bytes:
-    parts = chain((item.offsets for item in items), (item.lengths for item in items))
-    return _int64(list(chain.from_iterable(parts)))
-
-
-def _int64(numbers: Sequence[int]) -> bytes:
-    return np.array(numbers, dtype=np.int64).tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +43,7 @@ class Decision:
     """16 bytes that stand for this decision."""
     body_bytes: list[int]
     """By rank: of the slots it writes, index not counted."""
-    catalogue: _Catalogue
+    catalogue: Catalogue
     written: _Written
 
 
@@ -122,154 +60,6 @@ class _Written:
     slot_bytes: IntArray
 
 
-class _Catalogue:
-    """Every name of the job: what all ranks must agree on."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-        self.paths: list[tuple[str | int, ...]] = []
-        self.dtypes: list[str | None] = []
-        self.sizes: list[tuple[int, ...]] = []
-        self._ranks: list[int] = []
-
-    def add(self, table: _Table, rank: int) -> IntArray:
-        """Take in what one rank says; return the number of each of its items' names."""
-        numbers = []
-        for position, name in enumerate(table.names):
-            number = self.numbers.setdefault(name, len(self.paths))
-            dtype, size = table.dtypes[position], table.sizes[position]
-            if number == len(self.paths):
-                self.paths.append(table.paths.get(position) or tuple(name.split(".")))
-                self.dtypes.append(dtype)
-                self.sizes.append(size)
-                self._ranks.append(rank)
-            elif dtype != self.dtypes[number] or size != self.sizes[number]:
-                raise UnsupportedStateError(
-                    f"{name} is {_kind(self.dtypes[number], self.sizes[number])} on rank "
-                    f"{self._ranks[number]} and {_kind(dtype, size)} on rank {rank}.\n"
-                    "One name must mean one tensor on every rank; name them apart."
-                )
-            numbers.append(number)
-        return np.array(numbers, dtype=np.int64)
-
-
-def _kind(dtype: str | None, size: tuple[int, ...]) -> str:
-    return "a value" if dtype is None else f"{dtype}{list(size)}"
-
-
-class _Table:
-    """The common part of proposals, which most ranks share byte for byte."""
-
-    def __init__(self, content: bytes) -> None:
-        described = json.loads(content)
-        self.names: list[str] = described["names"]
-        self.paths: dict[int, tuple[str | int, ...]] = {
-            position: tuple(path) for position, path in described["paths"]
-        }
-        kinds = described["dtypes"]
-        self.dtypes: list[str | None] = [kinds[code] for code in described["codes"]]
-        self.sizes: list[tuple[int, ...]] = [tuple(size) for size in described["sizes"]]
-        self.dimensions = np.array([len(size) for size in self.sizes], dtype=np.int64)
-
-
-@dataclass(eq=False)
-class _Profiles:
-    """Proposals, each different one once: ranks that say the same are one profile."""
-
-    of_rank: IntArray
-    first_rank: IntArray
-    """By profile."""
-    ranks: list[list[int]]
-    """By profile."""
-    tables: dict[bytes, list[tuple[int, bytes]]]
-    """By table: the profiles with it, each with what it alone says."""
-    structures: list[bytes]
-
-
-def _profiles_of(proposals: Sequence[bytes]) -> _Profiles:
-    known: dict[tuple[int, bytes], int] = {}
-    tables: dict[bytes, tuple[int, list[tuple[int, bytes]]]] = {}
-    of_rank: list[int] = []
-    ranks: list[list[int]] = []
-    structures = []
-    for rank, proposal in enumerate(proposals):
-        structure, table_bytes, _ = _HEADER.unpack_from(proposal)
-        split = _HEADER.size + table_bytes
-        number, members = tables.setdefault(proposal[_HEADER.size : split], (len(tables), []))
-        own = proposal[split:]
-        profile = known.setdefault((number, own), len(ranks))
-        if profile == len(ranks):
-            ranks.append([])
-            members.append((profile, own))
-        ranks[profile].append(rank)
-        of_rank.append(profile)
-        structures.append(structure)
-    return _Profiles(
-        of_rank=np.array(of_rank, dtype=np.int64),
-        first_rank=np.array([each[0] for each in ranks], dtype=np.int64),
-        ranks=ranks,
-        tables={table: members for table, (_, members) in tables.items()},
-        structures=structures,
-    )
-
-
-@dataclass(eq=False)
-class _Rows:
-    """One row per profile and item; all arrays have one length."""
-
-    name: IntArray
-    profile: IntArray
-    item: IntArray
-    offsets: IntArray
-    lengths: IntArray
-    slot_bytes: IntArray
-    leader: IntArray
-    """The item of the same profile on whose bytes this one lies; -1: none."""
-
-    def take(self, chosen: Any) -> _Rows:
-        """Return the rows at these positions, or where a mask is true."""
-        return _Rows(**{name: column[chosen] for name, column in vars(self).items()})
-
-
-def _rows_of(profiles: _Profiles, catalogue: _Catalogue) -> tuple[_Rows, IntArray]:
-    """Return all rows, and how many items each profile has."""
-    tables = [(_Table(table), members) for table, members in profiles.tables.items()]
-    dimensions = max((int(max(table.dimensions, default=0)) for table, _ in tables), default=0)
-    counts = np.zeros(len(profiles.ranks), dtype=np.int64)
-    parts = []
-    for table, members in tables:
-        numbers = np.array([profile for profile, _ in members], dtype=np.int64)
-        names = catalogue.add(table, profiles.ranks[members[0][0]][0])
-        items, repeats = len(names), len(members)
-        counts[numbers] = items
-        own = np.frombuffer(b"".join(own for _, own in members), dtype=np.int64)
-        total = int(table.dimensions.sum())
-        own = own.reshape(repeats, 2 * total + 2 * items)
-        present = np.arange(dimensions) < table.dimensions[:, None]
-        offsets = np.zeros((repeats, items, dimensions), dtype=np.int64)
-        lengths = np.ones((repeats, items, dimensions), dtype=np.int64)
-        offsets[:, present] = own[:, :total]
-        lengths[:, present] = own[:, total : 2 * total]
-        parts.append(
-            _Rows(
-                name=np.tile(names, repeats),
-                profile=np.repeat(numbers, items),
-                item=np.tile(np.arange(items), repeats),
-                offsets=offsets.reshape(repeats * items, dimensions),
-                lengths=lengths.reshape(repeats * items, dimensions),
-                slot_bytes=own[:, 2 * total : 2 * total + items].reshape(-1),
-                leader=own[:, 2 * total + items :].reshape(-1),
-            )
-        )
-    if len(parts) == 1:
-        return parts[0], counts
-    columns = _Rows.__dataclass_fields__
-    return (
-        _Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in columns}),
-        counts,
-    )
-
-
 def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     """Decide which rank writes which item, from what `propose` made on every rank, in rank order.
 
@@ -278,9 +68,9 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     Raises:
         UnsupportedStateError: ranks disagree about a name, or chunks do not tile their tensor.
     """
-    profiles = _profiles_of(proposals)
-    catalogue = _Catalogue()
-    rows, counts = _rows_of(profiles, catalogue)
+    profiles = profiles_of(proposals)
+    catalogue = Catalogue()
+    rows, counts = rows_of(profiles, catalogue)
     rows, leader_group, group = _group(rows)
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     _check_replicas(rows, starts[group], profiles, catalogue)
@@ -317,7 +107,7 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     )
 
 
-def _group(rows: _Rows) -> tuple[_Rows, IntArray, IntArray]:
+def _group(rows: Rows) -> tuple[Rows, IntArray, IntArray]:
     """Sort rows so that replicas are neighbours, without those that must not be written.
 
     Return them with the group of each row's leader (-1: none) and of each row.
@@ -347,7 +137,7 @@ def _group(rows: _Rows) -> tuple[_Rows, IntArray, IntArray]:
 
 
 def _check_replicas(
-    rows: _Rows, twin: IntArray, profiles: _Profiles, catalogue: _Catalogue
+    rows: Rows, twin: IntArray, profiles: Profiles, catalogue: Catalogue
 ) -> None:
     """Raise unless replicas are of one size."""
     names = list(catalogue.numbers)
@@ -362,7 +152,7 @@ def _check_replicas(
 
 
 def _check_tiling(
-    rows: _Rows, starts: IntArray, profiles: _Profiles, catalogue: _Catalogue
+    rows: Rows, starts: IntArray, profiles: Profiles, catalogue: Catalogue
 ) -> None:
     """Raise unless the chunks of each tensor tile it."""
     names = list(catalogue.numbers)
@@ -423,11 +213,11 @@ def first_untiled(
 
 
 def _assign(
-    rows: _Rows,
+    rows: Rows,
     starts: IntArray,
     leader_group: IntArray,
-    profiles: _Profiles,
-    catalogue: _Catalogue,
+    profiles: Profiles,
+    catalogue: Catalogue,
 ) -> IntArray:
     """Return the rank that writes each group: to the least loaded holder, the largest first."""
     if not len(starts):
@@ -478,7 +268,7 @@ def _assign(
 
 
 def _place(
-    chosen: _Rows, rank: IntArray, base: IntArray, flags: BoolArray
+    chosen: Rows, rank: IntArray, base: IntArray, flags: BoolArray
 ) -> tuple[IntArray, list[int]]:
     """Return where each chosen row lies in its rank's file, as `lay_out` says, and each sum."""
     ranks = len(base) - 1

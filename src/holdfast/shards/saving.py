@@ -24,7 +24,8 @@ from holdfast.shards.arena import Arena, StreamedShard, image_bytes
 from holdfast.shards.items import Inventory, Source
 from holdfast.shards.layout import Item, Layout, lay_out
 from holdfast.shards.metadata import encode_metadata
-from holdfast.shards.planning import Decision, choose, decide, propose, shard_name
+from holdfast.shards.planning import Decision, choose, decide, shard_name
+from holdfast.shards.proposals import propose
 from holdfast.shards.records import NO_PLAN, Record, Verdict, judge
 from holdfast.shards.staging import Copying
 from holdfast.shards.writer import Progress, write_shard
