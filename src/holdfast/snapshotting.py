@@ -11,13 +11,12 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch.optim import Optimizer
 
 from holdfast.config import CheckpointConfig
 from holdfast.coordination import Coordinator
@@ -99,14 +98,19 @@ class Snapshotter:
 
         def stage() -> Snapshot:
             ((captured, counters),) = taken
-            return Snapshot(
+            snapshot = Snapshot(
                 iteration,
-                self._stage_shard(app.optimizers, captured, plan, inventory, memory),
+                self._stage_shard(captured, plan, inventory, memory),
                 encode(captured.rank),
                 encode(captured.shared),
                 counters,
                 to_yaml(ctx.state.cfg),
             )
+            copying = snapshot.shard.copying
+            if copying is not None and self._overlaps:
+                self._guard.watch(app.optimizers, copying.hold)
+                copying.begin()
+            return snapshot
 
         try:
             return _keep_own(control, "stage", stage), memory.is_local
@@ -116,8 +120,8 @@ class Snapshotter:
 
     def finish(self, snapshot: Snapshot) -> None:
         """Copy what is left to be copied, unless that goes on beside training."""
-        if not self._overlaps:
-            snapshot.shard.finish()
+        if snapshot.shard.copying is not None and not self._overlaps:
+            snapshot.shard.copying.finish()
 
     def wait(self) -> None:
         """Return when the last snapshot no longer reads live tensors."""
@@ -155,7 +159,6 @@ class Snapshotter:
 
     def _stage_shard(
         self,
-        optimizers: Sequence[Optimizer],
         captured: Captured,
         plan: ShardPlan,
         inventory: Inventory,
@@ -165,13 +168,9 @@ class Snapshotter:
             # Written before `save` returns: nothing to copy.
             return self._shards.stream(plan, inventory)
         later = captured.leaves.changed_by_steps if self._overlaps else None
-        staged = self._shards.stage(
+        return self._shards.stage(
             plan, inventory, arena=memory.arena, pinned=memory.pinned, later=later
         )
-        if self._overlaps and staged.copying is not None:
-            self._guard.watch(optimizers, staged.copying.hold)
-            staged.copying.begin()
-        return staged
 
 
 @contextmanager

@@ -96,11 +96,6 @@ class StagedShard:
         """Whether this rank has nothing to write."""
         return not self.plan.written.layout.slots
 
-    def finish(self) -> None:
-        """Return when nobody reads the live tensors any more, copying what nobody copies yet."""
-        if self.copying is not None:
-            self.copying.finish()
-
     def wait(self) -> None:
         """Wait until all of it is there; raise what kept it from coming."""
         if self.copying is not None:

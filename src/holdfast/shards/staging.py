@@ -29,19 +29,17 @@ Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Copying:
-    """A copy that is to be made, beside training or by whoever waits for it first.
-
-    From a GPU it begins at once, since that keeps nobody waiting.
-    """
+    """A copy that is to be made, beside training or by whoever waits for it first."""
 
     def __init__(self, pairs: Pairs) -> None:
         """Nobody may change the sources before `hold` has returned."""
-        on_device = [pair for pair in pairs if pair[1].is_cuda] if torch.cuda.is_available() else []
-        self._pairs = [pair for pair in pairs if not pair[1].is_cuda] if on_device else pairs
-        self._event = _copy_from_device(on_device) if on_device else None
+        self._pairs = pairs
+        # What was computed so far is what is copied, whenever that is.
+        self._computed = _mark_streams(pairs) if torch.cuda.is_available() else {}
+        self._copied: dict[torch.device, Any] = {}
         self._front = _Front()
         self._taking = threading.Lock()
-        self._is_taken = not self._pairs
+        self._is_taken = not pairs
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if self._is_taken:
@@ -56,17 +54,17 @@ class Copying:
     def hold(self) -> None:
         """Keep training from changing the sources before they are copied.
 
-        The host waits for a copy that it makes itself; for a GPU's copy the GPU's stream waits.
+        The host waits for what it copies itself; for a GPU's copy the GPU's stream waits.
         """
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
         self._finish_on_host()
+        for device, copied in self._copied.items():
+            torch.cuda.current_stream(device).wait_event(copied)
 
     def finish(self) -> None:
         """Return when nobody reads the sources any more, whatever became of it."""
         self._finish_on_host()
-        if self._event is not None:
-            self._event.synchronize()
+        for copied in self._copied.values():
+            copied.synchronize()
 
     def wait(self) -> None:
         """Wait until every byte is there; raise what kept it from coming."""
@@ -76,13 +74,11 @@ class Copying:
     def wait_below(self, address: int) -> None:
         """Wait until all of the targets below an address is there.
 
-        Unless the copy goes on beside training that is all of it: training waits for it, and
-        whoever went on now would take memory's time from it. Raises what kept it from coming.
+        Unless the host copies beside training that is all of it: training waits for it, and whoever
+        went on now would take memory's time from it. Raises what kept it from coming.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        if self._thread is None:
-            self._finish_on_host()
+        if self._thread is None or self._computed:
+            self.finish()
         self._front.wait_for(address)
         if self._error is not None:
             raise self._error
@@ -102,7 +98,10 @@ class Copying:
 
     def _copy(self) -> None:
         try:
-            _copy_on_host(self._pairs, self._front)
+            for device, computed in self._computed.items():
+                on_device = [pair for pair in self._pairs if pair[1].device == device]
+                self._copied[device] = _copy_from_device(on_device, device, computed)
+            _copy_on_host([pair for pair in self._pairs if not pair[1].is_cuda], self._front)
         except Exception as error:  # noqa: BLE001  # raised where somebody waits for the bytes
             self._error = error
         except BaseException as error:  # an interrupt, which is also for who was interrupted
@@ -147,23 +146,31 @@ class _Front:
             self._awaited.remove(address)
 
 
+def _mark_streams(pairs: Pairs) -> dict[torch.device, Any]:
+    """Return, for each GPU that something is to be copied from, where its stream is now."""
+    cuda: Any = torch.cuda
+    marks: dict[torch.device, Any] = {}
+    for _, source in pairs:
+        if source.is_cuda and source.device not in marks:
+            marks[source.device] = cuda.current_stream(source.device).record_event()
+    return marks
+
+
 @torch.no_grad()
-def _copy_from_device(pairs: Pairs) -> Any:
+def _copy_from_device(pairs: Pairs, device: torch.device, computed: Any) -> Any:
     """Begin the copies on a stream beside the current one; return the event behind the last."""
     cuda: Any = torch.cuda
-    stream = cuda.Stream()
-    stream.wait_stream(cuda.current_stream())  # what was computed so far is what is copied
+    stream = cuda.Stream(device)
+    stream.wait_event(computed)
     with cuda.stream(stream):
         torch._foreach_copy_(
             [target for target, _ in pairs],
             [source for _, source in pairs],
             non_blocking=True,
         )
-        event = cuda.Event()
-        event.record(stream)
     for _, source in pairs:
         source.record_stream(stream)  # its memory is not given away before the copy is done
-    return event
+    return stream.record_event()
 
 
 @torch.no_grad()

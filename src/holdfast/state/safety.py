@@ -16,7 +16,9 @@ import torch
 
 from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_PLAIN = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+)
 _SEQUENCES = (list, tuple, set)
 _MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 
@@ -70,6 +72,8 @@ def _find_foreign(value: Any, place: str) -> tuple[str, Any] | None:
     if kind in _PLAIN or isinstance(value, torch.Tensor):
         return None
     if kind in _SEQUENCES:
+        if _PLAIN.issuperset(map(type, value)):  # as most are: long lists of numbers
+            return None
         inner = [(f"{place}[{position}]", each) for position, each in enumerate(value)]
     elif kind in _MAPPINGS:
         keys = [(f"the key {key!r} of {place}", key) for key in value]
