@@ -22,10 +22,10 @@ QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench faults faults-full soak drill lost-node lint format clean
+.PHONY: help train test bench faults faults-full soak drill lost-node nvrx-versions lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 train: $(INSTALLED) ## train a small model on real text with checkpoints; run it again and it resumes
 	@$(QUIET) $(RUN) recipes/pretrain.py $(ARGS)
@@ -50,6 +50,9 @@ drill: $(INSTALLED) ## kill a run, resume it, and compare it with an uninterrupt
 
 lost-node: $(INSTALLED) ## wipe one of two simulated nodes, resume from its peer's memory, compare to the last bit
 	@$(QUIET) $(RUN) recipes/lost_node.py $(ARGS)
+
+nvrx-versions: $(INSTALLED) ## test the local tier on newer releases of nvidia-resiliency-ext: ARGS=--quick for a part
+	@$(RUN) -m tests.nvrx_versions $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy and the import layers
 	$(RUN) -m ruff check .

@@ -26,7 +26,13 @@ from benchmarks import bars, chart, harness, machine, report
 from benchmarks.methods import Method, registry
 from benchmarks.shapes import RECIPES, Recipe, whole_bytes
 
-ALL_OURS = ("holdfast", "holdfast-overlapped", "holdfast-sync", "holdfast-local")
+ALL_OURS = (
+    "holdfast",
+    "holdfast-overlapped",
+    "holdfast-sync",
+    "holdfast-local",
+    "holdfast-local-2",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +147,9 @@ def _tasks(parsed: argparse.Namespace, settings: harness.Settings) -> list[harne
 
 def _suits(method: type[Method], recipe: Recipe) -> bool:
     """Say whether a method can save a state at all."""
-    return method.local == recipe.in_memory and (method.many_ranks or recipe.ranks == 1)
+    if method.local != recipe.in_memory or recipe.ranks < method.fewest_ranks:
+        return False
+    return method.many_ranks or recipe.ranks == 1
 
 
 def _chosen(text: str | None, default: list[str]) -> list[str]:

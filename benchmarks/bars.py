@@ -152,6 +152,14 @@ BARS = (
         Over("NVRx local", "stall_bare", ("nvrx-local",)), 0.35),
     Bar("local: completion", "local", "holdfast-local", "durable",
         Over("NVRx local", "durable_bare", ("nvrx-local",)), 0.1),
+    Bar("local: stall, 2 copies", "local-fsdp2", "holdfast-local-2", "stall",
+        Over("1 copy", "stall", ("holdfast-local",)), 1.1),
+    Bar("local: own shard back", "local", "holdfast-local", "recovery_own",
+        Over("memcpy, 1 thread", "raw_copy", ("holdfast-local",)), 1.3),
+    Bar("local: own shard back", "local-fsdp2", "holdfast-local-2", "recovery_own",
+        Over("memcpy, 1 thread per rank", "raw_copy", ("holdfast-local-2",)), 1.3),
+    Bar("local: shard back from a peer", "local-fsdp2", "holdfast-local-2", "recovery_peer",
+        Over("raw gloo transfer", "raw_transfer", ("holdfast-local-2",)), 1.3),
 )  # fmt: skip
 ELSEWHERE = "planning at 4,096 ranks: python benchmarks/planning.py; a GPU's bars: --device cuda"
 
@@ -197,13 +205,16 @@ def _judge(bar: Bar, document: dict[str, Any]) -> Verdict:
 
 def _round_ratios(bar: Bar, other: str, document: dict[str, Any]) -> list[float]:
     """Return the ratio of medians in each round that measured both."""
-    medians: dict[str, dict[int, float]] = {}
-    for each in document["processes"]:
-        quantity = {bar.ours: bar.measured, other: bar.over.quantity}.get(each["method"])
-        values = each.get("samples", {}).get(quantity or "")
-        if each["state"] == bar.state and values:
-            medians.setdefault(each["method"], {})[each["round"]] = statistics.median(values)
-    ours, theirs = medians[bar.ours], medians[other]
+
+    def medians(method: str, quantity: str) -> dict[int, float]:
+        return {
+            each["round"]: statistics.median(values)
+            for each in document["processes"]
+            if (each["state"], each["method"]) == (bar.state, method)
+            and (values := each.get("samples", {}).get(quantity))
+        }
+
+    ours, theirs = medians(bar.ours, bar.measured), medians(other, bar.over.quantity)
     return [
         ours[number] / theirs[number]
         for number in sorted(ours.keys() & theirs.keys())

@@ -8,6 +8,8 @@ its public surface alone. Another method is a class of some twenty lines in `pee
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -56,8 +58,12 @@ class Method:
     """Whether it saves to the RAM-backed folder."""
     many_ranks = False
     """Whether it can save the states of several ranks."""
+    fewest_ranks = 1
+    """How many ranks it takes to show what this method is for."""
     needs_group = False
     """Whether even one rank needs a default process group."""
+    losses: tuple[str, ...] = ()
+    """What can be lost before a restart, of those that `lose` knows."""
     package = "torch"
     note = ""
 
@@ -96,6 +102,17 @@ class Method:
         """Return the file or folder of the newest save."""
         return self.folder
 
+    def lose(self, loss: str) -> None:
+        """Take away what is lost on this rank."""
+        raise NotImplementedError
+
+    def restart(self) -> None:
+        """Go on as a job does that was started again: nothing is set up yet."""
+        raise NotImplementedError
+
+    def recover(self) -> None:
+        """Return when all that was lost is as it was."""
+
     def close(self) -> None:
         """Give back threads and processes."""
 
@@ -128,8 +145,8 @@ class Holdfast(Method):
         from holdfast.events import ON_CHECKPOINT_SAVE
 
         super().prepare(state, folder)
-        config = holdfast.CheckpointConfig.from_mapping(self._mapping(folder))
-        self._manager: Any = holdfast.DefaultCheckpointManager(config)
+        self._config = holdfast.CheckpointConfig.from_mapping(self._mapping(folder))
+        self._manager: Any = holdfast.DefaultCheckpointManager(self._config)
         self._global = holdfast.GlobalState()
         self._callbacks = holdfast.CallbackManager()
         self._committed = 0
@@ -203,24 +220,68 @@ class HoldfastSync(Holdfast):
 
 
 class HoldfastLocal(Holdfast):
-    """The local tier on a RAM-backed folder."""
+    """The local tier on a RAM-backed folder; each rank is a node with a directory of its own."""
 
     name = "holdfast-local"
     label = "holdfast, local tier (RAM)"
     local = True
     durability = VOLATILE
+    losses: tuple[str, ...] = ("own",)
+    factor = 1
+
+    def prepare(self, state: State, folder: Path) -> None:
+        os.environ["HOLDFAST_NODE"] = _node()
+        super().prepare(state, folder)
+
+    def lose(self, loss: str) -> None:
+        if loss == "peer" and _node() == LOST_NODE:
+            shutil.rmtree(self.folder / "local" / LOST_NODE)
+
+    def restart(self) -> None:
+        import holdfast
+
+        self._manager.finalize_async_saves(self._global, blocking=True, terminate=True)
+        self._manager = holdfast.DefaultCheckpointManager(self._config)
+
+    def recover(self) -> None:
+        self.wait()
 
     def newest(self) -> Path:
         return self.folder / "local"
 
     def _mapping(self, folder: Path) -> dict[str, Any]:
-        return {**super()._mapping(folder), "local": {"directory": str(folder / "local")}}
+        local = {
+            "directory": str(folder / "local" / _node()),
+            "replication": {"factor": self.factor},
+        }
+        return {**super()._mapping(folder), "local": local}
 
     def _to_local(self) -> dict[str, Any]:
         return {"non_persistent_ckpt": True}
 
 
-OURS: list[type[Method]] = [Holdfast, HoldfastOverlapped, HoldfastSync, HoldfastLocal]
+class HoldfastReplicated(HoldfastLocal):
+    """The local tier with a copy of each shard on another node."""
+
+    name = "holdfast-local-2"
+    label = "holdfast, local tier, 2 copies"
+    fewest_ranks = 2
+    losses = ("own", "peer")
+    factor = 2
+
+
+LOST_NODE = "node1"
+OURS: list[type[Method]] = [
+    Holdfast,
+    HoldfastOverlapped,
+    HoldfastSync,
+    HoldfastLocal,
+    HoldfastReplicated,
+]
+
+
+def _node() -> str:
+    return f"node{os.environ.get('RANK', '0')}"
 
 
 def registry() -> dict[str, type[Method]]:

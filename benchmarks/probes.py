@@ -175,6 +175,48 @@ def measure(size_bytes: int, folder: Path, repeats: int, device: str = "cpu") ->
     return {"samples": samples, "facts": {"size_bytes": size_bytes, "cold": how, "notes": notes}}
 
 
+def copying(size_bytes: int) -> Callable[[Callable[[], None]], float]:
+    """Return what copies so many bytes once, with one thread, on all ranks at a time.
+
+    It is called with what brings the ranks together.
+    """
+    source, target = Memory(size_bytes), Memory(size_bytes)
+
+    def measure(meet: Callable[[], None]) -> float:
+        meet()
+        return copy_seconds(target, source, 1)
+
+    return measure
+
+
+def transferring(size_bytes: int) -> Callable[[Callable[[], None]], float]:
+    """Return what sends so many bytes from rank 0 to rank 1 as gloo does it best: in one message.
+
+    Over a group of its own, from and into touched memory. It is called as `copying`'s is.
+    """
+    import torch
+    from torch import distributed
+
+    group = distributed.new_group(backend="gloo")
+    rank = distributed.get_rank()
+    content = torch.full((size_bytes,), rank, dtype=torch.uint8)
+
+    def measure(meet: Callable[[], None]) -> float:
+        meet()
+        began = time.perf_counter()
+        if rank == 0:
+            distributed.send(content, 1, group=group)
+        elif rank == 1:
+            distributed.recv(content, 0, group=group)
+        return time.perf_counter() - began
+
+    return measure
+
+
+LIMITS_OF_RECOVERY = {"own": ("raw_copy", copying), "peer": ("raw_transfer", transferring)}
+"""By what was lost: the name of the limit, and what measures it."""
+
+
 def _pinned_copies(size_bytes: int, repeats: int, device: str) -> list[float]:
     import torch
 

@@ -40,9 +40,19 @@ QUANTITIES = (
     Quantity("first_stall", "first stall", "ms", None),
     Quantity("first_durable", "first durable", "ms", None),
     Quantity("first_load", "first load", "ms", None),
+    Quantity("raw_copy", "memcpy, 1 thread a rank", "ms", None),
+    Quantity("recovery_own", "own shard back", "ms", None),
+    Quantity("raw_transfer", "raw gloo transfer", "ms", None),
+    Quantity("recovery_peer", "back from a peer", "ms", None),
+    Quantity("recovered_peer", "both copies back", "ms", None),
+    Quantity("first_recovery_own", "first: own shard back", "ms", None),
+    Quantity("first_recovery_peer", "first: back from a peer", "ms", None),
 )
 _SAVING = ("stall", "durable", "cpu", "memory", "lost")
 _LOADING = ("load_cold", "load_warm", "first_stall", "first_durable", "first_load")
+RECOVERING = ("raw_copy", "recovery_own", "raw_transfer", "recovery_peer", "recovered_peer")
+RESTARTING = ("first_recovery_own", "first_recovery_peer")
+"""As `RECOVERING`, of the local tier alone."""
 _SCALES = {"ms": 1e3, "MiB": 2.0**-20}
 _LABEL_WIDTH = 27
 _CELL_WIDTH = 28
@@ -130,6 +140,9 @@ def _state(document: dict[str, Any], state: str) -> str:
             rate = about["size_bytes"] / probe.median / 2**30
             lines.append(f"  {label:<38} {_span(probe, 1e3):>24} ms  {rate:6.2f} GiB/s")
     lines += ["", *_table(document, state, _SAVING), "", *_table(document, state, _LOADING)]
+    if any(RECOVERING[0] in row for row in document["samples"][state].values()):
+        for names in (RECOVERING, RESTARTING):
+            lines += ["", *_table(document, state, names)]
     lines += _remarks(document, state)
     return "\n".join(lines)
 

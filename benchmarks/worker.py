@@ -3,7 +3,8 @@
 Owns the order inside a process: build, first save apart, timed saves, one save with the memory
 watched, loads cold and warm, and for asynchronous methods the training time lost. Promises that
 every load is compared bit for bit with what was saved, that all ranks begin each measurement
-together, and that a failure is written where the harness reads it. Run by `benchmarks.harness`.
+together, and that a failure is written where the harness reads it. Recovery is timed as the slowest
+rank feels it, beside what the same ranks can do with the same bytes. Run by `benchmarks.harness`.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class Worker:
             self._save()
         self._add("memory", max(0, peak.size_bytes - baseline))
         self._measure_loads()
+        for loss in method.losses:
+            self._measure_recovery(loss)
         if method.overlapped:
             self._measure_the_wait()
         if method.asynchronous:
@@ -174,6 +177,32 @@ class Worker:
         self._add(f"load_{temperature}_bare", seconds - method.aside.take())
         self._facts["in_place"] = self._state.addresses() == addresses
         self._compare(f"{temperature} load")
+
+    def _measure_recovery(self, loss: str) -> None:
+        """Lose something and load; each time after the limit was measured on these ranks."""
+        method = self._method
+        name, probe = probes.LIMITS_OF_RECOVERY[loss]
+        measure = probe(self._state.size_bytes())
+        measure(self._meet)
+        method.restart()
+        for number in range(1 + self._order.loads):
+            self._meet()
+            method.lose(loss)
+            self._state.spoil()
+            limit = measure(self._meet)
+            self._meet()
+            began = time.perf_counter()
+            self._with_device(method.load)()
+            seconds = time.perf_counter() - began
+            method.recover()
+            whole = time.perf_counter() - began
+            self._compare(f"{loss} recovery")
+            if number == 0:  # with all that a job sets up once after its start
+                self._add(f"first_recovery_{loss}", seconds)
+                continue
+            self._add(name, limit)
+            self._add(f"recovery_{loss}", seconds)
+            self._add(f"recovered_{loss}", whole)
 
     def _measure_the_wait(self) -> None:
         """Compute for longer than the copy takes, then see how long an optimizer step waits."""

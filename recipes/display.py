@@ -28,6 +28,7 @@ from rich.table import Table
 
 from due import LOCAL
 from holdfast import CheckpointConfig, LoadResult
+from holdfast.protocol import ShardSource
 from saving import SaveRecord, describe_size
 
 PLAIN_WIDTH = 100
@@ -101,6 +102,13 @@ class Display:
         elif store is not None:
             elsewhere = "" if local is None else f" or {local}"
             self.say(f"starting from step 0: no checkpoint in {store}{elsewhere} yet")
+
+    def show_sources(self, sources: Sequence[Sequence[ShardSource]]) -> None:
+        """Say from which files each process, by rank, has its part of the state."""
+        for rank, files in enumerate(sources):
+            for each in files:
+                size = describe_size(each.size_bytes)
+                self.say(f"source: rank {rank} has {size} from {describe_source(each, rank)}")
 
     def start_training(self, step: int) -> None:
         """Show the bar and begin to count time."""
@@ -223,6 +231,15 @@ def _find_local_directory(config: CheckpointConfig) -> Path | None:
         return None  # another manager's store
     local = Path(directory, run_id)
     return local if local.is_dir() else None
+
+
+def describe_source(source: ShardSource, rank: int) -> str:
+    """Return where a process, of this rank, has a part of its state from."""
+    if source.rank is None:
+        return f"{source.tier} tier"
+    if source.rank == rank:
+        return "own file" if source.owner == rank else f"own copy for rank {source.owner}"
+    return f"peer: rank {source.rank} on {source.node}"
 
 
 def describe_command(steps: int | None = None) -> str:

@@ -27,7 +27,6 @@ from pathlib import Path
 
 from drill import STEPS, DrillError, Verdict, compare
 from losses import LossCurve, read_losses
-from saving import describe_size
 
 PROGRAM = Path(__file__).with_name("pretrain.py")
 NODES = ("node0", "node1")
@@ -35,6 +34,8 @@ MEMORY = Path("/dev/shm")  # noqa: S108  # only ever with a fresh name below
 TOLD = ("skipped", "warning", "resumed")
 """How the lines of a restarted run begin that are worth repeating."""
 _SHARD = re.compile(r"iter_([0-9]{7,})_([0-9]+)_local\.pt")
+_SOURCE = re.compile(r"^source: rank ([0-9]+) has (.+?) from (.+)$", re.MULTILINE)
+"""How the restarted run says what the load's result tells of its sources."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,11 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a restarted rank finds its shard."""
+    """Where a restarted rank has a part of its state from, as the load told it."""
 
     rank: int
-    size_bytes: int
-    """0: it has no file of its own any more."""
-    holder: int | None
-    """Whose directory it lies in; None: nobody's, all is read from the store."""
+    size: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -155,31 +154,28 @@ class Cluster:
         return int(tracker.read_text())
 
 
-def trace(files: Sequence[ShardFile], persistent: int, world_size: int) -> tuple[int, list[Origin]]:
-    """Return what a restart goes on from: the iteration, and by rank where its shard is.
+def find_newest(files: Sequence[ShardFile], persistent: int, world_size: int) -> int:
+    """Return the iteration that a restart goes on from.
 
     `persistent` is the newest iteration on disk: what the nodes have left must be as new, and of
     every rank. Takes every file for a whole shard, as all are with two copies of each.
     """
-    ranks = range(world_size)
     complete = [
         iteration
         for iteration in {each.iteration for each in files}
-        if {each.owner for each in files if each.iteration == iteration} == set(ranks)
+        if {each.owner for each in files if each.iteration == iteration} == set(range(world_size))
     ]
-    newest = max(complete, default=0)
-    if newest < persistent:
-        return persistent, [Origin(rank, 0, None) for rank in ranks]
-    origins = []
-    for rank in ranks:
-        held = [each for each in files if (each.iteration, each.owner) == (newest, rank)]
-        best = min(held, key=lambda each: each.holder != rank)
-        origins.append(Origin(rank, best.size_bytes, best.holder))
-    return newest, origins
+    return max([persistent, *complete])
+
+
+def read_origins(printed: str) -> list[Origin]:
+    """Return what a run that was started again has said of the sources of its state, by rank."""
+    found = [Origin(int(rank), size, place) for rank, size, place in _SOURCE.findall(printed)]
+    return sorted(found, key=lambda each: each.rank)
 
 
 def drill(cluster: Cluster, lost: Sequence[str]) -> tuple[Verdict, list[Origin], str]:
-    """Make the two runs and compare; return where each shard came from, and what the restart said.
+    """Make the two runs and compare; return where the state came from, and what the restart said.
 
     Raises:
         DrillError: a run did not end as planned, or resumed from elsewhere than the files say.
@@ -192,14 +188,14 @@ def drill(cluster: Cluster, lost: Sequence[str]) -> tuple[Verdict, list[Origin],
     cluster.run_to_death("robbed")
     reached = read_losses(cluster.disk / "robbed").furthest_step
     persistent = cluster.persistent_iteration("robbed")
-    had, _ = trace(cluster.shard_files("robbed"), persistent, cluster.world_size)
+    had = find_newest(cluster.shard_files("robbed"), persistent, cluster.world_size)
     if had <= persistent:
         raise DrillError(f"iteration {had} is the newest in memory, {persistent} on disk")
     print(f"    died at step {reached}: iteration {had} in memory, {persistent} on disk")
     for node in lost:
         cluster.lose("robbed", node)
         print(f"    {node} is gone, with all that was in its memory")
-    expected, origins = trace(cluster.shard_files("robbed"), persistent, cluster.world_size)
+    expected = find_newest(cluster.shard_files("robbed"), persistent, cluster.world_size)
 
     print("3/3 the same commands again", flush=True)
     resumed, printed = cluster.run_to_end("robbed")
@@ -209,16 +205,10 @@ def drill(cluster: Cluster, lost: Sequence[str]) -> tuple[Verdict, list[Origin],
             f"it resumed from iteration {resumed.resumed_from[-1]}, but the files that were left "
             f"hold iteration {expected}\n{said}"
         )
+    origins = read_origins(printed)
+    if {each.rank for each in origins} != set(range(cluster.world_size)):
+        raise DrillError(f"not every rank has said where its state is from\n{printed}")
     return compare("robbed", resumed, alone), origins, said
-
-
-def describe(origin: Origin, cluster: Cluster) -> str:
-    """Return where a shard comes from, in words."""
-    if origin.holder is None:
-        return "persistent tier"
-    if origin.holder == origin.rank:
-        return "own file"
-    return f"peer: rank {origin.holder} on {cluster.node_of(origin.holder)}"
 
 
 def main() -> int:
@@ -242,11 +232,9 @@ def main() -> int:
             print(f"drill failed: {error}", file=sys.stderr)
             return 1
     print(said)
-    print(f"\n{'rank':>4}  {'node':<6} {'its shard':>10}  from")
+    print(f"\n{'rank':>4}  {'node':<6} {'its state':>10}  from")
     for each in origins:
-        size = describe_size(each.size_bytes) if each.size_bytes else "-"
-        node, source = cluster.node_of(each.rank), describe(each, cluster)
-        print(f"{each.rank:>4}  {node:<6} {size:>10}  {source}")
+        print(f"{each.rank:>4}  {cluster.node_of(each.rank):<6} {each.size:>10}  {each.place}")
     validation = "differs" if verdict.validation_differs else "equal"
     differing = f"{len(verdict.different_steps)} of {STEPS} steps differ, validation {validation}"
     print(f"\nresumed from iteration {verdict.resumed_from}: {differing}")

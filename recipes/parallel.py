@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt import GPT
 from run_config import ParallelConfig, RecipeError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Processes:
         """Average a number over all processes."""
         return float(value.item())
 
+    def gather(self, value: T) -> list[T]:
+        """Return what every process has to say, by rank; each of them calls it."""
+        return [value]
+
     def close(self) -> None:
         """Leave the process group, when all work is done."""
 
@@ -47,6 +54,11 @@ class _ProcessGroup(Processes):
         total = value.detach().clone()
         dist.all_reduce(total)
         return float(total.item()) / self.size
+
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def close(self) -> None:
         dist.destroy_process_group()

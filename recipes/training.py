@@ -51,6 +51,8 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
     manager, result = _load(config, job)
     progress.step, progress.floating_point_operations_so_far = result
     display.show_load(progress.step, result, config.checkpoint)
+    if config.checkpoint.local.directory is not None and isinstance(result, LoadResult):
+        display.show_sources(processes.gather(result.sources))
     saves = MeasuredSaves(manager, display.say)
     if progress.step >= config.steps:
         if _is_only_local(result, store):  # the end came between the commits to the two tiers

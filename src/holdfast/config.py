@@ -23,6 +23,7 @@ FAILURE_POLICIES = ("raise", "warn")
 VERIFY_MODES = ("while_reading", "first")
 MISSING_POLICIES = ("start_fresh", "error")
 PERMISSIONS = ("private", "umask")
+TRANSPORTS = ("gloo", "nccl")
 
 
 @dataclass
@@ -63,6 +64,8 @@ class ReplicationConfig:
     """Copies in all; 1: no replication."""
     jump: int | None = None
     """Distance in ranks between the holders of one shard. None: computed from the host names."""
+    transport: str = "gloo"
+    """How copies travel: `gloo`, out of host memory; `nccl`, through each rank's GPU."""
 
 
 @dataclass
@@ -184,6 +187,7 @@ class CheckpointConfig:
         factor = self.local.replication.factor
         require(factor >= 1, "local.replication.factor", "must be at least 1")
         require_positive(self.local.replication.jump, "local.replication.jump")
+        require_choice(self.local.replication.transport, "local.replication.transport", TRANSPORTS)
         require(
             self.load.step is None or self.load.step >= 0, "load.step", "must be 0 or more, or null"
         )
@@ -233,6 +237,8 @@ class CheckpointConfig:
                 inert.append("checkpoint.local.save_interval: local.directory is null")
             if self.local.replication.factor != 1:
                 inert.append("checkpoint.local.replication.factor: local.directory is null")
+            if self.local.replication.transport != "gloo":
+                inert.append("checkpoint.local.replication.transport: local.directory is null")
         if self.custom_manager_class is None:
             if self.options:
                 inert.append("checkpoint.options: only custom managers read it")

@@ -89,6 +89,7 @@ class DefaultCheckpointManager:
         self._saving, self._draining = Flight(rule), Flight(rule)
         self._channels: list[Coordinator] | None = None
         self._calls = 0
+        self._is_budgeted = False
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -105,6 +106,7 @@ class DefaultCheckpointManager:
         self._saving.wait(self._rank())
         if is_persistent:
             self._draining.wait(self._rank())
+        self._tiers.wait_restored(self._rank())
         control, writer, drainer = self._begin_call()
         save = _describe(ctx, callback_manager, started)
         try:
@@ -152,10 +154,12 @@ class DefaultCheckpointManager:
         if not (blocking or terminate):
             self._saving.poll(rank)
             self._draining.poll(rank)
+            self._tiers.poll_restored(rank)
             return
         try:
             self._saving.wait(rank)
             self._draining.wait(rank)
+            self._tiers.wait_restored(rank)
         finally:
             if terminate:
                 self._snapshotter.release()
@@ -185,17 +189,20 @@ class DefaultCheckpointManager:
             NoLoadableCheckpointError: checkpoints are there and none can be loaded.
             StateMismatchError, DataReshardError: the checkpoint is sound but does not fit this run.
             StoreNotWritableError: nothing was found, and a first save could not be written either.
+            ConfigError: what local checkpoints will take does not fit on some node.
         """
         self._calls += 1
         self.wait_staged()
         self._saving.wait(self._rank())
         self._draining.wait(self._rank())
-        control, *_ = self._begin_call()
+        self._tiers.wait_restored(self._rank())
+        control, writer, _ = self._begin_call()
         config = self.checkpoint_config
         decision = self._tiers.resolve(control)
         failed: list[SkippedCheckpoint] = []
         touched = False
         for candidate in self._tiers.candidates(decision, control):
+            self._foretell(ctx, candidate, control)
             try:
                 with collection_put_off():
                     opened = self._open(candidate, ctx, control)
@@ -209,8 +216,7 @@ class DefaultCheckpointManager:
                 continue
             control.together("apply", restoration.apply)
             if not isinstance(candidate, Checkpoint):
-                assert self._tiers.local is not None
-                self._tiers.local.finish(control)
+                self._tiers.finish_load(writer)
             skipped = [*decision.skipped, *self._tiers.passed_over_locally(failed)]
             newer = [each for each in skipped if _is_beyond(each, opened.checkpoint.iteration)]
             return self._finish_load(ctx.state, opened, _newest_first(newer + failed))
@@ -225,8 +231,24 @@ class DefaultCheckpointManager:
                 f"{decision.root} holds no checkpoint, and checkpoint.load.on_missing is error.\n"
                 "Name the store with checkpoint.load.directory, or set on_missing=start_fresh."
             )
+        self._foretell(ctx, None, control)
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         return LoadResult()
+
+    def _foretell(
+        self,
+        ctx: CheckpointLoadContext,
+        candidate: Checkpoint | Candidate | None,
+        control: Coordinator,
+    ) -> None:
+        """Say once, before anything is touched, what the local tier will take of each node."""
+        is_off = self.checkpoint_config.local.directory is None
+        if is_off or self._is_budgeted or ctx.skip_load_to_model_and_opt:
+            return
+        resumed = None if isinstance(candidate, Checkpoint) else candidate
+        with collection_put_off():
+            self._snapshotter.foretell(_app_state(ctx, control), resumed, self._filesystem, control)
+        self._is_budgeted = True
 
     def _open(
         self, candidate: Checkpoint | Candidate, ctx: CheckpointLoadContext, control: Coordinator
@@ -297,6 +319,7 @@ class DefaultCheckpointManager:
             tier=checkpoint.manifest.tier,
             path=checkpoint.path,
             skipped=skipped,
+            sources=opened.contents.sources(),
         )
 
     # -- ranks -----------------------------------------------------------------------------------

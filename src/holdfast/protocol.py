@@ -114,6 +114,23 @@ class SkippedCheckpoint:
 
 
 @dataclass(frozen=True)
+class ShardSource:
+    """One file that tensors of this rank came from, in the last load."""
+
+    tier: str
+    path: str
+    """Relative to the directory of the tier; of the local tier, on that node."""
+    size_bytes: int
+    """What this rank took of it."""
+    owner: int | None = None
+    """The rank that saved it; None: its name does not say."""
+    rank: int | None = None
+    """Who read the file: this rank, or the peer that sent from it; None: everybody can."""
+    node: str | None = None
+    """Where it lies; None: on what all nodes share."""
+
+
+@dataclass(frozen=True)
 class LoadResult:
     """What a load restored. Unpacks as `iteration, num_floating_point_operations_so_far`."""
 
@@ -125,6 +142,8 @@ class LoadResult:
     path: Path | None = None
     skipped: tuple[SkippedCheckpoint, ...] = ()
     """Newer candidates that were passed over, newest first, each with its reason."""
+    sources: tuple[ShardSource, ...] = ()
+    """Where this rank's tensors came from: its own files, copies at peers, the persistent tier."""
 
     def __iter__(self) -> Iterator[int]:
         yield self.iteration

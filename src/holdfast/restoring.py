@@ -102,20 +102,29 @@ def open_local(
         tier.verify(candidate, coordinator)
     same_world = candidate.record.world_size == place.world_size
 
-    def suffices(content: bytes) -> bool:
-        return same_world and place.reads_on_from(decode(content, "the state of this rank"))
+    decoded: dict[bytes, dict[str, Any]] = {}
 
-    contents = tier.open(candidate, coordinator, None, suffices)
+    def suffices(content: bytes) -> bool:
+        if not same_world:
+            return False
+        if content not in decoded:
+            decoded[content] = decode(content, "the state of this rank")
+        return place.reads_on_from(decoded[content])
+
+    def state_of(rank: int) -> Any:
+        content = contents.rank_states[rank]
+        if content in decoded:  # random numbers are long lists, and slow to decode
+            return decoded.pop(content)
+        return decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
+
+    contents = tier.open(candidate, coordinator, suffices)
     opened: list[Opened] = []
 
     def read() -> None:
         ranks = sorted(contents.rank_states)
         if place.rank in ranks and suffices(contents.rank_states[place.rank]):
             ranks = [place.rank]
-        states = [
-            decode(contents.rank_states[rank], f"{contents.checkpoint.path}: state of rank {rank}")
-            for rank in ranks
-        ]
+        states = [state_of(rank) for rank in ranks]
         assert contents.shared_state is not None
         shared = decode(contents.shared_state, str(contents.checkpoint.path))
         opened.append(Opened(contents, shared, states))

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -26,18 +26,27 @@ from holdfast.errors import (
     StageTimeoutError,
     UnsupportedStateError,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.protocol import CheckpointSaveContext
-from holdfast.shards.arena import Arena
+from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.items import Inventory, Itemizer
+from holdfast.shards.proposals import structure_of
 from holdfast.shards.saving import ShardPlan, ShardSaver, StagedShard
 from holdfast.shards.writer import Progress
 from holdfast.state.bindings import Bindings
 from holdfast.state.capture import AppState, Captured
+from holdfast.state.foreseen import foresee
 from holdfast.state.run_config import to_yaml
 from holdfast.state.safety import encode
 from holdfast.state.step_guard import StepGuard
 from holdfast.tiers.both import Tiers
+from holdfast.tiers.local.budget import Need, foretell, take_seats
+from holdfast.tiers.local.files import shard_name
 from holdfast.tiers.persistent import Snapshot
+
+if TYPE_CHECKING:
+    from holdfast.tiers.local.nodes import Topology
+    from holdfast.tiers.local.vote import Candidate
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +68,7 @@ class Snapshotter:
     """Takes one snapshot after another; each overwrites the one before, unless a tier keeps it."""
 
     def __init__(self, config: CheckpointConfig, tiers: Tiers) -> None:
+        self._config = config
         self._is_async = config.async_save
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._tiers = tiers
@@ -122,6 +132,62 @@ class Snapshotter:
         """Copy what is left to be copied, unless that goes on beside training."""
         if snapshot.shard.copying is not None and not self._overlaps:
             snapshot.shard.copying.finish()
+
+    def foretell(
+        self,
+        app: AppState,
+        resumed: Candidate | None,
+        filesystem: Filesystem,
+        control: Coordinator,
+    ) -> None:
+        """Say what the local tier will take of each node; copy nothing.
+
+        `resumed`: a local commit that may be loaded; one of as many ranks shows what a shard takes,
+        and is not kept waiting for more. Else that follows from the state as it is, and what
+        optimizers will keep after their first step counts already. The plan made for it is that of
+        the first save, if the state turns out as foreseen.
+
+        Raises:
+            ConfigError: on every rank: it does not fit somewhere, with the numbers.
+            CheckpointError: on every rank: the state cannot be saved, or a directory not be used.
+        """
+        config, tiers = self._config.local, self._tiers
+        topology = take_seats(config, filesystem, control)
+        if resumed is not None and resumed.record.world_size == control.world_size:
+            need = Need(self._size_before(resumed, control.rank))
+        else:
+            need = self._foresee(app, topology, control)
+        if tiers.local is not None:
+            run_id: str | None = tiers.local.run_id
+        else:  # nothing of this run was looked for, which is not to say that nothing is there
+            found = control.lead("run id", tiers.persistent.identity.read_run_id)
+            run_id = found or self._config.run_id
+        drains = self._config.persistent.from_local
+        foretell(config, topology, run_id, need, control, drains=drains)
+
+    def _foresee(self, app: AppState, topology: Topology, control: Coordinator) -> Need:
+        """Return what a save will stage on this rank once every optimizer has taken a step."""
+        uncounted: list[str] = []
+
+        def describe() -> tuple[int, Inventory]:
+            leaves = app.gather_leaves()
+            now = self._itemizer.describe(leaves.values, leaves.paths)
+            then = foresee(app.optimizers, leaves, now.items)
+            uncounted.extend(then.uncounted)
+            return 0, Inventory(then.items, now.sources, structure_of(then.items))
+
+        plan, _ = self._shards.settle(describe, control, topology.nodes)
+        return Need(image_bytes(plan.staged.layout), uncounted)
+
+    def _size_before(self, resumed: Candidate, rank: int) -> int:
+        """Return what this rank's file of a commit takes, or where it is lost, what another's."""
+        record = resumed.record
+        assert self._tiers.local is not None
+        folder = self._tiers.local.manager.run.rank_directory(rank)
+        try:
+            return (folder / shard_name(record.iteration, rank)).stat().st_size
+        except OSError:
+            return record.image_bytes
 
     def wait(self) -> None:
         """Return when the last snapshot no longer reads live tensors."""

@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import holdfast
+from display import describe_source
 from due import LOCAL, PERSISTENT, find_due_tier
 from holdfast import CheckpointConfig
+from holdfast.protocol import ShardSource
 from losses import read_losses
-from lost_node import Cluster, Origin, ShardFile, describe, trace
+from lost_node import Origin, ShardFile, find_newest, read_origins
+from saving import describe_size
 from tests.recipes.conftest import ROOT, Outcome
 
 Pretrain = Callable[..., Outcome]
@@ -175,18 +178,39 @@ def test_the_two_tiers_of_the_readme_run(
     assert (result.iteration, result.tier) == (220, "local")
 
 
-def test_where_a_shard_comes_from_is_told_from_the_files() -> None:
-    """The own file if it is there, else a peer's copy; the disk where a shard is nowhere."""
-    cluster = Cluster(Path("disk"), Path("memory"), per_node=1)
+def test_a_restart_goes_on_from_the_newest_that_is_whole() -> None:
+    """In memory if every shard is there and it is newer; else on disk."""
     both = [ShardFile(50, owner, holder, 7) for owner in (0, 1) for holder in (0, 1)]
     half = [each for each in both if each.holder == 0]
     torn = [ShardFile(60, 0, 0, 7)]
-    assert trace(both, 40, 2) == (50, [Origin(0, 7, 0), Origin(1, 7, 1)])
-    assert trace(half + torn, 40, 2) == (50, [Origin(0, 7, 0), Origin(1, 7, 0)])
-    assert trace(half, 60, 2) == (60, [Origin(0, 0, None), Origin(1, 0, None)])
-    assert trace(torn, 40, 2) == (40, [Origin(0, 0, None), Origin(1, 0, None)])
-    words = [describe(Origin(1, 7, holder), cluster) for holder in (1, 0, None)]
-    assert words == ["own file", "peer: rank 0 on node0", "persistent tier"]
+    assert find_newest(both, 40, 2) == 50
+    assert find_newest(half + torn, 40, 2) == 50
+    assert find_newest(half, 60, 2) == 60
+    assert find_newest(torn, 40, 2) == 40
+
+
+def test_the_drill_reads_what_the_load_has_told() -> None:
+    """Each source in words that the table shows, by rank and in the order of the load."""
+    sources = [
+        [ShardSource("persistent", "iter_0000040/__0_0.distcp", 7_000_000, 0)],
+        [
+            ShardSource("local", "run/0/x", 2_500, 1, 0, "node0"),
+            ShardSource("local", "run/1/y", 10, 1, 1, "node1"),
+            ShardSource("local", "run/1/z", 10, 0, 1, "node1"),
+        ],
+    ]
+    lines = [
+        f"source: rank {rank} has {describe_size(each.size_bytes)} from "
+        f"{describe_source(each, rank)}"
+        for rank, files in enumerate(sources)
+        for each in files
+    ]
+    assert read_origins("\n".join(["resumed", *lines, "step 1"])) == [
+        Origin(0, "7.0 MB", "persistent tier"),
+        Origin(1, "2.5 kB", "peer: rank 0 on node0"),
+        Origin(1, "10 B", "own file"),
+        Origin(1, "10 B", "own copy for rank 0"),
+    ]
 
 
 def test_a_lost_node_comes_back_from_its_peer() -> None:

@@ -381,6 +381,19 @@ class CrashFilesystem:
         self.cuts = lambda operation: False
         self._is_dead = False
 
+    def overwrite(self, path: Path, position: int, content: bytes) -> None:
+        """Write into a file that is there, as through a descriptor that was kept."""
+        self.write_at(self._number(path), position, content, path)
+
+    def resize(self, path: Path, size_bytes: int) -> None:
+        """Cut a file, or lengthen it with zeros."""
+        with self._step("write", path):
+            number = self._number(path)
+            file = self.image.nodes[number]
+            assert isinstance(file, File)
+            content = file.content[:size_bytes].ljust(size_bytes, b"\0")
+            self._set(number, replace(file, content=content))
+
     def plant_link(self, path: Path, target: str) -> None:
         """Put a symbolic link where nothing is."""
         self._add(path, Link(target))

@@ -199,9 +199,7 @@ class Job:
             assert tries < 10, reasons
             iteration = candidate.record.iteration
             try:
-                contents = self.tier.open(
-                    candidate, self.control, self.structure, lambda state: True
-                )
+                contents = self.tier.open(candidate, self.control, lambda state: True)
                 targets = self._targets()
                 self._read(contents, targets)
             except CorruptCheckpointError as error:
@@ -222,7 +220,8 @@ class Job:
             for rank, state in zip(ranks, states, strict=True):
                 if state != f"rank {rank} at {iteration}".encode():
                     wrong.append(f"state of rank {rank}")
-            self.tier.finish(self.control)
+            if self.tier.finish():
+                self.tier.restore(self.control)
             return Loaded(iteration, wrong, reasons, states, tries)
 
     def _read(self, contents: LocalContents, targets: dict[str, torch.Tensor]) -> None:

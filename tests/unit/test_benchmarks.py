@@ -87,6 +87,21 @@ def test_a_bar_is_the_ratio_of_medians_with_the_range_round_by_round() -> None:
     assert verdict.met is True
 
 
+def test_a_limit_that_a_method_has_measured_itself_is_held_against_it() -> None:
+    """What only its own ranks can show: a transfer between them, say."""
+    processes = [
+        _process("holdfast-local-2", number, raw_transfer=[limit], recovery_peer=[limit * ratio])
+        | {"state": "local-fsdp2"}
+        for number, limit, ratio in ((1, 0.1, 1.2), (2, 0.2, 1.4))
+    ]
+    document = _document(*processes)
+    verdict = _verdict(document, "local: shard back from a peer", "raw gloo transfer")
+    assert verdict.ratio == pytest.approx(0.2 / 0.15)
+    assert verdict.low == pytest.approx(1.2)
+    assert verdict.high == pytest.approx(1.4)
+    assert verdict.met is False
+
+
 def test_a_bar_that_is_missed_says_so() -> None:
     """One sample above the limit is not met, one below is."""
     for stall, met in ((0.131, False), (0.129, True)):
@@ -213,6 +228,7 @@ def test_a_quick_run_measures_checks_and_leaves_nothing_behind(tmp_path: Path) -
     samples = result["samples"]["tiny"]
     assert set(samples["probes"]) >= {"memcpy_1", "memcpy_2", "write_direct", "read_direct_cold"}
     wanted = {each.name for each in report.QUANTITIES} | {"returns", "stall_bare", "durable_bare"}
+    wanted -= {*report.RECOVERING, *report.RESTARTING}
     assert set(samples["holdfast"]) >= wanted
     assert all(math.isfinite(value) for values in samples["holdfast"].values() for value in values)
     assert samples["holdfast"]["durable"][0] >= samples["holdfast"]["stall"][0] > 0
@@ -221,3 +237,17 @@ def test_a_quick_run_measures_checks_and_leaves_nothing_behind(tmp_path: Path) -
     assert result["facts"]["tiny"]["holdfast"]["tensors"] == 400
     assert list(tmp_path.iterdir()) == []
     assert json.loads(json.dumps(kept[-1])) == result
+
+
+def test_a_recovery_is_measured_beside_its_limit(tmp_path: Path) -> None:
+    """Losing, loading and being whole again, on the state of the local tier; each load compared."""
+    settings = Settings(1, 1, 1, True, tmp_path, tmp_path, timeout_seconds=100)
+    task = Task("local", 1, 1, ["holdfast-local"], in_memory=True)
+    result = harness.run([task], settings, lambda _: None)
+    assert result["skipped"] == {}
+    samples = result["samples"]["local"]["holdfast-local"]
+    for name in ("raw_copy", "recovery_own", "recovered_own", "first_recovery_own"):
+        (value,) = samples[name]
+        assert value > 0
+    assert samples["recovered_own"][0] >= samples["recovery_own"][0]
+    assert result["mismatches"] == []

@@ -96,6 +96,7 @@ IMPOSSIBLE = [
     ("local.keep.last", 0, "is 0; it must be above 0, or null"),
     ("local.replication.factor", 0, "must be at least 1"),
     ("local.replication.jump", 0, "is 0; it must be above 0, or null"),
+    ("local.replication.transport", "mpi", "is 'mpi'; choose one of gloo, nccl"),
     ("load.step", -1, "must be 0 or more, or null"),
     ("run_id", "", "is ''; use 1 to 64 letters"),
     ("run_id", ".hidden", "is '.hidden'; use 1 to 64 letters"),
@@ -238,6 +239,10 @@ INERT = [
     ({"staging": "overlapped", "async_save": False}, "checkpoint.staging=overlapped"),
     ({"local": {"save_interval": 10}}, "checkpoint.local.save_interval"),
     ({"local": {"replication": {"factor": 2}}}, "checkpoint.local.replication.factor"),
+    (
+        {"local": {"replication": {"transport": "nccl"}}},
+        "checkpoint.local.replication.transport",
+    ),
     ({"options": {"bucket": "x"}}, "checkpoint.options"),
     ({"custom_manager_allowlist": ["mypkg"]}, "checkpoint.custom_manager_allowlist"),
 ]

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
+from holdfast.digests import BLOCK_BYTES
 from holdfast.shards.container import container_of
-from holdfast.shards.landing import Landing, waves
+from holdfast.shards.landing import Intake, Landing, waves
 from holdfast.shards.regions import Region
 
 
@@ -96,3 +97,53 @@ def test_waves_bound_the_extra_memory(tmp_path: Path) -> None:
         for each in (far, near, far, far, far)
     ]
     assert [len(wave) for wave in waves(landings)] == [2, 2, 1]
+
+
+def _stored(tensors: list[torch.Tensor], at: int) -> tuple[bytes, list[int]]:
+    """Return a file of containers one after the other, and their offsets."""
+    file, offsets = bytearray(at), []
+    for tensor in tensors:
+        stream = io.BytesIO()
+        torch.save(tensor, stream)
+        offsets.append(len(file))
+        file += stream.getvalue()
+    return bytes(file), offsets
+
+
+def _whole(stored: torch.Tensor, target: torch.Tensor, offset: int) -> Landing:
+    zeros = torch.Size([0] * stored.dim())
+    item = ReadItem(
+        LoadItemType.TENSOR, MetadataIndex("w"), zeros, MetadataIndex("w"), zeros, stored.size()
+    )
+    container = container_of(stored.dtype, stored.size())
+    return Landing(Region(item, stored.size(), target), offset, container, stored.dtype)
+
+
+def test_blocks_that_arrive_in_any_order_land_where_they_belong() -> None:
+    """Tensors over several blocks and several tensors in a block; in place, and through memory."""
+    tensors = [torch.randn(5), torch.randn(BLOCK_BYTES // 4, 2), torch.randn(7, 3), torch.randn(())]
+    file, offsets = _stored(tensors, BLOCK_BYTES - 100)
+    targets = [torch.full_like(each, float("nan")) for each in tensors]
+    targets[2] = torch.full((7, 3), float("nan"), dtype=torch.float64)
+    landings = [_whole(*each) for each in zip(tensors, targets, offsets, strict=True)]
+    intake = Intake(landings)
+    assert intake.blocks == {0, 1, 2, 3}
+    for number in (2, 0, 3):
+        intake.take(number, memoryview(file)[number * BLOCK_BYTES :][:BLOCK_BYTES])
+    assert intake.blocks == {1}
+    intake.take(1, memoryview(file)[BLOCK_BYTES : 2 * BLOCK_BYTES])
+    assert (intake.blocks, intake.unrecognised) == (set(), [])
+    for target, tensor in zip(targets, tensors, strict=True):
+        assert torch.equal(target, tensor.to(target.dtype))
+
+
+def test_a_container_that_arrives_in_another_layout_is_told() -> None:
+    """Its bytes mean something else than was taken in; its neighbour's do not."""
+    tensors = [torch.randn(4, 4).t(), torch.randn(4, 4)]
+    file, offsets = _stored(tensors, 64)
+    targets = [torch.zeros(4, 4), torch.zeros(4, 4)]
+    landings = [_whole(*each) for each in zip(tensors, targets, offsets, strict=True)]
+    intake = Intake(landings)
+    intake.take(0, memoryview(file))
+    assert intake.unrecognised == landings[:1]
+    assert torch.equal(targets[1], tensors[1])

@@ -14,7 +14,15 @@ from holdfast.shards.arena import Arena
 from holdfast.shards.layout import Entry, Item, lay_out
 from holdfast.shards.reader import ShardReader
 from holdfast.shards.writer import seal_image
-from holdfast.tiers.local.elastic import Chunk, deal, find_gap, merge, outline, read_shard_index
+from holdfast.tiers.local.elastic import (
+    Chunk,
+    Wish,
+    divide,
+    find_gap,
+    merge,
+    outline,
+    read_shard_index,
+)
 from holdfast.tiers.local.tail import ShardRecord
 from tests.support.nodes import flip
 from tests.unit.test_local_tail import RECORD
@@ -100,20 +108,28 @@ def test_a_damaged_index_is_refused(tmp_path: Path, where: str) -> None:
 
 
 def test_each_place_fetches_each_block_once() -> None:
-    """Dealt to the ranks of the place in runs, whoever of them asked for it."""
-    wishes = [{5: [0, 1, 2]}, {5: [1, 2, 3], 6: [0]}, {5: [0]}, {}]
-    shares = deal(wishes, places=[0, 0, 1, 1])
-    assert shares == [[(5, 0), (5, 1), (5, 2)], [(5, 3), (6, 0)], [(5, 0)], []]
+    """Straight to the one who wants it; what several want is dealt to their place in runs."""
+    wishes = [
+        {5: Wish((0, 1, 2))},
+        {5: Wish((1, 2, 3)), 6: Wish((0,))},
+        {5: Wish((0,))},
+        {7: Wish((4, 5), by_file=True)},
+    ]
+    straight, filed = divide(wishes, places=[0, 0, 1, 1])
+    assert straight == [[(5, 0)], [(5, 3), (6, 0)], [(5, 0)], []]
+    assert filed == [[(5, 1)], [(5, 2)], [(7, 4)], [(7, 5)]]
     rng = np.random.default_rng(0)
     for _ in range(20):
         places = rng.integers(0, 3, size=6).tolist()
         wishes = [
-            {int(owner): sorted({*rng.integers(0, 9, size=4).tolist()}) for owner in range(3)}
+            {int(owner): Wish(tuple({*rng.integers(0, 9, size=4).tolist()})) for owner in range(3)}
             for _ in places
         ]
-        shares = deal(wishes, places)
+        straight, filed = divide(wishes, places)
         for place in set(places):
             ranks = [rank for rank in range(6) if places[rank] == place]
-            wanted = {(o, n) for r in ranks for o, ns in wishes[r].items() for n in ns}
-            dealt = [each for rank in ranks for each in shares[rank]]
-            assert sorted(dealt) == sorted(wanted)
+            wanted = [(o, n) for r in ranks for o, wish in wishes[r].items() for n in wish.numbers]
+            alone = [each for each in wanted if wanted.count(each) == 1]
+            assert sorted(block for rank in ranks for block in straight[rank]) == sorted(alone)
+            dealt = [block for rank in ranks for block in filed[rank]]
+            assert sorted(dealt) == sorted({*wanted} - {*alone})

@@ -13,7 +13,12 @@ from holdfast.tiers.local.elastic import Index
 
 pytest.importorskip("nvidia_resiliency_ext")
 
-from holdfast.tiers.local.loan import Shard, _BlockSink, _BlockSource  # needs it
+from holdfast.tiers.local.loan import (  # needs it
+    Shard,
+    _BlockSource,
+    _FileSink,
+    _TensorSink,
+)
 
 BODY_BYTES = 2 * BLOCK_BYTES + 4096
 
@@ -40,13 +45,14 @@ def test_blocks_of_several_files_arrive_at_their_places(tmp_path: Path) -> None:
         [(tmp_path / f"file{owner}", number) for owner, number in wanted],
         [BLOCK_BYTES, 4096, BLOCK_BYTES],
     )
-    sink = _BlockSink(tmp_path, [(shards[owner], number) for owner, number in wanted])
+    sink = _FileSink(tmp_path, [(shards[owner], number) for owner, number in wanted])
     sink.begin(source.size_bytes, source.body_bytes)
     for offset in range(0, source.size_bytes, source.block_bytes):
         block = memoryview(bytearray(source.block_bytes))
         source.read_into(offset, block)
         sink.put(offset, block)
     sink.close()
+    source.close()
     assert sink.damaged == []
     hole = bytes(BLOCK_BYTES)
     first = (tmp_path / "borrowed_0").read_bytes()
@@ -58,9 +64,34 @@ def test_blocks_of_several_files_arrive_at_their_places(tmp_path: Path) -> None:
 def test_a_block_that_does_not_match_is_told_and_not_written(tmp_path: Path) -> None:
     """Its owner's copy at the provider is what is damaged."""
     shard = _shard(_content(), 4)
-    sink = _BlockSink(tmp_path, [(shard, 0)])
+    sink = _FileSink(tmp_path, [(shard, 0)])
     sink.begin(BLOCK_BYTES, 0)
     sink.put(0, memoryview(bytes(BLOCK_BYTES)))
     sink.close()
     assert sink.damaged == [4]
     assert not (tmp_path / "borrowed_4").exists()
+
+
+class _Intake:
+    """Stands for tensors: notes what was put in place."""
+
+    def __init__(self) -> None:
+        self.taken: dict[int, bytes] = {}
+
+    def take(self, number: int, content: memoryview) -> None:
+        self.taken[number] = bytes(content)
+
+
+def test_no_byte_is_put_in_place_before_its_block_has_matched() -> None:
+    """A damaged block is told; the others of its stream go where they belong."""
+    content = _content()
+    shard, intake = _shard(content, 4), _Intake()
+    sink = _TensorSink([(shard, 0), (shard, 1), (shard, 2)], {shard.path: intake})  # type: ignore[dict-item]
+    sink.begin(3 * BLOCK_BYTES, 0)
+    harmed = bytearray(content.ljust(3 * BLOCK_BYTES, b"\0"))
+    harmed[BLOCK_BYTES + 5] ^= 1
+    for number in range(3):
+        at = number * BLOCK_BYTES
+        sink.put(at, memoryview(harmed)[at : at + BLOCK_BYTES])
+    assert sink.damaged == [4]
+    assert intake.taken == {0: content[:BLOCK_BYTES], 2: content[2 * BLOCK_BYTES :]}

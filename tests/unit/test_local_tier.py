@@ -352,10 +352,10 @@ def test_the_budget_is_told_before_anything_is_allocated(tmp_path: Path) -> None
 
 def test_copies_are_counted_and_what_lies_there_already_is_room(tmp_path: Path) -> None:
     """A restarted job fills its old files' room again."""
-    before = find_budget(tmp_path, [10, 20], [[7], [8]], 3, in_memory=False)
+    before = find_budget(tmp_path, [10, 20], [[7], [8]], 3, in_memory=False, reused=[tmp_path])
     assert (before.own_bytes, before.copy_bytes) == (90, 45)
     (tmp_path / "old").write_bytes(b"x" * (4 << 20))
-    after = find_budget(tmp_path, [10, 20], [[7], [8]], 3, in_memory=False)
+    after = find_budget(tmp_path, [10, 20], [[7], [8]], 3, in_memory=False, reused=[tmp_path])
     assert before.room is not None
     assert after.room is not None
     assert abs(after.room.free_bytes - before.room.free_bytes) < 64 << 20

@@ -167,3 +167,18 @@ def test_a_link_among_the_files_is_refused(checkpoint: Path, tmp_path: Path) -> 
     result = linear(1).load(manager_of(checkpoint.parent))
     assert result.iteration == 1
     assert "__0_0.distcp" in result.skipped[0].reason
+
+
+def test_a_plan_says_which_bytes_are_needed_before_any_is_read(checkpoint: Path) -> None:
+    """By file; reading it then fills the tensors and tells how much came from where."""
+    reader = _open(checkpoint)
+    targets = {"model.weight": torch.zeros(2, 4), "model.bias": torch.zeros(2)}
+    plan = reader.plan(targets)
+    assert all(not each.any() for each in targets.values())
+    (name,) = plan
+    size = (checkpoint / name).stat().st_size
+    assert all(0 <= each.start < each.stop <= size for each in plan[name].ranges)
+    assert reader.taken == {}
+    reader.read(plan)
+    assert all(each.any() for each in targets.values())
+    assert reader.taken == {name: 10 * 4}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,6 +26,7 @@ from holdfast.events import (
 )
 from holdfast.protocol import CheckpointSaveContext
 from tests.support.managers import linear, manager_of, step
+from tests.support.mounts import small_memory
 from tests.support.stores import FaultyFilesystem, flip_bit
 
 MEMORY = Path("/dev/shm")
@@ -221,27 +221,19 @@ def test_a_first_save_beside_local_commits_is_refused(tmp_path: Path, local: Pat
 
 
 @pytest.fixture
-def small_memory(tmp_path: Path) -> Iterator[Path]:
+def small_directory(tmp_path: Path) -> Iterator[Path]:
     """A local directory with room for a few small shards."""
-    folder = tmp_path / "memory"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
-    mounted = subprocess.run(command, check=False)
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    try:
+    with small_memory(tmp_path / "memory", "256k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_what_cannot_fit_is_told_before_anything_is_copied(
-    tmp_path: Path, small_memory: Path
+    tmp_path: Path, small_directory: Path
 ) -> None:
-    """Too much for the directory is an error with the numbers, and nothing is lost."""
-    job = _Job(tmp_path, small_memory)
-    job.live = linear(width=20_000)
+    """What became too much since the load is an error with the numbers at the save, too."""
+    job = _Job(tmp_path, small_directory)
     job.load()
+    job.live = linear(width=20_000)
     with pytest.raises(ConfigError, match=r"MiB of 0\.[0-9] MiB free .*keep\.last"):
         job.save(1, to_local=True)
     job.close()
@@ -256,22 +248,24 @@ def _fill(folder: Path) -> None:
 
 
 def test_a_full_local_directory_costs_no_persistent_save(
-    tmp_path: Path, small_memory: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, small_directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A local save fails; the persistent one is committed, with a warning."""
-    job = _Job(tmp_path, small_memory)
+    job = _Job(tmp_path, small_directory)
     job.load()
     job.save(1, to_local=True)
-    _fill(small_memory)
-    for each in small_memory.glob("*/0/*pending*"):
+    _fill(small_directory)
+    for each in small_directory.glob("*/0/*pending*"):
         each.unlink()  # the room that was set aside for the next save
-    _fill(small_memory)
+    _fill(small_directory)
     with pytest.raises(SaveFailedError):
         job.save(2, to_local=True)
     job.save(3, to_local=False)
     assert "local copy of this save" in caplog.text
     job.close()
-    job = _Job(tmp_path, small_memory, seed=5)
+    for each in small_directory.glob("rubbish*"):
+        each.unlink()  # else the next start is told that there is no room
+    job = _Job(tmp_path, small_directory, seed=5)
     assert job.load() == (3, "persistent")
     job.close()
 

@@ -64,7 +64,7 @@ def read_verified(
         CorruptCheckpointError: a block does not match its digest; its parts hold wrong bytes.
         OSError: the file cannot be read.
     """
-    wanted = _blocks_of(ranges)
+    wanted = blocks_of(ranges)
     expected = _expect(filesystem, path, record)
     for layer in _layers(parts) or [[]]:
         _Pass(filesystem, path, expected, layer).run(wanted)
@@ -93,7 +93,7 @@ def _layers(parts: Iterable[Part]) -> list[list[Part]]:
     return layers
 
 
-def _blocks_of(ranges: Iterable[range]) -> set[int]:
+def blocks_of(ranges: Iterable[range]) -> set[int]:
     """Return the numbers of all blocks that ranges of bytes touch."""
     return {
         number
@@ -116,7 +116,7 @@ class _Pass:
         self._offsets = [each.offset for each in parts]
 
     def run(self, also: set[int]) -> None:
-        numbers = sorted(also | _blocks_of(range(each.offset, each.end) for each in self._parts))
+        numbers = sorted(also | blocks_of(range(each.offset, each.end) for each in self._parts))
         if numbers and numbers[-1] >= len(self._expected.digests):
             raise CorruptCheckpointError(
                 str(self._path),

@@ -7,13 +7,14 @@ opened. Bytes that are wrong but well-formed are not noticed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
-from holdfast.shards.reader import RegionPlanner, ShardReader
+from holdfast.shards.landing import Wanted
+from holdfast.shards.reader import RegionPlanner, SafePlanner, ShardReader
 from holdfast.shards.regions import Region
 
 
@@ -41,10 +42,18 @@ class ForeignReader(ShardReader):
     def read_values(self) -> dict[str, Any]:
         """Return everything that is no tensor, by flat name."""
         values: dict[str, Any] = dict.fromkeys(self.value_names())
-        planner, plan = self._plan(values)
-        for name, items in self._by_file(plan.items).items():
+        planner = SafePlanner()
+        planner.set_up_planner(values, self.metadata, is_coordinator=True)
+        files: dict[str, list[ReadItem]] = {}
+        for item in planner.finish_plan(planner.create_local_plan()).items:
+            files.setdefault(self.place_of(item.storage_index).relative_path, []).append(item)
+        for name, items in files.items():
             self._read_through_torch(name, items, planner)
         return values
 
-    def _read_regions_of(self, name: str, regions: Sequence[Region]) -> None:
+    def _sort(self, region: Region, place: Any, wanted: Wanted) -> None:
+        wanted.foreign.append((region, range(place.offset, place.offset + place.length)))
+
+    def _read_from(self, name: str, wanted: Wanted) -> None:
+        regions = [region for region, _ in wanted.foreign]
         self._read_through_torch(name, [each.item for each in regions], RegionPlanner(regions))

@@ -2,24 +2,31 @@
 
 Owns the arithmetic from a region of a stored chunk to a byte range of its container, and the memory
 it is read into: the target itself where its bytes lie in the same order, host memory of the same
-shape otherwise (another device, dtype or stride, or a region with gaps). Reads nothing itself.
+shape otherwise (another device, dtype or stride, or a region with gaps). What is read from a file
+asks for parts in waves; what arrives by itself is taken in block after block. Reads nothing itself.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from operator import mul
 from typing import Any
 
+import numpy as np
 import torch
 
+from holdfast.digests import BLOCK_BYTES
 from holdfast.shards.container import Container
-from holdfast.shards.direct import Part
+from holdfast.shards.direct import Part, blocks_of
 from holdfast.shards.regions import Region
 
 _WAVE_BYTES = 256 << 20
 """Host memory for tensors that cannot be read in place, at one time."""
+_LARGE_BYTES = 64 << 10
+"""From here a copy in memory is worth a call of its own."""
 
 
 class Landing:
@@ -56,13 +63,36 @@ class Landing:
 
         A region of a chunk needs only the part that it is read from.
         """
-        end = self._offset + self._container.size_bytes
-        return range(self._offset, end) if self._read_size == self.region.chunk_size else range(0)
+        return self.container if self._read_size == self.region.chunk_size else range(0)
+
+    @property
+    def container(self) -> range:
+        """Where the container lies, all of it."""
+        return range(self._offset, self._offset + self._container.size_bytes)
+
+    @property
+    def ranges(self) -> list[range]:
+        """The file's bytes that this landing is made of."""
+        if self.whole:
+            return [self.whole]
+        start = self._payload_start
+        header = range(self._offset, self._offset + len(self._container.header))
+        return [header, range(start, start + self.size_bytes)]
+
+    @property
+    def size_bytes(self) -> int:
+        """What is read of the tensor itself."""
+        return prod(self._read_size) * self._dtype.itemsize
 
     @property
     def extra_bytes(self) -> int:
         """Host memory that this landing needs beside its target."""
-        return 0 if self._in_place else prod(self._read_size) * self._dtype.itemsize
+        return 0 if self._in_place else self.size_bytes
+
+    @property
+    def _payload_start(self) -> int:
+        payload = self._offset + len(self._container.header)
+        return payload + self._first_element * self._dtype.itemsize
 
     def open(self) -> list[Part]:
         """Make the memory and return the parts to read: the header, and the bytes wanted."""
@@ -72,11 +102,9 @@ class Landing:
             pinned = self.region.target.is_cuda
             self._landed = torch.empty(self._read_size, dtype=self._dtype, pin_memory=pinned)
         self._header = bytearray(len(self._container.header))
-        payload = self._offset + len(self._header)
-        start = payload + self._first_element * self._dtype.itemsize
         return [
             Part(self._offset, memoryview(self._header)),
-            Part(start, _bytes_of(self._landed)),
+            Part(self._payload_start, _bytes_of(self._landed)),
         ]
 
     def close(self) -> bool:
@@ -92,6 +120,91 @@ class Landing:
             self.region.target.copy_(wanted)
         del self._landed
         return recognised
+
+
+@dataclass
+class Wanted:
+    """What is wanted of one file."""
+
+    landings: list[Landing] = field(default_factory=list)
+    foreign: list[tuple[Region, range]] = field(default_factory=list)
+    """What only torch can take out of its container, and where that lies."""
+
+    @property
+    def ranges(self) -> list[range]:
+        """The bytes that must be read, and be right."""
+        return [
+            *(each for landing in self.landings for each in landing.ranges),
+            *(place for _, place in self.foreign),
+        ]
+
+    @property
+    def containers(self) -> list[range]:
+        """The bytes that are needed if only torch can take any of it out of its container."""
+        places = [place for _, place in self.foreign]
+        return [*(each.container for each in self.landings), *places]
+
+    @property
+    def size_bytes(self) -> int:
+        """What is read of tensors."""
+        landed = sum(each.size_bytes for each in self.landings)
+        return landed + sum(len(place) for _, place in self.foreign)
+
+
+class Intake:
+    """Landings of one file that blocks fill as they arrive, in any order and on any thread.
+
+    Host memory beside the targets is held from the first to the last block of a landing only.
+    """
+
+    def __init__(self, landings: Sequence[Landing]) -> None:
+        self._touched: dict[int, list[Landing]] = {}
+        self._missing: dict[Landing, set[int]] = {}
+        for landing in landings:
+            numbers = blocks_of(landing.ranges)
+            self._missing[landing] = numbers
+            for number in numbers:
+                self._touched.setdefault(number, []).append(landing)
+        self._opened: dict[Landing, list[Part]] = {}
+        self._lock = threading.Lock()
+        self.unrecognised: list[Landing] = []
+        """Whose container is not as expected: their targets hold wrong bytes."""
+
+    @property
+    def blocks(self) -> set[int]:
+        """The numbers of the blocks that are still awaited."""
+        return set().union(*self._missing.values())
+
+    def take(self, number: int, content: memoryview) -> None:
+        """Put the bytes of one block, known to be right, where they belong."""
+        start = number * BLOCK_BYTES
+        end = start + len(content)
+        touched = self._touched.get(number, ())
+        with self._lock:
+            for landing in touched:
+                if landing not in self._opened:
+                    self._opened[landing] = landing.open()
+            parts = [part for landing in touched for part in self._opened[landing]]
+        for part in parts:
+            low, high = max(part.offset, start), min(part.end, end)
+            if low < high:
+                target = part.target[low - part.offset : high - part.offset]
+                _copy(target, content[low - start : high - start])
+        for landing in touched:
+            with self._lock:
+                self._missing[landing].discard(number)
+                if self._missing[landing]:
+                    continue
+                del self._opened[landing]
+            if not landing.close():
+                self.unrecognised.append(landing)
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    if len(target) < _LARGE_BYTES:
+        target[:] = source
+    else:  # lets go of the interpreter meanwhile
+        np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
 def waves(landings: Sequence[Landing]) -> Iterator[list[Landing]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Self
 
@@ -34,7 +34,7 @@ from holdfast.filesystem import Filesystem
 from holdfast.shards.container import container_of
 from holdfast.shards.direct import Part, read_verified
 from holdfast.shards.inventory import METADATA_NAME, list_names, names_at
-from holdfast.shards.landing import Landing, waves
+from holdfast.shards.landing import Landing, Wanted, waves
 from holdfast.shards.regions import Region, UncoveredError, regions_of
 from holdfast.shards.seam import SeamFileSystem
 
@@ -73,7 +73,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
 
 
-class _SafePlanner(DefaultLoadPlanner):
+class SafePlanner(DefaultLoadPlanner):
     """Fills a flat state; values that are no tensors are loaded weights-only."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class _SafePlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-class RegionPlanner(_SafePlanner):
+class RegionPlanner(SafePlanner):
     """Tells torch's reader where regions go that were planned already."""
 
     def __init__(self, regions: Iterable[Region]) -> None:
@@ -113,6 +113,8 @@ class ShardReader:
     metadata: Metadata
     records: Mapping[str, FileRecord]
     """Of the manifest, by path: the digests that every byte read is held against."""
+    taken: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """By path: how many bytes of tensors were read so far."""
 
     _unlisted: ClassVar[str] = "the manifest does not list"
 
@@ -176,10 +178,25 @@ class ShardReader:
             CorruptCheckpointError: a block that holds a value does not match its digest, or what
                 it holds asks for code.
         """
-        values: dict[str, Any] = dict.fromkeys(self.value_names())
+        values: dict[str, Any] = {}
+        for name, content in self.read_contents(self.value_names()).items():
+            try:
+                values[name] = torch.load(io.BytesIO(content), weights_only=True)
+            except Exception as error:  # what torch says is how to run the code after all
+                where = str(self.path / self.place_of_value(name).relative_path)
+                raise CorruptCheckpointError(where, f"{name} asks for code, or is torn") from error
+        return values
+
+    def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the bytes of values, verified.
+
+        Raises:
+            CorruptCheckpointError: a block that holds a value does not match its digest.
+        """
+        read: dict[str, Any] = dict.fromkeys(names)
         places: dict[str, list[tuple[str, Any]]] = {}
-        for name in values:
-            info = self.place_of(MetadataIndex(name))
+        for name in names:
+            info = self.place_of_value(name)
             places.setdefault(info.relative_path, []).append((name, info))
         for file_name, found in places.items():
             contents = [bytearray(info.length) for _, info in found]
@@ -190,14 +207,12 @@ class ShardReader:
                     for (_, info), content in zip(found, contents, strict=True)
                 ],
             )
-            for (name, _), content in zip(found, contents, strict=True):
-                try:
-                    values[name] = torch.load(io.BytesIO(content), weights_only=True)
-                except Exception as error:  # what torch says is how to run the code after all
-                    raise CorruptCheckpointError(
-                        str(self.path / file_name), f"{name} asks for code, or is torn"
-                    ) from error
-        return values
+            read.update((name, content) for (name, _), content in zip(found, contents, strict=True))
+        return read
+
+    def place_of_value(self, name: str) -> Any:
+        """Return which bytes of which file hold a value; raises as `place_of`."""
+        return self.place_of(MetadataIndex(name))
 
     def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Fill tensors, plain or distributed, in place; names and sizes must be known to agree.
@@ -207,15 +222,32 @@ class ShardReader:
         Raises:
             CorruptCheckpointError: a block does not match; the tensors hold wrong values.
         """
-        files: dict[str, list[Region]] = {}
+        self.read(self.plan(targets))
+
+    def plan(self, targets: Mapping[str, torch.Tensor]) -> dict[str, Wanted]:
+        """Return by file what filling tensors takes of it, reading nothing; see `read_tensors`.
+
+        Raises:
+            CorruptCheckpointError: what is stored does not cover them.
+        """
+        files: dict[str, Wanted] = {}
         try:
             for region in regions_of(targets, self.metadata):
                 place = self.place_of(region.item.storage_index)
-                files.setdefault(place.relative_path, []).append(region)
+                self._sort(region, place, files.setdefault(place.relative_path, Wanted()))
         except UncoveredError as error:
             raise CorruptCheckpointError(str(self.path / METADATA_NAME), str(error)) from error
-        for name, regions in files.items():
-            self._read_regions_of(name, regions)
+        return files
+
+    def read(self, plan: Mapping[str, Wanted]) -> None:
+        """Fill what was planned, file by file.
+
+        Raises:
+            CorruptCheckpointError: as `read_tensors`.
+        """
+        for name, wanted in plan.items():
+            self._read_from(name, wanted)
+            self.taken[name] = self.taken.get(name, 0) + wanted.size_bytes
 
     def file_order(self, names: Iterable[str]) -> list[str]:
         """Return names of tensors in the order in which their first bytes lie in the files."""
@@ -242,32 +274,21 @@ class ShardReader:
         ]
         return (places[0].relative_path, places[0].offset) if places else ("", 0)
 
-    def _plan(self, state: dict[str, Any]) -> tuple[_SafePlanner, LoadPlan]:
-        planner = _SafePlanner()
-        planner.set_up_planner(state, self.metadata, is_coordinator=True)
-        return planner, planner.finish_plan(planner.create_local_plan())
+    def _sort(self, region: Region, place: Any, wanted: Wanted) -> None:
+        """Decide how a region is read: directly where its container allows, else through torch."""
+        described = self.metadata.state_dict_metadata[region.item.storage_index.fqn]
+        assert isinstance(described, TensorStorageMetadata)
+        dtype = described.properties.dtype
+        container = container_of(dtype, region.chunk_size)
+        if container.size_bytes != place.length:
+            # Strided, say: only its own pickle knows how it lies.
+            wanted.foreign.append((region, range(place.offset, place.offset + place.length)))
+        else:
+            wanted.landings.append(Landing(region, place.offset, container, dtype))
 
-    def _by_file(self, items: Sequence[ReadItem]) -> dict[str, list[ReadItem]]:
-        files: dict[str, list[ReadItem]] = {}
-        for item in items:
-            info = self.metadata.storage_data[item.storage_index]
-            files.setdefault(info.relative_path, []).append(item)
-        return files
-
-    def _read_regions_of(self, name: str, regions: Sequence[Region]) -> None:
-        """Fill what lies in one file: directly where its containers allow, else through torch."""
-        foreign: list[Region] = []
-        landings: list[Landing] = []
-        for region in regions:
-            info = self.metadata.storage_data[region.item.storage_index]
-            described = self.metadata.state_dict_metadata[region.item.storage_index.fqn]
-            assert isinstance(described, TensorStorageMetadata)
-            container = container_of(described.properties.dtype, region.chunk_size)
-            if container.size_bytes != info.length:
-                foreign.append(region)  # strided, say: only its own pickle knows how it lies
-                continue
-            landings.append(Landing(region, info.offset, container, described.properties.dtype))
-        for wave in waves(landings):
+    def _read_from(self, name: str, wanted: Wanted) -> None:
+        foreign = [region for region, _ in wanted.foreign]
+        for wave in waves(wanted.landings):
             parts = [part for landing in wave for part in landing.open()]
             self._read_parts(name, parts, [landing.whole for landing in wave])
             foreign += [landing.region for landing in wave if not landing.close()]
@@ -292,7 +313,7 @@ class ShardReader:
             ) from error
 
     def _read_through_torch(
-        self, name: str, items: Sequence[ReadItem], planner: _SafePlanner
+        self, name: str, items: Sequence[ReadItem], planner: SafePlanner
     ) -> None:
         """Let torch take containers apart."""
         reader = _SeamReader(self.path, self.metadata, self.filesystem)

@@ -178,7 +178,7 @@ class AppState:
         rng = capture_rng()  # before anything that might draw
         leaves = bindings.follow(self._model, self.optimizers) if bindings is not None else None
         if leaves is None:
-            leaves = self._gather_leaves()
+            leaves = self.gather_leaves()
             bindings = Bindings.bind(self._model, self.optimizers, leaves)
         else:
             for name, value in leaves.values.items():
@@ -199,8 +199,12 @@ class AppState:
                 check_plain(value, f"{name}{key}")
         return Captured(leaves, shared, rank, bindings)
 
-    def _gather_leaves(self) -> Leaves:
-        """Ask torch's getters for the whole state, and take its nesting apart as DCP does."""
+    def gather_leaves(self) -> Leaves:
+        """Ask torch's getters for the whole state, and take its nesting apart as DCP does.
+
+        Raises:
+            UnsupportedStateError: some state could not be read back safely.
+        """
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
         if self._optimizers:
             tensors["optimizer"] = self._optimizer_state()

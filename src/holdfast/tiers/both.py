@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from holdfast.background import Background, Outcome
 from holdfast.config import CheckpointConfig
 from holdfast.coordination import Coordinator
 from holdfast.errors import (
@@ -58,6 +59,10 @@ class Tiers:
         """What the last local commit was given, on rank 0."""
         self._budgeted = b""
         """The plan that the local tier is known to have room for."""
+        self._is_ordered = False
+        """Whether what this attempt commits is newer than all that the local tier held before."""
+        self._restoring: Background[None] = Background()
+        """What nodes had lost of the commit that was loaded, while it is written again."""
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -76,8 +81,10 @@ class Tiers:
         admission = coordinator.lead("admit", self.persistent.admit)
         if self._config.local.directory is None:
             return
+        if admission.is_new:
+            self._is_ordered = False
         local = self._open_local(admission.run_id, coordinator)
-        if not admission.is_new:
+        if self._is_ordered:
             return
         local.find(coordinator, lambda _: None)  # what is there, loadable or not
         newest = local.newest_sequence
@@ -92,6 +99,7 @@ class Tiers:
 
         coordinator.lead("outrank", outrank)
         local.discard_after(admission.resumed_from, coordinator)
+        self._is_ordered = True
 
     @property
     def nodes(self) -> Sequence[int] | None:
@@ -278,6 +286,38 @@ class Tiers:
         """Note on every rank what was loaded; a later first save goes on from there."""
         is_local = checkpoint.manifest.tier == LOCAL
         self.persistent.resume_from(checkpoint, is_own=True if is_local else None)
+
+    def finish_load(self, beside: Coordinator) -> None:
+        """End a load of a local commit; what nodes have lost of it is written again on a thread.
+
+        `beside`: the channel of that thread, until `wait_restored` has returned.
+        """
+        local = self.local
+        assert local is not None
+        if local.finish():
+            self._restoring.start(lambda: local.restore(beside), beside)
+
+    def wait_restored(self, rank: int) -> None:
+        """Wait until what was lost is written again; all ranks call it together.
+
+        Raises:
+            StageTimeoutError: a rank is gone. Any other failure is a warning: the state is loaded,
+                and the next save makes new copies, or fails for the same reason.
+        """
+        self._tell_restored(self._restoring.wait(), rank)
+
+    def poll_restored(self, rank: int) -> None:
+        """As `wait_restored`, at the step at which all ranks do, without waiting for it."""
+        self._tell_restored(self._restoring.poll(), rank)
+
+    def _tell_restored(self, outcome: Outcome[None] | None, rank: int) -> None:
+        if outcome is None or outcome.error is None:
+            return
+        error = outcome.error
+        if isinstance(error, StageTimeoutError) or not isinstance(error, CheckpointError):
+            raise error
+        if rank == 0:  # all were told the same
+            logger.warning("copies were not restored, the next save makes new ones: %s", error)
 
     def close(self) -> None:
         """Let go of the local tier's files; what is published stays."""

@@ -8,6 +8,7 @@ rank hears of every damage, and that all small state was read and matched its di
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,7 +21,7 @@ from holdfast.digests import FileRecord, find_difference
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, read_bytes
 from holdfast.manifest import MANIFEST_NAME
-from holdfast.protocol import TrainState
+from holdfast.protocol import ShardSource, TrainState
 from holdfast.shards.inventory import METADATA_NAME
 from holdfast.shards.reader import ShardReader
 from holdfast.store import Checkpoint, Damage, Store
@@ -32,6 +33,8 @@ from holdfast.tiers.persistent import (
     TRAIN_STATE_NAME,
     rank_state_name,
 )
+
+_SHARD = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ class Contents:
 
         Every rank calls it together, before any reads.
         """
+
+    def sources(self) -> tuple[ShardSource, ...]:
+        """Return the files that this rank has read tensors from."""
+        root, tier = self.checkpoint.path, self.checkpoint.manifest.tier
+        return tuple(
+            ShardSource(tier, f"{root.name}/{path}", size_bytes, _owner_of(path))
+            for path, size_bytes in sorted(self.reader.taken.items())
+        )
 
 
 def verify_together(
@@ -138,6 +149,12 @@ def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> 
     if (difference := find_difference(record, BytesIO(content))) is not None:
         raise CorruptCheckpointError(str(path), difference.reason, difference.byte_range)
     return content
+
+
+def _owner_of(path: str) -> int | None:
+    """Return the rank that wrote a shard file, if its name says so as torch's do."""
+    match = _SHARD.fullmatch(path)
+    return int(match[1]) if match else None
 
 
 def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:

@@ -1,20 +1,31 @@
-"""What the local tier will take of a node, told before training starts.
+"""What the local tier will take of each node, told before training starts.
 
 Owns the sum (each rank's shard, times the files that take turns, plus the copies it holds for
-others) and what it is held against: the room in the directory and, where that is RAM, what memory
-is left. Promises one line for people and, where it cannot fit, an error with the numbers. Allocates
-nothing.
+others; on a disk also the memory that a shard is copied into) and what it is held against: the room
+in the directory and what memory the machine or its control group has left. Promises one line for
+people and, where it cannot fit on some node, an error with the numbers on every rank. What the run
+left there before counts as room: it makes way. Allocates nothing.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from holdfast.config import LocalConfig
+from holdfast.coordination import Coordinator
 from holdfast.errors import ConfigError
+from holdfast.filesystem import Filesystem, make_durable_directory
 from holdfast.shards.memory import Room, find_room
+from holdfast.tiers.local.device import device_of
+from holdfast.tiers.local.files import check_owned, is_memory
+from holdfast.tiers.local.nodes import Seat, Topology, assign_holders, node_name
+
+logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 
@@ -31,6 +42,13 @@ class Budget:
     turns: int
     room: Room | None
     """The tightest limit; None: the system does not say."""
+    arena_bytes: int = 0
+    """Of memory beside the files, where they lie on a disk: what its ranks copy their state into;
+    0: it is there already, or the files are that memory."""
+    memory: Room | None = None
+    """For that; None: the system does not say."""
+    note: str = ""
+    """What a reader should know of the sum."""
 
     @property
     def needed_bytes(self) -> int:
@@ -41,11 +59,33 @@ class Budget:
     def line(self) -> str:
         """The sum in words."""
         room = "" if self.room is None else f" of {_size(self.room.free_bytes)} free"
+        beside = ""
+        if self.arena_bytes:
+            left = "" if self.memory is None else f" of {_size(self.memory.free_bytes)} left"
+            beside = f", and in memory {_size(self.arena_bytes)}{left}"
         return (
             f"local tier at {self.directory}: {_size(self.needed_bytes)}{room} "
             f"({self.turns} files in turn: own shards {_size(self.own_bytes)}, copies "
-            f"for others {_size(self.copy_bytes)})"
+            f"for others {_size(self.copy_bytes)}){beside}{self.note}"
         )
+
+    @property
+    def fullness(self) -> float:
+        """The part of its room that it needs; above 1: it does not fit."""
+        return max(_part_of(self.needed_bytes, self.room), _part_of(self.arena_bytes, self.memory))
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot fit, with the numbers; None: it can."""
+        if self.fullness <= 1:
+            return None
+        advice = "lower local.keep.last or local.replication.factor, or name a larger directory"
+        limit = self.room
+        if _part_of(self.arena_bytes, self.memory) > 1:
+            limit = self.memory
+            advice = "give the job more memory, or shard the state over more nodes"
+        assert limit is not None
+        return f"checkpoint.local: {self.line}; limited by {limit.limited_by}; {advice}"
 
     def check(self) -> None:
         """Refuse what cannot fit.
@@ -53,11 +93,14 @@ class Budget:
         Raises:
             ConfigError: with the numbers.
         """
-        if self.room is None or self.needed_bytes <= self.room.free_bytes:
-            return
-        advice = "lower local.keep.last or local.replication.factor, or name a larger directory"
-        limit = f"limited by {self.room.limited_by}"
-        raise ConfigError([f"checkpoint.local: {self.line}; {limit}; {advice}"])
+        if self.problem is not None:
+            raise ConfigError([self.problem])
+
+
+def _part_of(needed_bytes: int, room: Room | None) -> float:
+    if room is None or needed_bytes <= 0:
+        return 0.0
+    return needed_bytes / room.free_bytes if room.free_bytes > 0 else math.inf
 
 
 def _size(size_bytes: int) -> str:
@@ -73,17 +116,128 @@ def find_budget(
     turns: int,
     *,
     in_memory: bool,
+    reused: Sequence[Path],
 ) -> Budget:
-    """Return the budget of one place from its ranks' image sizes, and those of copies they hold."""
+    """Return the budget of one place from its ranks' image sizes, and those of copies they hold.
+
+    `reused`: folders in which all files make way for what is to come.
+    """
     own = turns * sum(image_bytes)
     copies = turns * sum(size for sizes in held for size in sizes)
-    taken = _taken_bytes(directory)
+    taken = sum(map(_taken_bytes, reused))
     found = os.statvfs(directory)
     rooms = [Room(found.f_bavail * found.f_frsize + taken, "the free space of the directory")]
     if in_memory and (memory := find_room()) is not None:
         rooms.append(Room(memory.free_bytes + taken, memory.limited_by))
     tightest = min(rooms, key=lambda each: each.free_bytes)
     return Budget(str(directory), own, copies, turns, tightest)
+
+
+def take_seats(config: LocalConfig, filesystem: Filesystem, coordinator: Coordinator) -> Topology:
+    """Make the directory where it is missing, and agree on who sees the same one.
+
+    Raises:
+        ConfigError: it is not this user's alone, or a rank has not what copies are to travel by.
+        StageFailedError: it cannot be made, on some rank.
+    """
+    assert config.directory is not None
+    directory = Path(config.directory).absolute()
+
+    def sit() -> Seat:
+        device_of(config.replication.transport)
+        make_durable_directory(filesystem, directory)
+        check_owned(directory)
+        found = directory.stat()
+        return Seat(node_name(), (found.st_dev, found.st_ino))
+
+    return Topology(tuple(coordinator.together("local seats", sit)))
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank foresees."""
+
+    image_bytes: int
+    """Of its shard."""
+    uncounted: Sequence[str] = ()
+    """Optimizers of which nobody can say yet what they will keep."""
+
+
+def foretell(
+    config: LocalConfig,
+    topology: Topology,
+    run_id: str | None,
+    need: Need,
+    coordinator: Coordinator,
+    *,
+    drains: bool,
+) -> Budget:
+    """Return the budget of the fullest place, and tell it; every rank gives its own need.
+
+    `run_id`: whose files make way; None: there are none. `drains`: commits are held while they are
+    promoted, for which there is one more turn.
+
+    Raises:
+        ConfigError: on every rank: it does not fit somewhere, with the numbers of each such place.
+    """
+    assert config.directory is not None
+    assert config.keep.last is not None
+    directory = Path(config.directory).absolute()
+    turns = config.keep.last + 1 + drains
+    needs = coordinator.together("local needs", lambda: need)
+    rank = coordinator.rank
+    mates = topology.place_mates(rank)
+    factor, jump = config.replication.factor, config.replication.jump
+    # With factor 1 copies are of small states alone: they weigh nothing here.
+    holders = assign_holders(topology.nodes, factor, jump) if factor > 1 else []
+
+    def find() -> Budget | None:
+        if rank != mates[0]:
+            return None
+        sizes = [needs[each].image_bytes for each in mates]
+        held = [
+            [
+                needs[owner].image_bytes
+                for owner, ranks in enumerate(holders)
+                if each in ranks and owner != each
+            ]
+            for each in mates
+        ]
+        in_memory = is_memory(directory)
+        reused = [] if run_id is None else [directory / run_id]
+        found = find_budget(directory, sizes, held, turns, in_memory=in_memory, reused=reused)
+        if not in_memory:
+            found = replace(found, arena_bytes=sum(sizes), memory=find_room())
+        return replace(found, note=_note(topology, rank, needs))
+
+    fullest = coordinator.settle("local room", find, _fullest)
+    if rank == 0:
+        places = len(set(topology.places))
+        others = f"; of {places} places this has the least to spare" if places > 1 else ""
+        logger.info("%s%s", fullest.line, others)
+    return fullest
+
+
+def _fullest(budgets: Sequence[Budget | None]) -> Budget:
+    """Return the budget of the place with the least to spare.
+
+    Raises:
+        ConfigError: somewhere it does not fit.
+    """
+    found = [each for each in budgets if each is not None]
+    if problems := [each.problem for each in found if each.problem is not None]:
+        raise ConfigError(problems)
+    return max(found, key=lambda each: each.fullness)
+
+
+def _note(topology: Topology, rank: int, needs: Sequence[Need]) -> str:
+    parts = []
+    if len(set(topology.places)) > 1:
+        parts.append(f"on node {topology.seats[rank].node}")
+    uncounted = sorted({name for need in needs for name in need.uncounted})
+    if uncounted:
+        parts.append(f"not counting what {', '.join(uncounted)} will keep")
+    return "".join(f"; {each}" for each in parts)
 
 
 def _taken_bytes(directory: Path) -> int:

@@ -1,10 +1,10 @@
 """Shards written by N ranks, read by M: their indexes merged, and the blocks that lie elsewhere.
 
 Owns what the index of a shard file says, whether a set of shards covers the state, the merged view
-of them as the shard reader takes it, and the fetching of remote blocks. Promises that a state is
+of them as the shard reader takes it, and who fetches which remote block. Promises that a state is
 called covered only if every name is there and every tensor is tiled exactly, that a file at this
-place is preferred to a peer's, that a remote block is fetched once for all ranks of a place and
-matched its digest, and that nothing is fetched that nobody reads.
+place is preferred to a peer's, that a remote block is fetched once for all ranks of a place, and
+that nothing is fetched that nobody reads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from holdfast.digests import DifferenceError, read_blocks
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import Filesystem, naming
+from holdfast.filesystem import Filesystem, naming, read_into
 from holdfast.shards.direct import Part, read_verified
 from holdfast.shards.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.shards.planning import first_untiled
@@ -37,6 +37,8 @@ from holdfast.tiers.local.tail import ShardRecord
 
 Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Name, size of the whole, offsets, lengths."""
+Block = tuple[int, int]
+"""Owner of the shard, and number in its file."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,34 @@ def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) ->
         raise CorruptCheckpointError(str(path), error.difference.reason) from None
     except FileNotFoundError as error:
         raise CorruptCheckpointError(str(path), "is missing") from error
-    end = bytearray(TAIL.size)
-    part = Part(record.body_bytes - TAIL.size, memoryview(end))
-    read_verified(filesystem, path, image, [part])
+    tail_place = record.body_bytes - TAIL.size
+    glimpse, end = bytearray(TAIL.size), bytearray(TAIL.size)
+    with naming(path), filesystem.open_existing(path) as stream:
+        read_into(stream, tail_place, [memoryview(glimpse)])
     try:
-        place = locate_index(bytes(end), record.body_bytes)
+        place = locate_index(bytes(glimpse), record.body_bytes)
     except ValueError as error:
         raise CorruptCheckpointError(str(path), str(error)) from error
     content = bytearray(len(place))
-    read_verified(filesystem, path, image, [Part(place.start, memoryview(content))])
+    parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
+    read_verified(filesystem, path, image, parts)
+    if end != glimpse:
+        raise CorruptCheckpointError(str(path), "is changed while it is read")
     return Index(bytes(content), place.start, tuple(blocks.digests))
+
+
+def read_shard_values(
+    path: Path, record: ShardRecord, index: Index, filesystem: Filesystem
+) -> dict[str, bytes]:
+    """Return what a shard holds that is no tensor, by name, verified; errors as its index."""
+    entries = [each for each in index.entries(str(path)) if each.dtype is None]
+    contents = [bytearray(each.length) for each in entries]
+    parts = [
+        Part(each.offset, memoryview(content))
+        for each, content in zip(entries, contents, strict=True)
+    ]
+    read_verified(filesystem, path, record.image_record(str(path)), parts)
+    return {each.name: bytes(content) for each, content in zip(entries, contents, strict=True)}
 
 
 def outline(path: Path, record: ShardRecord, filesystem: Filesystem) -> list[Chunk]:
@@ -153,26 +173,44 @@ def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
     return Metadata(described, paths, places, StorageMeta())
 
 
-def deal(
-    wishes: Sequence[Mapping[int, Sequence[int]]], places: Sequence[int]
-) -> list[list[tuple[int, int]]]:
-    """Deal blocks to fetch, pairs of owner and number, so that each place gets each block once.
+@dataclass(frozen=True)
+class Wish:
+    """What a rank needs of a shard that does not lie at its place."""
 
-    `wishes`: by rank, the blocks that it will read, by owner. The result is by rank.
+    numbers: tuple[int, ...]
+    """Of blocks, in order."""
+    by_file: bool = False
+    """Whether it must have them in a file."""
+
+
+def divide(
+    wishes: Sequence[Mapping[int, Wish]], places: Sequence[int]
+) -> tuple[list[list[Block]], list[list[Block]]]:
+    """Divide blocks to fetch so that each place gets each block once.
+
+    `wishes`: by rank and owner. Return by rank the blocks that go straight to the one rank of a
+    place that wants them, and those that it fetches into a file for all of its place.
     """
-    shares: list[list[tuple[int, int]]] = [[] for _ in wishes]
+    straight: list[list[Block]] = [[] for _ in wishes]
+    filed: list[list[Block]] = [[] for _ in wishes]
     for place in sorted(set(places)):
         ranks = [rank for rank, each in enumerate(places) if each == place]
-        wanted = sorted(
-            {
-                (owner, number)
-                for rank in ranks
-                for owner, numbers in wishes[rank].items()
-                for number in numbers
-            }
-        )
+        wanting: dict[Block, list[int]] = {}
+        by_file: set[Block] = set()
+        for rank in ranks:
+            for owner, wish in wishes[rank].items():
+                for number in wish.numbers:
+                    wanting.setdefault((owner, number), []).append(rank)
+                    if wish.by_file:
+                        by_file.add((owner, number))
+        shared = []
+        for block, those in sorted(wanting.items()):
+            if len(those) == 1 and block not in by_file:
+                straight[those[0]].append(block)
+            else:
+                shared.append(block)
+        # Runs, not every n-th: a rank reads and sends its part in file order.
+        size = -(-len(shared) // len(ranks))
         for position, rank in enumerate(ranks):
-            # Runs, not every n-th: a rank reads and sends its part in file order.
-            size = -(-len(wanted) // len(ranks))
-            shares[rank] = wanted[position * size : (position + 1) * size]
-    return shares
+            filed[rank] = shared[position * size : (position + 1) * size]
+    return straight, filed

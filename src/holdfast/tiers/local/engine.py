@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncRequest
 from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.base_manager import (
     CheckpointingException,
@@ -33,6 +34,7 @@ from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
 from holdfast.tiers.local.shelf import Shelf
 from holdfast.tiers.local.state import ShardState
 from holdfast.tiers.local.tail import Tail
+from holdfast.tiers.local.transport import DeviceGroup
 from holdfast.tiers.local.vote import Commit, Objection, Verdict
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         self._rank = rank  # the stock property asks torch.distributed, which one process needs not
         self.run = run
         self.topology = topology
+        self.in_memory = in_memory
         self.coordinator: Coordinator = SingleProcess()
         """The channel of the thread that calls; set by whoever calls."""
         self.kept: list[Commit] = []
@@ -245,9 +248,18 @@ def make_strategy(
     timeout_seconds: float,
     *,
     sends_images: bool,
+    device: torch.device | None = None,
 ) -> ShardReplication:
-    """Return the strategy of a job over a process group of its own."""
-    return ShardReplication(OwnGroup(group, timeout_seconds), holders, sends_images=sends_images)
+    """Return the strategy of a job over a process group of its own.
+
+    `device`: what copies travel through. None: they travel out of host memory.
+    """
+    own = (
+        OwnGroup(group, timeout_seconds)
+        if device is None
+        else DeviceGroup(group, timeout_seconds, device)
+    )
+    return ShardReplication(own, holders, sends_images=sends_images)
 
 
 def _nothing(_: object) -> None:

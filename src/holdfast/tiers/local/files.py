@@ -32,6 +32,8 @@ _PENDING = re.compile(rf"[a-z0-9_]+(\.pt)?{re.escape(PENDING_MARK)}[0-9a-f]{{8}}
 _STOCK_PENDING = re.compile(rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.dirty\.pt")
 _RANK = re.compile("0|[1-9][0-9]*")
 _MEMORY_TYPES = ("tmpfs", "ramfs")
+UNREAD = "cannot be read"
+"""How the reason begins of a file that may be sound: the system kept us from seeing it."""
 
 
 def shard_name(iteration: int, owner: int) -> str:
@@ -60,6 +62,11 @@ class Found:
     owner: int
     record: ShardRecord | None
     reason: str | None = None
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether nothing is known of it but its name."""
+        return self.reason is not None and self.reason.startswith(UNREAD)
 
 
 class RunDirectory:
@@ -122,7 +129,7 @@ class RunDirectory:
         except CorruptCheckpointError as error:
             return Found(path, iteration, owner, None, error.reason)
         except OSError as error:
-            return Found(path, iteration, owner, None, f"cannot be read: {error.strerror}")
+            return Found(path, iteration, owner, None, f"{UNREAD}: {error.strerror}")
         if (record.iteration, record.owner) != parsed:
             reason = f"is the shard of rank {record.owner} of iteration {record.iteration}"
             return Found(path, iteration, owner, None, reason)

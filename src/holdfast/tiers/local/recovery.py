@@ -1,10 +1,10 @@
-"""What can be loaded, agreed by vote, and what is brought back from peers before it is.
+"""What can be loaded, agreed by vote, and what nodes have lost, brought back from peers.
 
 Owns the vote on the newest commit, the memory of what was found damaged on the way, and the
-fetching of whole shards from ranks that hold copies. Promises that every rank makes the same
-decisions from the same facts, that a file which was found damaged counts as missing from then on
-until it was written anew, and that a shard which arrives is published only if all of it verified.
-Reads no tensors.
+fetching of whole shards from ranks that hold copies, which may run beside training. Promises that
+every rank makes the same decisions from the same facts, that a file which was found damaged counts
+as missing from then on until it was written anew, and that a shard which arrives is published only
+if all of it verified. Reads no tensors.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from holdfast.tiers.local.vote import (
 
 CkptId = tuple[int, int, str]
 """As nvidia-resiliency-ext has it: iteration, owner, session (here the run id)."""
+Problem = tuple[int, str, str]
+"""A damaged file: the rank that lists it, path, reason."""
 
 
 class Recovery:
@@ -45,6 +47,8 @@ class Recovery:
         self.damaged: set[tuple[int, str, int]] = set()
         """Files that were found damaged: the rank that lists them, path, sequence."""
         self.rejected: dict[Commit, str] = {}
+        self.unusual: set[Commit] = set()
+        """Commits whose containers are not as this torch makes them."""
         self._covered: set[Commit] = set()
         self._shelf = shelf
         self._run = shelf.run
@@ -123,6 +127,15 @@ class Recovery:
         rank = self._shelf.lister(_directory(path)) if lister is None else lister
         self.damaged.add((rank, path, self.verdict.candidate.record.sequence))
 
+    def note_unusual(self) -> None:
+        """Remember that the commit's containers are another torch's; vote again, for the same."""
+        assert self.verdict is not None
+        assert self.verdict.candidate is not None
+        record = self.verdict.candidate.record
+        self.unusual.add(record.commit)
+        # Of no file, and yet something that was not known before: the commit is not passed over.
+        self.damaged.add((self._shelf.rank, "", record.sequence))
+
     def bring_home(self, candidate: Candidate, coordinator: Coordinator) -> Candidate:
         """Write again, from a peer's copy, each rank's own shard that is not at its place.
 
@@ -132,33 +145,74 @@ class Recovery:
             CorruptCheckpointError: on every rank: a copy was damaged, vote again.
             StageFailedError: a shard could not be written, or a rank is gone.
         """
+        candidate, problems = self._fetch(
+            candidate, self._homeless(candidate), "local restore", coordinator
+        )
+        self._raise(problems)
+        return candidate
+
+    def lacks(self, candidate: Candidate) -> list[tuple[int, int]]:
+        """Return the files that should be somewhere and are not: pairs of holder and owner.
+
+        Each rank's own shard at its place, and with replication every copy at its holder. The
+        same on every rank; one process has nobody to ask.
+        """
+        strategy = self._strategy
+        if strategy is None or candidate.record.world_size != self._shelf.topology.world_size:
+            return []
+        wanted = self._homeless(candidate)
+        if strategy.sends_images:
+            wanted += [
+                (holder, owner)
+                for owner, holders in enumerate(strategy.holders)
+                for holder in holders
+                if not any(
+                    each.is_whole and each.rank == holder and _directory(each.path) == holder
+                    for each in candidate.copies[owner]
+                )
+            ]
+        return [
+            pair
+            for pair in dict.fromkeys(wanted)
+            # From another rank: what one has already, in whatever directory, is there.
+            if any(each.is_whole and each.rank != pair[0] for each in candidate.copies[pair[1]])
+        ]
+
+    def restore(self, candidate: Candidate, coordinator: Coordinator) -> None:
+        """Write again everything that `lacks` names, from whatever sound copy there is.
+
+        Raises:
+            CorruptCheckpointError: on every rank: copies were damaged; what could be was written.
+            StageFailedError: a file could not be written, or a rank is gone.
+        """
+        problems: list[Problem] = []
+        lost_before = set(candidate.lost)
+        while wanted := self.lacks(candidate):
+            candidate, found = self._fetch(candidate, wanted, "local redundancy", coordinator)
+            problems += found
+            # Damaged ones are lacking themselves, as long as there is another to write them from.
+            bad = {(rank, path) for rank, path, _ in found}
+            sound = [
+                tuple(each for each in copies if (each.rank, each.path) not in bad)
+                for copies in candidate.copies
+            ]
+            candidate = replace(candidate, copies=tuple(sound))
+        if set(candidate.lost) > lost_before:
+            self._raise(problems)
+
+    def _homeless(self, candidate: Candidate) -> list[tuple[int, int]]:
+        """Return the ranks whose own shard is not at their place, as pairs of holder and owner."""
         places = self._shelf.topology.places
-        wanted = [
+        return [
             (rank, rank)
             for rank, copies in enumerate(candidate.copies)
             if not any(each.is_whole and places[each.rank] == places[rank] for each in copies)
         ]
-        return self._fetch(candidate, wanted, "local restore", coordinator)
 
-    def restore_redundancy(self, candidate: Candidate, coordinator: Coordinator) -> None:
-        """Write again every copy that its holder should have and has not.
-
-        Raises:
-            CorruptCheckpointError, StageFailedError: as `bring_home`.
-        """
-        strategy = self._strategy
-        if strategy is None or not strategy.sends_images:
-            return
-        wanted = [
-            (holder, owner)
-            for owner, holders in enumerate(strategy.holders)
-            for holder in holders
-            if not any(
-                each.is_whole and each.rank == holder and _directory(each.path) == holder
-                for each in candidate.copies[owner]
-            )
-        ]
-        self._fetch(candidate, wanted, "local redundancy", coordinator)
+    def _raise(self, problems: Sequence[Problem]) -> None:
+        if problems:
+            reasons = "; ".join(reason for _, _, reason in problems[:3])
+            raise CorruptCheckpointError(str(self._run.root), reasons)
 
     def _fetch(
         self,
@@ -166,10 +220,13 @@ class Recovery:
         wanted: Sequence[tuple[int, int]],
         stage: str,
         coordinator: Coordinator,
-    ) -> Candidate:
-        """Send shards to ranks that want them: pairs of receiver and owner, the same everywhere."""
+    ) -> tuple[Candidate, list[Problem]]:
+        """Send shards to ranks that want them: pairs of receiver and owner, the same everywhere.
+
+        Return the commit with the copies that it has then, and which of its files are damaged.
+        """
         if not wanted or self._strategy is None:
-            return candidate
+            return candidate, []
         iteration = candidate.record.iteration
         listed: list[dict[CkptId, Copy]] = [{} for _ in self._shelf.topology.seats]
         for owner, copies in enumerate(candidate.copies):
@@ -184,17 +241,17 @@ class Recovery:
             lambda: self._carry_out(plan, listed, candidate),
             lambda parts: [each for part in parts for each in part],
         )
-        problems = [reason for _, _, reason in rewritten if reason is not None]
+        problems = [(rank, path, reason) for rank, path, reason in rewritten if reason is not None]
+        written = {(rank, path) for rank, path, reason in rewritten if reason is None}
         sequence = candidate.record.sequence
-        self.damaged -= {(rank, path, sequence) for rank, path, reason in rewritten if not reason}
-        if problems:
-            raise CorruptCheckpointError(str(self._run.root), "; ".join(problems[:3]))
+        self.damaged -= {(rank, path, sequence) for rank, path in written}
         holdings = [list(each) for each in candidate.copies]
         for entry in plan.entries:
             owner = entry.id_[1]
             path = f"{entry.receiver}/{shard_name(iteration, owner)}"
-            holdings[owner].insert(0, Copy(entry.receiver, path, is_whole=True))
-        return replace(candidate, copies=tuple(tuple(each) for each in holdings))
+            if (entry.receiver, path) in written:
+                holdings[owner].insert(0, Copy(entry.receiver, path, is_whole=True))
+        return replace(candidate, copies=tuple(tuple(each) for each in holdings)), problems
 
     def _carry_out(
         self, plan: Any, listed: Sequence[dict[CkptId, Copy]], candidate: Candidate

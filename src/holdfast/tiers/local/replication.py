@@ -30,6 +30,8 @@ from torch import distributed
 
 _WINDOW = 4
 """Blocks of one stream under way at a time: one arrives while one is digested and written."""
+_TAKERS = 2
+"""Threads that digest and place what arrives: one alone is no faster than the network."""
 _PATIENCE = 0.75
 """Of the group's timeout: who waited in vain here must still be in time to say so elsewhere."""
 _HEADER = struct.Struct("<QQQ")
@@ -66,7 +68,10 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Where received bytes go, block after block."""
+    """Where received bytes go, block after block.
+
+    One whose `in_any_order` is true is given several blocks at a time, on several threads.
+    """
 
     def begin(self, size_bytes: int, body_bytes: int) -> None: ...
 
@@ -116,14 +121,19 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
         Raises:
             GroupBrokenError: a rank is gone or silent.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="holdfast-receiver") as beside:
-            self._stream(outgoing, incoming, beside)
+        name = "holdfast-receiver"
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix=name) as one,
+            ThreadPoolExecutor(_TAKERS, thread_name_prefix=name) as several,
+        ):
+            self._stream(outgoing, incoming, one, several)
 
     def _stream(
         self,
         outgoing: Sequence[Outgoing],
         incoming: Sequence[Incoming],
-        beside: ThreadPoolExecutor,
+        one: ThreadPoolExecutor,
+        several: ThreadPoolExecutor,
     ) -> None:
         try:
             lanes: list[_Lane] = [
@@ -131,7 +141,9 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
                 for each, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True)
             ]
             lanes += [
-                _ReceiveLane(self, each, tag, beside)
+                _ReceiveLane(
+                    self, each, tag, several if getattr(each.sink, "in_any_order", False) else one
+                )
                 for each, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True)
             ]
             # In rounds, and everything of a round posted before any of it is waited for: whoever is
@@ -275,7 +287,7 @@ class _ReceiveLane:
     ) -> None:
         self._group, self._transfer, self._tag = group, transfer, tag
         self._beside = beside
-        """Where blocks are digested and written, in order, while the next ones arrive."""
+        """Where blocks are digested and written while the next ones arrive."""
         self._busy: dict[int, Future[None]] = {}
         """By place in the window: what must end before its buffer is filled again."""
         self._header = bytearray(_HEADER.size)
@@ -383,7 +395,11 @@ class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ship
         plan = ExchangePlan(group=self.local_group)
         loads = [0] * len(globally_available_ids)
         for receiver, wanted_id in wanted:
-            senders = [rank for rank, ids in enumerate(globally_available_ids) if wanted_id in ids]
+            senders = [
+                rank
+                for rank, ids in enumerate(globally_available_ids)
+                if wanted_id in ids and rank != receiver
+            ]
             if senders:
                 sender = min(senders, key=lambda rank: (loads[rank], rank))
                 loads[sender] += 1

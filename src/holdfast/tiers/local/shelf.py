@@ -46,6 +46,9 @@ class Shelf:
         """Of the own shard, where files take turns."""
         self._copies = Turns(self.directory, run.filesystem, spares=copies, mapped=False)
         self._in_memory = in_memory
+        self._keep = turns - 1
+        self.spared: frozenset[int] = frozenset()
+        """Iterations that may be sound but could not be read when it was settled what is kept."""
         self._fresh: list[tuple[Path, Path | None]] = []
         """What was published since the last commit, with the predecessor of each."""
 
@@ -65,6 +68,17 @@ class Shelf:
         return tuple(self.run.scan(self.share()))
 
     # -- publish and take back -------------------------------------------------------------------
+
+    def take(self, size_bytes: int, timeout_seconds: float, kept: Collection[Commit]) -> TurnFile:
+        """Return a file for the next shard that nobody reads.
+
+        Raises:
+            NoFileFreeError: all of them are held, and stayed so.
+            OSError: there is no room, or what a failed save has left cannot be removed.
+        """
+        if not self.turns.has_turn:
+            self.prune(kept)  # left of a save that failed, or of pruning that did
+        return self.turns.take(size_bytes, timeout_seconds)
 
     def sink(self) -> ReceivedShard:
         """Return what receives a shard into a file of this rank."""
@@ -132,16 +146,37 @@ class Shelf:
     # -- prune -----------------------------------------------------------------------------------
 
     def prune(self, kept: Collection[Commit]) -> None:
-        """Remove every published file of this rank's share that is not of a kept commit.
+        """Remove every published file of this rank's share that is surely not of a kept commit.
 
         Raises:
-            OSError: one cannot be removed.
+            OSError: one cannot be removed; the others were.
         """
+        failures = []
         for found in self.scan():
-            if found.record is None or found.record.commit not in kept:
-                self.retire(self.run.root / found.path)
+            if self._is_doomed(found, kept):
+                try:
+                    self.retire(self.run.root / found.path)
+                except OSError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
         mates = self.topology.place_mates(self.rank)
         self.run.remove_empty([each for each in self.share() if each not in mates])
+
+    def _is_doomed(self, found: Found, kept: Collection[Commit]) -> bool:
+        if found.record is None:
+            # Nothing but its name tells what it may be the only copy of.
+            is_kept = found.iteration in {iteration for _, _, iteration in kept}
+            return not (found.is_unread and (is_kept or found.iteration in self.spared))
+        if found.record.commit in kept:
+            return False
+        newest_attempt = max((attempt for _, attempt, _ in kept), default=0)
+        if found.record.attempt > newest_attempt:
+            return False  # a later start has taken over meanwhile: what it commits is not ours
+        is_spared = found.iteration in self.spared and not self.turns.has(
+            self.run.root / found.path
+        )
+        return not is_spared or (len(kept) >= self._keep and found.record.commit < min(kept))
 
     def discard(self, is_doomed: Callable[[ShardRecord], bool]) -> None:
         """Remove the published files of this rank's share whose record is doomed.

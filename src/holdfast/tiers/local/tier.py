@@ -16,14 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from holdfast.config import LocalConfig
 from holdfast.coordination import Coordinator
 from holdfast.errors import (
-    CheckpointError,
     ConfigError,
     CorruptCheckpointError,
     RankFailure,
@@ -35,7 +33,8 @@ from holdfast.identity import CommitIdentity
 from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.layout import Layout
 from holdfast.tiers.local.budget import Budget, find_budget
-from holdfast.tiers.local.files import RunDirectory, is_memory, shard_name
+from holdfast.tiers.local.device import device_of, new_group
+from holdfast.tiers.local.files import UNREAD, RunDirectory, is_memory, shard_name
 from holdfast.tiers.local.nodes import Seat, Topology, assign_holders, node_name
 from holdfast.tiers.local.sealing import LocalSnapshot, lay_out_in, seal
 from holdfast.tiers.local.tail import ShardRecord
@@ -102,9 +101,11 @@ class LocalTier:
         rank = coordinator.rank
         run = RunDirectory(self.directory, run_id, filesystem)
         # Within the stage: where the package is missing on one node only, all hear of it.
-        seats = coordinator.together("local prepare", lambda: _prepare(run, rank, node))
+        transport = config.replication.transport
+        places = coordinator.together("local prepare", lambda: _prepare(run, rank, node, transport))
         engine = _import_engine()
-        self.topology = Topology(tuple(seats))
+        self._device = device_of(transport)
+        self.topology = Topology(tuple(seat for seat, _ in places))
         factor, jump = config.replication.factor, config.replication.jump
         nodes = self.topology.nodes
         # With one copy of each shard its small states still go to another node: where the shards
@@ -112,11 +113,15 @@ class LocalTier:
         copies = factor if factor > 1 else min(2, len(set(nodes)))
         self.holders = assign_holders(nodes, copies, jump)
         """By rank: who holds its shard, or with `replication.factor` 1 its small states."""
-        self.in_memory = is_memory(run.root)
+        self.in_memory = places[rank][1]
         strategy = None
         if coordinator.world_size > 1:
             strategy = engine.make_strategy(
-                self._new_group(), self.holders, timeout_seconds, sends_images=factor > 1
+                self._new_group(),
+                self.holders,
+                timeout_seconds,
+                sends_images=factor > 1,
+                device=self._device,
             )
             if factor > 1 and min(map(len, self.holders)) < factor and rank == 0:
                 logger.warning(
@@ -127,12 +132,13 @@ class LocalTier:
             run, rank, self.topology, strategy, keep_last, in_memory=self.in_memory
         )
         self._file: TurnFile | None = None
+        self._newest_sequence = 0
         self._candidate: Candidate | None = None
         self._noted: frozenset[Any] = frozenset()
         """Damage that was known when the candidate was opened."""
         self._opened: LocalContents | None = None
-        share = self.manager.shelf.share()
-        coordinator.settle("local sweep", lambda: run.sweep(share), lambda _: None)
+        shelf = self.manager.shelf
+        coordinator.settle("local sweep", lambda: run.sweep(shelf.share()), lambda _: None)
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -155,7 +161,8 @@ class LocalTier:
             if self.in_memory:
                 self._filesystem.make_directory(self.manager.shelf.directory)  # it may be wiped
                 patience = self._timeout_seconds * _PATIENCE
-                self._file = self.manager.shelf.turns.take(image_bytes(layout), patience)
+                shelf, kept = self.manager.shelf, self.manager.kept
+                self._file = shelf.take(image_bytes(layout), patience, kept)
                 arenas.append(lay_out_in(self._file, layout, pinned=pinned))
             return self._group_is_broken()
 
@@ -235,7 +242,12 @@ class LocalTier:
         self._return_loan()
         self.manager.coordinator = coordinator
         self._renew_group(coordinator.settle("local group", self._group_is_broken, any))
-        return self.manager.vote(objection).candidate
+        verdict = self.manager.vote(objection)
+        self._newest_sequence = max(self._newest_sequence, verdict.newest_sequence)
+        # What cannot be read at the moment may be the newest commit there is.
+        unread = {each.iteration for each in verdict.passed if each.reason.startswith(UNREAD)}
+        self.manager.shelf.spared = frozenset(unread)
+        return verdict.candidate
 
     @property
     def passed(self) -> tuple[Passed, ...]:
@@ -245,22 +257,19 @@ class LocalTier:
 
     @property
     def newest_sequence(self) -> int:
-        """The largest sequence of any file that the last `find` saw; 0: none."""
-        verdict = self.manager.recovery.verdict
-        return 0 if verdict is None else verdict.newest_sequence
+        """The largest sequence of any file that any `find` saw; 0: none."""
+        return self._newest_sequence
 
     def open(
         self,
         candidate: Candidate,
         coordinator: Coordinator,
-        structure: bytes | None = None,
         suffices: Callable[[bytes], bool] | None = None,
     ) -> LocalContents:
         """Open a commit that `find` returned, together with every other rank.
 
-        A shard that its rank has lost is written again from a peer's copy first. `structure`: of
-        what this rank has live; where it is what was saved, no index need travel. `suffices`: says
-        of this rank's own small state whether it needs no other rank's.
+        What a node has lost is read from peers, and written again by `restore`. `suffices`: says of
+        this rank's own small state whether it needs no other rank's.
 
         Raises:
             CorruptCheckpointError: on every rank; call `find` again for what else there is.
@@ -271,10 +280,7 @@ class LocalTier:
         manager = self.manager
         self._noted = frozenset(manager.recovery.damaged)
         try:
-            if candidate.record.world_size == self.topology.world_size:
-                candidate = manager.recovery.bring_home(candidate, coordinator)
-            opening = Opening(manager, candidate, coordinator)
-            self._opened = opening.run(None if structure is None else structure.hex(), suffices)
+            self._opened = Opening(manager, candidate, coordinator).run(suffices)
             self._candidate = candidate
         except StageTimeoutError:
             raise
@@ -311,18 +317,20 @@ class LocalTier:
         if problems:
             raise CorruptCheckpointError(str(self.manager.run.root), "; ".join(problems[:3]))
 
-    def finish(self, coordinator: Coordinator) -> None:
-        """End a load that succeeded: return what was borrowed, write missing copies again."""
+    def finish(self) -> bool:
+        """End a load that succeeded; say, on every rank alike, whether `restore` has work to do."""
         self._return_loan()
         candidate = self._candidate
-        if candidate is None or candidate.record.world_size != self.topology.world_size:
-            return
-        try:
-            self.manager.recovery.restore_redundancy(candidate, coordinator)
-        except StageTimeoutError:
-            raise
-        except CheckpointError as error:
-            logger.warning("copies were not restored, the next save makes new ones: %s", error)
+        return candidate is not None and bool(self.manager.recovery.lacks(candidate))
+
+    def restore(self, coordinator: Coordinator) -> None:
+        """Write again what nodes have lost of the commit that was loaded, on any thread.
+
+        Raises:
+            CheckpointError: on every rank: something could not be written, or has no sound copy.
+        """
+        assert self._candidate is not None
+        self.manager.recovery.restore(self._candidate, coordinator)
 
     def _return_loan(self) -> None:
         if self._opened is not None:
@@ -349,11 +357,23 @@ class LocalTier:
 
     @contextmanager
     def hold(self, iteration: int) -> Iterator[BinaryIO]:
-        """Open this rank's own shard of a commit, and keep it as it is meanwhile, on any thread."""
-        rank = self.manager.rank
-        path = self.manager.run.rank_directory(rank) / shard_name(iteration, rank)
-        with self.manager.shelf.turns.hold(path) as stream:
+        """Open this rank's own shard of a commit, and keep it as it is meanwhile, on any thread.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        with self.manager.shelf.turns.hold(self._own_path(iteration)) as stream:
             yield stream
+
+    @contextmanager
+    def keep(self, iteration: int) -> Iterator[None]:
+        """Keep this rank's own shard of a commit as it is meanwhile; nothing of that can fail."""
+        with self.manager.shelf.turns.keep(self._own_path(iteration)):
+            yield
+
+    def _own_path(self, iteration: int) -> Path:
+        rank = self.manager.rank
+        return self.manager.run.rank_directory(rank) / shard_name(iteration, rank)
 
     def budget(self, image_size_bytes: int, coordinator: Coordinator) -> Budget:
         """Return what this place needs for shards of such sizes, one given by each rank.
@@ -378,6 +398,7 @@ class LocalTier:
                 held,
                 self._turns_count,
                 in_memory=self.in_memory,
+                reused=[self.manager.run.root],
             )
             if rank == mates[0]:
                 found.check()
@@ -397,11 +418,7 @@ class LocalTier:
 
     def _new_group(self) -> Any:
         """Make the group that exchanges run over; all ranks together, on the training thread."""
-        from torch import distributed
-
-        return distributed.new_group(
-            backend="gloo", timeout=timedelta(seconds=self._timeout_seconds)
-        )
+        return new_group(self._device, self._timeout_seconds)
 
     def _group_is_broken(self) -> bool:
         strategy = self.manager.repl_strategy
@@ -413,11 +430,13 @@ class LocalTier:
             self.manager.repl_strategy.local_group.renew(self._new_group())
 
 
-def _prepare(run: RunDirectory, rank: int, node: str | None) -> Seat:
+def _prepare(run: RunDirectory, rank: int, node: str | None, transport: str) -> tuple[Seat, bool]:
+    """Return where this rank sits, and whether its directory lies in RAM."""
     _import_engine()
+    device_of(transport)
     run.prepare(rank)
     found = os.stat(run.root)
-    return Seat(node_name(node), (found.st_dev, found.st_ino))
+    return Seat(node_name(node), (found.st_dev, found.st_ino)), is_memory(run.root)
 
 
 def _agree_on_iteration(sealed: list[tuple[int, int]]) -> int:

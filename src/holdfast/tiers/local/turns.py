@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from holdfast.errors import NoFileFreeError
-from holdfast.filesystem import Filesystem
+from holdfast.filesystem import Filesystem, naming
 from holdfast.tiers.local.files import as_problem, pending_name, reserve
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class TurnFile:
         self.is_retired = False
         """Free as soon as its last holder lets go."""
         self._filesystem = filesystem
-        with filesystem.open_new(path) as stream:
+        with naming(path), filesystem.open_new(path) as stream:
             self._descriptor = os.dup(stream.fileno())
         # Also where nobody closes it: a manager has no end of its own.
         self._close = weakref.finalize(self, os.close, self._descriptor)
@@ -61,7 +61,8 @@ class TurnFile:
             if mapped and size_bytes:
                 reserve(self._descriptor, size_bytes, path)
                 flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-                pages = mmap.mmap(self._descriptor, size_bytes, flags=flags)
+                with naming(path):
+                    pages = mmap.mmap(self._descriptor, size_bytes, flags=flags)
                 with suppress(OSError, AttributeError):
                     pages.madvise(mmap.MADV_DONTFORK)
                 self._memory = memoryview(pages)
@@ -101,12 +102,22 @@ class TurnFile:
             ) from error
 
     def cut(self, size_bytes: int) -> None:
-        """End the file here."""
-        os.ftruncate(self._descriptor, size_bytes)
+        """End the file here.
+
+        Raises:
+            OSError: it cannot be changed.
+        """
+        with naming(self.path):
+            os.ftruncate(self._descriptor, size_bytes)
 
     def sync(self) -> None:
-        """Make the bytes durable; for a file in RAM there is nothing to do."""
-        os.fsync(self._descriptor)
+        """Make the bytes durable; for a file in RAM there is nothing to do.
+
+        Raises:
+            OSError: they are not.
+        """
+        with naming(self.path):
+            os.fsync(self._descriptor)
 
     def rename(self, path: Path) -> None:
         """Give it another name, over an existing file."""
@@ -173,6 +184,12 @@ class Turns:
             self._taken.add(file)
             return file
 
+    @property
+    def has_turn(self) -> bool:
+        """Whether a file can be taken at once."""
+        with self._changed:
+            return self._has_turn()
+
     def _has_turn(self) -> bool:
         return bool(self._free) or self._may_create()
 
@@ -192,11 +209,12 @@ class Turns:
             file.close()
         for file in self._free:
             if file.size_bytes == size_bytes:
-                self._free.remove(file)
                 file.cut(size_bytes)  # its tail, without which it is no shard
+                self._free.remove(file)
                 return file
         while self._free:  # of another size: their room is needed
-            self._free.pop().remove()
+            self._free[-1].remove()
+            self._free.pop()
         return self._create(size_bytes)
 
     def _create(self, size_bytes: int) -> TurnFile:
@@ -273,22 +291,33 @@ class Turns:
         self._changed.notify_all()
 
     @contextmanager
-    def hold(self, path: Path) -> Iterator[BinaryIO]:
-        """Open a published file and keep its bytes as they are while somebody reads it."""
+    def keep(self, path: Path) -> Iterator[None]:
+        """Keep the bytes of a published file as they are meanwhile; nothing of that can fail."""
         with self._changed:
             file = self._published.get(path)
-            stream = self._filesystem.open_existing(path)
             if file is not None:
                 file.holders += 1
         try:
-            with stream:
-                yield stream
+            yield
         finally:
             with self._changed:
                 if file is not None:
                     file.holders -= 1
                     if file.is_retired and not file.holders:
-                        self._put_away(file)
+                        try:
+                            self._put_away(file)
+                        except OSError as error:  # the next pruning finds it by its name
+                            logger.warning("%s is left behind: %s", path, error)
+
+    @contextmanager
+    def hold(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a published file and keep its bytes as they are while somebody reads it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        with self.keep(path), self._filesystem.open_existing(path) as stream:
+            yield stream
 
     def close(self) -> None:
         """Remove what is free, and let go of the rest."""

@@ -1,0 +1,322 @@
+"""What the local tier takes of a node is told at the load, and refused there if it cannot fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
+from holdfast.coordination import SingleProcess
+from holdfast.errors import ConfigError
+from holdfast.shards.memory import Room
+from holdfast.tiers.local.budget import Budget, Need, foretell
+from holdfast.tiers.local.nodes import Seat, Topology
+from tests.support.managers import Live, linear, manager_of, step
+from tests.support.mounts import small_memory
+from tests.support.ranks import run_ranks
+
+pytest.importorskip("nvidia_resiliency_ext")
+
+_LINE = re.compile(r"local tier at (\S+): .*own shards (\S+ \S+), copies for others (\S+ \S+)\)")
+
+
+@pytest.fixture
+def small_directory(tmp_path: Path) -> Iterator[Path]:
+    """A local directory in RAM with room for 8 MB."""
+    with small_memory(tmp_path / "memory", "8m") as folder:
+        yield folder
+
+
+class _Start:
+    """One start of a run whose shard takes 24 bytes for each unit of its model's width."""
+
+    def __init__(
+        self,
+        root: Path,
+        local: Path | None,
+        width: int,
+        factor: int = 1,
+        keep: int = 2,
+        **values: Any,
+    ) -> None:
+        self.live = linear(width=width)
+        settings: dict[str, Any] = {"directory": None if local is None else str(local)}
+        if keep > 2:
+            settings["keep"] = {"last": keep}
+        if factor > 1:
+            settings["replication"] = {"factor": factor}
+        self.manager = manager_of(root / "store", local=settings, **values)
+
+    def load(self, **context: Any) -> int:
+        return self.live.load(self.manager, **context).iteration
+
+    def save(self, iteration: int, *, to_local: bool = True) -> None:
+        step(self.live, iteration)
+        self.live.optimizer.zero_grad()
+        self.live.save(self.manager, iteration, non_persistent_ckpt=to_local)
+
+    def close(self) -> None:
+        self.manager.finalize_async_saves(self.live.state, terminate=True)
+
+
+def _lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each for each in caplog.messages if each.startswith("local tier at")]
+
+
+# -- told --------------------------------------------------------------------------------------
+
+
+def test_the_sum_is_told_at_the_load_and_holds_at_the_first_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An optimizer without state counts as what it will be: the save finds the same."""
+    caplog.set_level(logging.INFO, "holdfast")
+    start = _Start(tmp_path, tmp_path / "local", 50_000)
+    assert start.load() == 0
+    (told,) = _lines(caplog)
+    start.save(1)
+    start.close()
+    _, at_save = _lines(caplog)
+    assert _numbers(told) == _numbers(at_save)
+    assert "own shards 3.6 MiB, copies for others 0.0 MiB" in told
+    assert re.search(r", and in memory 1\.2 MiB of .* left$", told), "the disk needs an arena"
+    assert "planning anew" not in caplog.text, "the plan was made in vain"
+
+
+def test_a_resumed_run_is_told_what_it_took(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The commit that is loaded shows it; and where more is to be kept, more is needed."""
+    start = _Start(tmp_path, tmp_path / "local", 50_000)
+    start.load()
+    start.save(1)
+    start.close()
+    caplog.set_level(logging.INFO, "holdfast")
+    start = _Start(tmp_path, tmp_path / "local", 50_000, keep=4)
+    assert start.load() == 1
+    start.save(2)
+    start.close()
+    told, at_save = _lines(caplog)
+    assert "5 files in turn" in told
+    assert _mebibytes(told) == pytest.approx(_mebibytes(at_save), abs=0.1), "small states differ"
+
+
+def _numbers(line: str) -> tuple[str, ...]:
+    match = _LINE.match(line)
+    assert match is not None, line
+    return match.groups()
+
+
+def test_the_sum_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A manager that rolls back has said it before."""
+    caplog.set_level(logging.INFO, "holdfast")
+    start = _Start(tmp_path, tmp_path / "local", 4)
+    start.load()
+    start.load()
+    assert len(_lines(caplog)) == 1
+    start.close()
+
+
+def test_what_will_not_save_state_is_told_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a local tier, or with model and optimizer left alone, nothing is asked or made."""
+    caplog.set_level(logging.INFO, "holdfast")
+    start = _Start(tmp_path, None, 4)
+    start.load()
+    start.close()
+    start = _Start(tmp_path, tmp_path / "local", 4)
+    start.load(skip_load_to_model_and_opt=True)
+    start.close()
+    assert _lines(caplog) == []
+    assert not (tmp_path / "local").exists()
+
+
+def test_what_is_not_counted_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of an unknown optimizer without state the sum is a least one."""
+    from torch.optim import Adafactor
+
+    caplog.set_level(logging.INFO, "holdfast")
+    start = _Start(tmp_path, tmp_path / "local", 4)
+    start.live = Live(start.live.model, Adafactor(start.live.model.parameters()))  # type: ignore[union-attr]
+    start.load()
+    start.close()
+    (line,) = _lines(caplog)
+    assert line.endswith("; not counting what Adafactor will keep")
+
+
+def _mebibytes(line: str) -> list[float]:
+    return [float(each.removesuffix(" MiB")) for each in _numbers(line)[1:]]
+
+
+# -- refused -----------------------------------------------------------------------------------
+
+
+def test_what_cannot_fit_is_refused_before_training(tmp_path: Path, small_directory: Path) -> None:
+    """With the numbers, every time it is asked, and nothing was taken."""
+    start = _Start(tmp_path, small_directory, 200_000)  # 3 turns of 4.6 MiB
+    before = start.live.digests()
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError,
+            match=r"13\.9 MiB of [78]\.\d MiB free \(3 files in turn.*limited by the free space.*"
+            r"lower local\.keep\.last",
+        ):
+            start.load()
+    assert start.live.digests() == before
+    assert list(small_directory.iterdir()) == []
+    start.close()
+    start = _Start(tmp_path, small_directory, 100_000)  # 3 turns of 2.3 MiB
+    assert start.load() == 0
+    start.close()
+
+
+def test_a_disk_needs_memory_to_copy_into() -> None:
+    """Files there are no memory: what the container has left must hold the copy of the state."""
+    found = Budget("d", 30, 0, 3, Room(1000, "the disk"), 10, Room(9, "the group"))
+    with pytest.raises(ConfigError, match=r"limited by the group; give the job more memory"):
+        found.check()
+    Budget("d", 30, 0, 3, Room(30, "the disk"), 10, Room(10, "the group")).check()
+    Budget("d", 0, 0, 3, Room(0, "the disk")).check()
+
+
+# -- what lies there already -------------------------------------------------------------------
+
+
+def _save_and_be_killed(root: Path, local: Path, to_local: bool) -> None:
+    """Save three times, and leave everything as it is."""
+    start = _Start(root, local, 100_000)
+    start.load()
+    for iteration in (1, 2, 3):
+        start.save(iteration, to_local=to_local)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("names_it", [False, True], ids=["newest", "named"])
+def test_a_restart_over_a_full_directory_goes_on(
+    tmp_path: Path, small_directory: Path, names_it: bool
+) -> None:
+    """The files of the run's earlier attempts make way: they are no reason to refuse.
+
+    Also where a load names a directory, and does not look at the local tier.
+    """
+    run_ranks(_save_and_be_killed, 1, tmp_path, small_directory, not names_it, may_die={0})
+    found = os.statvfs(small_directory)
+    assert found.f_bavail * found.f_frsize < 2 << 20, "it was to be full"
+    load = {"directory": str(tmp_path / "store")} if names_it else {}
+    start = _Start(tmp_path, small_directory, 100_000, load=load)
+    assert start.load() == 3
+    start.save(4)
+    start.close()
+    start = _Start(tmp_path, small_directory, 100_000)
+    assert start.load() == 4
+    start.close()
+
+
+def test_another_runs_files_are_no_room(tmp_path: Path, small_directory: Path) -> None:
+    """Nothing removes them: what they leave is all there is."""
+    other = _Start(tmp_path / "other", small_directory, 100_000)
+    other.load()
+    other.save(1)
+    other.save(2)
+    other.close()
+    start = _Start(tmp_path, small_directory, 100_000)
+    with pytest.raises(ConfigError, match=r"7\.0 MiB of [23]\.\d MiB free"):
+        start.load()
+    start.close()
+
+
+# -- several ranks -----------------------------------------------------------------------------
+
+
+def _seats(*places: tuple[str, int]) -> Topology:
+    return Topology(tuple(Seat(node, (1, inode)) for node, inode in places))
+
+
+def test_ranks_of_one_directory_are_added_up(tmp_path: Path) -> None:
+    """Both ranks' shards and the drain's turn; what other optimizers keep is named."""
+    config = LocalConfig(
+        directory=str(tmp_path),
+        keep=LocalKeepConfig(last=2),
+        replication=ReplicationConfig(factor=2),
+    )
+    topology = _seats(("a", 1), ("a", 1), ("b", 1), ("b", 1))
+    found = foretell(
+        config,
+        topology,
+        None,
+        Need(1 << 20, ("Lion",)),
+        _AsIfFour([1 << 20, 2 << 20, 4 << 20, 8 << 20]),
+        drains=True,
+    )
+    assert found.own_bytes == 4 * (3 << 20)
+    assert found.copy_bytes == 4 * (12 << 20), "rank 0 holds for 2, rank 1 for 3"
+    assert found.turns == 4
+    assert found.line.endswith("; on node a; not counting what Lion will keep")
+
+
+class _AsIfFour(SingleProcess):
+    """Rank 0 of four, of which the others need other sizes."""
+
+    world_size = 4
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+
+    def together(self, stage: str, work: Any) -> Any:
+        """Answer for the others too."""
+        need = work()
+        return [Need(each, need.uncounted) for each in self._sizes]
+
+
+def _load_on_nodes(root: Path, width: int, small: str | None) -> tuple[str, list[str]]:
+    """Load and save on two simulated nodes; return the error, and what was told."""
+    rank = int(os.environ["RANK"])
+    node = "ab"[rank]
+    os.environ["HOLDFAST_NODE"] = node
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("holdfast").setLevel(logging.INFO)
+    logging.getLogger("holdfast").addHandler(handler)
+    directory = root / node if node != small else Path(root, "memory")
+    start = _Start(root, directory, width, factor=2, timeout_seconds=20.0)
+    problem = ""
+    try:
+        start.load()
+        start.save(1)
+    except ConfigError as error:
+        problem = str(error)
+    start.close()
+    return problem, [each for each in messages if each.startswith("local tier at")]
+
+
+def test_copies_count_and_the_save_finds_the_same(tmp_path: Path) -> None:
+    """Two nodes with the whole state on each, and a copy for the other."""
+    (first, told), (second, silent) = run_ranks(_load_on_nodes, 2, tmp_path, 50_000, None)
+    assert first == second == ""
+    assert silent == []
+    assert _numbers(told[0]) == _numbers(told[1]) == (str(tmp_path / "a"), "3.6 MiB", "3.6 MiB")
+    assert told[0].endswith("; of 2 places this has the least to spare")
+    shutil.rmtree(tmp_path / "b")
+    (first, again), (second, _) = run_ranks(_load_on_nodes, 2, tmp_path, 50_000, None)
+    assert first == second == ""
+    assert _mebibytes(again[0]) == pytest.approx(_mebibytes(told[0]), abs=0.1), "b needs the same"
+
+
+def test_one_node_that_is_too_small_is_told_on_every_rank(
+    tmp_path: Path, small_directory: Path
+) -> None:
+    """With its numbers, and nobody waits for anybody."""
+    (first, told), (second, _) = run_ranks(_load_on_nodes, 2, tmp_path, 100_000, "b")
+    assert first == second
+    assert re.search(r"memory: 1[34]\.\d MiB of [78]\.\d MiB free .*on node b", first)
+    assert told == []
