@@ -39,7 +39,7 @@ faults: $(INSTALLED) ## crash, damage and fail everything: a seeded subset, and 
 faults-full: $(INSTALLED) ## the same, leaving nothing out
 	@HOLDFAST_FAULTS=full $(RUN) -m pytest -o faulthandler_timeout=3600 tests/faults $(ARGS)
 
-soak: $(INSTALLED) ## train on two ranks under random SIGKILL: make soak SECONDS=3600 ARGS="--seed 1"
+soak: $(INSTALLED) ## train on two ranks under random SIGKILL: make soak SECONDS=3600 ARGS=--tiered
 	@$(QUIET) $(RUN) -m tests.faults.soak --seconds $(SECONDS) $(ARGS)
 
 bench: $(BENCHED) ## measure saves and loads beside peers and the machine's limits: make bench ARGS="--quick"

@@ -73,15 +73,15 @@ class Blocks:
     digests: Sequence[str]
 
 
-def describe_file(path: str, stream: BinaryIO) -> FileRecord:
-    """Read a stream to its end and return the record of it under a relative path."""
-    size_bytes = 0
-    digests: list[bytes] = []
-    for block in _blocks(stream):
-        size_bytes += len(block)
-        digests.append(xxhash.xxh3_128_digest(block))
+def describe_content(path: str, content: bytes) -> FileRecord:
+    """Return the record of a file with this content under a relative path."""
+    view = memoryview(content)
+    digests = [
+        xxhash.xxh3_128_digest(view[start : start + BLOCK_BYTES])
+        for start in range(0, len(content), BLOCK_BYTES)
+    ]
     return FileRecord(
-        path, size_bytes, _root_digest(digests), tuple(digest.hex() for digest in digests)
+        path, len(content), _root_digest(digests), tuple(digest.hex() for digest in digests)
     )
 
 
@@ -147,7 +147,8 @@ def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
     in_footer = record.blocks is None
     stream.seek(0)
     position = 0
-    for count, block in enumerate(_blocks(stream, expected.covered_bytes if in_footer else None)):
+    limit_bytes = expected.covered_bytes if in_footer else None
+    for count, block in enumerate(_blocks(stream, record.size_bytes + 1, limit_bytes)):
         if count >= len(expected.digests):
             return Difference(f"is longer than the {record.size_bytes} bytes committed")
         if xxhash.xxh3_128_hexdigest(block) != expected.digests[count]:
@@ -174,16 +175,20 @@ def round_up(size_bytes: int, multiple: int) -> int:
     return -(-size_bytes // multiple) * multiple
 
 
-def _blocks(stream: BinaryIO, limit_bytes: int | None = None) -> Iterator[memoryview]:
+def _blocks(
+    stream: BinaryIO, expected_bytes: int, limit_bytes: int | None = None
+) -> Iterator[memoryview]:
     """Yield the stream in blocks of 8 MiB through one buffer; each is valid until the next.
 
+    `expected_bytes`: if that is less than a block, so are all blocks, and the buffer.
     `limit_bytes`: where to stop. None: at the end.
     """
-    buffer = bytearray(BLOCK_BYTES)
+    buffer = bytearray(min(BLOCK_BYTES, expected_bytes))
     view = memoryview(buffer)
     position = 0
     while True:
-        wanted = BLOCK_BYTES if limit_bytes is None else min(BLOCK_BYTES, limit_bytes - position)
+        rest = len(buffer) if limit_bytes is None else limit_bytes - position
+        wanted = min(len(buffer), rest)
         filled = 0
         while filled < wanted:
             count = stream.readinto(view[filled:wanted])  # type: ignore[attr-defined]  # BinaryIO lacks it
@@ -193,7 +198,7 @@ def _blocks(stream: BinaryIO, limit_bytes: int | None = None) -> Iterator[memory
         if filled:
             yield view[:filled]
         position += filled
-        if filled < BLOCK_BYTES:
+        if filled < len(buffer):
             return
 
 

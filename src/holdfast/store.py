@@ -8,7 +8,6 @@ ranks, or when to save.
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 import secrets
@@ -17,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from holdfast.digests import Difference, FileRecord, describe_file, find_difference
+from holdfast.digests import Difference, FileRecord, describe_content, find_difference
 from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError
 from holdfast.filesystem import (
     PENDING_MARK,
@@ -258,7 +257,7 @@ class Store:
         if path.parent != pending:
             self._filesystem.make_directory(path.parent)
         write_new(self._filesystem, path, content)
-        return describe_file(name, io.BytesIO(content))  # what was meant, whatever the disk made
+        return describe_content(name, content)  # what was meant, whatever the disk made of it
 
     def commit(self, pending: Path, manifest: Manifest) -> Checkpoint:
         """Make a pending checkpoint durable and visible, and move the tracker to it.

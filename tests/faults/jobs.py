@@ -64,12 +64,12 @@ class Job:
         self.run.train(step - self.step)
         self.state.train_state.step = step
 
-    def save(self) -> None:
+    def save(self, *, to_local: bool = False) -> None:
         """Save here, and wait until the outcome was told."""
-        self.begin_save()
+        self.begin_save(to_local=to_local)
         self.manager.finalize_async_saves(self.state, blocking=True)
 
-    def begin_save(self, callback_manager: Any | None = None) -> None:
+    def begin_save(self, callback_manager: Any | None = None, *, to_local: bool = False) -> None:
         """Save here; with async_save return before it is written."""
         run = self.run
         context = CheckpointSaveContext(
@@ -79,6 +79,7 @@ class Job:
             run.scheduler,
             num_floating_point_operations_so_far=7 * self.step,
             train_data_iterator=run.stream,
+            non_persistent_ckpt=to_local,
         )
         self.manager.save(context, callback_manager)
 
@@ -93,6 +94,10 @@ class Job:
             train_data_iterator=run.stream,
         )
         return self.manager.load(context)
+
+    def close(self) -> None:
+        """End here: wait for what is under way, and let go of the files of the local tier."""
+        self.manager.finalize_async_saves(self.state, terminate=True)
 
     def digests(self) -> dict[str, str]:
         """Digest everything that a checkpoint carries, counters included."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 
 ROWS = ("crash states tried", "kill points", "byte flips", "errno x operation pairs",
-        "rank failures")  # fmt: skip
+        "rank failures", "local: crash states tried", "local: kill points", "local: byte flips",
+        "local: damaged files", "local: errno x call pairs", "local: rank failures")  # fmt: skip
 """Always shown, in this order, with 0 where nothing was tried; other names follow."""
 
 _counts: Counter[str] = Counter()

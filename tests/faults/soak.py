@@ -6,6 +6,10 @@ One rank or both are killed at random moments, and the same command is started a
 asynchronous save every few steps, the newest two checkpoints kept. At the end the steps that the
 last resumed start counts on must have the losses and the state of a run that nobody killed, bit for
 bit. Prints what happened; exits with 1 where a checkpoint was lost or anything was wrong.
+
+With `--tiered` the ranks sit on two simulated nodes, each with a directory in RAM and a copy of the
+other's shard: all saves but every fourth are local alone, and between two starts a node's memory is
+sometimes lost, or that of both, after which the newest persistent checkpoint has to be there.
 """
 
 from __future__ import annotations
@@ -15,17 +19,21 @@ import io
 import os
 import random
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.events import ON_CHECKPOINT_SAVE, CallbackManager
+from holdfast.tiers.both import LOCAL
+from holdfast.tiers.persistent import TIER_NAME
 from tests.faults.jobs import Job, damages, job_of_rank, leftovers
 from tests.support.ranks import RanksFailedError, run_ranks
 from tests.support.states import digest
@@ -33,6 +41,10 @@ from tests.support.states import digest
 RANKS = 2
 SAVE_EVERY = 5
 """Steps."""
+PERSIST_EVERY = 20
+"""Steps; with a local tier, where saves between are local alone."""
+NODES = ("a", "b")
+"""By rank."""
 LAST_STEPS = 20
 """Trained in peace at the end."""
 LAUNCH_SECONDS = 60.0
@@ -53,22 +65,30 @@ class _Notes:
         os.write(self._descriptor, f"{' '.join(map(str, words))}\n".encode())
 
 
-def _train(store: Path, folder: Path, until: int | None) -> None:
-    """Resume and train until a step, or until killed."""
+def _train(store: Path, folder: Path, until: int | None, nodes: Path | None) -> None:
+    """Resume and train until a step, or until killed; `nodes`: where their memory is, if any."""
     keep = {"directory": str(store), "keep": {"last": 2}}
-    job = job_of_rank(store, async_save=True, timeout_seconds=3.0, persistent=keep)
     rank = int(os.environ["RANK"])
+    local: dict[str, object] = {}
+    if nodes is not None:
+        os.environ["HOLDFAST_NODE"] = NODES[rank]
+        local = {"directory": str(nodes / NODES[rank]), "replication": {"factor": 2}}
+    job = job_of_rank(store, async_save=True, timeout_seconds=3.0, persistent=keep, local=local)
     notes = _Notes(folder / f"rank_{rank}")
     notes.put("pid", os.getpid())
     result = job.load()
     notes.put("loaded", result.iteration)
+    notes.put("from", result.tier or "nothing")
     notes.put("state", job.step, digest(job.digests()))
     callbacks = CallbackManager()
-    callbacks.register(ON_CHECKPOINT_SAVE, lambda event: notes.put("saved", event.iteration))
+    callbacks.register(
+        ON_CHECKPOINT_SAVE, lambda event: notes.put("saved", event.iteration, event.tier)
+    )
     while until is None or job.step < until:
         _take_step(job, notes)
         if job.step % SAVE_EVERY == 0:
-            job.begin_save(callbacks)
+            to_local = nodes is not None and job.step % PERSIST_EVERY != 0
+            job.begin_save(callbacks, to_local=to_local)
         job.manager.finalize_async_saves(job.state)
     job.manager.finalize_async_saves(job.state, blocking=True, terminate=True)
 
@@ -98,7 +118,10 @@ class _Record:
 
     pid: int | None = None
     loaded: int | None = None
-    saved: list[int] = field(default_factory=list)
+    tier: str = ""
+    """That it was loaded from."""
+    saved: list[tuple[int, str]] = field(default_factory=list)
+    """Steps, with the tier that they were saved to."""
     facts: dict[tuple[str, int], str] = field(default_factory=dict)
     """Losses and states by step."""
 
@@ -114,8 +137,10 @@ class _Record:
                 record.pid = int(values[0])
             elif kind == "loaded":
                 record.loaded = int(values[0])
+            elif kind == "from":
+                record.tier = values[0]
             elif kind == "saved":
-                record.saved.append(int(values[0]))
+                record.saved.append((int(values[0]), values[1]))
             else:
                 record.facts[kind, int(values[0])] = values[1]
         return record
@@ -125,9 +150,12 @@ class _Record:
 class Tally:
     """What happened in a soak."""
 
-    saves: int = 0
+    saves: Counter[str] = field(default_factory=Counter)
+    """By tier."""
     kills: int = 0
-    resumes: int = 0
+    resumes: Counter[str] = field(default_factory=Counter)
+    """By tier."""
+    losses_of_nodes: int = 0
     lost: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -135,8 +163,12 @@ class Tally:
 class Soak:
     """Launches and kills, and their notes."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, nodes: Path | None = None) -> None:
+        """`nodes`: where the memory of simulated nodes is; None: there is no local tier."""
         self.store = folder / "store"
+        self._nodes = nodes
+        self._losses: dict[Path, int] = {}
+        """By launch: how many nodes had lost their memory before it."""
         self._folder = folder
         self._rng = random.Random(seed)
         self._launches: list[Path] = []
@@ -161,6 +193,16 @@ class Soak:
             time.sleep(self._rng.uniform(0.0, 0.3))
             self._kill(pids)
         launch.join()
+        if self._nodes is not None and self._rng.random() < 0.4:
+            self._lose(self._rng.choice([NODES[:1], NODES[1:], NODES, NODES]))
+
+    def _lose(self, names: Sequence[str]) -> None:
+        """Lose the memory of nodes before the next launch."""
+        assert self._nodes is not None
+        for name in names:
+            shutil.rmtree(self._nodes / name, ignore_errors=True)
+        self._losses[self._folder_of(len(self._launches))] = len(names)
+        self.tally.losses_of_nodes += len(names)
 
     def finish(self) -> None:
         """Train the last steps in peace, and compare everything with a run that nobody killed."""
@@ -177,25 +219,35 @@ class Soak:
         self._follow()
         self.tally.wrong += damages(self.store)
         self.tally.wrong += [f"left behind: {each}" for each in leftovers(self.store)]
+        if self._nodes is not None:
+            self.tally.wrong += [
+                f"left behind: {each}" for each in self._nodes.rglob("*-*") if each.is_file()
+            ]
 
     def _follow(self) -> None:
         """Go through the launches in order: what was acknowledged, and what was found."""
-        acknowledged = 0
+        acknowledged = persisted = 0
         known: dict[tuple[int, str, int], str] = {}
         for folder in self._launches:
             records = [_Record.read(folder / f"rank_{rank}") for rank in range(RANKS)]
             loaded = [each.loaded for each in records if each.loaded is not None]
             if len(set(loaded)) > 1:
                 self.tally.wrong.append(f"{folder.name}: ranks resumed from {loaded}")
+            if self._losses.get(folder) == len(NODES):
+                acknowledged = persisted
             if loaded:
-                self.tally.resumes += loaded[0] > 0
+                tier = next(each.tier for each in records if each.loaded is not None)
+                self.tally.resumes[tier] += loaded[0] > 0
                 if loaded[0] < acknowledged:
+                    tiers = LOCAL if acknowledged > persisted else TIER_NAME
                     self.tally.lost.append(
-                        f"{folder.name}: resumed from {loaded[0]}, {acknowledged} was acknowledged"
+                        f"{folder.name}: resumed from {loaded[0]}, {acknowledged} was acknowledged "
+                        f"({tiers})"
                     )
-            saved = {step for each in records for step in each.saved}
-            self.tally.saves += len(saved)
-            acknowledged = max([acknowledged, *saved])
+            saved = {each for record in records for each in record.saved}
+            self.tally.saves.update(tier for _, tier in saved)
+            acknowledged = max([acknowledged, *(step for step, _ in saved)])
+            persisted = max([persisted, *(step for step, tier in saved if tier == TIER_NAME)])
             for rank, record in enumerate(records):
                 for (kind, step), value in record.facts.items():
                     if known.setdefault((rank, kind, step), value) != value:
@@ -207,7 +259,7 @@ class Soak:
         everybody = range(RANKS) if until is None else ()
         try:
             run_ranks(
-                _train, RANKS, self.store, folder, until,
+                _train, RANKS, self.store, folder, until, self._nodes,
                 may_die=everybody, timeout_seconds=LAUNCH_SECONDS,
             )  # fmt: skip
         except RanksFailedError as error:
@@ -218,9 +270,12 @@ class Soak:
                 self.tally.wrong.append(f"{folder.name}: ranks {hung or 'all'} failed: {error}")
 
     def _next_folder(self) -> Path:
-        self._launches.append(self._folder / f"launch_{len(self._launches):04d}")
+        self._launches.append(self._folder_of(len(self._launches)))
         self._launches[-1].mkdir()
         return self._launches[-1]
+
+    def _folder_of(self, number: int) -> Path:
+        return self._folder / f"launch_{number:04d}"
 
     def _wait_for_pids(self, folder: Path, launch: threading.Thread) -> list[int]:
         while launch.is_alive():
@@ -250,12 +305,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--tiered", action="store_true", help="with a local tier on two nodes")
     arguments = parser.parse_args()
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     _say(f"soaking for {arguments.seconds:g} s, seed {seed}")
     # What the ranks print of being killed is of no interest; what is wrong is told at the end.
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        soak = Soak(Path(folder), seed)
+    memory = tempfile.TemporaryDirectory(dir="/dev/shm") if arguments.tiered else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, memory as nodes, redirect_stdout(io.StringIO()):
+        soak = Soak(Path(folder), seed, Path(nodes) if nodes is not None else None)
         deadline = time.monotonic() + arguments.seconds
         while time.monotonic() < deadline:
             soak.launch_and_kill()
@@ -263,11 +320,21 @@ def main() -> int:
     tally = soak.tally
     for each in (*tally.lost, *tally.wrong):
         _say(each)
+    saves, resumes = tally.saves.total(), tally.resumes.total()
     _say(
-        f"saves: {tally.saves}, kills: {tally.kills}, resumes: {tally.resumes}, "
+        f"saves: {saves}, kills: {tally.kills}, resumes: {resumes}, "
         f"lost: {len(tally.lost)}, wrong: {len(tally.wrong)}"
     )
-    proved = tally.saves > 0 and tally.kills > 0 and tally.resumes > 0
+    proved = saves > 0 and tally.kills > 0 and resumes > 0
+    if arguments.tiered:
+        for tier in (LOCAL, TIER_NAME):
+            lost = sum(f"({tier})" in each for each in tally.lost)
+            _say(
+                f"  {tier}: saves: {tally.saves[tier]}, resumes: {tally.resumes[tier]}, "
+                f"lost: {lost}"
+            )
+            proved = proved and tally.saves[tier] > 0 and tally.resumes[tier] > 0
+        _say(f"  memory of a node lost: {tally.losses_of_nodes} times")
     if not proved:
         _say("too short to prove anything")
     return 0 if proved and not tally.lost and not tally.wrong else 1

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.digests import describe_file
+from holdfast.digests import describe_content
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.manifest import MANIFEST_NAME, Manifest, seal
@@ -62,7 +62,7 @@ def _reseal(folder: Path) -> None:
     def describe(values: dict[str, Any]) -> None:
         for each in values["files"]:
             with (folder / each["path"]).open("rb") as stream:
-                each |= dataclasses.asdict(describe_file(each["path"], stream))
+                each |= dataclasses.asdict(describe_content(each["path"], stream.read()))
 
     _rewrite_manifest(folder, describe)
 

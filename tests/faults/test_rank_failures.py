@@ -199,7 +199,8 @@ def _fail_while_staging(directory: Path) -> list[Any]:
     run = _faulty_run(fault, directory)
     if run.rank == 1:
         run.optimizer.param_groups[0]["rates"] = torch.empty(3, device="meta")  # cannot be copied
-    _, error = _attempt(run.save)
+    run.save()
+    _, error = _attempt(lambda: run.finalize(blocking=True))
     run.optimizer.param_groups[0].pop("rates", None)
     run.save()
     run.finalize(blocking=True)
@@ -207,11 +208,11 @@ def _fail_while_staging(directory: Path) -> list[Any]:
 
 
 def test_a_failure_while_staging_is_told_to_all(tmp_path: Path) -> None:
-    """The copy into host memory is a stage of its own: its failure on one rank fails all."""
+    """A copy into host memory that fails on one rank fails the save on all, told as any other."""
     for error, (committed, left) in run_ranks(_fail_while_staging, 2, tmp_path / "store"):
         assert error is not None
         assert [each.rank for each in error["failures"]] == [1]
-        assert error["stage"] == "stage"
+        assert error["stage"] == "write"
         assert (committed, left) == (["iter_0000000"], [])
 
 

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from holdfast.config import CheckpointConfig
-from holdfast.digests import describe_file, footer_size
+from holdfast.digests import describe_content, footer_size
 from holdfast.filesystem import LocalFilesystem
 from holdfast.identity import RunIdentity
 from holdfast.manager import DefaultCheckpointManager
@@ -162,7 +162,7 @@ def _blocks_in_manifest(folder: Path) -> None:
     def list_them(values: dict[str, Any]) -> None:
         for each in values["files"]:
             with (folder / each["path"]).open("rb") as stream:
-                each |= dataclasses.asdict(describe_file(each["path"], stream))
+                each |= dataclasses.asdict(describe_content(each["path"], stream.read()))
 
     _rewrite_manifest(folder, list_them)
 
@@ -209,7 +209,7 @@ def _code_in_state(folder: Path) -> None:
         for each in values["files"]:
             if each["path"] == "state/shared.pt":
                 with path.open("rb") as stream:
-                    each |= dataclasses.asdict(describe_file(each["path"], stream))
+                    each |= dataclasses.asdict(describe_content(each["path"], stream.read()))
 
     _rewrite_manifest(folder, seal_it)
 

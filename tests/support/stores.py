@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from holdfast.digests import FileRecord, describe_file
+from holdfast.digests import FileRecord, describe_content
 from holdfast.filesystem import LocalFilesystem
 from holdfast.manifest import MANIFEST_NAME, Manifest
 from holdfast.store import Checkpoint, Store
@@ -121,7 +121,7 @@ def reseal(path: Path, add: tuple[str, ...] = (), drop: tuple[str, ...] = ()) ->
     records = []
     for name in sorted(names - {*drop}):
         with (path / name).open("rb") as stream:
-            records.append(describe_file(name, stream))
+            records.append(describe_content(name, stream.read()))
     where.write_bytes(dataclasses.replace(manifest, files=tuple(records)).to_bytes())
 
 

@@ -15,7 +15,7 @@ from holdfast.digests import (
     FileRecord,
     block_count,
     describe_body,
-    describe_file,
+    describe_content,
     find_difference,
     footer_size,
     make_footer,
@@ -52,7 +52,7 @@ def test_a_footer_holds_the_digests_of_its_body(name: str) -> None:
     assert record.blocks is None
     blocks = read_blocks(record, io.BytesIO(file))
     assert blocks.covered_bytes == len(body)
-    assert list(blocks.digests) == list(describe_file("x", io.BytesIO(body)).blocks or ())
+    assert list(blocks.digests) == list(describe_content("x", body).blocks or ())
     assert find_difference(record, io.BytesIO(file)) is None
 
 
@@ -91,7 +91,7 @@ def test_every_changed_byte_is_found() -> None:
 def test_a_changed_byte_is_told_as_its_block(position: int, in_footer: bool) -> None:
     """The difference is the block that the byte lies in, the last and shorter one too."""
     body = bytes(2 * BLOCK_BYTES + ALIGNMENT_BYTES)
-    record, file = _sealed(body) if in_footer else (describe_file("x", io.BytesIO(body)), body)
+    record, file = _sealed(body) if in_footer else (describe_content("x", body), body)
     changed = bytearray(file)
     changed[position] ^= 1
     difference = find_difference(record, io.BytesIO(changed))
@@ -110,7 +110,7 @@ def test_a_cut_file_is_found(kept: int) -> None:
     body = bytes(ALIGNMENT_BYTES)
     record, file = _sealed(body)
     assert find_difference(record, io.BytesIO(file[:kept])) is not None
-    listed = describe_file("x", io.BytesIO(file))
+    listed = describe_content("x", file)
     assert find_difference(listed, io.BytesIO(file[:kept])) is not None
 
 
@@ -118,7 +118,7 @@ def test_a_cut_file_is_found(kept: int) -> None:
 def test_a_lengthened_file_without_a_footer_is_found(size_bytes: int) -> None:
     """Bytes behind what was committed are a difference, at the end of a block too."""
     content = bytes(size_bytes)
-    record = describe_file("x", io.BytesIO(content))
+    record = describe_content("x", content)
     assert record.blocks is not None
     assert find_difference(record, io.BytesIO(content)) is None
     assert find_difference(record, io.BytesIO(content + b"\0")) is not None
@@ -152,8 +152,8 @@ def test_another_files_footer_is_refused() -> None:
 
 def test_listed_blocks_are_held_against_the_digest() -> None:
     """A record whose own block digests were exchanged with the bytes under them is a difference."""
-    record = describe_file("x", io.BytesIO(b"honest"))
-    forged = describe_file("x", io.BytesIO(b"forged"))
+    record = describe_content("x", b"honest")
+    forged = describe_content("x", b"forged")
     mixed = FileRecord("x", 6, record.digest, forged.blocks)
     assert find_difference(record, io.BytesIO(b"honest")) is None
     assert find_difference(mixed, io.BytesIO(b"forged")) is not None

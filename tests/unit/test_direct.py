@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.digests import BLOCK_BYTES, FileRecord, describe_file
+from holdfast.digests import BLOCK_BYTES, FileRecord, describe_content
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem, read_into
 from holdfast.shards.direct import Part, read_verified
@@ -27,7 +27,7 @@ def file(tmp_path: Path, content: bytes) -> tuple[Path, FileRecord]:
     """A file on disk and its record."""
     path = tmp_path / "shard"
     path.write_bytes(content)
-    return path, describe_file("shard", io.BytesIO(content))
+    return path, describe_content("shard", content)
 
 
 def _part(offset: int, length: int) -> tuple[Part, bytearray]:

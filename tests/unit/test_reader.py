@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.digests import describe_file
+from holdfast.digests import describe_content
 from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.shards.reader import ShardReader
@@ -36,7 +36,7 @@ def _open(path: Path) -> ShardReader:
         if each.is_file():
             with each.open("rb") as stream:
                 name = str(each.relative_to(path))
-                records[name] = describe_file(name, stream)
+                records[name] = describe_content(name, stream.read())
     content = (path / ".metadata").read_bytes()
     return ShardReader.open(path, content, records, LocalFilesystem())
 

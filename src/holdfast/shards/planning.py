@@ -136,9 +136,7 @@ def _group(rows: Rows) -> tuple[Rows, IntArray, IntArray]:
     return sorted_.take(kept), leader_group[kept], group[kept]
 
 
-def _check_replicas(
-    rows: Rows, twin: IntArray, profiles: Profiles, catalogue: Catalogue
-) -> None:
+def _check_replicas(rows: Rows, twin: IntArray, profiles: Profiles, catalogue: Catalogue) -> None:
     """Raise unless replicas are of one size."""
     names = list(catalogue.numbers)
     if (unlike := (rows.lengths != rows.lengths[twin]).any(axis=1)).any():
@@ -151,9 +149,7 @@ def _check_replicas(
         )
 
 
-def _check_tiling(
-    rows: Rows, starts: IntArray, profiles: Profiles, catalogue: Catalogue
-) -> None:
+def _check_tiling(rows: Rows, starts: IntArray, profiles: Profiles, catalogue: Catalogue) -> None:
     """Raise unless the chunks of each tensor tile it."""
     names = list(catalogue.numbers)
     chunks = rows.take(starts)

@@ -21,6 +21,7 @@ from holdfast.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
+    StageFailedError,
     StageTimeoutError,
     StoreIdentityError,
     StoreNotLoadedError,
@@ -31,7 +32,7 @@ from holdfast.protocol import SkippedCheckpoint
 from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.saving import ShardPlan
 from holdfast.store import Checkpoint
-from holdfast.tiers.persistent import Committed, PersistentTier, Snapshot
+from holdfast.tiers.persistent import Admission, Committed, PersistentTier, Snapshot
 from holdfast.tiers.resolve import Decision, find_supersession, resolve
 
 if TYPE_CHECKING:
@@ -86,6 +87,22 @@ class Tiers:
         local = self._open_local(admission.run_id, coordinator)
         if self._is_ordered:
             return
+        try:
+            self._order(local, admission, coordinator)
+        except StageTimeoutError:
+            raise
+        except StageFailedError as error:
+            if to_local:
+                raise
+            # What this node holds is not known: what is committed now must be newer all the same.
+            coordinator.lead("outrank", self.persistent.outrank_unseen)
+            if coordinator.rank == 0:
+                logger.warning("the local tier cannot be used for this save: %s", error)
+            return
+        self._is_ordered = True
+
+    def _order(self, local: LocalTier, admission: Admission, coordinator: Coordinator) -> None:
+        """Let what this attempt commits be newer than all that the local tier holds."""
         local.find(coordinator, lambda _: None)  # what is there, loadable or not
         newest = local.newest_sequence
 
@@ -99,7 +116,6 @@ class Tiers:
 
         coordinator.lead("outrank", outrank)
         local.discard_after(admission.resumed_from, coordinator)
-        self._is_ordered = True
 
     @property
     def nodes(self) -> Sequence[int] | None:
@@ -126,6 +142,8 @@ class Tiers:
             CheckpointError: on every rank: there is no room.
         """
         assert self.local is not None
+        if not self._is_ordered:
+            raise CheckpointError("the local tier could not be read when this save began")
         layout = plan.staged.layout
         if plan.identity != self._budgeted:
             # Before anything is allocated: what all turns will need, and not only the next file.
@@ -188,7 +206,7 @@ class Tiers:
         """
         assert self.local is not None
         kept = ExitStack()
-        kept.enter_context(self.local.hold(snapshot.iteration))
+        kept.enter_context(self.local.keep(snapshot.iteration))
         identity = self._identity
 
         def promote() -> Committed:

@@ -199,6 +199,11 @@ class PersistentTier:
         assert self._grant is not None
         self._grant.next_sequence = max(self._grant.next_sequence, sequence + 1)
 
+    def outrank_unseen(self) -> None:
+        """Let what is committed from here on be newer than any earlier attempt's, on rank 0."""
+        assert self._grant is not None
+        self.outrank(self._grant.attempt.number * SEQUENCE_STRIDE)
+
     def reserve(self) -> CommitIdentity:
         """Give the next commit its place in the order, on rank 0; spent even if it fails.
 
