@@ -124,12 +124,13 @@ class DcpAsync(DcpSave):
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         super().prepare(state, folder)
+        from_gpu = any(each.is_cuda for each in state.model.parameters())
         self._stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=from_gpu,
                 use_shared_memory=self.shared_memory,
                 use_async_staging=False,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=from_gpu,
             )
         )
         self._group = distributed.new_group(backend="gloo")  # its thread must not share a group
