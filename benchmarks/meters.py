@@ -70,7 +70,11 @@ def memory_bytes(folder: Path | None = None) -> int:
     """Return what this process and its descendants hold, and the files of a RAM-backed folder."""
     own = os.getpid()
     held = sum(_held_bytes(pid) for pid in (own, *descendants(own)))
-    return held + (_file_bytes(folder) if folder else 0)
+    if folder is None:
+        return held
+    # A file there counts once, whether or not somebody has mapped it.
+    mapped = sum(_mapped_bytes(pid, folder) for pid in (own, *descendants(own)))
+    return held - mapped + _file_bytes(folder)
 
 
 def _held_bytes(pid: int) -> int:
@@ -81,6 +85,21 @@ def _held_bytes(pid: int) -> int:
                 total += int(line.split()[1]) * 1024
     except OSError:
         pass  # it has ended
+    return total
+
+
+def _mapped_bytes(pid: int, folder: Path) -> int:
+    """Return what a process holds of the files in a folder by having mapped them."""
+    total, within = 0, False
+    try:
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            first, _, rest = line.partition(" ")
+            if not first.endswith(":"):  # a new mapping: addresses, rights, and at its end a path
+                within = f" {folder}/" in rest
+            elif within and first == "Pss:":
+                total += int(rest.split()[0]) * 1024
+    except OSError:
+        pass
     return total
 
 
