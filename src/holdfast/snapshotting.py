@@ -1,9 +1,10 @@
 """The app state on its way out of training's reach.
 
 Owns the steps between live objects and a snapshot that threads may write: capture, agree on the
-plan, take memory (the local tier's where it has some), stage. Promises that all ranks have a
-snapshot or none, that what stays in use from save to save is compared with the live state each
-time, and that an optimizer step waits for what is still being copied. Writes nothing.
+plan, take memory (the local tier's where it has some), stage. Before a first save it tells what
+the local tier will need. Promises that all ranks have a snapshot to write or none, that what stays
+in use from save to save is compared with the live state each time, that an optimizer step waits for
+what is still being copied, and that whoever writes is told of a copy that failed. Writes nothing.
 """
 
 from __future__ import annotations

@@ -1,10 +1,27 @@
-"""The table at the end of the fault tests, for people and, in pytest's cache, for programs."""
+"""Where local checkpoints lie in a fault test, and the table at the end for people and programs."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.faults.report import counts, table
+
+
+@pytest.fixture(params=["memory", "disk"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A place in RAM, where the arena is the file, or on a disk, where it is written."""
+    from tests.faults.local_stories import place_in_memory, place_on_disk
+
+    if request.param == "memory":
+        with place_in_memory() as place:
+            yield place
+    else:
+        (tmp_path / "base").mkdir()
+        with place_on_disk(tmp_path / "base") as place:
+            yield place
 
 
 def pytest_terminal_summary(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from tests.faults.jobs import Job
 from tests.faults.local_crashes import check_is_tidy
 from tests.faults.local_stories import (
     load,
-    place_in_memory,
-    place_on_disk,
     refuse_with,
     start,
     state_of,
@@ -32,18 +29,6 @@ from tests.support.kernel_calls import Call, KernelCalls, plant, tree_of
 from tests.support.states import MODELS
 
 pytest.importorskip("nvidia_resiliency_ext")
-
-
-@pytest.fixture(params=["memory", "disk"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A place in RAM, where the arena is the file, or on a disk, where it is written."""
-    if request.param == "memory":
-        with place_in_memory() as place:
-            yield place
-    else:
-        (tmp_path / "base").mkdir()
-        with place_on_disk(tmp_path / "base") as place:
-            yield place
 
 
 class _Gate:

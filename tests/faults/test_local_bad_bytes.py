@@ -29,7 +29,6 @@ from tests.faults.local_stories import (
     FULL,
     load,
     place_in_memory,
-    place_on_disk,
     start,
     state_of,
     train_to,
@@ -45,18 +44,6 @@ pytest.importorskip("nvidia_resiliency_ext")
 SEED = 40
 ITERATIONS = (10, 20, 30)
 OLDER, NEWEST = ITERATIONS[-2:]
-
-
-@pytest.fixture(params=["memory", "disk"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A place in RAM, where the arena is the file, or on a disk, where it is written."""
-    if request.param == "memory":
-        with place_in_memory() as place:
-            yield place
-    else:
-        (tmp_path / "base").mkdir()
-        with place_on_disk(tmp_path / "base") as place:
-            yield place
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,6 @@ from tests.faults.local_stories import (
     commits_in,
     load,
     place_in_memory,
-    place_on_disk,
     refuse_with,
     start,
     state_of,
@@ -31,22 +29,11 @@ from tests.faults.local_stories import (
 )
 from tests.faults.report import record
 from tests.support.kernel_calls import Call, KernelCalls, plant, tree_of
+from tests.support.mounts import small_memory
 
 pytest.importorskip("nvidia_resiliency_ext")
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EDQUOT, errno.EROFS)
-
-
-@pytest.fixture(params=["memory", "disk"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A place in RAM, where the arena is the file, or on a disk, where it is written."""
-    if request.param == "memory":
-        with place_in_memory() as place:
-            yield place
-    else:
-        (tmp_path / "base").mkdir()
-        with place_on_disk(tmp_path / "base") as place:
-            yield place
 
 
 def _nothing(story: Story) -> None:
@@ -222,22 +209,10 @@ def test_an_error_at_any_call_of_a_load_is_told_or_costs_one_commit(base: Path) 
 
 
 @pytest.fixture
-def small_memory(tmp_path: Path) -> Iterator[Path]:
+def small_place(tmp_path: Path) -> Iterator[Path]:
     """A place in RAM for a few commits, where the machine lets us mount one."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_memory(tmp_path / "small", "2m") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def _fill(ballast: Path) -> None:
@@ -249,17 +224,17 @@ def _fill(ballast: Path) -> None:
                     stream.write(bytes(size))
 
 
-def test_memory_that_is_really_full_from_any_call_on(small_memory: Path) -> None:
+def test_memory_that_is_really_full_from_any_call_on(small_place: Path) -> None:
     """However full it is, no signal comes: the save fails with ENOSPC, or it holds all of it."""
-    ballast = small_memory / "ballast"
+    ballast = small_place / "ballast"
     number, successes = 0, 0
     while True:
-        job = start(small_memory)
+        job = start(small_place)
         older = load(job)
         saves = [train_to(job, job.step + 1)]
         job.save(to_local=True)
         coming = train_to(job, job.step + 1)
-        calls, seen = KernelCalls(small_memory / "local"), 0
+        calls, seen = KernelCalls(small_place / "local"), 0
 
         def fills(_: Call, number: int = number) -> None:
             nonlocal seen
@@ -274,19 +249,19 @@ def test_memory_that_is_really_full_from_any_call_on(small_memory: Path) -> None
                 job.save(to_local=True)
                 successes += 1
             except SaveFailedError as error:
-                _check_says_full(error, small_memory)
+                _check_says_full(error, small_place)
                 expected = saves[-1]
-        _expect_newest(small_memory, expected)
+        _expect_newest(small_place, expected)
         if seen > number:
-            expected = _save_while_full(small_memory, job, expected)
-            _expect_newest(small_memory, expected)
+            expected = _save_while_full(small_place, job, expected)
+            _expect_newest(small_place, expected)
         ballast.unlink(missing_ok=True)
         if seen <= number:
             break
         again = train_to(job, job.step + 1)
         job.save(to_local=True)
         job.close()
-        _expect_newest(small_memory, again)
+        _expect_newest(small_place, again)
         assert older is None or older[0] < again[0]
         number += 1
     job.close()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,18 +31,6 @@ from tests.support.kernel_calls import Call, KernelCalls
 from tests.support.ranks import run_ranks
 
 pytest.importorskip("nvidia_resiliency_ext")
-
-
-@pytest.fixture(params=["memory", "disk"])
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A place in RAM, where the arena is the file, or on a disk, where it is written."""
-    if request.param == "memory":
-        with place_in_memory() as place:
-            yield place
-    else:
-        (tmp_path / "base").mkdir()
-        with place_on_disk(tmp_path / "base") as place:
-            yield place
 
 
 def _newest(base: Path) -> object:

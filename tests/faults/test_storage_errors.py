@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from io import RawIOBase
 from pathlib import Path
@@ -19,6 +18,7 @@ from holdfast.store import Store
 from tests.faults.crashes import FULL, ROOT, Job, Story, check, check_is_tidy
 from tests.faults.report import record
 from tests.support.crash_filesystem import CrashFilesystem, Image, Operation
+from tests.support.mounts import small_memory
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)
 MUST_FAIL = frozenset({"open_new", "write", "close", "sync_file"})
@@ -203,20 +203,8 @@ def test_warned_failures_are_counted_until_the_limit(caplog: pytest.LogCaptureFi
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a few hundred KiB, where the machine lets us mount one."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k,mode=0700", "tmpfs", str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_memory(tmp_path / "small", "512k") as place:
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def _takes(stream: RawIOBase) -> bool:

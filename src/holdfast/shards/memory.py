@@ -21,8 +21,6 @@ _POPULATE_WRITE = 23
 _CHECKED_BYTES = 64 << 20
 """Less than that is simply asked for."""
 _PAGE_BYTES = mmap.PAGESIZE
-_HUGE_BYTES = 2 << 20
-"""Of a huge page; less cannot be one."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ def allocate(size_bytes: int) -> memoryview:
     if size_bytes >= _CHECKED_BYTES and (room := find_room()) is not None:
         check_room(size_bytes, room)
     pages = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Small ones beside one another would be taken for a large one, and grow to its huge pages.
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK")[size_bytes < _HUGE_BYTES :]:
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         with suppress(OSError, AttributeError):  # a kernel without them: slower, and still right
             pages.madvise(getattr(mmap, advice))
     touch(pages)

@@ -94,6 +94,14 @@ class Incoming:
     sink: Sink
     error: Exception | None = None
 
+    def guard(self, step: Callable[[], None]) -> None:
+        """Note the first failure here, and go on taking what the other rank sends."""
+        if self.error is None:
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001  # told to every rank after the exchange
+                self.error = error
+
 
 class GroupBrokenError(Exception):
     """The group cannot be used any more: a rank is gone, or did not answer in time."""
@@ -316,24 +324,16 @@ class _ReceiveLane:
         if block is None:
             self._size, body_bytes, self._step = _HEADER.unpack(self._header)
             self._buffers = _Buffers(min(self._step, self._size))
-            self._guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
+            self._transfer.guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
         else:
             received = block
-            put = partial(self._guard, lambda: self._transfer.sink.put(offset, received))
+            put = partial(self._transfer.guard, lambda: self._transfer.sink.put(offset, received))
             self._busy[offset // self._step % _WINDOW] = self._beside.submit(put)
         goes_on = bool(self._pending) or self._posted * self._step < self._size
         if not goes_on:
             for each in self._busy.values():
                 each.result()
         return goes_on
-
-    def _guard(self, step: Callable[[], None]) -> None:
-        """Note the first failure here, and go on taking what the other rank sends."""
-        if self._transfer.error is None:
-            try:
-                step()
-            except Exception as error:  # noqa: BLE001  # told to every rank after the exchange
-                self._transfer.error = error
 
 
 class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ships no types

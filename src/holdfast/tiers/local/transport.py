@@ -278,7 +278,7 @@ class _ReceiveLane:
         content.copy_(block)
         offset, received = number * self._step, _bytes_of(content)
         self._puts[number % _SLOTS] = self._beside.submit(
-            self._guard, lambda: self._transfer.sink.put(offset, received)
+            self._transfer.guard, lambda: self._transfer.sink.put(offset, received)
         )
 
     def advance(self) -> bool:
@@ -304,15 +304,7 @@ class _ReceiveLane:
         largest = min(self._step, self._size)
         self._on_device = _Slots(self._group.device_buffer, largest)
         self._on_host = _Slots(self._group.host_buffer, largest)
-        self._guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
-
-    def _guard(self, step: Callable[[], None]) -> None:
-        """Note the first failure here, and go on taking what the other rank sends."""
-        if self._transfer.error is None:
-            try:
-                step()
-            except Exception as error:  # noqa: BLE001  # told to every rank after the exchange
-                self._transfer.error = error
+        self._transfer.guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
