@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in __all__
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.nn.utils import parametrize
 
 from holdfast.errors import CheckpointError
@@ -20,6 +21,7 @@ from holdfast.filesystem import LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.shards.layout import read_index
 from holdfast.state.capture import AppState, Place
+from holdfast.state.plain import model_state, optimizer_state
 from tests.support.managers import Live, manager_of, step
 from tests.support.states import digest
 
@@ -591,6 +593,23 @@ def test_the_getters_are_asked_again_only_where_they_must(name: str) -> None:
     change.make(live)
     app = _app(live)
     assert (bindings.follow(app._model, app.optimizers) is not None) == change.followed
+
+
+@pytest.mark.parametrize("name", [each for each in CHANGES if each != "option that is code"])
+def test_what_is_taken_in_place_is_what_the_getters_give(name: str) -> None:
+    """After any change the state found without torch's getters is theirs, or they are asked."""
+    change = CHANGES[name]
+    live = change.build()
+    change.make(live)
+    app = _app(live)
+    views: Any = app._optimizers
+    model, optimizer = model_state(app._model), optimizer_state(app._model, app.optimizers)
+    if model is not None:
+        expected = get_model_state_dict(app._model)
+        assert list(model) == list(expected)
+        assert digest(model) == digest(expected)
+    if optimizer is not None and views:
+        assert digest(optimizer) == digest(get_optimizer_state_dict(app._model, views))
 
 
 # -- wrapped in process groups -------------------------------------------------------------------

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from holdfast.state.plain import is_plain_module, is_plain_optimizer
+
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
 """Parts of a name that DCP leaves out: of DDP, torch.compile and activation checkpointing."""
 
@@ -124,7 +126,7 @@ class _BoundModule:
             and module._modules.keys() == self.children.keys()
             and all(map(_is, module._modules.values(), self.children.values()))
             and module._non_persistent_buffers_set == self.not_saved
-            and _is_plain(module)
+            and is_plain_module(module)
         )
 
 
@@ -138,7 +140,7 @@ class _BoundModel:
         names = {path[1]: name for name, path in leaves.paths.items() if path[0] == "model"}
         modules: list[_BoundModule] = []
         for prefix, module in root.named_modules(remove_duplicate=False):
-            if not _is_plain(module):
+            if not is_plain_module(module):
                 return None
             prefix = f"{prefix}." if prefix else ""
             not_saved = frozenset(module._non_persistent_buffers_set)
@@ -222,7 +224,7 @@ class _BoundOptimizer:
 
     @classmethod
     def bind(cls, optimizer: Optimizer, leaves: Leaves, first_group: int) -> _BoundOptimizer | None:
-        if not _is_plain_optimizer(optimizer):
+        if not is_plain_optimizer(optimizer):
             return None
         by_path = {path: name for name, path in leaves.paths.items() if path[0] == "optimizer"}
         groups = []
@@ -267,7 +269,7 @@ class _BoundOptimizer:
         groups = optimizer.param_groups
         return (
             optimizer is self._optimizer
-            and _is_plain_optimizer(optimizer)
+            and is_plain_optimizer(optimizer)
             and len(groups) == len(self._groups)
             and len(optimizer.state) == len(self._states)
             and all(
@@ -310,19 +312,6 @@ def _is(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module's state dict is its parameters and buffers, as they are."""
-    kind = type(module)
-    return (
-        kind.state_dict is nn.Module.state_dict
-        and kind._save_to_state_dict is nn.Module._save_to_state_dict
-        and kind.get_extra_state is nn.Module.get_extra_state
-        and "state_dict" not in vars(module)
-        and "_save_to_state_dict" not in vars(module)
-        and not module._state_dict_hooks
-    )
-
-
 def _are_equal_lists(one: nn.Module, other: nn.Module) -> bool:
     """Whether both only hold several models together, and the same ones."""
     return (
@@ -330,16 +319,7 @@ def _are_equal_lists(one: nn.Module, other: nn.Module) -> bool:
         and len(one) == len(other)
         and all(map(_is, one, other))
         and not (one._parameters or one._buffers or one._state_dict_pre_hooks)
-        and _is_plain(one)
-    )
-
-
-def _is_plain_optimizer(optimizer: Optimizer) -> bool:
-    return (
-        type(optimizer).state_dict is Optimizer.state_dict
-        and "state_dict" not in vars(optimizer)
-        and not optimizer._optimizer_state_dict_pre_hooks
-        and not optimizer._optimizer_state_dict_post_hooks
+        and is_plain_module(one)
     )
 
 

@@ -33,6 +33,7 @@ from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedSta
 from holdfast.protocol import ReshardableData, Stateful
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.landed import finish_optimizers, has_landed
+from holdfast.state.plain import model_state, optimizer_state
 from holdfast.state.rng import apply_rng, capture_rng, reseed
 from holdfast.state.safety import check_plain
 
@@ -200,12 +201,12 @@ class AppState:
         return Captured(leaves, shared, rank, bindings)
 
     def gather_leaves(self) -> Leaves:
-        """Ask torch's getters for the whole state, and take its nesting apart as DCP does.
+        """Take the whole state, from torch's getters where it must be, flat as DCP makes it.
 
         Raises:
             UnsupportedStateError: some state could not be read back safely.
         """
-        tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
+        tensors: dict[str, Any] = {"model": self._model_state()}
         if self._optimizers:
             tensors["optimizer"] = self._optimizer_state()
         for key, value in tensors.items():
@@ -404,17 +405,20 @@ class AppState:
     @cached_property
     def _live_model(self) -> dict[str, Any]:
         """The model's state as it was when first asked for; its tensors stay the live ones."""
-        return {f"model.{name}": each for name, each in get_model_state_dict(self._model).items()}
+        return {f"model.{name}": each for name, each in self._model_state().items()}
 
     @cached_property
     def _live_optimizer(self) -> dict[str, Any]:
         """The optimizers' state, likewise."""
         return self._optimizer_state()
 
+    def _model_state(self) -> dict[str, Any]:
+        return model_state(self._model) or get_model_state_dict(self._model)
+
     def _optimizer_state(self) -> dict[str, Any]:
         views: Any = self._optimizers
-        state: dict[str, Any] = get_optimizer_state_dict(self._model, views)
-        return state
+        state = optimizer_state(self._model, self.optimizers)
+        return get_optimizer_state_dict(self._model, views) if state is None else state
 
     @cached_property
     def _parameter_names(self) -> set[str]:

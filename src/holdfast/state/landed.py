@@ -17,31 +17,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-_MODULE_METHODS = (
-    "state_dict",
-    "_save_to_state_dict",
-    "get_extra_state",
-    "load_state_dict",
-    "_load_from_state_dict",
-    "set_extra_state",
-)
-_MODULE_HOOKS = (
-    "_state_dict_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_OPTIMIZER_HOOKS = (
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
+from holdfast.state.plain import is_plain_module, is_plain_optimizer, only_shard
+
+_LOADING = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+"""What a module may bring of its own for being loaded."""
 
 
 def has_landed(model: nn.Module, live: Mapping[str, Any], restored: Mapping[str, Any]) -> bool:
     """Whether every restored entry of a model is the live tensor that its state dict shows."""
-    return all(map(_is_plain, model.modules())) and _are_same(restored, live)
+    return all(map(_takes_as_is, model.modules())) and _are_same(restored, live)
 
 
 def finish_optimizers(
@@ -55,7 +39,7 @@ def finish_optimizers(
     groups, saved_groups = live["param_groups"], restored.get("param_groups", ())
     own_groups = [group for each in optimizers for group in each.param_groups]
     if not (
-        all(map(_is_plain_optimizer, optimizers))
+        all(map(_optimizer_takes_as_is, optimizers))
         and len(own_groups) == len(groups) == len(saved_groups)
         and live["state"].keys() == restored["state"].keys()
         and all(map(_is_alike, own_groups, groups, saved_groups))
@@ -95,17 +79,25 @@ def _is_alike(own: Mapping[str, Any], live: Mapping[str, Any], saved: Mapping[st
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _takes_as_is(module: nn.Module) -> bool:
     kind, given = type(module), vars(module)
-    return all(
-        getattr(kind, name) is getattr(nn.Module, name) and name not in given
-        for name in _MODULE_METHODS
-    ) and not any(getattr(module, name) for name in _MODULE_HOOKS)
+    return (
+        is_plain_module(module)
+        and all(
+            getattr(kind, name) is getattr(nn.Module, name) and name not in given
+            for name in _LOADING
+        )
+        and only_shard(module._state_dict_pre_hooks.values())
+        and only_shard(module._load_state_dict_pre_hooks.values())
+        and not module._load_state_dict_post_hooks
+    )
 
 
-def _is_plain_optimizer(optimizer: Optimizer) -> bool:
-    kind, given = type(optimizer), vars(optimizer)
-    return all(
-        getattr(kind, name) is getattr(Optimizer, name) and name not in given
-        for name in ("state_dict", "load_state_dict")
-    ) and not any(getattr(optimizer, name) for name in _OPTIMIZER_HOOKS)
+def _optimizer_takes_as_is(optimizer: Optimizer) -> bool:
+    return (
+        is_plain_optimizer(optimizer)
+        and type(optimizer).load_state_dict is Optimizer.load_state_dict
+        and "load_state_dict" not in vars(optimizer)
+        and not optimizer._optimizer_load_state_dict_pre_hooks
+        and not optimizer._optimizer_load_state_dict_post_hooks
+    )

@@ -1,0 +1,177 @@
+"""What is taken where it lies is what torch's getters give, or torch is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in __all__
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from holdfast.state.plain import model_state, optimizer_state
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.inner[0].weight  # type: ignore[assignment]  # it is a linear layer
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+        self.register_buffer("absent", None)
+        self.module = nn.Linear(4, 4)  # named as what DDP adds, and no wrapper
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.module(self.tied(self.inner(inputs)) * self.scale)
+        return found
+
+
+def _around(net: nn.Module) -> nn.Module:
+    return nn.ModuleList([net, nn.Linear(2, 2)])
+
+
+def _part_compiled(net: nn.Module) -> nn.Module:
+    assert isinstance(net, _Net)
+    net.inner = torch.compile(net.inner)  # type: ignore[assignment]  # wrapped
+    return net
+
+
+def _sharded(net: nn.Module) -> nn.Module:
+    assert isinstance(net, _Net)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(net.module, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net
+
+
+PLAIN: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "a module": lambda net: net,
+    "a list of modules": _around,
+    "compiled": torch.compile,  # type: ignore[dict-item]  # a module, of a module
+    "compiled in part": _part_compiled,
+    "DDP": nn.parallel.DistributedDataParallel,
+    "compiled DDP": lambda net: torch.compile(nn.parallel.DistributedDataParallel(net)),  # type: ignore[return-value]
+    "DDP inside": lambda net: _around(nn.parallel.DistributedDataParallel(net)),
+    "FSDP2": _sharded,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def _is_where(one: Any, other: Any) -> bool:
+    """Whether two values are one, or tensors over the same memory."""
+    if not isinstance(one, Tensor):
+        return bool(one == other)
+    mine, theirs = (getattr(each, "_local_tensor", each) for each in (one, other))
+    return (
+        one.shape == other.shape
+        and mine.dtype == theirs.dtype
+        and mine.data_ptr() == theirs.data_ptr()
+        and mine.stride() == theirs.stride()
+    )
+
+
+def _stepped(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile imports it
+@pytest.mark.parametrize("kind", PLAIN)
+def test_it_is_what_the_getters_give(kind: str) -> None:
+    """The same names in the same order, of the same memory, and the same groups."""
+    torch.manual_seed(0)
+    model = PLAIN[kind](_Net())
+    optimizer = _stepped(model)
+    found, expected = model_state(model), get_model_state_dict(model)
+    assert found is not None
+    assert list(found) == list(expected)
+    assert all(_is_where(found[name], expected[name]) for name in found)
+    own = optimizer_state(model, [optimizer])
+    theirs: Any = get_optimizer_state_dict(model, optimizer)
+    assert own is not None
+    assert own["param_groups"] == theirs["param_groups"]
+    assert [list(each) for each in own["param_groups"]] == [
+        list(each) for each in theirs["param_groups"]
+    ]
+    assert sorted(own["state"]) == sorted(theirs["state"])
+    for name, entries in own["state"].items():
+        assert list(entries) == list(theirs["state"][name])
+        assert all(entries[key] is theirs["state"][name][key] for key in entries)
+
+
+def test_sharded_parameters_are_in_shards_again() -> None:
+    """Where a forward left them whole, FSDP2's parameters are taken as a state dict shows them."""
+    model = _sharded(_Net())
+    model(torch.rand(3, 4))  # without a backward
+    found, expected = model_state(model), get_model_state_dict(model)
+    assert found is not None
+    assert all(_is_where(found[name], expected[name]) for name in expected)
+
+
+class _Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"count": 1}
+
+
+def _listening(net: nn.Module) -> nn.Module:
+    net.register_state_dict_pre_hook(lambda *_: None)
+    return net
+
+
+def _late(net: nn.Module) -> nn.Module:
+    net.register_state_dict_post_hook(lambda *_: None)
+    return net
+
+
+def _renaming(net: nn.Module) -> nn.Module:
+    net._fqn_modifiers = lambda: {"scale": "other"}  # type: ignore[assignment]  # as torch asks
+    return net
+
+
+OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "extra state": lambda net: nn.ModuleList([net, _Extra(2, 2)]),
+    "a parameter that is not there yet": lambda net: nn.ModuleList([net, nn.LazyLinear(3)]),
+    "an early hook": _listening,
+    "a late hook": _late,
+    "names of its own": _renaming,
+    "activation checkpointing": checkpoint_wrapper,
+    "FSDP1": lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu")),
+    "nothing": lambda net: nn.Identity(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_torch_is_asked_where_it_must_be(kind: str) -> None:
+    """Hooks, overrides, wrappers of their own and an empty state are left to torch."""
+    assert model_state(OTHERS[kind](_Net())) is None
+
+
+def test_an_optimizer_of_other_parameters_is_left_to_torch() -> None:
+    """Parameters that the model does not have are named by torch's error, not passed over."""
+    model = _Net()
+    stranger = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    assert optimizer_state(model, [stranger]) is None
+    hooked = torch.optim.SGD(model.parameters(), lr=0.1)
+    hooked.register_state_dict_pre_hook(lambda _: None)
+    assert optimizer_state(model, [hooked]) is None
+    loose = torch.optim.SGD(model.parameters(), lr=0.1)
+    loose.state["all"] = {"count": 1}  # type: ignore[index]  # state of no parameter
+    assert optimizer_state(model, [loose]) is None
