@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from holdfast.digests import BLOCK_BYTES
 from holdfast.shards.container import container_of
@@ -35,16 +34,9 @@ def _land(
     torch.save(stored, stream)
     file = bytes(at) + stream.getvalue()
     lengths = torch.Size(target.shape)
-    item = ReadItem(
-        LoadItemType.TENSOR,
-        MetadataIndex("w"),
-        torch.Size([0] * len(lengths)),
-        MetadataIndex("w"),
-        torch.Size(starts),
-        lengths,
-    )
+    region = Region(MetadataIndex("w"), torch.Size(starts), lengths, stored.size(), target)
     container = container_of(stored.dtype, stored.size())
-    landing = Landing(Region(item, stored.size(), target), at, container, stored.dtype)
+    landing = Landing(region, at, container, stored.dtype)
     for part in landing.open():
         part.target[:] = file[part.offset : part.end]
     return landing.close()
@@ -84,16 +76,17 @@ def test_a_conjugated_target_gets_values_not_bytes() -> None:
 
 def test_waves_bound_the_extra_memory(tmp_path: Path) -> None:
     """Targets that cannot be read in place are taken a bounded number of bytes at a time."""
-    item = ReadItem(
-        LoadItemType.TENSOR, MetadataIndex("w"), torch.Size([0]), MetadataIndex("w"),
-        torch.Size([0]), torch.Size([30 << 20]),
-    )  # fmt: skip
     size = torch.Size([30 << 20])
     container = container_of(torch.float32, size)
     far = torch.empty(30 << 20, dtype=torch.float64, device="meta")
     near = torch.empty(30 << 20, device="meta")
     landings = [
-        Landing(Region(item, size, each), 0, container, torch.float32)
+        Landing(
+            Region(MetadataIndex("w"), torch.Size([0]), size, size, each),
+            0,
+            container,
+            torch.float32,
+        )
         for each in (far, near, far, far, far)
     ]
     assert [len(wave) for wave in waves(landings)] == [2, 2, 1]
@@ -112,11 +105,10 @@ def _stored(tensors: list[torch.Tensor], at: int) -> tuple[bytes, list[int]]:
 
 def _whole(stored: torch.Tensor, target: torch.Tensor, offset: int) -> Landing:
     zeros = torch.Size([0] * stored.dim())
-    item = ReadItem(
-        LoadItemType.TENSOR, MetadataIndex("w"), zeros, MetadataIndex("w"), zeros, stored.size()
-    )
+    size = stored.size()
+    region = Region(MetadataIndex("w"), zeros, size, size, target)
     container = container_of(stored.dtype, stored.size())
-    return Landing(Region(item, stored.size(), target), offset, container, stored.dtype)
+    return Landing(region, offset, container, stored.dtype)
 
 
 def test_blocks_that_arrive_in_any_order_land_where_they_belong() -> None:

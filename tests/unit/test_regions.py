@@ -38,11 +38,11 @@ def test_chunks_fill_a_whole_tensor(
     target = torch.full((4, 6), -1.0)
     live = torch.nn.Parameter(target) if kind is torch.nn.Parameter else target
     for region in regions_of({"w": live}, _metadata((4, 6), boxes)):
-        at = region.item.storage_index.offset
+        at = region.chunk.offset
         assert at is not None
         assert region.chunk_size in [shape for _, shape in boxes]
         chunk = whole[tuple(slice(a, a + n) for a, n in zip(at, region.chunk_size, strict=True))]
-        starts, lengths = region.item.storage_offsets, region.item.lengths
+        starts, lengths = region.starts, region.lengths
         part = chunk[tuple(slice(a, a + n) for a, n in zip(starts, lengths, strict=True))]
         region.target.copy_(part)
     assert torch.equal(target, whole)

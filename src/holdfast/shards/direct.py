@@ -13,9 +13,8 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
@@ -35,8 +34,7 @@ _SCRATCH_BYTES = 256 << 10
 _PIECE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Consecutive bytes of a file and the memory they go to."""
 
     offset: int

@@ -55,5 +55,5 @@ class ForeignReader(ShardReader):
         wanted.foreign.append((region, range(place.offset, place.offset + place.length)))
 
     def _read_from(self, name: str, wanted: Wanted) -> None:
-        regions = [region for region, _ in wanted.foreign]
-        self._read_through_torch(name, [each.item for each in regions], RegionPlanner(regions))
+        planner = RegionPlanner(region for region, _ in wanted.foreign)
+        self._read_through_torch(name, planner.items, planner)

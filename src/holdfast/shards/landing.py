@@ -39,7 +39,7 @@ class Landing:
         self._offset = offset
         self._container = container
         self._dtype = dtype
-        target, lengths = region.target, region.item.lengths
+        target, lengths = region.target, region.lengths
         self._is_whole = lengths == region.chunk_size
         dense = self._is_whole or _is_dense(lengths, region.chunk_size)
         self._in_place = (
@@ -54,8 +54,7 @@ class Landing:
         self._first_element = 0
         if dense and not self._is_whole:
             strides = _strides(region.chunk_size)
-            starts = region.item.storage_offsets
-            self._first_element = sum(map(mul, starts, strides))
+            self._first_element = sum(map(mul, region.starts, strides))
 
     @property
     def whole(self) -> range:
@@ -111,10 +110,10 @@ class Landing:
         """Deliver what was read; False: the header is another's, the bytes mean something else."""
         recognised = self._header == self._container.header
         if recognised and not self._in_place:
-            wanted, item = self._landed, self.region.item
-            if self._read_size != item.lengths:
+            wanted, region = self._landed, self.region
+            if self._read_size != region.lengths:
                 for dimension, (start, length) in enumerate(
-                    zip(item.storage_offsets, item.lengths, strict=True)
+                    zip(region.starts, region.lengths, strict=True)
                 ):
                     wanted = wanted.narrow(dimension, start, length)
             self.region.target.copy_(wanted)

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -108,8 +108,7 @@ class Layout:
         return TAIL.pack(self.index_offset, len(self.index))
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One item as the index of a shard file describes it."""
 
     name: str
@@ -288,69 +287,86 @@ def parse_index(content: bytes | memoryview, index_offset: int) -> list[Entry]:
     rows = described.get("items")
     if described.get("fields") != list(_FIELDS) or not isinstance(rows, list):
         raise ValueError("the index has other fields than its format")
-    entries = [_entry_of(number, row, index_offset) for number, row in enumerate(rows)]
+    entries: list[Entry] = []
+    dtypes: dict[str | None, torch.dtype | None] = {None: None}
+    for row in rows:
+        try:
+            entries.append(_entry_of(row, dtypes, index_offset))
+        except ValueError as error:
+            name = f" ({row[0]})" if isinstance(row, list) and row else ""
+            raise ValueError(f"item {len(entries)} of the index{name} {error}") from None
     if len({(entry.name, entry.offsets) for entry in entries}) != len(entries):
         raise ValueError("the index lists an item twice")
     return entries
 
 
-def _entry_of(number: int, row: Any, index_offset: int) -> Entry:
-    if not isinstance(row, list) or len(row) != len(_FIELDS):
-        raise ValueError(f"item {number} of the index does not have {len(_FIELDS)} fields")
+def _entry_of(row: Any, dtypes: dict[str | None, torch.dtype | None], index_offset: int) -> Entry:
+    """Return one item; `dtypes` has those that are known by name, and gets what it lacks.
+
+    Raises:
+        ValueError: it contradicts itself; the message goes on from the item's name.
+    """
+    if type(row) is not list or len(row) != len(_FIELDS):
+        raise ValueError(f"does not have {len(_FIELDS)} fields")
     name, path, dtype_name, size, offsets, lengths, offset, length, payload_offset = row
-    place = f"item {number} of the index"
-    if not isinstance(name, str):
-        raise ValueError(f"{place} has no name")
-    place = f"{place} ({name})"
+    if type(name) is not str:
+        raise ValueError("has no name")
     if path is None:
         path = name.split(".")
-    if not isinstance(path, list) or not all(type(key) in (str, int) for key in path):
-        raise ValueError(f"{place} has no path")
-    dtype = getattr(torch, dtype_name, None) if isinstance(dtype_name, str) else None
-    if dtype_name is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{place} is of type {dtype_name!r}, which this torch does not know")
-    size = _counts(size, place)
+    elif type(path) is not list or not all(type(key) in (str, int) for key in path):
+        raise ValueError("has no path")
+    if type(dtype_name) is str and dtype_name not in dtypes:
+        found = getattr(torch, dtype_name, None)
+        dtypes[dtype_name] = found if isinstance(found, torch.dtype) else None
+    dtype = dtypes.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None and dtype_name is not None:
+        raise ValueError(f"is of type {dtype_name!r}, which this torch does not know")
+    size = _counts(size)
+    is_part = offsets is not None or lengths is not None
     entry = Entry(
-        name=name,
-        path=tuple(path),
-        dtype=dtype,
-        size=size,
-        offsets=(0,) * len(size) if offsets is None else _counts(offsets, place),
-        lengths=size if lengths is None else _counts(lengths, place),
-        offset=_count(offset, place),
-        length=_count(length, place),
-        payload_offset=None if payload_offset is None else _count(payload_offset, place),
+        name,
+        tuple(path),
+        dtype,
+        size,
+        (0,) * len(size) if offsets is None else _counts(offsets),
+        size if lengths is None else _counts(lengths),
+        _count(offset),
+        _count(length),
+        None if payload_offset is None else _count(payload_offset),
     )
-    _check(entry, place, index_offset)
+    if is_part:
+        _check_part(entry)
+    end = offset + length
+    if offset % SLOT_ALIGNMENT or end > index_offset:
+        raise ValueError(f"lies at {offset}-{end} of {index_offset}")
+    if payload_offset is not None and not (
+        dtype is not None
+        and offset <= payload_offset
+        and payload_offset + entry.payload_bytes <= end
+    ):
+        raise ValueError("has its bytes outside its slot")
     return entry
 
 
-def _check(entry: Entry, place: str, index_offset: int) -> None:
+def _check_part(entry: Entry) -> None:
     if not len(entry.size) == len(entry.offsets) == len(entry.lengths):
-        raise ValueError(f"{place} has sizes of different dimensions")
-    end = entry.offset + entry.length
-    if entry.offset % SLOT_ALIGNMENT or end > index_offset:
-        raise ValueError(f"{place} lies at {entry.offset}-{end} of {index_offset}")
+        raise ValueError("has sizes of different dimensions")
     if all(entry.lengths) and any(
         offset + length > full
         for offset, length, full in zip(entry.offsets, entry.lengths, entry.size, strict=True)
     ):
-        raise ValueError(f"{place} reaches beyond its tensor")
-    if entry.payload_offset is not None and not (
-        entry.dtype is not None
-        and entry.offset <= entry.payload_offset
-        and entry.payload_offset + entry.payload_bytes <= end
-    ):
-        raise ValueError(f"{place} has its bytes outside its slot")
+        raise ValueError("reaches beyond its tensor")
 
 
-def _counts(value: Any, place: str) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{place} has {value!r} where a size should be")
-    return tuple(_count(each, place) for each in value)
+def _counts(value: Any) -> tuple[int, ...]:
+    if type(value) is not list:
+        raise ValueError(f"has {value!r} where a size should be")
+    for each in value:
+        _count(each)
+    return tuple(value)
 
 
-def _count(value: Any, place: str) -> int:
+def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{place} has {value!r} where a count should be")
+        raise ValueError(f"has {value!r} where a count should be")
     return value

@@ -88,7 +88,13 @@ class RegionPlanner(SafePlanner):
 
     def __init__(self, regions: Iterable[Region]) -> None:
         super().__init__()
-        self._targets = {id(each.item): each.target for each in regions}
+        self._regions = [(each.to_item(), each.target) for each in regions]
+        self._targets = {id(item): target for item, target in self._regions}
+
+    @property
+    def items(self) -> list[ReadItem]:
+        """What to read, in torch's words."""
+        return [item for item, _ in self._regions]
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         return self._targets[id(read_item)]
@@ -233,7 +239,7 @@ class ShardReader:
         files: dict[str, Wanted] = {}
         try:
             for region in regions_of(targets, self.metadata):
-                place = self.place_of(region.item.storage_index)
+                place = self.place_of(region.chunk)
                 self._sort(region, place, files.setdefault(place.relative_path, Wanted()))
         except UncoveredError as error:
             raise CorruptCheckpointError(str(self.path / METADATA_NAME), str(error)) from error
@@ -276,7 +282,7 @@ class ShardReader:
 
     def _sort(self, region: Region, place: Any, wanted: Wanted) -> None:
         """Decide how a region is read: directly where its container allows, else through torch."""
-        described = self.metadata.state_dict_metadata[region.item.storage_index.fqn]
+        described = self.metadata.state_dict_metadata[region.chunk.fqn]
         assert isinstance(described, TensorStorageMetadata)
         dtype = described.properties.dtype
         container = container_of(dtype, region.chunk_size)
@@ -293,11 +299,12 @@ class ShardReader:
             self._read_parts(name, parts, [landing.whole for landing in wave])
             foreign += [landing.region for landing in wave if not landing.close()]
         if foreign:
-            places = [self.metadata.storage_data[each.item.storage_index] for each in foreign]
+            places = [self.metadata.storage_data[each.chunk] for each in foreign]
             self._read_parts(
                 name, [], [range(each.offset, each.offset + each.length) for each in places]
             )
-            self._read_through_torch(name, [each.item for each in foreign], RegionPlanner(foreign))
+            planner = RegionPlanner(foreign)
+            self._read_through_torch(name, planner.items, planner)
 
     def _read_parts(self, name: str, parts: list[Part], ranges: Sequence[range] = ()) -> None:
         try:

@@ -9,9 +9,8 @@ Reads nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -22,16 +21,23 @@ from torch.distributed.tensor import DTensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """One part of one stored chunk, and where it belongs."""
 
-    item: ReadItem
-    """In torch's words: from where in the chunk, and how much."""
+    chunk: MetadataIndex
+    """By which the metadata knows it."""
+    starts: torch.Size
+    """From where in the chunk, by dimension."""
+    lengths: torch.Size
     chunk_size: torch.Size
     """Of the whole stored chunk."""
     target: torch.Tensor
     """A view of live memory, of the size of the region."""
+
+    def to_item(self) -> ReadItem:
+        """Return it in the words of torch's reader, which does not look at where it goes."""
+        kind, nowhere = LoadItemType.TENSOR, torch.Size([0] * len(self.lengths))
+        return ReadItem(kind, self.chunk, nowhere, self.chunk, self.starts, self.lengths)
 
 
 class UncoveredError(Exception):
@@ -80,9 +86,7 @@ def _within(
         return
     if len(described.chunks) == 1 and local.size() == described.size == described.chunks[0].sizes:
         origin = described.chunks[0].offsets  # all of it, saved in one piece: nearly always so
-        index = MetadataIndex(name, origin)
-        item = ReadItem(LoadItemType.TENSOR, index, origin, index, origin, described.size)
-        yield Region(item, described.size, local)
+        yield Region(MetadataIndex(name, origin), origin, described.size, described.size, local)
         return
     for chunk in described.chunks:
         lows = [max(pair) for pair in zip(offsets, chunk.offsets, strict=True)]
@@ -100,12 +104,8 @@ def _within(
         if lengths != local.size():
             for dimension, (start, length) in enumerate(zip(here, lengths, strict=True)):
                 target = target.narrow(dimension, start, length)
-        source = MetadataIndex(name, chunk.offsets)
-        item = ReadItem(
-            LoadItemType.TENSOR, MetadataIndex(name, here), here, source, there, lengths
-        )
         missing -= prod(lengths)
-        yield Region(item, chunk.sizes, target)
+        yield Region(MetadataIndex(name, chunk.offsets), there, lengths, chunk.sizes, target)
     if missing > 0:
         raise UncoveredError(f"has no place for all of {name}")
 
@@ -114,7 +114,9 @@ def _by_torch(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Iterat
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
     for item in planner.finish_plan(planner.create_local_plan()).items:
-        yield Region(item, _chunk_size(metadata, item), planner.resolve_tensor(item).detach())
+        target = planner.resolve_tensor(item).detach()
+        chunk_size = _chunk_size(metadata, item)
+        yield Region(item.storage_index, item.storage_offsets, item.lengths, chunk_size, target)
 
 
 def _chunk_size(metadata: Metadata, item: ReadItem) -> torch.Size:

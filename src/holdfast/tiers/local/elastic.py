@@ -150,26 +150,27 @@ def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
     described: dict[str, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
+    properties: dict[torch.dtype, TensorProperties] = {}
     for file_path, entries in shards:
         for entry in entries:
-            paths.setdefault(entry.name, entry.path)
-            if entry.dtype is None:
-                place = MetadataIndex(entry.name)
-                described.setdefault(entry.name, BytesStorageMetadata())
-            else:
-                place = MetadataIndex(entry.name, torch.Size(entry.offsets))
-                tensor = described.setdefault(
-                    entry.name,
-                    TensorStorageMetadata(
-                        TensorProperties(dtype=entry.dtype), torch.Size(entry.size), []
-                    ),
+            name, dtype = entry.name, entry.dtype
+            place = MetadataIndex(name, None if dtype is None else torch.Size(entry.offsets))
+            if place in places:
+                continue
+            places[place] = _StorageInfo(file_path, entry.offset, entry.length)
+            if dtype is None:
+                paths.setdefault(name, entry.path)
+                described.setdefault(name, BytesStorageMetadata())
+                continue
+            if name not in described:
+                paths[name] = entry.path
+                if dtype not in properties:
+                    properties[dtype] = TensorProperties(dtype=dtype)
+                described[name] = TensorStorageMetadata(
+                    properties[dtype], torch.Size(entry.size), []
                 )
-                if place not in places:
-                    chunk = ChunkStorageMetadata(
-                        torch.Size(entry.offsets), torch.Size(entry.lengths)
-                    )
-                    tensor.chunks.append(chunk)
-            places.setdefault(place, _StorageInfo(file_path, entry.offset, entry.length))
+            chunk = ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.lengths))
+            described[name].chunks.append(chunk)
     return Metadata(described, paths, places, StorageMeta())
 
 
