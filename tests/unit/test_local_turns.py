@@ -46,6 +46,19 @@ def test_the_memory_is_the_file(turns: Turns) -> None:
     assert file.path.stat().st_blocks * 512 >= SIZE
 
 
+def test_the_memory_of_a_large_file_is_the_file(turns: Turns) -> None:
+    """In whatever pages it lies, its image is zeros at first, all there, and a tail follows it."""
+    size_bytes = (5 << 20) + 4096
+    file = turns.take(size_bytes, 0.0)
+    assert bytes(file.memory) == bytes(size_bytes)
+    assert file.path.stat().st_blocks * 512 == size_bytes
+    file.memory[-3:] = b"abc"
+    file.write_at(size_bytes, b"tail")
+    assert file.path.read_bytes() == bytes(size_bytes - 3) + b"abctail"
+    file.cut(size_bytes)
+    assert bytes(file.memory[-3:]) == b"abc"
+
+
 def test_a_file_comes_back_without_its_tail_and_under_another_name(turns: Turns) -> None:
     """Its memory is the same, so that what is laid out there serves again."""
     file = turns.take(SIZE, 0.0)

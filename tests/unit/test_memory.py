@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CheckpointError, NotEnoughMemoryError
-from holdfast.shards.memory import Room, allocate, check_room, find_room, touch
+from holdfast.shards.memory import (
+    Room,
+    allocate,
+    check_room,
+    find_room,
+    prefer_huge_pages,
+    touch,
+)
+from tests.support.mounts import small_memory
+from tests.support.nodes import memory_directory
 from tests.support.proc import in_fork, mapping_of
 
 MIB = 1 << 20
@@ -53,6 +62,52 @@ def test_memory_goes_with_its_last_view() -> None:
     del part
     starts = [line.split("-")[0] for line in Path("/proc/self/maps").read_text().splitlines()]
     assert f"{address:x}" not in starts
+
+
+# -- files in RAM --------------------------------------------------------------------------------
+
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+def _huge_shared_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = next((line for line in lines if line.startswith("ShmemHugePages:")), "- 0")
+    return int(found.split()[1]) << 10
+
+
+def test_a_file_in_ram_has_huge_pages_where_the_kernel_gives_them() -> None:
+    """Whole huge pages, whatever the mount says of them, and not a byte more than asked for."""
+    release = tuple(int(each) for each in os.uname().release.split(".")[:2])
+    if not (_THP / "hpage_pmd_size").exists() or release < (6, 1):
+        pytest.skip("this kernel gives none by name")
+    if "[deny]" in (_THP / "shmem_enabled").read_text():
+        pytest.skip("this system denies them")
+    size_bytes = 64 * MIB + 3 * mmap.PAGESIZE
+    with memory_directory() as path, (path / "file").open("w+b") as stream:
+        before = _huge_shared_bytes()
+        prefer_huge_pages(stream.fileno(), size_bytes)
+        assert _huge_shared_bytes() - before >= 32 * MIB  # of 64: others use them too
+        os.posix_fallocate(stream.fileno(), 0, size_bytes)
+        found = os.fstat(stream.fileno())
+        assert (found.st_size, found.st_blocks * 512) == (size_bytes, size_bytes)
+        assert (path / "file").read_bytes() == bytes(size_bytes)
+        assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, MIB])
+def test_a_small_file_is_left_as_it_is(size_bytes: int) -> None:
+    """What is smaller than a huge page gets none, and no byte before its time."""
+    with memory_directory() as path, (path / "file").open("w+b") as stream:
+        prefer_huge_pages(stream.fileno(), size_bytes)
+        assert os.fstat(stream.fileno()).st_size == 0
+
+
+def test_where_there_is_no_room_allocating_says_so(tmp_path: Path) -> None:
+    """Asking for huge pages fails silently, and leaves the error to what allocates the rest."""
+    with small_memory(tmp_path / "memory", "6m") as path, (path / "file").open("w+b") as stream:
+        prefer_huge_pages(stream.fileno(), 16 * MIB)
+        with pytest.raises(OSError, match="No space left"):
+            os.posix_fallocate(stream.fileno(), 0, 16 * MIB)
 
 
 class _OldKernel(mmap.mmap):

@@ -84,10 +84,11 @@ def _within(
     missing = local.numel()
     if not missing:
         return
-    if len(described.chunks) == 1 and local.size() == described.size == described.chunks[0].sizes:
-        origin = described.chunks[0].offsets  # all of it, saved in one piece: nearly always so
-        yield Region(MetadataIndex(name, origin), origin, described.size, described.size, local)
-        return
+    for chunk in described.chunks:  # one that is all of it, and nothing else: nearly always so
+        if chunk.sizes == sizes == local.size() and chunk.offsets == offsets:
+            index, origin = MetadataIndex(name, chunk.offsets), torch.Size((0,) * len(sizes))
+            yield Region(index, origin, chunk.sizes, chunk.sizes, local)
+            return
     for chunk in described.chunks:
         lows = [max(pair) for pair in zip(offsets, chunk.offsets, strict=True)]
         lengths = torch.Size(

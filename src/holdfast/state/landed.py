@@ -89,7 +89,7 @@ def _takes_as_is(module: nn.Module) -> bool:
         )
         and only_shard(module._state_dict_pre_hooks.values())
         and only_shard(module._load_state_dict_pre_hooks.values())
-        and not module._load_state_dict_post_hooks
+        and only_shard(module._load_state_dict_post_hooks.values())
     )
 
 

@@ -24,7 +24,7 @@ _TENSORS = frozenset({torch.Tensor, nn.Parameter, nn.Buffer, DTensor})
 _RENAMING = ("_fqn_modifiers", "_checkpoint_wrapped_module")
 """What a module has that lets torch's getters call its parts otherwise."""
 _SHARDING = "torch.distributed.fsdp._fully_shard."
-"""Where FSDP2 has its hooks, which bring parameters into shards for a save and for a load."""
+"""Where FSDP2's own hooks are made."""
 
 
 def is_plain_module(module: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def is_plain_optimizer(optimizer: Optimizer) -> bool:
 
 
 def only_shard(hooks: Iterable[Callable[..., Any]]) -> bool:
-    """Whether hooks do no more than bring FSDP2's parameters into shards, where they may be."""
+    """Whether hooks are FSDP2's own, which bring parameters into shards and do nothing else."""
     return all(getattr(each, "__module__", "").startswith(_SHARDING) for each in hooks)
 
 

@@ -44,7 +44,9 @@ class Shelf:
         self.directory = run.rank_directory(rank)
         self.turns = Turns(self.directory, run.filesystem, limit=turns, spares=turns, mapped=True)
         """Of the own shard, where files take turns."""
-        self._copies = Turns(self.directory, run.filesystem, spares=copies, mapped=False)
+        self._copies = Turns(
+            self.directory, run.filesystem, spares=copies, mapped=False, in_memory=in_memory
+        )
         self._in_memory = in_memory
         self._keep = turns - 1
         self.spared: frozenset[int] = frozenset()

@@ -21,6 +21,7 @@ from typing import BinaryIO, Protocol
 
 from holdfast.errors import NoFileFreeError
 from holdfast.filesystem import Filesystem, naming
+from holdfast.shards.memory import prefer_huge_pages
 from holdfast.tiers.local.files import as_problem, pending_name, reserve
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,17 @@ class TurnFile:
     """One file, open; if it is to be an arena, mapped, with all of its bytes allocated."""
 
     def __init__(
-        self, path: Path, size_bytes: int, filesystem: Filesystem, *, mapped: bool
+        self,
+        path: Path,
+        size_bytes: int,
+        filesystem: Filesystem,
+        *,
+        mapped: bool,
+        in_memory: bool = True,
     ) -> None:
         """Create it, and allocate what is mapped: all else is told by the write that has no room.
+
+        `in_memory`: whether the directory lies in RAM, as one must where files are mapped.
 
         Raises:
             OSError: there is no room.
@@ -58,6 +67,8 @@ class TurnFile:
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._memory: memoryview | None = None
         try:
+            if in_memory:
+                prefer_huge_pages(self._descriptor, size_bytes)
             if mapped and size_bytes:
                 reserve(self._descriptor, size_bytes, path)
                 flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
@@ -150,13 +161,17 @@ class Turns:
         limit: int | None = None,
         spares: int,
         mapped: bool,
+        in_memory: bool = True,
     ) -> None:
-        """`limit`: of files in all; None: no limit. `spares`: of files kept for another turn."""
+        """`limit`: of files in all; None: no limit. `spares`: of files kept for another turn.
+
+        `mapped`, `in_memory`: of each file.
+        """
         self._directory = directory
         self._limit = limit
         self._spares = spares
         self._filesystem = filesystem
-        self._mapped = mapped
+        self._mapped, self._in_memory = mapped, in_memory
         self._free: list[TurnFile] = []
         self._published: dict[Path, TurnFile] = {}
         self._taken: set[TurnFile] = set()
@@ -220,7 +235,9 @@ class Turns:
     def _create(self, size_bytes: int) -> TurnFile:
         self._filesystem.make_directory(self._directory)
         path = self._directory / pending_name("spare")
-        return TurnFile(path, size_bytes, self._filesystem, mapped=self._mapped)
+        return TurnFile(
+            path, size_bytes, self._filesystem, mapped=self._mapped, in_memory=self._in_memory
+        )
 
     def top_up(self, size_bytes: int) -> None:
         """Allocate now what the next save would have to.
