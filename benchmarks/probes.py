@@ -2,8 +2,9 @@
 
 Owns the memory and disk probes: copies by one and two threads between reused, touched memory on
 huge pages; new files past the page cache with fsync; the same files read back past the cache, cold;
-and read through the cache, warm, into touched memory. Promises plain libc and system calls: no
-torch, except for the copy from an accelerator. Where O_DIRECT is refused it says so.
+and read through the cache, warm, into touched memory; and what a recovery can at best be. Promises
+plain libc and system calls: torch for the copy from an accelerator and between ranks alone. Where
+O_DIRECT is refused it says so.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 BLOCK_BYTES = 8 << 20
+PIECE_BYTES = 1 << 20
 PAGE_BYTES = 4096
 _LIBC = ctypes.CDLL(None)
 _LIBC.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -175,11 +181,12 @@ def measure(size_bytes: int, folder: Path, repeats: int, device: str = "cpu") ->
     return {"samples": samples, "facts": {"size_bytes": size_bytes, "cold": how, "notes": notes}}
 
 
-def copying(size_bytes: int) -> Callable[[Callable[[], None]], float]:
-    """Return what copies so many bytes once, with one thread, on all ranks at a time.
+Measure = Callable[[Callable[[], None]], float]
+"""Seconds; it is given what brings the ranks together."""
 
-    It is called with what brings the ranks together.
-    """
+
+def copying(size_bytes: int, folder: Path) -> Measure:
+    """Return what copies so many bytes once, with one thread, on all ranks at a time."""
     source, target = Memory(size_bytes), Memory(size_bytes)
 
     def measure(meet: Callable[[], None]) -> float:
@@ -189,10 +196,27 @@ def copying(size_bytes: int) -> Callable[[Callable[[], None]], float]:
     return measure
 
 
-def transferring(size_bytes: int) -> Callable[[Callable[[], None]], float]:
+def reading(size_bytes: int, folder: Path) -> Measure:
+    """Return what reads so many bytes of a file under `folder`, by two threads, on all ranks.
+
+    Each piece is digested while it is in a cache: the least that a load does which verifies.
+    """
+    read = _reader(size_bytes, folder)
+
+    def measure(meet: Callable[[], None]) -> float:
+        meet()
+        began = time.perf_counter()
+        read()
+        return time.perf_counter() - began
+
+    return measure
+
+
+def transferring(size_bytes: int, folder: Path, *, beside: bool = False) -> Measure:
     """Return what sends so many bytes from rank 0 to rank 1 as gloo does it best: in one message.
 
-    Over a group of its own, from and into touched memory. It is called as `copying`'s is.
+    Over a group of its own, from and into touched memory. `beside`: while rank 0 reads as many, as
+    it does whose peer has lost its shard.
     """
     import torch
     from torch import distributed
@@ -200,21 +224,52 @@ def transferring(size_bytes: int) -> Callable[[Callable[[], None]], float]:
     group = distributed.new_group(backend="gloo")
     rank = distributed.get_rank()
     content = torch.full((size_bytes,), rank, dtype=torch.uint8)
+    read = _reader(size_bytes, folder) if beside and rank == 0 else None
 
     def measure(meet: Callable[[], None]) -> float:
         meet()
         began = time.perf_counter()
+        reader = threading.Thread(target=read)
+        reader.start()
         if rank == 0:
             distributed.send(content, 1, group=group)
         elif rank == 1:
             distributed.recv(content, 0, group=group)
+        reader.join()
         return time.perf_counter() - began
 
     return measure
 
 
-LIMITS_OF_RECOVERY = {"own": ("raw_copy", copying), "peer": ("raw_transfer", transferring)}
-"""By what was lost: the name of the limit, and what measures it."""
+LIMITS_OF_RECOVERY: dict[str, dict[str, Callable[[int, Path], Measure]]] = {
+    "own": {"raw_copy": copying, "raw_read": reading},
+    "peer": {"raw_transfer": transferring, "busy_transfer": partial(transferring, beside=True)},
+}
+"""By what was lost: its limits, by name, and what makes the measure of each."""
+
+
+def _reader(size_bytes: int, folder: Path) -> Callable[[], None]:
+    """Return what reads a new file, without a name any more, into touched memory."""
+    target = Memory(size_bytes)
+    descriptor, name = tempfile.mkstemp(dir=folder)  # open until the process ends
+    os.unlink(name)
+    for start in range(0, size_bytes, PIECE_BYTES):
+        os.pwrite(descriptor, target.view[start : start + PIECE_BYTES], start)
+
+    def read(start: int, end: int) -> None:
+        for position in range(start, end, PIECE_BYTES):
+            piece = target.view[position : min(position + PIECE_BYTES, end)]
+            os.preadv(descriptor, [piece], position)
+            xxhash.xxh3_128_digest(piece)
+
+    def read_all() -> None:
+        middle = size_bytes // 2
+        helper = threading.Thread(target=read, args=(middle, size_bytes))
+        helper.start()
+        read(0, middle)
+        helper.join()
+
+    return read_all
 
 
 def _pinned_copies(size_bytes: int, repeats: int, device: str) -> list[float]:

@@ -41,8 +41,10 @@ QUANTITIES = (
     Quantity("first_durable", "first durable", "ms", None),
     Quantity("first_load", "first load", "ms", None),
     Quantity("raw_copy", "memcpy, 1 thread a rank", "ms", None),
+    Quantity("raw_read", "read from RAM, digested", "ms", None),
     Quantity("recovery_own", "own shard back", "ms", None),
     Quantity("raw_transfer", "raw gloo transfer", "ms", None),
+    Quantity("busy_transfer", "beside a read, digested", "ms", None),
     Quantity("recovery_peer", "back from a peer", "ms", None),
     Quantity("recovered_peer", "both copies back", "ms", None),
     Quantity("first_recovery_own", "first: own shard back", "ms", None),
@@ -50,7 +52,10 @@ QUANTITIES = (
 )
 _SAVING = ("stall", "durable", "cpu", "memory", "lost")
 _LOADING = ("load_cold", "load_warm", "first_stall", "first_durable", "first_load")
-RECOVERING = ("raw_copy", "recovery_own", "raw_transfer", "recovery_peer", "recovered_peer")
+RECOVERING = (
+    "raw_copy", "raw_read", "recovery_own",
+    "raw_transfer", "busy_transfer", "recovery_peer", "recovered_peer",
+)  # fmt: skip
 RESTARTING = ("first_recovery_own", "first_recovery_peer")
 """As `RECOVERING`, of the local tier alone."""
 _SCALES = {"ms": 1e3, "MiB": 2.0**-20}

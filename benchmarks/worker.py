@@ -179,17 +179,20 @@ class Worker:
         self._compare(f"{temperature} load")
 
     def _measure_recovery(self, loss: str) -> None:
-        """Lose something and load; each time after the limit was measured on these ranks."""
+        """Lose something and load; each time after the limits were measured on these ranks."""
         method = self._method
-        name, probe = probes.LIMITS_OF_RECOVERY[loss]
-        measure = probe(self._state.size_bytes())
-        measure(self._meet)
+        size_bytes, folder = self._state.size_bytes(), Path(self._order.folder)
+        measures = {
+            name: make(size_bytes, folder) for name, make in probes.LIMITS_OF_RECOVERY[loss].items()
+        }
+        for measure in measures.values():
+            measure(self._meet)
         method.restart()
         for number in range(1 + self._order.loads):
             self._meet()
             method.lose(loss)
             self._state.spoil()
-            limit = measure(self._meet)
+            limits = {name: measure(self._meet) for name, measure in measures.items()}
             self._meet()
             began = time.perf_counter()
             self._with_device(method.load)()
@@ -200,7 +203,8 @@ class Worker:
             if number == 0:  # with all that a job sets up once after its start
                 self._add(f"first_recovery_{loss}", seconds)
                 continue
-            self._add(name, limit)
+            for name, limit in limits.items():
+                self._add(name, limit)
             self._add(f"recovery_{loss}", seconds)
             self._add(f"recovered_{loss}", whole)
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -311,3 +313,15 @@ def failure_of(work: Callable[[], Any]) -> CheckpointError:
     except CheckpointError as error:
         return error
     raise AssertionError("nothing was raised")
+
+
+def hide_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nvidia-resiliency-ext, and what stands on it, be as if it were not installed."""
+    import holdfast.tiers.local
+
+    for name in [each for each in sys.modules if each.startswith("nvidia_resiliency_ext")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("engine", "replication", "state", "recovery"):
+        monkeypatch.delitem(sys.modules, f"holdfast.tiers.local.{name}", raising=False)
+        monkeypatch.delattr(holdfast.tiers.local, name, raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)

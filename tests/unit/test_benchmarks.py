@@ -246,7 +246,7 @@ def test_a_recovery_is_measured_beside_its_limit(tmp_path: Path) -> None:
     result = harness.run([task], settings, lambda _: None)
     assert result["skipped"] == {}
     samples = result["samples"]["local"]["holdfast-local"]
-    for name in ("raw_copy", "recovery_own", "recovered_own", "first_recovery_own"):
+    for name in ("raw_copy", "raw_read", "recovery_own", "recovered_own", "first_recovery_own"):
         (value,) = samples[name]
         assert value > 0
     assert samples["recovered_own"][0] >= samples["recovery_own"][0]

@@ -21,6 +21,7 @@ from holdfast.tiers.local.budget import Budget, Need, foretell
 from holdfast.tiers.local.nodes import Seat, Topology
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.mounts import small_memory
+from tests.support.nodes import hide_package
 from tests.support.ranks import run_ranks
 
 pytest.importorskip("nvidia_resiliency_ext")
@@ -138,6 +139,15 @@ def test_what_will_not_save_state_is_told_nothing(
     start.close()
     assert _lines(caplog) == []
     assert not (tmp_path / "local").exists()
+
+
+def test_a_missing_package_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fresh store too, where nothing is loaded, and not at the first save."""
+    hide_package(monkeypatch)
+    with pytest.raises(ConfigError, match="nvidia-resiliency-ext"):
+        _Start(tmp_path, tmp_path / "local", 4).load()
 
 
 def test_what_is_not_counted_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

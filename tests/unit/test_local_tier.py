@@ -25,6 +25,7 @@ from tests.support.nodes import (
     Job,
     failure_of,
     flip,
+    hide_package,
     memory_directory,
     published,
     shard_path,
@@ -304,14 +305,7 @@ def test_without_the_package_the_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Instead of an ImportError from somewhere inside."""
-    import holdfast.tiers.local
-
-    for name in [each for each in sys.modules if each.startswith("nvidia_resiliency_ext")]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("engine", "replication", "state", "recovery"):
-        monkeypatch.delitem(sys.modules, f"holdfast.tiers.local.{name}", raising=False)
-        monkeypatch.delattr(holdfast.tiers.local, name, raising=False)
-    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
+    hide_package(monkeypatch)
     with pytest.raises(ConfigError, match="nvidia-resiliency-ext") as caught:
         _tier(tmp_path)
     assert "local.directory to null" in str(caught.value)

@@ -145,12 +145,34 @@ def _renaming(net: nn.Module) -> nn.Module:
     return net
 
 
+def _holding_more(net: nn.Module) -> nn.Module:
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    wrapped.more = nn.Linear(2, 2)
+    return wrapped
+
+
+class _Odd(Tensor):
+    """A type that may show itself as something else."""
+
+
+def _of_another_type(net: nn.Module) -> nn.Module:
+    net.register_buffer("odd", torch.ones(2).as_subclass(_Odd))
+    return net
+
+
+def _leaving_out(net: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"_checkpoint_wrapped_module": net})
+
+
 OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "extra state": lambda net: nn.ModuleList([net, _Extra(2, 2)]),
     "a parameter that is not there yet": lambda net: nn.ModuleList([net, nn.LazyLinear(3)]),
     "an early hook": _listening,
     "a late hook": _late,
     "names of its own": _renaming,
+    "a part that is left out of names": _leaving_out,
+    "a wrapper that holds more": _holding_more,
+    "a tensor of another type": _of_another_type,
     "activation checkpointing": checkpoint_wrapper,
     "FSDP1": lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu")),
     "nothing": lambda net: nn.Identity(),

@@ -10,7 +10,7 @@ overridden, hooked into, wrapped in a way of its own or not found, torch must be
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 
 _TENSORS = frozenset({torch.Tensor, nn.Parameter, nn.Buffer, DTensor})
 """Others may not be there yet, or be shown as something else."""
-_RENAMING = ("_fqn_modifiers", "_checkpoint_wrapped_module")
-"""What a module has that lets torch's getters call its parts otherwise."""
+_RENAMING = "_fqn_modifiers"
+"""By which a module lets torch's getters call its parts otherwise."""
+_CHECKPOINTED = "_checkpoint_wrapped_module"
+"""A part that they leave out of names, whatever holds it."""
 _SHARDING = "torch.distributed.fsdp._fully_shard."
 """Where FSDP2's own hooks are made."""
 
@@ -102,7 +104,7 @@ def optimizer_state(root: nn.Module, optimizers: Sequence[Optimizer]) -> dict[st
             options = {key: value for key, value in group.items() if key != "params"}
             groups.append({**options, "params": [names[each] for each in members]})
         for parameter, entries in optimizer.state.items():
-            if id(parameter) not in known or not isinstance(entries, Mapping):
+            if id(parameter) not in known:
                 return None
             state[known[id(parameter)]] = entries
     return {"state": state, "param_groups": groups}
@@ -120,7 +122,7 @@ def _modules_of(root: nn.Module) -> list[tuple[nn.Module, str, str]] | None:
         kind, given = type(module), vars(module)
         if not is_plain_module(module) or not only_shard(module._state_dict_pre_hooks.values()):
             return False
-        if any(hasattr(kind, each) or each in given for each in _RENAMING):
+        if hasattr(kind, _RENAMING) or _RENAMING in given or _CHECKPOINTED in module._modules:
             return False
         found.append((module, name, key))
         wrapper = None

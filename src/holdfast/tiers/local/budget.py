@@ -24,6 +24,7 @@ from holdfast.shards.memory import Room, find_room
 from holdfast.tiers.local.device import device_of
 from holdfast.tiers.local.files import check_owned, is_memory
 from holdfast.tiers.local.nodes import Seat, Topology, assign_holders, node_name
+from holdfast.tiers.local.package import import_engine
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +138,15 @@ def take_seats(config: LocalConfig, filesystem: Filesystem, coordinator: Coordin
     """Make the directory where it is missing, and agree on who sees the same one.
 
     Raises:
-        ConfigError: it is not this user's alone, or a rank has not what copies are to travel by.
+        ConfigError: it is not this user's alone, or a rank lacks the package that the tier stands
+            on, or what copies are to travel by.
         StageFailedError: it cannot be made, on some rank.
     """
     assert config.directory is not None
     directory = Path(config.directory).absolute()
 
     def sit() -> Seat:
+        import_engine()  # on a fresh store too, and not hours later at the first save
         device_of(config.replication.transport)
         make_durable_directory(filesystem, directory)
         check_owned(directory)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from holdfast.tiers.local.budget import Budget, find_budget
 from holdfast.tiers.local.device import device_of, new_group
 from holdfast.tiers.local.files import UNREAD, RunDirectory, is_memory, shard_name
 from holdfast.tiers.local.nodes import Seat, Topology, assign_holders, node_name
+from holdfast.tiers.local.package import import_engine
 from holdfast.tiers.local.sealing import LocalSnapshot, lay_out_in, seal
 from holdfast.tiers.local.tail import ShardRecord
 from holdfast.tiers.local.vote import Candidate, Objection, Passed
@@ -103,7 +103,7 @@ class LocalTier:
         # Within the stage: where the package is missing on one node only, all hear of it.
         transport = config.replication.transport
         places = coordinator.together("local prepare", lambda: _prepare(run, rank, node, transport))
-        engine = _import_engine()
+        engine = import_engine()
         self._device = device_of(transport)
         self.topology = Topology(tuple(seat for seat, _ in places))
         factor, jump = config.replication.factor, config.replication.jump
@@ -194,7 +194,7 @@ class LocalTier:
                 published before stands.
         """
         self.manager.coordinator = coordinator
-        engine = _import_engine()
+        engine = import_engine()
         size = image_bytes(snapshot.arena.layout)
         sealed: list[ShardState] = []
         try:
@@ -432,7 +432,7 @@ class LocalTier:
 
 def _prepare(run: RunDirectory, rank: int, node: str | None, transport: str) -> tuple[Seat, bool]:
     """Return where this rank sits, and whether its directory lies in RAM."""
-    _import_engine()
+    import_engine()
     device_of(transport)
     run.prepare(rank)
     found = os.stat(run.root)
@@ -455,25 +455,3 @@ def _agree_on_iteration(sealed: list[tuple[int, int]]) -> int:
     if failures:
         raise StageFailedError("local seal", failures)
     return sum(size for _, size in sealed)
-
-
-def _import_engine() -> Any:
-    """Import what stands on nvidia-resiliency-ext, which not every platform has.
-
-    Raises:
-        ConfigError: it is missing, or does not work here.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "The pynvml package is deprecated", category=FutureWarning
-            )
-            from holdfast.tiers.local import engine
-    except ImportError as error:
-        problem = (
-            "checkpoint.local.directory is set, but nvidia-resiliency-ext cannot be imported "
-            f"({error}); install nvidia-resiliency-ext>=0.4.1,<0.8 (Linux, Python below 3.13), "
-            "or set local.directory to null"
-        )
-        raise ConfigError([problem]) from error
-    return engine
