@@ -22,6 +22,9 @@ from holdfast.digests import BLOCK_BYTES, FileRecord, describe_body, footer_size
 from holdfast.filesystem import Filesystem, writing_past_cache
 from holdfast.shards.memory import allocate
 
+_DIGESTERS = 2
+"""Threads over an image in memory: one alone reads memory at half the speed it can be read at."""
+
 
 class Image(Protocol):
     """The body of a shard file, to be had piece by piece and in order."""
@@ -114,7 +117,9 @@ def write_shard(
 
 def seal_image(memory: memoryview, body_bytes: int, name: str) -> FileRecord:
     """Put the footer behind a body in memory, and return the record of the file that they are."""
-    digests = [xxhash.xxh3_128_digest(block) for block in _cut(memory[:body_bytes], BLOCK_BYTES)]
+    with ThreadPoolExecutor(_DIGESTERS, thread_name_prefix="holdfast-digester") as pool:
+        blocks = _cut(memory[:body_bytes], BLOCK_BYTES)
+        digests = list(pool.map(xxhash.xxh3_128_digest, blocks))
     memory[body_bytes : body_bytes + footer_size(body_bytes)] = make_footer(body_bytes, digests)
     return describe_body(name, body_bytes, digests)
 
