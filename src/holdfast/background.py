@@ -2,22 +2,43 @@
 
 Owns the writer thread and the agreement on when every rank looks at what became of it. Promises
 that all ranks act on an outcome at the same step, that a step without an outcome costs one local
-look and no communication, and that an outcome is handed out once. Knows nothing of what the job
-does.
+look and no communication, that an outcome is handed out once, and that a job in flight is finished
+when the program ends. Knows nothing of what the job does.
 """
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  # its own end of a program comes after ours
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 from holdfast.coordination import Coordinator
 from holdfast.errors import CheckpointError, StageTimeoutError
 
 T = TypeVar("T")
+
+
+_in_flight: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@cache
+def _wait_at_the_end() -> None:
+    """Let the end of the program wait for jobs while thread pools still take work.
+
+    Python closes those before it joins threads that are no daemons, and a save needs some.
+    """
+    with suppress(AttributeError, RuntimeError):  # unknown to this Python, or too late
+        threading._register_atexit(_wait)  # type: ignore[attr-defined]  # as the pools do
+
+
+def _wait() -> None:
+    for thread in list(_in_flight):
+        thread.join()
 
 
 @dataclass(frozen=True)
@@ -55,7 +76,9 @@ class Background(Generic[T]):
             name="holdfast-writer",
             daemon=False,  # a save in flight is finished when the program ends
         )
+        _wait_at_the_end()
         self._thread.start()
+        _in_flight.add(self._thread)
 
     def poll(self) -> Outcome[T] | None:
         """Count one training step; return the outcome at the step at which all ranks act."""

@@ -110,7 +110,7 @@ def test_it_is_what_the_getters_give(kind: str) -> None:
     assert [list(each) for each in own["param_groups"]] == [
         list(each) for each in theirs["param_groups"]
     ]
-    assert sorted(own["state"]) == sorted(theirs["state"])
+    assert list(own["state"]) == list(theirs["state"])
     for name, entries in own["state"].items():
         assert list(entries) == list(theirs["state"][name])
         assert all(entries[key] is theirs["state"][name][key] for key in entries)

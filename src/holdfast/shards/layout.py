@@ -293,7 +293,8 @@ def parse_index(content: bytes | memoryview, index_offset: int) -> list[Entry]:
         try:
             entries.append(_entry_of(row, dtypes, index_offset))
         except ValueError as error:
-            name = f" ({row[0]})" if isinstance(row, list) and row else ""
+            is_named = type(row) is list and row and type(row[0]) is str
+            name = f" ({row[0]})" if is_named else ""
             raise ValueError(f"item {len(entries)} of the index{name} {error}") from None
     if len({(entry.name, entry.offsets) for entry in entries}) != len(entries):
         raise ValueError("the index lists an item twice")

@@ -76,6 +76,7 @@ def prefer_huge_pages(descriptor: int, size_bytes: int) -> None:
         return
     whole = size_bytes - size_bytes % huge_bytes
     with suppress(OSError):  # told by whoever allocates the file
+        os.ftruncate(descriptor, size_bytes)  # a mount may give huge pages within a file's size
         for start in range(0, whole, huge_bytes):
             os.pwrite(descriptor, b"\0", start)  # a range of nothing is not collapsed
         _collapse(descriptor, whole, huge_bytes)
@@ -83,21 +84,23 @@ def prefer_huge_pages(descriptor: int, size_bytes: int) -> None:
 
 def _collapse(descriptor: int, size_bytes: int, huge_bytes: int) -> None:
     # Through libc: the mapping has to begin on the boundary of a huge page, for which Python's has
-    # no argument. It lies in a larger one, which nobody else can get meanwhile.
+    # no argument. So it is put into a larger one, which keeps its place free.
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
-    no_bytes = ctypes.c_void_p(-1).value
+    nowhere = ctypes.c_void_p(-1).value
     length = ctypes.c_size_t(size_bytes + huge_bytes)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     around = libc.mmap(None, length, 0, flags, -1, ctypes.c_long(0))
-    if around == no_bytes:
+    if around == nowhere:
         return
-    start = ctypes.c_void_p(-(-around // huge_bytes) * huge_bytes)
-    size, access = ctypes.c_size_t(size_bytes), mmap.PROT_READ | mmap.PROT_WRITE
-    flags = mmap.MAP_SHARED | _FIXED
-    if libc.mmap(start, size, access, flags, descriptor, ctypes.c_long(0)) != no_bytes:
-        libc.madvise(start, size, _COLLAPSE)  # as far as it goes
-    libc.munmap(ctypes.c_void_p(around), length)
+    try:
+        start = ctypes.c_void_p(-(-around // huge_bytes) * huge_bytes)
+        size, access = ctypes.c_size_t(size_bytes), mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_SHARED | _FIXED
+        if libc.mmap(start, size, access, flags, descriptor, ctypes.c_long(0)) != nowhere:
+            libc.madvise(start, size, _COLLAPSE)  # as far as it goes
+    finally:
+        libc.munmap(ctypes.c_void_p(around), length)
 
 
 def check_room(size_bytes: int, room: Room) -> None:

@@ -1,10 +1,10 @@
 """Where each captured tensor lives, found once and followed from save to save.
 
 Owns the way from a name in the checkpoint to the parameter, buffer or optimizer entry that it
-stands for. Asking torch's getters walks and rebuilds the whole state; following the bindings looks
+stands for. Taking a state anew names and nests and flattens all of it; following the bindings looks
 every entry up where it was. Promises never to be silently stale: each time, modules, parameters,
 groups and state are compared with what was bound, and anything added, removed, replaced or hooked
-in means asking the getters again. Refuses to bind what is not found in plain sight: a state dict
+in means taking the state anew. Refuses to bind what is not found in plain sight: a state dict
 that hooks or overrides make.
 """
 

@@ -54,7 +54,7 @@ def is_plain_optimizer(optimizer: Optimizer) -> bool:
 
 def only_shard(hooks: Iterable[Callable[..., Any]]) -> bool:
     """Whether hooks are FSDP2's own, which bring parameters into shards and do nothing else."""
-    return all(getattr(each, "__module__", "").startswith(_SHARDING) for each in hooks)
+    return all((getattr(each, "__module__", None) or "").startswith(_SHARDING) for each in hooks)
 
 
 def model_state(root: nn.Module) -> dict[str, Any] | None:

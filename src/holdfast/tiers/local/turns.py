@@ -47,7 +47,8 @@ class TurnFile:
     ) -> None:
         """Create it, and allocate what is mapped: all else is told by the write that has no room.
 
-        `in_memory`: whether the directory lies in RAM, as one must where files are mapped.
+        `in_memory`: whether the directory lies in RAM, as one must where files are mapped; what
+        huge pages there are for the file are its own at once.
 
         Raises:
             OSError: there is no room.
