@@ -295,7 +295,7 @@ def _replicate(folder: Path) -> bytes:
     rank, size = distributed.get_rank(), distributed.get_world_size()
     directory = folder / str(rank)
     directory.mkdir()
-    turns = Turns(directory, LocalFilesystem(), spares=0, mapped=False)
+    turns = Turns(directory, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
     sink = ReceivedShard(lambda size_bytes: turns.take(size_bytes, 0.0))
     image = memoryview(bytearray([rank + 1]) * (20 << 20))
     source = MemoryShard(image, 20 << 20, b"tail")

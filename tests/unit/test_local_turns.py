@@ -23,7 +23,7 @@ SIZE = 8192
 def turns() -> Iterator[Turns]:
     """Three mapped files at most, in RAM."""
     with memory_directory() as path:
-        made = Turns(path, LocalFilesystem(), limit=3, spares=3, mapped=True)
+        made = Turns(path, LocalFilesystem(), limit=3, spares=3, mapped=True, in_memory=True)
         yield made
         made.close()
 
@@ -142,7 +142,7 @@ def test_a_wiped_directory_is_made_again(turns: Turns) -> None:
 
 def test_more_spares_than_wanted_are_removed(tmp_path: Path) -> None:
     """A copy that was fetched once does not stay when it is pruned."""
-    turns = Turns(tmp_path, LocalFilesystem(), spares=0, mapped=False)
+    turns = Turns(tmp_path, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
     final = _publish(turns, turns.take(SIZE, 0.0), "shard")
     turns.retire(final)
     assert os.listdir(tmp_path) == []
@@ -158,7 +158,7 @@ def test_a_full_directory_is_an_error_with_numbers_and_no_signal(tmp_path: Path)
     if made.returncode != 0:
         pytest.skip("this user may not mount")
     try:
-        turns = Turns(tmp_path, LocalFilesystem(), limit=3, spares=3, mapped=True)
+        turns = Turns(tmp_path, LocalFilesystem(), limit=3, spares=3, mapped=True, in_memory=True)
         with pytest.raises(OSError, match=r"1048576 bytes are needed, \d+ are free") as caught:
             turns.take(1 << 20, 0.0)
         assert caught.value.errno == 28

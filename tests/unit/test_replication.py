@@ -169,7 +169,7 @@ def test_every_rank_is_told_what_each_had_to_tell() -> None:
 
 
 def _receive(source: Any, directory: Path) -> ReceivedShard:
-    turns = Turns(directory, LocalFilesystem(), spares=0, mapped=False)
+    turns = Turns(directory, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
     sink = ReceivedShard(lambda size: turns.take(size, 0.0))
     sink.begin(source.size_bytes, source.body_bytes)
     for offset in range(0, source.size_bytes, source.block_bytes):

@@ -42,7 +42,14 @@ class Shelf:
         self.rank = rank
         self.topology = topology
         self.directory = run.rank_directory(rank)
-        self.turns = Turns(self.directory, run.filesystem, limit=turns, spares=turns, mapped=True)
+        self.turns = Turns(
+            self.directory,
+            run.filesystem,
+            limit=turns,
+            spares=turns,
+            mapped=True,
+            in_memory=in_memory,
+        )
         """Of the own shard, where files take turns."""
         self._copies = Turns(
             self.directory, run.filesystem, spares=copies, mapped=False, in_memory=in_memory

@@ -43,7 +43,7 @@ class TurnFile:
         filesystem: Filesystem,
         *,
         mapped: bool,
-        in_memory: bool = True,
+        in_memory: bool,
     ) -> None:
         """Create it, and allocate what is mapped: all else is told by the write that has no room.
 
@@ -162,7 +162,7 @@ class Turns:
         limit: int | None = None,
         spares: int,
         mapped: bool,
-        in_memory: bool = True,
+        in_memory: bool,
     ) -> None:
         """`limit`: of files in all; None: no limit. `spares`: of files kept for another turn.
 
