@@ -48,6 +48,15 @@ def _watch_module(live: Live, model: nn.Linear, called: list[str]) -> None:
     register(lambda *_: called.append("module"))
 
 
+def _watch_from_nowhere(live: Live, model: nn.Linear, called: list[str]) -> None:
+    def hook(*_: Any) -> None:
+        called.append("module")
+
+    hook.__module__ = None  # type: ignore[assignment]  # as methods of builtin types have it
+    register: Any = model.register_load_state_dict_post_hook
+    register(hook)
+
+
 def _watch_optimizer(live: Live, model: nn.Linear, called: list[str]) -> None:
     live.optimizer.register_load_state_dict_post_hook(lambda *_: called.append("optimizer"))
 
@@ -62,7 +71,9 @@ def _override_module(live: Live, model: nn.Linear, called: list[str]) -> None:
     model.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("watch", [_watch_module, _watch_optimizer, _override_module])
+@pytest.mark.parametrize(
+    "watch", [_watch_module, _watch_from_nowhere, _watch_optimizer, _override_module]
+)
 def test_whoever_listens_to_a_load_is_told(saved: Path, watch: Any) -> None:
     """Hooks and overrides of loading are called as torch calls them."""
     live, model = _live()
