@@ -102,9 +102,10 @@ def test_a_small_file_is_left_as_it_is(size_bytes: int) -> None:
         assert os.fstat(stream.fileno()).st_size == 0
 
 
-def test_where_there_is_no_room_allocating_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["16k", "6m"])
+def test_where_there_is_no_room_allocating_says_so(tmp_path: Path, size: str) -> None:
     """Asking for huge pages fails silently, and leaves the error to what allocates the rest."""
-    with small_memory(tmp_path / "memory", "6m") as path, (path / "file").open("w+b") as stream:
+    with small_memory(tmp_path / "memory", size) as path, (path / "file").open("w+b") as stream:
         prefer_huge_pages(stream.fileno(), 16 * MIB)
         with pytest.raises(OSError, match="No space left"):
             os.posix_fallocate(stream.fileno(), 0, 16 * MIB)
