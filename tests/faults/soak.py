@@ -9,7 +9,8 @@ bit. Prints what happened; exits with 1 where a checkpoint was lost or anything 
 
 With `--tiered` the ranks sit on two simulated nodes, each with a directory in RAM and a copy of the
 other's shard: all saves but every fourth are local alone, and between two starts a node's memory is
-sometimes lost, or that of both, after which the newest persistent checkpoint has to be there.
+sometimes lost, or that of both, after which the newest persistent checkpoint has to be there. Both
+are lost as well where one loses its memory, no save comes about, and then the other does.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def _train(store: Path, folder: Path, until: int | None, nodes: Path | None) -> 
     result = job.load()
     notes.put("loaded", result.iteration)
     notes.put("from", result.tier or "nothing")
+    for passed in result.skipped:
+        notes.put("passed", passed.iteration, passed.reason)
     notes.put("state", job.step, digest(job.digests()))
     callbacks = CallbackManager()
     callbacks.register(
@@ -122,6 +125,8 @@ class _Record:
     """That it was loaded from."""
     saved: list[tuple[int, str]] = field(default_factory=list)
     """Steps, with the tier that they were saved to."""
+    passed: list[str] = field(default_factory=list)
+    """What the load passed over, with reasons."""
     facts: dict[tuple[str, int], str] = field(default_factory=dict)
     """Losses and states by step."""
 
@@ -139,6 +144,8 @@ class _Record:
                 record.loaded = int(values[0])
             elif kind == "from":
                 record.tier = values[0]
+            elif kind == "passed":
+                record.passed.append(" ".join(values))
             elif kind == "saved":
                 record.saved.append((int(values[0]), values[1]))
             else:
@@ -167,16 +174,16 @@ class Soak:
         """`nodes`: where the memory of simulated nodes is; None: there is no local tier."""
         self.store = folder / "store"
         self._nodes = nodes
-        self._losses: dict[Path, int] = {}
-        """By launch: how many nodes had lost their memory before it."""
+        self.losses: dict[Path, set[str]] = {}
+        """By launch: the nodes that lost their memory before it."""
         self._folder = folder
         self._rng = random.Random(seed)
-        self._launches: list[Path] = []
+        self.launches: list[Path] = []
         self.tally = Tally()
 
     def launch_and_kill(self) -> None:
         """Start the run, kill one rank or both at a random moment, and wait for the end of all."""
-        folder = self._next_folder()
+        folder = self.next_folder()
         launch = threading.Thread(target=self._launch, args=(folder, None))
         launch.start()
         pids = self._wait_for_pids(folder, launch)
@@ -201,14 +208,14 @@ class Soak:
         assert self._nodes is not None
         for name in names:
             shutil.rmtree(self._nodes / name, ignore_errors=True)
-        self._losses[self._folder_of(len(self._launches))] = len(names)
+        self.losses[self._folder_of(len(self.launches))] = set(names)
         self.tally.losses_of_nodes += len(names)
 
     def finish(self) -> None:
         """Train the last steps in peace, and compare everything with a run that nobody killed."""
         reached = max((step for _, step in self._facts(0)), default=0)
         until = reached + LAST_STEPS
-        self._launch(self._next_folder(), until)
+        self._launch(self.next_folder(), until)
         reference = self._folder / "reference"
         run_ranks(_train_uninterrupted, RANKS, self.store, reference, until, timeout_seconds=600.0)
         for rank in range(RANKS):
@@ -216,7 +223,7 @@ class Soak:
             for (kind, step), value in expected.items():
                 if found.get((kind, step)) != value:
                     self.tally.wrong.append(f"rank {rank}, step {step}: another {kind}")
-        self._follow()
+        self.follow()
         self.tally.wrong += damages(self.store)
         self.tally.wrong += [f"left behind: {each}" for each in leftovers(self.store)]
         if self._nodes is not None:
@@ -224,32 +231,36 @@ class Soak:
                 f"left behind: {each}" for each in self._nodes.rglob("*-*") if each.is_file()
             ]
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Go through the launches in order: what was acknowledged, and what was found."""
         acknowledged = persisted = 0
+        empty: set[str] = set()  # nodes without a copy of what is acknowledged
         known: dict[tuple[int, str, int], str] = {}
-        for folder in self._launches:
+        for folder in self.launches:
             records = [_Record.read(folder / f"rank_{rank}") for rank in range(RANKS)]
             loaded = [each.loaded for each in records if each.loaded is not None]
             if len(set(loaded)) > 1:
                 self.tally.wrong.append(f"{folder.name}: ranks resumed from {loaded}")
-            if self._losses.get(folder) == len(NODES):
+            empty |= self.losses.get(folder, set())
+            if empty.issuperset(NODES):
                 acknowledged = persisted
             if loaded:
-                tier = next(each.tier for each in records if each.loaded is not None)
-                self.tally.resumes[tier] += loaded[0] > 0
+                record = next(each for each in records if each.loaded is not None)
+                self.tally.resumes[record.tier] += loaded[0] > 0
                 if loaded[0] < acknowledged:
                     tiers = LOCAL if acknowledged > persisted else TIER_NAME
                     self.tally.lost.append(
                         f"{folder.name}: resumed from {loaded[0]}, {acknowledged} was acknowledged "
-                        f"({tiers})"
+                        f"({tiers}); passed over: {record.passed or 'nothing'}"
                     )
             saved = {each for record in records for each in record.saved}
             self.tally.saves.update(tier for _, tier in saved)
             acknowledged = max([acknowledged, *(step for step, _ in saved)])
+            if saved:
+                empty = set()  # each has its own shard of it and a copy of the other's
             persisted = max([persisted, *(step for step, tier in saved if tier == TIER_NAME)])
-            for rank, record in enumerate(records):
-                for (kind, step), value in record.facts.items():
+            for rank, each in enumerate(records):
+                for (kind, step), value in each.facts.items():
                     if known.setdefault((rank, kind, step), value) != value:
                         self.tally.wrong.append(
                             f"{folder.name}, rank {rank}, step {step}: another {kind} than before"
@@ -269,10 +280,10 @@ class Soak:
             if hung or unmoved:
                 self.tally.wrong.append(f"{folder.name}: ranks {hung or 'all'} failed: {error}")
 
-    def _next_folder(self) -> Path:
-        self._launches.append(self._folder_of(len(self._launches)))
-        self._launches[-1].mkdir()
-        return self._launches[-1]
+    def next_folder(self) -> Path:
+        self.launches.append(self._folder_of(len(self.launches)))
+        self.launches[-1].mkdir()
+        return self.launches[-1]
 
     def _folder_of(self, number: int) -> Path:
         return self._folder / f"launch_{number:04d}"
@@ -295,7 +306,7 @@ class Soak:
     def _facts(self, rank: int) -> dict[tuple[str, int], str]:
         """Return losses and states by step, of the last launch that came by."""
         found: dict[tuple[str, int], str] = {}
-        for folder in self._launches:
+        for folder in self.launches:
             found |= _Record.read(folder / f"rank_{rank}").facts
         return found
 
