@@ -55,7 +55,7 @@ LAUNCH_SECONDS = 60.0
 # What the ranks run.
 
 
-class _Notes:
+class Notes:
     """One line per thing that happened on a rank; a line that was written survives its death."""
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +63,8 @@ class _Notes:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def put(self, *words: object) -> None:
-        os.write(self._descriptor, f"{' '.join(map(str, words))}\n".encode())
+        line = " ".join(" ".join(map(str, words)).split())  # a reason may have several lines
+        os.write(self._descriptor, f"{line}\n".encode())
 
 
 def _train(store: Path, folder: Path, until: int | None, nodes: Path | None) -> None:
@@ -75,7 +76,7 @@ def _train(store: Path, folder: Path, until: int | None, nodes: Path | None) -> 
         os.environ["HOLDFAST_NODE"] = NODES[rank]
         local = {"directory": str(nodes / NODES[rank]), "replication": {"factor": 2}}
     job = job_of_rank(store, async_save=True, timeout_seconds=3.0, persistent=keep, local=local)
-    notes = _Notes(folder / f"rank_{rank}")
+    notes = Notes(folder / f"rank_{rank}")
     notes.put("pid", os.getpid())
     result = job.load()
     notes.put("loaded", result.iteration)
@@ -99,12 +100,12 @@ def _train(store: Path, folder: Path, until: int | None, nodes: Path | None) -> 
 def _train_uninterrupted(store: Path, folder: Path, until: int) -> None:
     """The same without a save or a load."""
     job = job_of_rank(store)
-    notes = _Notes(folder / f"rank_{os.environ['RANK']}")
+    notes = Notes(folder / f"rank_{os.environ['RANK']}")
     while job.step < until:
         _take_step(job, notes)
 
 
-def _take_step(job: Job, notes: _Notes) -> None:
+def _take_step(job: Job, notes: Notes) -> None:
     [loss] = job.run.train(1)
     job.state.train_state.step += 1
     notes.put("loss", job.step, loss.hex())
@@ -116,7 +117,7 @@ def _take_step(job: Job, notes: _Notes) -> None:
 
 
 @dataclass
-class _Record:
+class Record:
     """What one rank noted in one launch."""
 
     pid: int | None = None
@@ -131,7 +132,7 @@ class _Record:
     """Losses and states by step."""
 
     @classmethod
-    def read(cls, path: Path) -> _Record:
+    def read(cls, path: Path) -> Record:
         record = cls()
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         for line in lines:
@@ -219,7 +220,7 @@ class Soak:
         reference = self._folder / "reference"
         run_ranks(_train_uninterrupted, RANKS, self.store, reference, until, timeout_seconds=600.0)
         for rank in range(RANKS):
-            found, expected = self._facts(rank), _Record.read(reference / f"rank_{rank}").facts
+            found, expected = self._facts(rank), Record.read(reference / f"rank_{rank}").facts
             for (kind, step), value in expected.items():
                 if found.get((kind, step)) != value:
                     self.tally.wrong.append(f"rank {rank}, step {step}: another {kind}")
@@ -237,7 +238,7 @@ class Soak:
         empty: set[str] = set()  # nodes without a copy of what is acknowledged
         known: dict[tuple[int, str, int], str] = {}
         for folder in self.launches:
-            records = [_Record.read(folder / f"rank_{rank}") for rank in range(RANKS)]
+            records = [Record.read(folder / f"rank_{rank}") for rank in range(RANKS)]
             loaded = [each.loaded for each in records if each.loaded is not None]
             if len(set(loaded)) > 1:
                 self.tally.wrong.append(f"{folder.name}: ranks resumed from {loaded}")
@@ -290,7 +291,7 @@ class Soak:
 
     def _wait_for_pids(self, folder: Path, launch: threading.Thread) -> list[int]:
         while launch.is_alive():
-            pids = [_Record.read(folder / f"rank_{rank}").pid for rank in range(RANKS)]
+            pids = [Record.read(folder / f"rank_{rank}").pid for rank in range(RANKS)]
             found = [each for each in pids if each is not None]
             if len(found) == RANKS:
                 return found
@@ -307,7 +308,7 @@ class Soak:
         """Return losses and states by step, of the last launch that came by."""
         found: dict[tuple[str, int], str] = {}
         for folder in self.launches:
-            found |= _Record.read(folder / f"rank_{rank}").facts
+            found |= Record.read(folder / f"rank_{rank}").facts
         return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.soak import Soak
+from tests.faults.soak import Notes, Record, Soak
 
 PERSISTENT_40 = "saved 40 persistent"
 LOCAL_45 = "saved 45 local"
@@ -29,14 +29,16 @@ def launch(soak: Soak, *notes: str, lost: str = "") -> None:
         soak.losses[folder] = set(lost)
 
 
-@pytest.mark.parametrize("lost", ["", "a", "b"])
-def test_a_commit_with_a_copy_left_has_to_be_found(soak: Soak, lost: str) -> None:
-    """With one node's memory or both left, an older start is a loss."""
+@pytest.mark.parametrize("before", ["", "a"])
+@pytest.mark.parametrize("lost", ["", "a"])
+def test_a_commit_with_a_copy_left_has_to_be_found(soak: Soak, before: str, lost: str) -> None:
+    """With one node's memory or both left, an older start is a loss; a node is lost only once."""
+    launch(soak, lost=before)  # killed before it could load
     launch(soak, "loaded 40", "from persistent", "passed 45 a reason", lost=lost)
     soak.follow()
     [found] = soak.tally.lost
     assert found == (
-        "launch_0001: resumed from 40, 45 was acknowledged (local); passed over: ['45 a reason']"
+        "launch_0002: resumed from 40, 45 was acknowledged (local); passed over: ['45 a reason']"
     )
 
 
@@ -71,3 +73,14 @@ def test_a_save_between_two_losses_has_copies_of_its_own(soak: Soak) -> None:
     soak.follow()
     [found] = soak.tally.lost
     assert "resumed from 45, 50 was acknowledged (local)" in found
+
+
+def test_a_reason_of_several_lines_is_one_note(tmp_path: Path) -> None:
+    """What follows it is read as it was noted."""
+    path = tmp_path / "notes" / "rank_0"
+    notes = Notes(path)
+    notes.put("passed", 45, "rank 0: gone\n\nrank 1: too")
+    notes.put("saved", 50, "local")
+    record = Record.read(path)
+    assert record.passed == ["45 rank 0: gone rank 1: too"]
+    assert record.saved == [(50, "local")]
