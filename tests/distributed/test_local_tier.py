@@ -14,6 +14,7 @@ import pytest
 
 from holdfast.errors import StageFailedError
 from holdfast.filesystem import LocalFilesystem
+from tests.support.deadlines import DEADLINE_SECONDS, told_within
 from tests.support.nodes import (
     DAMAGES,
     Job,
@@ -265,7 +266,7 @@ class _Killer(LocalFilesystem):
 def _die_in_save(root: Path, where: str, dying: Sequence[int]) -> str:
     """Save 10 and 20, then have ranks killed in the save of 30."""
     killer = _Killer()
-    job = Job(root, TWO_BY_TWO, factor=2, filesystem=killer, timeout_seconds=6.0)
+    job = Job(root, TWO_BY_TWO, factor=2, filesystem=killer, timeout_seconds=DEADLINE_SECONDS)
     job.save(10)
     job.save(20)
     wait_for_all()
@@ -280,7 +281,7 @@ def _die_in_save(root: Path, where: str, dying: Sequence[int]) -> str:
     try:
         job.save(30, before_write=arm)
     except StageFailedError as error:
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < told_within(0)
         return str(error)
     return ""
 
@@ -401,12 +402,12 @@ def test_shards_of_many_blocks_travel_whole(root: Path) -> None:
 def _die_in_load(root: Path, where: str) -> str:
     """Rank 2 is killed when it makes a file in a load: while it receives its own shard."""
     killer = _Killer()
-    job = Job(root, TWO_BY_TWO, factor=2, filesystem=killer, timeout_seconds=6.0)
+    job = Job(root, TWO_BY_TWO, factor=2, filesystem=killer, timeout_seconds=DEADLINE_SECONDS)
     if job.rank == 2:
         killer.strike_at = lambda path: where in path.name
     started = time.monotonic()
     error = failure_of(job.load)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < told_within(2)
     return f"{type(error).__name__}: {error}"
 
 
@@ -424,7 +425,7 @@ def test_a_rank_that_dies_in_a_load_is_told_to_the_others(root: Path) -> None:
 
 def _refuse_on_one(root: Path) -> list[str]:
     """Rank 1 cannot stage; then all save; then rank 1 is at another step."""
-    job = Job(root, ("a", "b"), factor=2, timeout_seconds=8.0)
+    job = Job(root, ("a", "b"), factor=2, timeout_seconds=DEADLINE_SECONDS)
     job.save(10)
     messages = []
     job.tier.abandon()

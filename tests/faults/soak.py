@@ -75,7 +75,9 @@ def _train(store: Path, folder: Path, until: int | None, nodes: Path | None) -> 
     if nodes is not None:
         os.environ["HOLDFAST_NODE"] = NODES[rank]
         local = {"directory": str(nodes / NODES[rank]), "replication": {"factor": 2}}
-    job = job_of_rank(store, async_save=True, timeout_seconds=3.0, persistent=keep, local=local)
+    # Whoever is left alone shall say so soon; where nobody is killed, nobody is hurried.
+    deadline = {"timeout_seconds": 3.0} if until is None else {}
+    job = job_of_rank(store, async_save=True, persistent=keep, local=local, **deadline)
     notes = Notes(folder / f"rank_{rank}")
     notes.put("pid", os.getpid())
     result = job.load()

@@ -29,6 +29,7 @@ from holdfast.store import checkpoint_name
 from tests.faults.jobs import Job, copy_store, damages, job_of_rank, leftovers, make_store
 from tests.faults.killing import KillingFilesystem, in_fork
 from tests.faults.report import record
+from tests.support.deadlines import DEADLINE_SECONDS, told_within
 from tests.support.ranks import RankExit, run_ranks
 
 FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
@@ -235,11 +236,6 @@ def _recognise(job: Job, result: LoadResult, outcomes: Sequence[State]) -> tuple
 # Two ranks.
 
 CASES = [(victim, asynchronous) for victim in (0, 1) for asynchronous in (False, True)]
-TIMEOUT_SECONDS = 2.0
-_FOLLOWERS_GRACE_SECONDS = 5.0
-"""Followers give the leader this much longer to say who is missing."""
-_BUSY_SECONDS = 6.0
-"""What a busy machine may add; less than a second wait would."""
 
 
 @dataclass(frozen=True)
@@ -321,8 +317,7 @@ def _check(where: str, tried: _Try, outcomes: Sequence[list[State]]) -> int:
     assert told is not None, f"{where}: the other rank was told nothing"
     assert f"rank {tried.victim}: " in told.message, f"{where}: {told.message}"
     assert 'stage "' in told.message, f"{where}: {told.message}"
-    grace = _FOLLOWERS_GRACE_SECONDS if tried.victim == 0 else 0.0
-    assert told.seconds < TIMEOUT_SECONDS + grace + _BUSY_SECONDS, f"{where}: {told.seconds} s"
+    assert told.seconds < told_within(tried.victim), f"{where}: {told.seconds} s"
     assert tried.found in outcomes, f"{where}: neither the old nor the new on both ranks"
     assert not tried.problems, f"{where}: {tried.problems}"
     return outcomes.index(tried.found)
@@ -358,7 +353,7 @@ def _save_until_told(
         directory,
         filesystem=filesystem,
         async_save=asynchronous,
-        timeout_seconds=TIMEOUT_SECONDS,
+        timeout_seconds=DEADLINE_SECONDS,
     )
     job.load()
     job.train_to(4)
