@@ -3,7 +3,8 @@
 Owns the arithmetic from a region of a stored chunk to a byte range of its container, and the memory
 it is read into: the target itself where its bytes lie in the same order, host memory of the same
 shape otherwise (another device, dtype or stride, or a region with gaps). What is read from a file
-asks for parts in waves; what arrives by itself is taken in block after block. Reads nothing itself.
+asks for parts in waves; what arrives by itself is taken in block after block, large payloads where
+they belong and the rest through memory of the receiver's. Reads nothing itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ _WAVE_BYTES = 256 << 20
 """Host memory for tensors that cannot be read in place, at one time."""
 _LARGE_BYTES = 64 << 10
 """From here a copy in memory is worth a call of its own."""
+_ALONE_BYTES = BLOCK_BYTES // 32
+"""From here bytes that arrive are worth a message of their own, which spares that copy."""
+MOST_PIECES = 2 * (BLOCK_BYTES // _ALONE_BYTES) + 1
+"""Of one block: so many messages and what lies between them."""
 
 
 class Landing:
@@ -74,9 +79,8 @@ class Landing:
         """The file's bytes that this landing is made of."""
         if self.whole:
             return [self.whole]
-        start = self._payload_start
         header = range(self._offset, self._offset + len(self._container.header))
-        return [header, range(start, start + self.size_bytes)]
+        return [header, self.payload]
 
     @property
     def size_bytes(self) -> int:
@@ -89,9 +93,11 @@ class Landing:
         return 0 if self._in_place else self.size_bytes
 
     @property
-    def _payload_start(self) -> int:
-        payload = self._offset + len(self._container.header)
-        return payload + self._first_element * self._dtype.itemsize
+    def payload(self) -> range:
+        """Where the bytes wanted of the tensor lie in the file."""
+        first = self._offset + len(self._container.header)
+        start = first + self._first_element * self._dtype.itemsize
+        return range(start, start + self.size_bytes)
 
     def open(self) -> list[Part]:
         """Make the memory and return the parts to read: the header, and the bytes wanted."""
@@ -103,7 +109,7 @@ class Landing:
         self._header = bytearray(len(self._container.header))
         return [
             Part(self._offset, memoryview(self._header)),
-            Part(self._payload_start, _bytes_of(self._landed)),
+            Part(self.payload.start, _bytes_of(self._landed)),
         ]
 
     def close(self) -> bool:
@@ -150,10 +156,21 @@ class Wanted:
         return landed + sum(len(place) for _, place in self.foreign)
 
 
+class Piece(NamedTuple):
+    """Consecutive bytes of a block, which arrive in one message."""
+
+    place: range
+    """In the file."""
+    landing: Landing | None
+    """Whose payload they are, of which they arrive in place. None: of several, or of none."""
+
+
 class Intake:
     """Landings of one file that blocks fill as they arrive, in any order and on any thread.
 
-    Host memory beside the targets is held from the first to the last block of a landing only.
+    A block is taken in from memory where it lies whole, or its pieces arrive in memory that was
+    asked for here. Host memory beside the targets is held from the first to the last block of a
+    landing only.
     """
 
     def __init__(self, landings: Sequence[Landing]) -> None:
@@ -174,21 +191,58 @@ class Intake:
         """The numbers of the blocks that are still awaited."""
         return set().union(*self._missing.values())
 
+    def pieces(self, number: int, size_bytes: int) -> list[Piece]:
+        """Cut a block of so many bytes where large payloads begin and end."""
+        position, end = number * BLOCK_BYTES, number * BLOCK_BYTES + size_bytes
+        large = []
+        for landing in self._touched.get(number, ()):
+            place = landing.payload
+            place = range(max(place.start, position), min(place.stop, end))
+            if len(place) >= _ALONE_BYTES:
+                large.append(Piece(place, landing))
+        pieces = []
+        for piece in sorted(large, key=lambda each: each.place.start):
+            if piece.place.start < position:
+                continue  # the same bytes as another's: copied from where they arrive
+            if piece.place.start > position:
+                pieces.append(Piece(range(position, piece.place.start), None))
+            pieces.append(piece)
+            position = piece.place.stop
+        if position < end:
+            pieces.append(Piece(range(position, end), None))
+        return pieces
+
+    def expect(self, number: int, pieces: Sequence[Piece], spare: memoryview) -> list[memoryview]:
+        """Return where the pieces of a block are to arrive: where they belong, or in `spare`."""
+        self._open(number)
+        found = []
+        for place, landing in pieces:
+            if landing is None:
+                found.append(spare[: len(place)])
+                spare = spare[len(place) :]
+            else:
+                _, payload = self._opened[landing]
+                start = place.start - payload.offset
+                found.append(payload.target[start : start + len(place)])
+        return found
+
     def take(self, number: int, content: memoryview) -> None:
         """Put the bytes of one block, known to be right, where they belong."""
         start = number * BLOCK_BYTES
-        end = start + len(content)
+        self._open(number)
+        self.take_pieces(number, [Piece(range(start, start + len(content)), None)], [content])
+
+    def take_pieces(
+        self, number: int, pieces: Sequence[Piece], contents: Sequence[memoryview]
+    ) -> None:
+        """Put what has arrived in the memory given by `expect`, known to be right, in place."""
         touched = self._touched.get(number, ())
-        with self._lock:
-            for landing in touched:
-                if landing not in self._opened:
-                    self._opened[landing] = landing.open()
-            parts = [part for landing in touched for part in self._opened[landing]]
-        for part in parts:
-            low, high = max(part.offset, start), min(part.end, end)
-            if low < high:
-                target = part.target[low - part.offset : high - part.offset]
-                _copy(target, content[low - start : high - start])
+        for landing in touched:
+            for part in self._opened[landing]:
+                is_payload = part.offset == landing.payload.start
+                for piece, content in zip(pieces, contents, strict=True):
+                    if not (is_payload and piece.landing is landing):
+                        _copy_common(part, piece.place.start, content)
         for landing in touched:
             with self._lock:
                 self._missing[landing].discard(number)
@@ -197,6 +251,20 @@ class Intake:
                 del self._opened[landing]
             if not landing.close():
                 self.unrecognised.append(landing)
+
+    def _open(self, number: int) -> None:
+        with self._lock:
+            for landing in self._touched.get(number, ()):
+                if landing not in self._opened:
+                    self._opened[landing] = landing.open()
+
+
+def _copy_common(part: Part, start: int, content: memoryview) -> None:
+    """Copy what content of the file, from `start` on, has of a part."""
+    low, high = max(part.offset, start), min(part.end, start + len(content))
+    if low < high:
+        target = part.target[low - part.offset : high - part.offset]
+        _copy(target, content[low - start : high - start])
 
 
 def _copy(target: memoryview, source: memoryview) -> None:

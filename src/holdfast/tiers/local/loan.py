@@ -2,9 +2,10 @@
 
 Owns what a rank reads of each shard and from where, and the exchange that brings remote blocks into
 live tensors; what several ranks of a place want goes through a file beside their own, sparse and
-gone when the load is over. Promises that each place fetches a block once, that no byte is put in
-place before its block matched its digest, that a block which does not is told as damage of its
-provider's file, and that every rank takes part or none. Chooses no commit and opens none.
+gone when the load is over. Promises that each place fetches a block once, that every block which is
+put in place matched its digest when the exchange ends, or the load is told so, that a block which
+does not is told as damage of its provider's file, and that every rank takes part or none. Chooses
+no commit and opens none.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ class Loan:
             self._has_files = True
             problems = coordinator.settle(
                 "local fetch",
-                lambda: self._exchange(filed, lambda blocks: _FileSink(self._root, blocks)),
+                lambda: self._exchange(filed),
                 lambda parts: [each for part in parts for each in part],
             )
             self._raise(problems)
@@ -228,9 +229,7 @@ class Loan:
             with ThreadPoolExecutor(1, thread_name_prefix="holdfast-reader") as beside:
                 reading = beside.submit(reader.read, rest)
                 # Whatever happens to the files here: other ranks wait for this one's blocks.
-                problems = self._exchange(
-                    self._straight, lambda blocks: _TensorSink(blocks, intakes)
-                )
+                problems = self._exchange(self._straight, intakes)
                 reading.result()
             self._raise(problems)
         for path, intake in intakes.items():
@@ -256,9 +255,9 @@ class Loan:
     def _exchange(
         self,
         shares: Sequence[Sequence[Block]],
-        make_sink: Callable[[Sequence[tuple[Shard, int]]], _BlockSink],
+        intakes: Mapping[str, Intake] | None = None,
     ) -> list[str]:
-        """Send and receive blocks; return what arrived damaged."""
+        """Send and receive blocks, into tensors or, without any, into files; return the damaged."""
         manager = self.manager
         own_rank, root = manager.rank, self._root
         outgoing, incoming = [], []
@@ -269,8 +268,14 @@ class Loan:
             shard = shards[owner]
             assert shard.provider is not None
             wanted.setdefault(shard.provider, []).append((shard, number))
-        sinks = {provider: make_sink(blocks) for provider, blocks in wanted.items()}
-        incoming = [Incoming(provider, sink) for provider, sink in sorted(sinks.items())]
+        sinks: dict[int, _BlockSink] = {
+            provider: _FileSink(root, blocks) if intakes is None else _TensorSink(blocks, intakes)
+            for provider, blocks in wanted.items()
+        }
+        incoming = [
+            Incoming(provider, sink, placed=sink if isinstance(sink, _TensorSink) else None)
+            for provider, sink in sorted(sinks.items())
+        ]
         with ExitStack() as opened:
             for receiver, share in enumerate(shares):
                 blocks = [each for each in share if each[0] in self.lent]
@@ -281,7 +286,7 @@ class Loan:
                         manager.run.filesystem, mine, sizes, in_memory=manager.in_memory
                     )
                     opened.callback(source.close)
-                    outgoing.append(Outgoing(receiver, source))
+                    outgoing.append(Outgoing(receiver, source, is_cut=intakes is not None))
             for sink in sinks.values():
                 opened.callback(sink.close)
             if outgoing or incoming:
@@ -412,12 +417,17 @@ class _BlockSink(Sink):
     def put(self, offset: int, block: memoryview) -> None:
         shard, number = self._blocks[offset // self._step]
         content = block[: _block_size(shard.body_bytes, number)]
-        digest = xxhash.xxh3_128()
-        digest.update(content)
-        if digest.hexdigest() != shard.index.digests[number]:
-            self.damaged.append(shard.owner)
-        else:
+        if self.matches(shard, number, [content]):
             self.take(shard, number, content)
+
+    def matches(self, shard: Shard, number: int, contents: Sequence[memoryview]) -> bool:
+        digest = xxhash.xxh3_128()
+        for each in contents:
+            digest.update(each)
+        is_sound = digest.hexdigest() == shard.index.digests[number]
+        if not is_sound:
+            self.damaged.append(shard.owner)
+        return is_sound
 
     def take(self, shard: Shard, number: int, content: memoryview) -> None:
         raise NotImplementedError
@@ -427,13 +437,34 @@ class _BlockSink(Sink):
 
 
 class _TensorSink(_BlockSink):
-    """Puts blocks where they belong."""
+    """Puts blocks where they belong, or has them arrive there."""
 
     in_any_order = True
 
     def __init__(self, blocks: Sequence[tuple[Shard, int]], intakes: Mapping[str, Intake]) -> None:
         super().__init__(blocks)
         self._intakes = intakes
+        self._pieces = [
+            intakes[shard.path].pieces(number, _block_size(shard.body_bytes, number))
+            for shard, number in blocks
+        ]
+        self._expected: dict[int, Sequence[memoryview]] = {}
+
+    @property
+    def cuts(self) -> Sequence[Sequence[int]]:
+        return [[len(each.place) for each in pieces] for pieces in self._pieces]
+
+    def expect(self, number: int, spare: memoryview) -> Sequence[memoryview]:
+        shard, block = self._blocks[number]
+        found = self._intakes[shard.path].expect(block, self._pieces[number], spare)
+        self._expected[number] = found
+        return found
+
+    def arrived(self, number: int) -> None:
+        shard, block = self._blocks[number]
+        contents = self._expected.pop(number)
+        if self.matches(shard, block, contents):
+            self._intakes[shard.path].take_pieces(block, self._pieces[number], contents)
 
     def take(self, shard: Shard, number: int, content: memoryview) -> None:
         self._intakes[shard.path].take(number, content)

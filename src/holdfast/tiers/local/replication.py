@@ -3,21 +3,25 @@
 Owns the transport (a gloo group that nobody else uses, any backend beside it) and the strategy that
 nvidia-resiliency-ext asks for it. Promises that nothing is sent which all ranks have not agreed on
 before, that a rank whose own disk fails goes on receiving so that nobody waits for it, that every
-block a copy is made of matched its digest when the copy is whole, and that a wait ends a little
-before the group's timeout. Refuses nothing: what failed is told to the caller, who agrees on it.
+block a copy is made of matched its digest when the copy is whole, that a wait ends a little before
+the group's timeout, and that nothing arrives in anybody's memory once a transfer has ended, however
+it did. Refuses nothing: what failed is told to the caller, who agrees on it.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections import Counter
+import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from nvidia_resiliency_ext.checkpointing.local.replication.group_utils import (
     ExchangePlan,
@@ -28,8 +32,14 @@ from nvidia_resiliency_ext.checkpointing.local.replication.strategies import (
 )
 from torch import distributed
 
+from holdfast.shards.landing import MOST_PIECES
+
 _WINDOW = 4
 """Blocks of one stream under way at a time: one arrives while one is digested and written."""
+_PLACED_WINDOW = 8
+"""Likewise, where blocks arrive in memory that is there anyway: no gaps between them, then."""
+_CUTS_TAG = 1 << 16
+"""Added to a stream's tag where its receiver says how blocks are cut."""
 _TAKERS = 2
 """Threads that digest and place what arrives: one alone is no faster than the network."""
 _PATIENCE = 0.75
@@ -78,12 +88,31 @@ class Sink(Protocol):
     def put(self, offset: int, block: memoryview) -> None: ...
 
 
+class PlacedSink(Sink, Protocol):
+    """A sink that has memory for what arrives, block by block and piece by piece."""
+
+    @property
+    def cuts(self) -> Sequence[Sequence[int]]:
+        """By block of the stream: the bytes of its pieces, in order; at most `MOST_PIECES`."""
+        ...
+
+    def expect(self, number: int, spare: memoryview) -> Sequence[memoryview]:
+        """Return where the pieces of a block are to arrive; `spare` serves where nothing does."""
+        ...
+
+    def arrived(self, number: int) -> None:
+        """Take in what lies there now; called for several blocks at a time, on several threads."""
+        ...
+
+
 @dataclass
 class Outgoing:
     """One stream to another rank."""
 
     receiver: int
     source: Source
+    is_cut: bool = False
+    """Whether the receiver says in which pieces it takes each block."""
 
 
 @dataclass
@@ -93,6 +122,8 @@ class Incoming:
     sender: int
     sink: Sink
     error: Exception | None = None
+    placed: PlacedSink | None = None
+    """The sink, if the sender was told that blocks are cut; a transport may send them whole yet."""
 
     def guard(self, step: Callable[[], None]) -> None:
         """Note the first failure here, and go on taking what the other rank sends."""
@@ -143,28 +174,31 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
         one: ThreadPoolExecutor,
         several: ThreadPoolExecutor,
     ) -> None:
+        lanes: list[_Lane] = []
         try:
-            lanes: list[_Lane] = [
-                _SendLane(self, each, tag)
-                for each, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True)
-            ]
-            lanes += [
-                _ReceiveLane(
-                    self, each, tag, several if getattr(each.sink, "in_any_order", False) else one
-                )
-                for each, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True)
-            ]
+            for out, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True):
+                lanes.append(_SendLane(self, out, tag))
+            for coming, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True):
+                beside = several if getattr(coming.sink, "in_any_order", False) else one
+                lanes.append(_ReceiveLane(self, coming, tag, beside))
             # In rounds, and everything of a round posted before any of it is waited for: whoever is
             # furthest behind finds its counterparts posted, so that no ranks wait for one another
             # in a circle, however streams cross.
-            while lanes:
-                for lane in lanes:
+            under_way = list(lanes)
+            while under_way:
+                for lane in under_way:
                     lane.post()
-                lanes = [lane for lane in lanes if lane.finish()]
+                under_way = [lane for lane in under_way if lane.finish()]
         except RuntimeError as error:
             self.is_broken = True  # gloo closes its connections at the first wait that fails
             reason = str(error).rpartition("] ")[2] or str(error)
+            traceback.clear_frames(error.__traceback__)  # they hold what was begun, too
             raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
+        finally:
+            # To a rank that is only late the connection may be open yet, and what is received
+            # belongs to whoever has the memory then: what nobody holds is received no more.
+            for lane in lanes:
+                lane.abandon()
 
     def renew(self, group: Any) -> None:
         """Go on over another group: this one is broken."""
@@ -228,112 +262,180 @@ def _tags(peers: Iterable[int]) -> list[int]:
     return tags
 
 
-class _Lane(Protocol):
-    def post(self) -> None:
-        """Begin as many operations as the window takes."""
-        ...
-
-    def finish(self) -> bool:
-        """Wait for the oldest operation; False: it was the last of the stream."""
-        ...
-
-
-@dataclass
 class _Buffers:
     """The window of one lane: as many buffers as operations under way."""
 
-    size_bytes: int
-    _buffers: list[bytearray] = field(default_factory=list)
+    def __init__(self, size_bytes: int, count: int) -> None:
+        self._size_bytes, self._count = size_bytes, count
+        self._buffers: dict[int, torch.Tensor] = {}
 
-    def at(self, number: int, length: int) -> tuple[memoryview, torch.Tensor]:
-        slot = number % _WINDOW
-        while len(self._buffers) <= slot:
-            self._buffers.append(bytearray(self.size_bytes))
-        view = memoryview(self._buffers[slot])[:length]
-        return view, torch.frombuffer(view, dtype=torch.uint8)
+    def at(self, number: int, length: int) -> torch.Tensor:
+        slot = number % self._count
+        if slot not in self._buffers:
+            self._buffers[slot] = torch.empty(self._size_bytes, dtype=torch.uint8)
+        return self._buffers[slot][:length]
 
 
-class _SendLane:
-    def __init__(self, group: OwnGroup, transfer: Outgoing, tag: int) -> None:
-        self._group, self._transfer, self._tag = group, transfer, tag
-        self._source = transfer.source
-        self._size = self._source.size_bytes
-        self._step = self._source.block_bytes
-        header = bytearray(_HEADER.pack(self._size, self._source.body_bytes, self._step))
-        tensor = torch.frombuffer(header, dtype=torch.uint8)
-        self._works = [group.post_send(tensor, transfer.receiver, tag)]
-        self._buffers = _Buffers(min(self._step, self._size))
+class _Lane:
+    """One stream, an operation after the other: its header, how blocks are cut, and the blocks."""
+
+    def __init__(self, group: OwnGroup) -> None:
+        self._group = group
+        self._under_way: deque[tuple[list[Any], Callable[[], None] | None]] = deque()
+        """What each operation waits for, oldest first, and what is done then."""
+        self._size, self._step = 0, 1
+        """Of the stream, 0 until blocks may be posted, and of a block."""
+        self._window = _WINDOW
         self._posted = 0
 
     def post(self) -> None:
-        while len(self._works) <= _WINDOW - 1 and self._posted * self._step < self._size:
+        """Begin as many operations as the window takes."""
+        while len(self._under_way) < self._window and self._has_more:
             offset = self._posted * self._step
-            length = min(self._step, self._size - offset)
-            tensor = self._fill(offset, length)
-            self._works.append(self._group.post_send(tensor, self._transfer.receiver, self._tag))
+            works, then = self._begin(self._posted, min(self._step, self._size - offset))
+            self._under_way.append((works, then))
             self._posted += 1
 
-    def _fill(self, offset: int, length: int) -> torch.Tensor:
-        """Return the next block: where it lies, if that is memory, or in a buffer."""
+    def finish(self) -> bool:
+        """Wait for the oldest operation; False: it was the last of the stream."""
+        works, then = self._under_way.popleft()
+        for each in works:
+            self._group.wait(each)
+        if then is not None:
+            then()
+        return bool(self._under_way) or self._has_more
+
+    def abandon(self) -> None:
+        """Let go of what was begun: nothing is sent from memory, or received into it, any more."""
+        self._under_way.clear()
+
+    @property
+    def _has_more(self) -> bool:
+        return self._posted * self._step < self._size
+
+    def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
+        """Post one block."""
+        raise NotImplementedError
+
+
+class _SendLane(_Lane):
+    def __init__(self, group: OwnGroup, transfer: Outgoing, tag: int) -> None:
+        super().__init__(group)
+        self._source, self._receiver, self._tag = transfer.source, transfer.receiver, tag
+        size_bytes, self._step = self._source.size_bytes, self._source.block_bytes
+        header = bytearray(_HEADER.pack(size_bytes, self._source.body_bytes, self._step))
+        tensor = torch.frombuffer(header, dtype=torch.uint8)
+        self._under_way.append(([group.post_send(tensor, self._receiver, tag)], None))
+        self._cuts: Any = None
+        if not transfer.is_cut:
+            self._size = size_bytes
+        else:
+            self._window = _PLACED_WINDOW
+            self._cuts = _no_cuts(-(-size_bytes // self._step))
+            told = torch.from_numpy(self._cuts).view(torch.uint8)
+            work = group.post_receive(told, self._receiver, _CUTS_TAG + tag)
+            self._under_way.append(([work], lambda: setattr(self, "_size", size_bytes)))
+        self._buffers = _Buffers(min(self._step, size_bytes), self._window)
+
+    def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
+        lengths = [length]
+        if self._cuts is not None:
+            lengths = [each for each in self._cuts[number].tolist() if each]
+        pieces = _split(self._fill(number, sum(lengths)), lengths)
+        return [self._group.post_send(each, self._receiver, self._tag) for each in pieces], None
+
+    def _fill(self, number: int, length: int) -> torch.Tensor:
+        """Return a block: where it lies, if that is memory, or in a buffer."""
+        offset = number * self._step
         if (in_place := self._source.view(offset, length)) is not None:
             return torch.frombuffer(in_place, dtype=torch.uint8)
-        view, tensor = self._buffers.at(self._posted, length)
+        tensor = self._buffers.at(number, length)
         try:
-            self._source.read_into(offset, view)
+            self._source.read_into(offset, _bytes_of(tensor))
         except Exception:  # noqa: BLE001  # the receiver finds the digest wrong, and says so
-            view[:] = bytes(length)
+            tensor.zero_()
         return tensor
 
-    def finish(self) -> bool:
-        self._group.wait(self._works.pop(0))
-        return bool(self._works) or self._posted * self._step < self._size
 
-
-class _ReceiveLane:
+class _ReceiveLane(_Lane):
     def __init__(
         self, group: OwnGroup, transfer: Incoming, tag: int, beside: ThreadPoolExecutor
     ) -> None:
-        self._group, self._transfer, self._tag = group, transfer, tag
+        super().__init__(group)
+        self._transfer, self._tag = transfer, tag
         self._beside = beside
         """Where blocks are digested and written while the next ones arrive."""
         self._busy: dict[int, Future[None]] = {}
         """By place in the window: what must end before its buffer is filled again."""
         self._header = bytearray(_HEADER.size)
         tensor = torch.frombuffer(self._header, dtype=torch.uint8)
-        self._pending: list[tuple[Any, int, memoryview | None]] = [
-            (group.post_receive(tensor, transfer.sender, tag), 0, None)
-        ]
-        self._size = 0
-        self._step = 1
-        self._posted = 0
-        self._buffers = _Buffers(0)
-
-    def post(self) -> None:
-        while len(self._pending) <= _WINDOW - 1 and self._posted * self._step < self._size:
-            offset = self._posted * self._step
-            if (earlier := self._busy.pop(self._posted % _WINDOW, None)) is not None:
-                earlier.result()
-            view, tensor = self._buffers.at(self._posted, min(self._step, self._size - offset))
-            work = self._group.post_receive(tensor, self._transfer.sender, self._tag)
-            self._pending.append((work, offset, view))
-            self._posted += 1
+        work = group.post_receive(tensor, transfer.sender, tag)
+        self._under_way.append(([work], self._read_header))
+        self._placed = transfer.placed
+        if self._placed is not None:
+            self._window = _PLACED_WINDOW
+            cuts = self._placed.cuts
+            table = _no_cuts(len(cuts))
+            for row, lengths in zip(table, cuts, strict=True):
+                row[: len(lengths)] = lengths
+            told = torch.from_numpy(table).view(torch.uint8)
+            work = group.post_send(told, transfer.sender, _CUTS_TAG + tag)
+            self._under_way.append(([work], None))
 
     def finish(self) -> bool:
-        work, offset, block = self._pending.pop(0)
-        self._group.wait(work)
-        if block is None:
-            self._size, body_bytes, self._step = _HEADER.unpack(self._header)
-            self._buffers = _Buffers(min(self._step, self._size))
-            self._transfer.guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
-        else:
-            received = block
-            put = partial(self._transfer.guard, lambda: self._transfer.sink.put(offset, received))
-            self._busy[offset // self._step % _WINDOW] = self._beside.submit(put)
-        goes_on = bool(self._pending) or self._posted * self._step < self._size
+        goes_on = super().finish()
         if not goes_on:
             for each in self._busy.values():
                 each.result()
         return goes_on
+
+    def _read_header(self) -> None:
+        size_bytes, body_bytes, self._step = _HEADER.unpack(self._header)
+        self._size = size_bytes
+        self._buffers = _Buffers(min(self._step, size_bytes), self._window)
+        self._transfer.guard(lambda: self._transfer.sink.begin(size_bytes, body_bytes))
+
+    def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
+        if (earlier := self._busy.pop(number % self._window, None)) is not None:
+            earlier.result()
+        buffer = self._buffers.at(number, length)
+        if self._placed is None:
+            pieces = [buffer]
+            offset = number * self._step
+            take = partial(self._transfer.sink.put, offset, _bytes_of(buffer))
+        else:
+            pieces = self._expect(self._placed, number, buffer)
+            take = partial(self._placed.arrived, number)
+        sender = self._transfer.sender
+        works = [self._group.post_receive(each, sender, self._tag) for each in pieces]
+        return works, lambda: self._hand_over(number, take)
+
+    def _expect(self, placed: PlacedSink, number: int, buffer: torch.Tensor) -> list[torch.Tensor]:
+        lengths = placed.cuts[number]
+        found: list[memoryview] = []
+        self._transfer.guard(lambda: found.extend(placed.expect(number, _bytes_of(buffer))))
+        if not found:  # what comes is taken none the less, and forgotten
+            return _split(buffer, lengths)
+        return [torch.frombuffer(each, dtype=torch.uint8) for each in found]
+
+    def _hand_over(self, number: int, take: Callable[[], None]) -> None:
+        self._busy[number % self._window] = self._beside.submit(self._transfer.guard, take)
+
+
+def _no_cuts(blocks: int) -> Any:
+    """Return a table for the pieces of so many blocks, with room for as many as there may be."""
+    return np.zeros((blocks, MOST_PIECES), dtype=np.uint32)
+
+
+def _split(block: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Return views of consecutive bytes; there may be more of them behind."""
+    ends = list(itertools.accumulate(lengths))
+    return [block[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array)
 
 
 class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ships no types
