@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from holdfast.digests import BLOCK_BYTES
 from holdfast.shards.container import container_of
-from holdfast.shards.landing import Intake, Landing, waves
+from holdfast.shards.landing import MOST_PIECES, Intake, Landing, waves
 from holdfast.shards.regions import Region
 
 
@@ -139,3 +139,91 @@ def test_a_container_that_arrives_in_another_layout_is_told() -> None:
     intake.take(0, memoryview(file))
     assert intake.unrecognised == landings[:1]
     assert torch.equal(targets[1], tensors[1])
+
+
+def _blocks(file: bytes) -> list[tuple[int, memoryview]]:
+    count = -(-len(file) // BLOCK_BYTES)
+    return [
+        (number, memoryview(file)[number * BLOCK_BYTES :][:BLOCK_BYTES]) for number in range(count)
+    ]
+
+
+def _arrive(intake: Intake, file: bytes, order: list[int]) -> None:
+    """Have each block arrive in pieces, all of them expected before any is taken in."""
+    blocks = dict(_blocks(file))
+    pieces = {number: intake.pieces(number, len(blocks[number])) for number in order}
+    memory = {
+        number: intake.expect(number, each, memoryview(bytearray(BLOCK_BYTES)))
+        for number, each in pieces.items()
+    }
+    for number in order:
+        for piece, target in zip(pieces[number], memory[number], strict=True):
+            assert len(target) == len(piece.place)
+            target[:] = file[piece.place.start : piece.place.stop]
+        intake.take_pieces(number, pieces[number], memory[number])
+
+
+def test_blocks_that_arrive_in_pieces_land_where_they_belong() -> None:
+    """Large payloads in place, or in memory of their own; small ones and headers by a copy."""
+    tensors = [torch.randn(5), torch.randn(BLOCK_BYTES // 4, 2), torch.randn(300, 999)]
+    tensors += [torch.randn(7, 3), torch.randn(400, 999)]
+    file, offsets = _stored(tensors, BLOCK_BYTES - 100)
+    targets = [torch.full_like(each, float("nan")) for each in tensors]
+    targets[2] = torch.full((999, 300), float("nan")).t()
+    landings = [_whole(*each) for each in zip(tensors, targets, offsets, strict=True)]
+    intake = Intake(landings)
+    _arrive(intake, file, [2, 0, 3, 1])
+    assert (intake.blocks, intake.unrecognised) == (set(), [])
+    for target, tensor in zip(targets, tensors, strict=True):
+        assert torch.equal(target, tensor)
+
+
+def test_pieces_are_a_block_in_order_and_large_ones_are_payload() -> None:
+    """However many tensors lie in it, a block has no more pieces than both ends have room for."""
+    tensors = [torch.randn(1 << 16) for _ in range(40)] + [torch.randn(9) for _ in range(40)]
+    file, offsets = _stored(tensors, 0)
+    landings = [
+        _whole(each, torch.empty_like(each), at) for each, at in zip(tensors, offsets, strict=True)
+    ]
+    intake, in_place = Intake(landings), 0
+    for number, content in _blocks(file):
+        pieces = intake.pieces(number, len(content))
+        assert len(pieces) <= MOST_PIECES
+        places = [each.place for each in pieces]
+        start = number * BLOCK_BYTES
+        assert [each.start for each in places] == [start, *(each.stop for each in places[:-1])]
+        assert places[-1].stop == start + len(content)
+        for each in pieces:
+            if each.landing is not None:
+                payload = each.landing.payload
+                assert payload.start <= each.place.start < each.place.stop <= payload.stop
+                in_place += len(each.place)
+    assert in_place > 0.9 * sum(each.nbytes for each in tensors[:40])
+
+
+def test_what_two_targets_want_arrives_once_and_lands_in_both() -> None:
+    """The same chunk, and a part of it, go to targets of their own."""
+    stored = torch.randn(1000, 999)
+    file, [offset] = _stored([stored], 70)
+    targets = [torch.zeros(1000, 999), torch.zeros(1000, 999), torch.zeros(600, 999)]
+    landings = [_whole(stored, each, offset) for each in targets[:2]]
+    part = Region(
+        MetadataIndex("w"), torch.Size([200, 0]), targets[2].size(), stored.size(), targets[2]
+    )
+    container = container_of(stored.dtype, stored.size())
+    landings.append(Landing(part, offset, container, stored.dtype))
+    intake = Intake(landings)
+    _arrive(intake, file, [0])
+    assert intake.unrecognised == []
+    for target, expected in zip(targets, (stored, stored, stored[200:800]), strict=True):
+        assert torch.equal(target, expected)
+
+
+def test_pieces_of_another_layout_are_told() -> None:
+    """A header that is not as expected is found among what was copied, too."""
+    stored = torch.randn(999, 1000).t()
+    file, [offset] = _stored([stored], 0)
+    landing = _whole(torch.randn(1000, 999), torch.zeros(1000, 999), offset)
+    intake = Intake([landing])
+    _arrive(intake, file, [0])
+    assert intake.unrecognised == [landing]

@@ -9,6 +9,7 @@ import xxhash
 
 from holdfast.digests import BLOCK_BYTES
 from holdfast.filesystem import LocalFilesystem
+from holdfast.shards.landing import Piece
 from holdfast.tiers.local.elastic import Index
 
 pytest.importorskip("nvidia_resiliency_ext")
@@ -78,8 +79,37 @@ class _Intake:
     def __init__(self) -> None:
         self.taken: dict[int, bytes] = {}
 
+    def pieces(self, number: int, size_bytes: int) -> list[Piece]:
+        start = number * BLOCK_BYTES
+        middle, end = start + size_bytes // 3, start + size_bytes
+        return [Piece(range(start, middle), None), Piece(range(middle, end), None)]
+
+    def expect(self, number: int, pieces: list[Piece], spare: memoryview) -> list[memoryview]:
+        return [memoryview(bytearray(len(each.place))) for each in pieces]
+
     def take(self, number: int, content: memoryview) -> None:
         self.taken[number] = bytes(content)
+
+    def take_pieces(self, number: int, pieces: list[Piece], contents: list[memoryview]) -> None:
+        self.taken[number] = b"".join(contents)
+
+
+def test_what_arrives_in_its_place_is_told_if_it_does_not_match() -> None:
+    """Each block is what its pieces are together, and the last one of a file is short."""
+    content = _content()
+    shard, intake = _shard(content, 4), _Intake()
+    sink = _TensorSink([(shard, 0), (shard, 1), (shard, 2)], {shard.path: intake})  # type: ignore[dict-item]
+    assert [sum(each) for each in sink.cuts] == [BLOCK_BYTES, BLOCK_BYTES, 4096]
+    harmed = bytearray(content)
+    harmed[BLOCK_BYTES + 5] ^= 1
+    for number in (2, 0, 1):
+        at = number * BLOCK_BYTES
+        for piece in sink.expect(number, memoryview(b"")):
+            piece[:] = harmed[at : at + len(piece)]
+            at += len(piece)
+        sink.arrived(number)
+    assert sink.damaged == [4]
+    assert intake.taken == {0: content[:BLOCK_BYTES], 2: content[2 * BLOCK_BYTES :]}
 
 
 def test_no_byte_is_put_in_place_before_its_block_has_matched() -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,169 @@ def test_every_rank_is_told_what_each_had_to_tell() -> None:
     """Whatever its size, nothing included."""
     for found in run_ranks(_share, 3):
         assert found == [b"", bytes([1]) * 5, bytes([2]) * 10]
+
+
+# -- blocks in pieces ------------------------------------------------------------------------------
+
+
+class _Placed(_Collected):
+    """A sink with memory for every piece of a stream of three-byte blocks."""
+
+    in_any_order = True
+
+    def __init__(self, size_bytes: int, cuts: list[list[int]], fails_at: int | None = None) -> None:
+        super().__init__()
+        self.memory = bytearray(size_bytes)
+        self.cuts = cuts
+        self.seen: set[int] = set()
+        self._refuses = fails_at
+
+    def expect(self, number: int, spare: memoryview) -> list[memoryview]:
+        if number == self._refuses:
+            raise MemoryError("no room for it")
+        at = 3 * number
+        found = []
+        for length in self.cuts[number]:
+            found.append(memoryview(self.memory)[at : at + length])
+            at += length
+        return found
+
+    def arrived(self, number: int) -> None:
+        self.seen.add(number)
+
+
+def _cuts(size_bytes: int) -> list[list[int]]:
+    """Whole blocks and cut ones, and a short one at the end."""
+    kinds = [[3], [1, 2], [1, 1, 1], [2, 1]]
+    cuts = [kinds[number % 4] for number in range(size_bytes // 3)]
+    return [*cuts, [size_bytes % 3]] if size_bytes % 3 else cuts
+
+
+def _cross_in_pieces() -> list[tuple[bytes, bytes, bool]]:
+    """Everybody sends to everybody twice at once: in pieces, and in blocks."""
+    from holdfast.tiers.local.replication import Incoming, Outgoing
+
+    group = _own_group()
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    others = [each for each in range(size) if each != rank]
+    found = []
+    for _ in range(2):
+        sizes = {each: len(_message(each, rank)) for each in others}
+        placed = {each: _Placed(sizes[each], _cuts(sizes[each])) for each in others}
+        whole = {each: _Collected() for each in others}
+        outgoing, incoming = [], []
+        for each in others:
+            content = _message(rank, each)
+            outgoing += [
+                Outgoing(each, _Bytes(content[::-1], block_bytes=5)),
+                Outgoing(each, _Bytes(content), is_cut=True),
+            ]
+            incoming += [
+                Incoming(each, whole[each]),
+                Incoming(each, placed[each], placed=placed[each]),
+            ]
+        group.stream(outgoing, incoming)
+        found = [
+            (
+                bytes(placed[each].memory),
+                bytes(whole[each].content[::-1]),
+                placed[each].seen == set(range(len(placed[each].cuts))),
+            )
+            for each in others
+        ]
+    return found
+
+
+def test_blocks_arrive_in_the_pieces_that_were_asked_for() -> None:
+    """Beside streams of whole blocks between the same ranks, in all directions."""
+    for rank, found in enumerate(run_ranks(_cross_in_pieces, 3)):
+        expected = [_message(each, rank) for each in range(3) if each != rank]
+        assert found == [(each, each, True) for each in expected]
+
+
+def _fail_in_pieces() -> tuple[str, bytes, set[int], bytes]:
+    """Rank 1 has no memory for a block; rank 0 cannot read one that it sends to 2."""
+    from holdfast.tiers.local.replication import Incoming, Outgoing
+
+    group = _own_group()
+    rank = distributed.get_rank()
+    outgoing, incoming = [], []
+    placed = _Placed(100, _cuts(100), fails_at=7 if rank == 1 else None)
+    if rank == 0:
+        outgoing = [
+            Outgoing(1, _Bytes(b"x" * 100), is_cut=True),
+            Outgoing(2, _Bytes(b"x" * 100, fails_at=50), is_cut=True),
+        ]
+    else:
+        incoming = [Incoming(0, placed, placed=placed)]
+    group.stream(outgoing, incoming)
+    again = _Collected()
+    if rank == 0:
+        group.stream([Outgoing(1, _Bytes(b"after")), Outgoing(2, _Bytes(b"after"))], [])
+    else:
+        group.stream([], [Incoming(0, again)])
+    errors = "".join(str(each.error) for each in incoming)
+    return errors, bytes(placed.memory), placed.seen, bytes(again.content)
+
+
+def test_memory_that_cannot_be_had_leaves_no_rank_waiting() -> None:
+    """The stream goes on to its end, the failure is noted where it was, the group still works."""
+    _, short, garbled = run_ranks(_fail_in_pieces, 3)
+    assert short[0] == "no room for it"
+    assert short[1].startswith(b"x" * 21 + b"\0" * 3)
+    assert 7 not in short[2]
+    assert garbled[0] == "None"
+    assert garbled[1] == b"x" * 51 + b"\0" * 49, "what cannot be read is not what was there"
+    assert [short[3], garbled[3]] == [b"after", b"after"]
+
+
+class _Late(_Bytes):
+    """A source that has nothing before it is told to."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        distributed.distributed_c10d._get_default_store().get("told")
+        super().read_into(offset, target)
+
+
+class _Deadly(_Bytes):
+    """A source whose rank dies when it shall send."""
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _receive_too_late() -> str:
+    """Rank 1 dies in the middle; 2 sends once 0 has given up, to where that waited for it."""
+    from holdfast.tiers.local.replication import GroupBrokenError, Incoming, Outgoing
+
+    group = _own_group(8.0)
+    rank = distributed.get_rank()
+    store: Any = distributed.distributed_c10d._get_default_store()
+    distributed.barrier()
+    if rank == 1:
+        group.stream([Outgoing(0, _Deadly(b"x" * 99, block_bytes=3))], [])
+    if rank == 2:
+        # The connection to 0 is sound: only the one between 0 and 1 is not.
+        with suppress(GroupBrokenError):
+            group.stream([Outgoing(0, _Late(b"x" * 99, block_bytes=3), is_cut=True)], [])
+        store.set("sent", "")
+        return ""
+    placed = _Placed(99, _cuts(99))
+    kept = []  # as whoever handles the error keeps it, and all that it holds
+    try:
+        group.stream([], [Incoming(2, placed, placed=placed), Incoming(1, _Collected())])
+    except GroupBrokenError as error:
+        kept.append(error)
+    placed.memory[:] = b"." * 99
+    store.set("told", "")
+    store.get("sent")
+    time.sleep(0.5)
+    return placed.memory.decode() if kept else "nobody noticed"
+
+
+def test_nothing_arrives_in_memory_once_a_transfer_has_failed() -> None:
+    """A rank that is late must not write into tensors which were loaded from elsewhere by then."""
+    assert run_ranks(_receive_too_late, 3, may_die=(1,))[0] == "." * 99
 
 
 # -- shards as streams -----------------------------------------------------------------------------

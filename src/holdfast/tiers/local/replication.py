@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import struct
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -192,7 +191,6 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
         except RuntimeError as error:
             self.is_broken = True  # gloo closes its connections at the first wait that fails
             reason = str(error).rpartition("] ")[2] or str(error)
-            traceback.clear_frames(error.__traceback__)  # they hold what was begun, too
             raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
         finally:
             # To a rank that is only late the connection may be open yet, and what is received
