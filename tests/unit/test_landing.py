@@ -157,6 +157,7 @@ def _arrive(intake: Intake, file: bytes, order: list[int]) -> None:
         for number, each in pieces.items()
     }
     for number in order:
+        assert sum(len(each.place) for each in pieces[number]) == len(blocks[number])
         for piece, target in zip(pieces[number], memory[number], strict=True):
             assert len(target) == len(piece.place)
             target[:] = file[piece.place.start : piece.place.stop]
