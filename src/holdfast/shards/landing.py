@@ -10,6 +10,7 @@ they belong and the rest through memory of the receiver's. Reads nothing itself.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -237,12 +238,14 @@ class Intake:
     ) -> None:
         """Put what has arrived in the memory given by `expect`, known to be right, in place."""
         touched = self._touched.get(number, ())
+        starts = [each.place.start for each in pieces]
         for landing in touched:
             for part in self._opened[landing]:
                 is_payload = part.offset == landing.payload.start
-                for piece, content in zip(pieces, contents, strict=True):
-                    if not (is_payload and piece.landing is landing):
-                        _copy_common(part, piece.place.start, content)
+                first = max(0, bisect_right(starts, part.offset) - 1)
+                for index in range(first, bisect_left(starts, part.end)):
+                    if not (is_payload and pieces[index].landing is landing):
+                        _copy_common(part, starts[index], contents[index])
         for landing in touched:
             with self._lock:
                 self._missing[landing].discard(number)

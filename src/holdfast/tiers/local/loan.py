@@ -257,7 +257,7 @@ class Loan:
         shares: Sequence[Sequence[Block]],
         intakes: Mapping[str, Intake] | None = None,
     ) -> list[str]:
-        """Send and receive blocks, into tensors or, without any, into files; return the damaged."""
+        """Send and receive blocks, into tensors or, without any, files; return what is damaged."""
         manager = self.manager
         own_rank, root = manager.rank, self._root
         outgoing, incoming = [], []
@@ -448,11 +448,8 @@ class _TensorSink(_BlockSink):
             intakes[shard.path].pieces(number, _block_size(shard.body_bytes, number))
             for shard, number in blocks
         ]
+        self.cuts = [[len(each.place) for each in pieces] for pieces in self._pieces]
         self._expected: dict[int, Sequence[memoryview]] = {}
-
-    @property
-    def cuts(self) -> Sequence[Sequence[int]]:
-        return [[len(each.place) for each in pieces] for pieces in self._pieces]
 
     def expect(self, number: int, spare: memoryview) -> Sequence[memoryview]:
         shard, block = self._blocks[number]

@@ -189,12 +189,12 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
                     lane.post()
                 under_way = [lane for lane in under_way if lane.finish()]
         except RuntimeError as error:
-            self.is_broken = True  # gloo closes its connections at the first wait that fails
+            self.is_broken = True  # gloo closes all of its connections if a wait took too long
             reason = str(error).rpartition("] ")[2] or str(error)
             raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
         finally:
-            # To a rank that is only late the connection may be open yet, and what is received
-            # belongs to whoever has the memory then: what nobody holds is received no more.
+            # If a rank is gone, connections to the others are open yet, and by the time these send
+            # the memory may hold what was loaded elsewhere. What nobody holds is received no more.
             for lane in lanes:
                 lane.abandon()
 
