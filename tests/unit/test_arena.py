@@ -221,7 +221,7 @@ def test_the_steady_state_takes_no_memory() -> None:
     dirty = mapping_of(arena.memory)["Private_Dirty"]
     before = _faults()
     arena.stage(sources).wait()
-    assert _faults() - before < 200  # of 12,288 pages, were it copied anywhere else
+    assert _faults() - before < 1500  # of 12,288 pages, were it copied anywhere else
     assert mapping_of(arena.memory)["Private_Dirty"] == dirty
     assert arena._tensor.data_ptr() == address
 
@@ -237,7 +237,7 @@ def test_a_fork_between_two_saves_changes_nothing() -> None:
         assert mapping_of(arena.memory)["Private_Dirty"] >= image_bytes(layout)
         before = _faults()
         arena.stage(sources).wait()
-        assert _faults() - before < 200  # of 6,144 pages, were they copied on write
+        assert _faults() - before < 1500  # of 6,144 pages, were they copied; others are, all over
         assert mapping_of(arena.memory)["Rss"] == alone["Rss"]
 
 
