@@ -275,18 +275,18 @@ def test_missing_ranks_are_named_within_the_deadline(clients: list[Any]) -> None
     """Ranks that do not come are named to all that did, soon after the deadline."""
     started = time.monotonic()
     found = _on_ranks(
-        clients, lambda ranks: ranks.together("write", lambda: 1), (0, 1), timeout_seconds=0.3
+        clients, lambda ranks: ranks.together("write", lambda: 1), (0, 1), timeout_seconds=1.5
     )
     elapsed = time.monotonic() - started
     assert [type(each) for each in found.values()] == [StageTimeoutError] * 2
     assert {(each.stage, each.missing_ranks) for each in found.values()} == {("write", (2,))}
-    assert 0.3 <= elapsed < 3
+    assert 1.5 <= elapsed < 15
 
 
 def test_several_missing_ranks_are_all_named(clients: list[Any]) -> None:
     """The verdict names every rank that is missing, not only the first."""
     found = _on_ranks(
-        clients, lambda ranks: ranks.together("write", lambda: 1), (0,), timeout_seconds=0.3
+        clients, lambda ranks: ranks.together("write", lambda: 1), (0,), timeout_seconds=1.5
     )
     assert found[0].missing_ranks == (1, 2)
 
@@ -296,10 +296,10 @@ def test_a_missing_leader_is_named(clients: list[Any], monkeypatch: pytest.Monke
     monkeypatch.setattr("holdfast.coordination._FOLLOWER_GRACE_SECONDS", 0.1)
     started = time.monotonic()
     found = _on_ranks(
-        clients, lambda ranks: ranks.lead("s", lambda: 1), (1, 2), timeout_seconds=0.3
+        clients, lambda ranks: ranks.lead("s", lambda: 1), (1, 2), timeout_seconds=1.5
     )
     assert {each.missing_ranks for each in found.values()} == {(0,)}
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
 
 
 def test_a_late_rank_is_told_the_verdict_and_goes_on(clients: list[Any]) -> None:
@@ -318,7 +318,7 @@ def test_a_late_rank_is_told_the_verdict_and_goes_on(clients: list[Any]) -> None
                 decided.set()
             return error.missing_ranks, ranks.together("next", lambda: ranks.rank)
 
-    found = _on_ranks(clients, program, timeout_seconds=0.5)
+    found = _on_ranks(clients, program, timeout_seconds=1.5)
     assert found == {rank: ((2,), [0, 1, 2]) for rank in range(RANKS)}
 
 

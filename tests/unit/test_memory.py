@@ -49,7 +49,7 @@ def test_pages_are_there_before_they_are_needed() -> None:
     ones = b"\1" * len(memory)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     memory[:] = ones
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100  # of 2048 pages
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 500  # of 2048 pages
 
 
 def test_memory_goes_with_its_last_view() -> None:
