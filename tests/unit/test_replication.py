@@ -94,6 +94,18 @@ def test_streams_cross_in_all_directions() -> None:
         assert found == [_message(each, rank) for each in range(3) if each != rank]
 
 
+def _hear_from_0(group: Any) -> bytes:
+    """Return what rank 0 sends to all others now."""
+    from holdfast.tiers.local.replication import Incoming, Outgoing
+
+    heard = _Collected()
+    if distributed.get_rank() == 0:
+        group.stream([Outgoing(each, _Bytes(b"after")) for each in (1, 2)], [])
+    else:
+        group.stream([], [Incoming(0, heard)])
+    return bytes(heard.content)
+
+
 def _fail_in_the_middle() -> tuple[str, str, bytes]:
     """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
     from holdfast.tiers.local.replication import Incoming, Outgoing
@@ -110,13 +122,9 @@ def _fail_in_the_middle() -> tuple[str, str, bytes]:
     else:
         incoming = [Incoming(0, sinks[0])]
     group.stream(outgoing, incoming)
-    again = _Collected()
-    if rank == 0:
-        group.stream([Outgoing(1, _Bytes(b"after")), Outgoing(2, _Bytes(b"after"))], [])
-    else:
-        group.stream([], [Incoming(0, again)])
+    again = _hear_from_0(group)
     errors = [str(each.error) for each in incoming]
-    return "".join(errors), bytes(sinks[0].content).decode(), bytes(again.content)
+    return "".join(errors), bytes(sinks[0].content).decode(), again
 
 
 def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
@@ -260,13 +268,9 @@ def _fail_in_pieces() -> tuple[str, bytes, set[int], bytes]:
     else:
         incoming = [Incoming(0, placed, placed=placed)]
     group.stream(outgoing, incoming)
-    again = _Collected()
-    if rank == 0:
-        group.stream([Outgoing(1, _Bytes(b"after")), Outgoing(2, _Bytes(b"after"))], [])
-    else:
-        group.stream([], [Incoming(0, again)])
+    again = _hear_from_0(group)
     errors = "".join(str(each.error) for each in incoming)
-    return errors, bytes(placed.memory), placed.seen, bytes(again.content)
+    return errors, bytes(placed.memory), placed.seen, again
 
 
 def test_memory_that_cannot_be_had_leaves_no_rank_waiting() -> None:

@@ -325,14 +325,18 @@ class _SendLane(_Lane):
         tensor = torch.frombuffer(header, dtype=torch.uint8)
         self._under_way.append(([group.post_send(tensor, self._receiver, tag)], None))
         self._cuts: Any = None
-        if not transfer.is_cut:
+
+        def may_post() -> None:
             self._size = size_bytes
+
+        if not transfer.is_cut:
+            may_post()
         else:
             self._window = _PLACED_WINDOW
             self._cuts = _no_cuts(-(-size_bytes // self._step))
             told = torch.from_numpy(self._cuts).view(torch.uint8)
             work = group.post_receive(told, self._receiver, _CUTS_TAG + tag)
-            self._under_way.append(([work], lambda: setattr(self, "_size", size_bytes)))
+            self._under_way.append(([work], may_post))
         self._buffers = _Buffers(min(self._step, size_bytes), self._window)
 
     def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
@@ -349,7 +353,7 @@ class _SendLane(_Lane):
             return torch.frombuffer(in_place, dtype=torch.uint8)
         tensor = self._buffers.at(number, length)
         try:
-            self._source.read_into(offset, _bytes_of(tensor))
+            self._source.read_into(offset, bytes_of(tensor))
         except Exception:  # noqa: BLE001  # the receiver finds the digest wrong, and says so
             tensor.zero_()
         return tensor
@@ -400,7 +404,7 @@ class _ReceiveLane(_Lane):
         if self._placed is None:
             pieces = [buffer]
             offset = number * self._step
-            take = partial(self._transfer.sink.put, offset, _bytes_of(buffer))
+            take = partial(self._transfer.sink.put, offset, bytes_of(buffer))
         else:
             pieces = self._expect(self._placed, number, buffer)
             take = partial(self._placed.arrived, number)
@@ -411,7 +415,7 @@ class _ReceiveLane(_Lane):
     def _expect(self, placed: PlacedSink, number: int, buffer: torch.Tensor) -> list[torch.Tensor]:
         lengths = placed.cuts[number]
         found: list[memoryview] = []
-        self._transfer.guard(lambda: found.extend(placed.expect(number, _bytes_of(buffer))))
+        self._transfer.guard(lambda: found.extend(placed.expect(number, bytes_of(buffer))))
         if not found:  # what comes is taken none the less, and forgotten
             return _split(buffer, lengths)
         return [torch.frombuffer(each, dtype=torch.uint8) for each in found]
@@ -431,7 +435,8 @@ def _split(block: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
     return [block[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of bytes that lie on the host."""
     array: Any = tensor.numpy()
     return memoryview(array)
 

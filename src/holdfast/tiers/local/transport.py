@@ -26,6 +26,7 @@ from holdfast.tiers.local.replication import (
     Incoming,
     Outgoing,
     OwnGroup,
+    bytes_of,
 )
 
 _SLOTS = 2
@@ -239,7 +240,7 @@ class _SendLane:
             return torch.frombuffer(in_place, dtype=torch.uint8)
         tensor = self._on_host.at(self._number, length)
         try:
-            self._source.read_into(offset, _bytes_of(tensor))
+            self._source.read_into(offset, bytes_of(tensor))
         except Exception:  # noqa: BLE001  # the receiver finds the digest wrong, and says so
             tensor.zero_()
         return tensor
@@ -276,7 +277,7 @@ class _ReceiveLane:
             earlier.result()
         content = self._on_host.at(number, len(block))
         content.copy_(block)
-        offset, received = number * self._step, _bytes_of(content)
+        offset, received = number * self._step, bytes_of(content)
         self._puts[number % _SLOTS] = self._beside.submit(
             self._transfer.guard, lambda: self._transfer.sink.put(offset, received)
         )
@@ -305,8 +306,3 @@ class _ReceiveLane:
         self._on_device = _Slots(self._group.device_buffer, largest)
         self._on_host = _Slots(self._group.host_buffer, largest)
         self._transfer.guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    array: Any = tensor.numpy()
-    return memoryview(array)
