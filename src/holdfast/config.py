@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import re
 import types
 import warnings
 from collections.abc import Mapping
@@ -24,6 +26,14 @@ VERIFY_MODES = ("while_reading", "first")
 MISSING_POLICIES = ("start_fresh", "error")
 PERMISSIONS = ("private", "umask")
 TRANSPORTS = ("gloo", "nccl")
+PRETRAINED_PARTS = ("weights", "everything")
+_PATH_FIELDS = (
+    "persistent.directory",
+    "local.directory",
+    "load.directory",
+    "load.pretrained.directory",
+)
+_UNSET_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
 @dataclass
@@ -80,13 +90,29 @@ class LocalConfig:
 
 
 @dataclass
+class PretrainedConfig:
+    """Where a run starts from while it has no checkpoint of its own, in any tier."""
+
+    directory: str | None = None
+    """A store or one checkpoint of another run. None: the run starts from its own model."""
+    step: int | None = None
+    """Exactly this iteration of it. None: the newest that can be loaded."""
+    what: str = "weights"
+    """`weights`: the model alone, with fresh counters, optimizer, scheduler, data and random
+    numbers; `everything`: as if the run went on."""
+
+
+@dataclass
 class LoadConfig:
     """Which checkpoint a load takes and how strictly."""
 
     directory: str | None = None
-    """A store, or one `iter_*` directory of it. None: the persistent tier's own directory."""
+    """A store, or one `iter_*` directory of it. None, or the persistent tier's own directory in any
+    spelling: the newest checkpoint of this run, in whichever tier."""
     step: int | None = None
-    """Exactly this iteration, never another. None: the newest that can be loaded."""
+    """Exactly this iteration, never another; applied once per run. None: the newest that can be
+    loaded."""
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     strict: bool = True
     """Whether every name must be on both sides."""
     verify: str = "while_reading"
@@ -196,25 +222,31 @@ class CheckpointConfig:
             "run_id",
             f"is {self.run_id!r}; use 1 to 64 letters, digits, '.', '_' or '-', not '.' first",
         )
-        for path, directory in (
-            ("persistent.directory", self.persistent.directory),
-            ("load.directory", self.load.directory),
-        ):
-            if directory is not None:
-                require(directory.strip() != "", path, "is empty; name a directory or use null")
-                require(
-                    "://" not in directory,
-                    path,
-                    f"is {directory!r}; this version stores on mounted file systems only: "
-                    "name a path",
+        require_choice(self.load.pretrained.what, "load.pretrained.what", PRETRAINED_PARTS)
+        parent_step = self.load.pretrained.step
+        require(
+            parent_step is None or parent_step >= 0,
+            "load.pretrained.step",
+            "must be 0 or more, or null",
+        )
+        for path in _PATH_FIELDS:
+            directory = _read_field(self, path)
+            if directory is None:
+                continue
+            text = os.fspath(directory)
+            require(text.strip() != "", path, "is empty; name a directory or use null")
+            where = (
+                "name a path on this node's own disk or RAM"
+                if path == "local.directory"
+                else "this version stores on mounted file systems only: name a path"
+            )
+            require("://" not in text, path, f"is {text!r}; {where}")
+            unset = _UNSET_VARIABLE.search(os.path.expandvars(text))
+            if unset is not None:
+                found.append(
+                    f"checkpoint.{path} is {text!r}; {unset[0]} is not set in the environment"
                 )
         if self.local.directory is not None:
-            require(self.local.directory.strip() != "", "local.directory", "is empty; use null")
-            require(
-                "://" not in self.local.directory,
-                "local.directory",
-                f"is {self.local.directory!r}; name a path on this node's own disk or RAM",
-            )
             require(
                 self.local.keep.last is not None and self.local.keep.last >= 2,
                 "local.keep.last",
@@ -222,6 +254,17 @@ class CheckpointConfig:
                 "while the next is made",
             )
         return found
+
+    def with_expanded_paths(self) -> CheckpointConfig:
+        """Return a copy in which every path is a text with `~` and $VARIABLES replaced."""
+        expanded = copy.deepcopy(self)
+        for path in _PATH_FIELDS:
+            directory = _read_field(expanded, path)
+            if directory is not None:
+                *parents, name = path.split(".")
+                owner = _read_field(expanded, ".".join(parents))
+                setattr(owner, name, expand_path(directory))
+        return expanded
 
     def warn_without_effect(self) -> None:
         """Warn once of every known setting that changes nothing beside the others."""
@@ -239,6 +282,11 @@ class CheckpointConfig:
                 inert.append("checkpoint.local.replication.factor: local.directory is null")
             if self.local.replication.transport != "gloo":
                 inert.append("checkpoint.local.replication.transport: local.directory is null")
+        if self.load.pretrained.directory is None:
+            if self.load.pretrained.step is not None:
+                inert.append("checkpoint.load.pretrained.step: load.pretrained.directory is null")
+            if self.load.pretrained.what != "weights":
+                inert.append("checkpoint.load.pretrained.what: load.pretrained.directory is null")
         if self.custom_manager_class is None:
             if self.options:
                 inert.append("checkpoint.options: only custom managers read it")
@@ -246,6 +294,17 @@ class CheckpointConfig:
                 inert.append("checkpoint.custom_manager_allowlist: custom_manager_class is null")
         for each in inert:
             warnings.warn(f"setting without effect: {each}", UserWarning, stacklevel=3)
+
+
+def expand_path(value: str | os.PathLike[str]) -> str:
+    """Return a configured path as a text with `~` and $VARIABLES replaced."""
+    return os.path.expanduser(os.path.expandvars(os.fspath(value)))
+
+
+def _read_field(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
 
 
 def _is_run_id(value: str) -> bool:
@@ -267,11 +326,17 @@ def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
             problems.append(f"{where} is unknown; {path} has {known}")
         elif is_dataclass(hints[name]):
             setattr(result, name, _build(hints[name], value, where, problems))
-        elif not _fits(value, hints[name]):
+        elif not _fits(value, hints[name]) and not _is_path(value, where):
             problems.append(f"{where} is {value!r}; it must be {_describe(hints[name])}")
         else:
-            setattr(result, name, value)
+            setattr(result, name, os.fspath(value) if _is_path(value, where) else value)
     return result
+
+
+def _is_path(value: Any, where: str) -> bool:
+    """Whether a value is a `pathlib.Path` or the like, in a field that takes one."""
+    is_path_field = where.removeprefix("checkpoint.") in _PATH_FIELDS
+    return is_path_field and isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
 
 
 def _with_sound_types(node: Any, path: str, problems: list[str]) -> Any:
@@ -282,7 +347,7 @@ def _with_sound_types(node: Any, path: str, problems: list[str]) -> Any:
         where, value, hint = f"{path}.{each.name}", getattr(node, each.name), hints[each.name]
         if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, hint):
             setattr(sound, each.name, _with_sound_types(value, where, problems))
-        elif not _fits(value, hint):
+        elif not _fits(value, hint) and not _is_path(value, where):
             problems.append(f"{where} is {value!r}; it must be {_describe(hint)}")
             factory = each.default_factory
             setattr(sound, each.name, each.default if factory is MISSING else factory())

@@ -14,6 +14,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- ManagerShapeError              (TypeError)        it is not a checkpoint manager
     |-- CheckpointNotFoundError        (FileNotFoundError) what was asked for is not there
     |-- CorruptCheckpointError         (ValueError)       bytes differ from the manifest
+    |-- FormatTooNewError              (ValueError)       written by a later version of holdfast
     |-- NoLoadableCheckpointError      (RuntimeError)     candidates exist, none can be loaded
     |   `-- StatePartlyLoadedError                        ... and live state was already overwritten
     |-- StateMismatchError             (ValueError)       names or shapes differ from the live state
@@ -108,6 +109,26 @@ class CorruptCheckpointError(CheckpointError, ValueError):
         self.byte_range = byte_range
         """The block concerned, ends included; None: the whole."""
         super().__init__(f"{path}: {reason}")
+
+
+class FormatTooNewError(CheckpointError, ValueError):
+    """A file was written by a later version of holdfast and cannot be understood by this one.
+
+    It is never taken for damage, and never passed over in favour of an older checkpoint.
+    """
+
+    def __init__(self, path: str, found: str, known: str, sequence: int | None = None) -> None:
+        self.path = path
+        self.found = found
+        """What the file says of its format: `format 2`, or a feature that a reader must know."""
+        self.known = known
+        """What this version reads."""
+        self.sequence = sequence
+        """The place in the order of commits, where it could be read."""
+        super().__init__(
+            f"{path} is of {found}; this version of holdfast reads {known}.\n"
+            "Use the version that wrote it, or a later one. Nothing was loaded."
+        )
 
 
 class NoLoadableCheckpointError(CheckpointError, RuntimeError):

@@ -31,6 +31,7 @@ class DirectoryEntry:
     name: str
     is_file: bool
     is_directory: bool
+    is_link: bool = False
 
 
 class Filesystem(Protocol):
@@ -113,6 +114,7 @@ class LocalFilesystem:
                     each.name,
                     is_file=each.is_file(follow_symlinks=False),
                     is_directory=each.is_dir(follow_symlinks=False),
+                    is_link=each.is_symlink(),
                 )
                 for each in entries
             ]
@@ -141,6 +143,19 @@ class LocalFilesystem:
             return stat.S_ISDIR(path.lstat().st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+
+_SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error is of this process (no memory, too many open files), not of what it read.
+
+    Such an error says nothing about a file, and another file would meet the same.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _SHORTAGES
+    return isinstance(error, MemoryError)
 
 
 def make_durable_directory(filesystem: Filesystem, path: Path) -> None:

@@ -8,16 +8,20 @@ checkpoint. Knows no file system.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
+from typing import Any
 
 import xxhash
 
 from holdfast.digests import FileRecord
-from holdfast.errors import CorruptCheckpointError
+from holdfast.errors import CorruptCheckpointError, FormatTooNewError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
+FEATURES: frozenset[str] = frozenset()
+"""What a file may list under `requires` and this version understands."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Manifest:
     """Every file but the manifest itself, by path."""
     written_by: str = "holdfast"
     """Name and version of the writer."""
+    parent: dict[str, Any] | None = None
+    """The checkpoint of another run that this one began from; None: it began from nothing."""
     format: int = FORMAT
 
     @property
@@ -48,37 +54,76 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the content of manifest.json."""
-        return seal(json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n")
+        values = asdict(self)
+        if self.parent is None:
+            del values["parent"]
+        return seal(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
 
     @classmethod
     def from_bytes(cls, content: bytes, path: str) -> Manifest:
         """Read the content of manifest.json; `path` is for messages.
 
+        Fields that this version does not know are ignored: a later one may add some.
+
         Raises:
-            CorruptCheckpointError: torn, altered, of a newer format, or with paths that leave the
-                checkpoint.
+            CorruptCheckpointError: torn, altered, or with paths that leave the checkpoint.
+            FormatTooNewError: of a later format, or it requires a feature of a later version.
         """
         body = unseal(content, path)
         try:
             values = json.loads(body)
-            format_number = values["format"]
-            if format_number == FORMAT:
-                files = tuple(
-                    FileRecord(**{**each, "blocks": _as_tuple(each["blocks"])})
-                    for each in values["files"]
+            check_format(values, FORMAT, path)
+            files = tuple(
+                FileRecord(
+                    **{**known_fields(FileRecord, each), "blocks": _as_tuple(each["blocks"])}
                 )
-                manifest = cls(**{**values, "files": files})
-                _check_types(manifest)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(path, f"is not a manifest: {error}") from error
-        if format_number != FORMAT:
-            raise CorruptCheckpointError(
-                path, f"is of format {format_number}, not {FORMAT}: it needs a newer holdfast"
+                for each in values["files"]
             )
+            manifest = cls(**{**known_fields(cls, values), "files": files})
+            _check_types(manifest)
+        except FormatTooNewError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptCheckpointError(path, f"is not a manifest: {error}") from error
         for each in files:
             if not _stays_inside(each.path):
                 raise CorruptCheckpointError(path, f"lists {each.path!r}, outside the checkpoint")
         return manifest
+
+
+def check_format(values: Mapping[str, Any], known: int, path: str) -> None:
+    """Refuse a record whose format, or a feature that it requires, this version does not know.
+
+    `values`: as read from JSON. `known`: the latest format of such records.
+
+    Raises:
+        FormatTooNewError: it is of a later version.
+        ValueError: its format is no number, or one that never was.
+    """
+    found, sequence = values["format"], values.get("sequence")
+    place = sequence if type(sequence) is int else None
+    if type(found) is not int or found < 1:
+        raise ValueError(f"format is {found!r}")
+    if found > known:
+        raise FormatTooNewError(path, f"format {found}", f"up to format {known}", place)
+    requires = values.get("requires", [])
+    if not isinstance(requires, list):
+        raise ValueError(f"requires is {requires!r}")
+    if unknown := sorted(str(each) for each in requires if each not in FEATURES):
+        features = ", ".join(map(repr, unknown))
+        what = f"format {found} and requires {features}"
+        raise FormatTooNewError(path, what, f"format {known} without", place)
+
+
+def known_fields(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a dataclass has a field for."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _read_record(values: Mapping[str, Any]) -> FileRecord:
+    known = known_fields(FileRecord, values)
+    return FileRecord(**{**known, "blocks": _as_tuple(values["blocks"])})
 
 
 def seal(text: bytes) -> bytes:
@@ -114,6 +159,8 @@ def _check_types(manifest: Manifest) -> None:
     for file in manifest.files:
         for digest in (file.digest, *(file.blocks or ())):
             bytes.fromhex(digest)
+    if manifest.parent is not None and not isinstance(manifest.parent, dict):
+        raise TypeError("parent is no mapping")
     if manifest.world_size < 1:
         raise ValueError(f"world_size is {manifest.world_size}")
 

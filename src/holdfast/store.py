@@ -1,9 +1,10 @@
 """One root directory of checkpoints.
 
 Owns the names on disk, the order of durable writes, and what counts as a checkpoint: a directory
-iter_N whose manifest is present and lists what is there. Promises that a crash at any point leaves
-every earlier checkpoint loadable and never lists a partial one. Knows nothing about tensors, tiers,
-ranks, or when to save.
+iter_N whose manifest is present and lists what is there, or a symbolic link of that name to such a
+directory (a checkpoint that was moved to an archive). Promises that a crash at any point leaves
+every earlier checkpoint loadable, that a partial one is never listed, and that what a link leads to
+is only ever read. Knows nothing about tensors, tiers, ranks, or when to save.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from holdfast.digests import Difference, FileRecord, describe_content, find_difference
-from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError
+from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatTooNewError
 from holdfast.filesystem import (
     PENDING_MARK,
     Filesystem,
+    is_shortage,
     naming,
     read_bytes,
     remove_tree,
@@ -66,11 +68,23 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class TooNew:
+    """A checkpoint of a later version of holdfast, which this one neither reads nor removes."""
+
+    path: Path
+    iteration: int
+    sequence: int | None
+    """Its place in the order of commits; None: it could not be read."""
+    error: FormatTooNewError
+
+
+@dataclass(frozen=True)
 class Listing:
     """What a store holds, newest commit first."""
 
     checkpoints: tuple[Checkpoint, ...]
     broken: tuple[Broken, ...]
+    too_new: tuple[TooNew, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ class Store:
             entries = self._filesystem.list_directory(self.root)
         except FileNotFoundError:
             entries = []
-        names = {each.name for each in entries if each.is_directory}
+        names = {each.name for each in entries if each.is_directory or each.is_link}
         places: dict[str, int] = {}
         for name in names:
             if (iteration := parse_checkpoint_name(name)) is not None:
@@ -125,29 +139,40 @@ class Store:
                 places[name] = int(match[1])
         checkpoints: list[Checkpoint] = []
         broken: list[Broken] = []
+        too_new: list[TooNew] = []
         for name, iteration in places.items():
+            path = self.root / name
             try:
-                checkpoints.append(self.open(self.root / name, iteration))
+                checkpoints.append(self.open(path, iteration))
             except CorruptCheckpointError as error:
-                broken.append(Broken(self.root / name, iteration, str(error)))
+                broken.append(Broken(path, iteration, str(error)))
+            except FormatTooNewError as error:
+                too_new.append(TooNew(path, iteration, error.sequence, error))
         checkpoints.sort(key=lambda each: (each.manifest.sequence, each.iteration), reverse=True)
         broken.sort(key=lambda each: each.iteration, reverse=True)
-        return Listing(tuple(checkpoints), tuple(broken))
+        too_new.sort(key=lambda each: each.iteration, reverse=True)
+        return Listing(tuple(checkpoints), tuple(broken), tuple(too_new))
 
     def open(self, path: Path, iteration: int) -> Checkpoint:
-        """Read the manifest of one directory.
+        """Read the manifest of one directory, or of the one that a link leads to.
 
         Raises:
             CorruptCheckpointError: it is missing, damaged, or speaks of another iteration.
+            FormatTooNewError: a later version wrote it.
+            OSError: this process has too little memory or too many open files to read it.
         """
         manifest_path = path / MANIFEST_NAME
         try:
             content = read_bytes(self._filesystem, manifest_path)
         except FileNotFoundError:
-            raise CorruptCheckpointError(
-                str(path), "has no manifest.json: it was never committed, or lost it since"
-            ) from None
+            if path.is_symlink() and not path.exists():
+                reason = f"is a link to {path.readlink()}, which is not there"
+            else:
+                reason = "has no manifest.json: it was never committed, or lost it since"
+            raise CorruptCheckpointError(str(path), reason) from None
         except OSError as error:
+            if is_shortage(error):
+                raise
             raise CorruptCheckpointError(str(manifest_path), f"cannot be read: {error}") from error
         manifest = Manifest.from_bytes(content, str(manifest_path))
         if manifest.iteration != iteration:
@@ -171,6 +196,9 @@ class Store:
         for damaged in listing.broken:
             if damaged.iteration == iteration:
                 raise CorruptCheckpointError(str(damaged.path), damaged.reason)
+        for newer in listing.too_new:
+            if newer.iteration == iteration:
+                raise newer.error
         present = ", ".join(str(each.iteration) for each in listing.checkpoints) or "none"
         raise CheckpointNotFoundError(
             f"{self.root} has no checkpoint of iteration {iteration}; it has: {present}."
@@ -216,6 +244,8 @@ class Store:
             except FileNotFoundError:
                 found = Difference("is missing")
             except OSError as error:
+                if is_shortage(error):
+                    raise
                 found = Difference(f"cannot be read: {error.strerror or error}")
             if found is not None:
                 name = f"{checkpoint.path.name}/{record.path}"
@@ -272,7 +302,7 @@ class Store:
             filesystem.sync_directory(folder)  # the files' names, before the rename shows them
         final = self.root / checkpoint_name(manifest.iteration)
         replaced = None
-        if filesystem.is_directory(final):
+        if self._is_taken(final):
             # What an earlier commit moved aside and removed must be gone for good before the name
             # is free, or a power cut brings its ruins back as this iteration.
             filesystem.sync_directory(self.root)
@@ -292,21 +322,39 @@ class Store:
         filesystem.sync_directory(self.root)  # the tracker's new bytes under its name
         if replaced is not None:
             with suppress(OSError):  # the commit stands; the next sweep goes on with it
-                remove_tree(filesystem, replaced)
+                self._remove_all(replaced)
         return Checkpoint(final, manifest)
+
+    def _is_taken(self, path: Path) -> bool:
+        """Whether a directory, or a link to one, has this name."""
+        return self._filesystem.is_directory(path) or self._is_link(path)
+
+    def _is_link(self, path: Path) -> bool:
+        entries = self._filesystem.list_directory(path.parent)
+        return any(each.is_link and each.name == path.name for each in entries)
+
+    def _remove_all(self, path: Path) -> None:
+        """Remove a directory with all in it; of a link only the link, never what it leads to."""
+        if self._is_link(path):
+            self._filesystem.remove_file(path)
+        else:
+            remove_tree(self._filesystem, path)
 
     def abandon(self, pending: Path) -> None:
         """Remove a pending checkpoint that will not be committed."""
         remove_tree(self._filesystem, pending)
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Delete a committed checkpoint: first it is none any more, then its files go."""
+        """Delete a committed checkpoint: first it is none any more, then its files go.
+
+        Of one that is a link to an archive, only the link.
+        """
         doomed = self.root / (
             f"{checkpoint_name(checkpoint.iteration)}{PENDING_MARK}{secrets.token_hex(4)}"
         )
         self._filesystem.rename(checkpoint.path, doomed)  # not listed from here
         self._filesystem.sync_directory(self.root)  # or a power cut could list it half deleted
-        remove_tree(self._filesystem, doomed)
+        self._remove_all(doomed)
 
     def sweep(self, confirm: Callable[[], None] = lambda: None) -> list[str]:
         """Remove what crashed saves left behind and return the names; foreign names stay.
@@ -327,10 +375,10 @@ class Store:
         self._filesystem.sync_directory(self.root)
         for checkpoint in self.listing().checkpoints:  # newest first: of two, the newer
             final = self.root / checkpoint_name(checkpoint.iteration)
-            if checkpoint.path != final and not self._filesystem.is_directory(final):
+            if checkpoint.path != final and not self._is_taken(final):
                 self._filesystem.rename(checkpoint.path, final)
         entries = self._filesystem.list_directory(self.root)
-        names = {each.name for each in entries if each.is_directory}
+        names = {each.name for each in entries if each.is_directory or each.is_link}
         confirm()
         swept = []
         for each in entries:

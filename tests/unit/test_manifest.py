@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from holdfast.digests import BLOCK_BYTES, FileRecord, describe_content, find_difference
-from holdfast.errors import CorruptCheckpointError
+from holdfast.errors import CorruptCheckpointError, FormatTooNewError
 from holdfast.manifest import Manifest
 from tests.support.stores import manifest_of
 
@@ -66,11 +66,14 @@ def _file(**changes: object) -> list[dict[str, object]]:
 
 
 REFUSED = [
-    (_values(format=2), "m: is of format 2, not 1: it needs a newer holdfast"),
-    (_values(format=None), "m: is of format None, not 1"),
+    (_values(format=None), "m: is not a manifest: format is None"),
+    (_values(format=0), "m: is not a manifest: format is 0"),
+    (_values(format=True), "m: is not a manifest: format is True"),
+    (_values(format="2"), "m: is not a manifest: format is '2'"),
+    (_values(requires="all"), "m: is not a manifest: requires is 'all'"),
+    (_values(parent="base"), "m: is not a manifest: parent is no mapping"),
     ([], "m: is not a manifest"),
     ({}, "m: is not a manifest"),
-    (_values(colour="red"), "m: is not a manifest"),
     (_values(files=[{"path": "a"}]), "m: is not a manifest"),
     (_values(files=None), "m: is not a manifest"),
     (_values(iteration="40"), "m: is not a manifest"),
@@ -87,10 +90,41 @@ REFUSED = [
 
 @pytest.mark.parametrize(("values", "reason"), REFUSED)
 def test_a_record_that_is_no_manifest_is_refused(values: object, reason: str) -> None:
-    """A newer format, missing or wrong fields, and paths that leave the checkpoint are refused."""
+    """Missing or wrong fields, and paths that leave the checkpoint, are refused."""
     with pytest.raises(CorruptCheckpointError, match=r"^m: ") as caught:
         Manifest.from_bytes(_sealed(values), "m")
     assert reason in str(caught.value)
+
+
+LATER = [
+    (_values(format=2), "m is of format 2; this version of holdfast reads up to format 1"),
+    (_values(format=10**6, files=None), "format 1000000"),
+    (_values(requires=["chunked", "sparse"]), "format 1 and requires 'chunked', 'sparse'"),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), LATER)
+def test_a_record_of_a_later_version_is_no_damage(values: object, reason: str) -> None:
+    """A later format, or a feature that a reader must know, is told with both versions."""
+    with pytest.raises(FormatTooNewError) as caught:
+        Manifest.from_bytes(_sealed(values), "m")
+    assert reason in str(caught.value)
+    assert caught.value.sequence == MANIFEST.sequence
+
+
+def test_fields_of_a_later_version_are_ignored() -> None:
+    """A field that this version does not know, of the record or of a file in it, is left out."""
+    files = [{**each, "colour": "red"} for each in _values()["files"]]  # type: ignore[attr-defined]
+    values = _values(colour="red", files=files, requires=[])
+    assert Manifest.from_bytes(_sealed(values), "m") == MANIFEST
+
+
+def test_a_record_keeps_the_checkpoint_that_its_run_began_from() -> None:
+    """The parent of a run is given back; without one nothing is written of it."""
+    parent = {"path": "/base/iter_0000010", "run_id": "base", "iteration": 10, "what": "weights"}
+    began = dataclasses.replace(MANIFEST, parent=parent)
+    assert Manifest.from_bytes(began.to_bytes(), "m") == began
+    assert b"parent" not in MANIFEST.to_bytes()
 
 
 def test_a_deeply_nested_record_is_refused() -> None:

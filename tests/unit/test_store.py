@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError
+from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatTooNewError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.manifest import MANIFEST_NAME
 from holdfast.store import TRACKER_NAME, Store, checkpoint_name, parse_checkpoint_name
@@ -65,7 +66,6 @@ def test_foreign_names_are_never_touched_or_counted(store: Store) -> None:
         (store.root / name).mkdir()
         (store.root / name / MANIFEST_NAME).write_bytes(b"not ours")
     (store.root / "iter_0000006").write_bytes(b"a file, no directory")
-    (store.root / "iter_0000007").symlink_to(foreign)
     (store.root / "notes.txt").write_bytes(b"")
     before = tree(store.root)
     for iteration in (1, 2):
@@ -80,15 +80,65 @@ def test_foreign_names_are_never_touched_or_counted(store: Store) -> None:
     assert tree(foreign) == {}
 
 
-def test_a_link_in_the_place_of_a_checkpoint_is_not_written_through(store: Store) -> None:
-    """A save over a name that somebody made a link of fails, and changes nothing behind it."""
+def test_a_checkpoint_that_was_archived_and_linked_back_is_one(store: Store) -> None:
+    """A link to a moved checkpoint is listed and verified; what it leads to is never changed."""
+    for iteration in (1, 2):
+        commit(store, iteration)
+    archive = store.root.parent / "archive-of-2"
+    (store.root / "iter_0000002").rename(archive)
+    (store.root / "iter_0000002").symlink_to(archive)
+    before = tree(archive)
+    assert _listed(store) == [2, 1]
+    linked = store.find(2)
+    assert store.check_sizes(linked) == store.verify(linked) == []
+    commit(store, 3)
+    assert store.sweep() == []
+    commit(store, 2)  # the same iteration again: the link makes room, the archive stays
+    assert not (store.root / "iter_0000002").is_symlink()
+    assert _listed(store) == [3, 2, 1]
+    assert tree(archive) == before
+
+
+def test_retention_of_a_linked_checkpoint_removes_the_link(store: Store) -> None:
+    """Removing a checkpoint that is a link leaves the archive as it is, and nothing else behind."""
+    commit(store, 1)
+    archive = store.root.parent / "archive-of-1"
+    (store.root / "iter_0000001").rename(archive)
+    (store.root / "iter_0000001").symlink_to(archive, target_is_directory=True)
+    before = tree(archive)
+    store.remove(store.find(1))
+    assert [each for each in store.root.iterdir() if "iter_" in each.name] == []
+    assert tree(archive) == before
+
+
+def test_a_link_that_leads_nowhere_is_named(store: Store) -> None:
+    """A link to what is gone, or to no checkpoint, is broken with that reason, and can be saved."""
     foreign = store.root.parent / "foreign"
     foreign.mkdir()
     (foreign / "kept").write_bytes(b"kept")
     (store.root / "iter_0000007").symlink_to(foreign)
-    with pytest.raises(OSError, match="iter_0000007"):
-        commit(store, 7)
+    (store.root / "iter_0000008").symlink_to(store.root.parent / "gone")
+    reasons = [each.reason for each in store.listing().broken]
+    assert "gone, which is not there" in reasons[0]
+    assert "has no manifest.json" in reasons[1]
+    for iteration in (7, 8):
+        commit(store, iteration)
+    assert _listed(store) == [8, 7]
     assert tree(foreign) == {"kept": b"kept"}
+
+
+def test_a_checkpoint_of_a_later_version_is_listed_apart(store: Store) -> None:
+    """What a later version wrote is no damage; asked for by number it is refused with both."""
+    commit(store, 1)
+    manifest = commit(store, 2).manifest
+    later = dataclasses.replace(manifest, format=2).to_bytes()
+    (store.root / "iter_0000002" / MANIFEST_NAME).write_bytes(later)
+    listing = store.listing()
+    assert [each.iteration for each in listing.checkpoints] == [1]
+    assert listing.broken == ()
+    assert [(each.iteration, each.sequence) for each in listing.too_new] == [(2, manifest.sequence)]
+    with pytest.raises(FormatTooNewError, match="format 2; this version of holdfast reads up to"):
+        store.find(2)
 
 
 def test_an_absent_or_empty_root_holds_nothing(tmp_path: Path) -> None:
