@@ -146,6 +146,9 @@ class CheckpointConfig:
     """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
     save_failure_limit: int | None = 3
     """With `warn`: the failure in a row that is raised after all. None: no limit."""
+    allow_rewind: bool = False
+    """Whether a save may have a lower step than the one last loaded or saved; it then supersedes
+    the checkpoints of higher steps."""
     permissions: str = "private"
     """Who may read what is created: `private`, its owner alone; `umask`, as the process says."""
     timeout_seconds: float = 600.0
@@ -257,13 +260,16 @@ class CheckpointConfig:
 
     def with_expanded_paths(self) -> CheckpointConfig:
         """Return a copy in which every path is a text with `~` and $VARIABLES replaced."""
-        expanded = copy.deepcopy(self)
+        expanded = copy.copy(self)
+        expanded.persistent = copy.copy(self.persistent)
+        expanded.local = copy.copy(self.local)
+        expanded.load = copy.copy(self.load)
+        expanded.load.pretrained = copy.copy(self.load.pretrained)
         for path in _PATH_FIELDS:
             directory = _read_field(expanded, path)
             if directory is not None:
                 *parents, name = path.split(".")
-                owner = _read_field(expanded, ".".join(parents))
-                setattr(owner, name, expand_path(directory))
+                setattr(_read_field(expanded, ".".join(parents)), name, expand_path(directory))
         return expanded
 
     def warn_without_effect(self) -> None:

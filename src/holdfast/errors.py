@@ -22,6 +22,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- DataReshardError               (ValueError)       data state of another world size
     |-- StoreIdentityError             (ValueError)       the store belongs to another run
     |   |-- StoreNotLoadedError                           first save beside checkpoints never loaded
+    |   |-- OwnCheckpointsExistError                      a load from elsewhere beside own ones
     |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
     |-- StoreNotWritableError          (OSError)          the store cannot be written at all
     |-- NotEnoughMemoryError           (MemoryError)      a snapshot that would not fit
@@ -125,8 +126,9 @@ class FormatTooNewError(CheckpointError, ValueError):
         """What this version reads."""
         self.sequence = sequence
         """The place in the order of commits, where it could be read."""
+        self.summary = f"is of {found}; this version of holdfast reads {known}"
         super().__init__(
-            f"{path} is of {found}; this version of holdfast reads {known}.\n"
+            f"{path} {self.summary}.\n"
             "Use the version that wrote it, or a later one. Nothing was loaded."
         )
 
@@ -212,6 +214,22 @@ class StoreNotWritableError(CheckpointError, OSError):
 
 class StoreNotLoadedError(StoreIdentityError):
     """A first save into a store that holds checkpoints which this manager has not loaded."""
+
+
+class OwnCheckpointsExistError(StoreIdentityError):
+    """`load.directory` names another place, and the run has checkpoints of its own."""
+
+    def __init__(self, directory: str, root: str, newest: str) -> None:
+        self.directory = directory
+        """What `load.directory` names."""
+        self.root = root
+        """The run's own store."""
+        super().__init__(
+            f"checkpoint.load.directory: {directory} is another place than this run's store {root},"
+            f" and the run has checkpoints of its own ({newest}).\n"
+            "Leave load.directory null to go on from them. To start a run from another one's "
+            "checkpoint use load.pretrained.directory, which counts only while the run has none."
+        )
 
 
 class SupersededAttemptError(StoreIdentityError):

@@ -17,12 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from holdfast.config import CheckpointConfig
 from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import (
-    CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
-    NoLoadableCheckpointError,
     StageFailedError,
-    StatePartlyLoadedError,
 )
 from holdfast.events import (
     ON_CHECKPOINT_STAGED,
@@ -35,15 +32,16 @@ from holdfast.protocol import (
     CheckpointSaveContext,
     GlobalState,
     LoadResult,
-    SkippedCheckpoint,
 )
 from holdfast.restoring import Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState, Place
 from holdfast.store import Checkpoint
-from holdfast.tiers.both import LOCAL, Tiers
+from holdfast.tiers.both import Tiers
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
+from holdfast.tiers.search import Search, Selected
+from holdfast.tiers.select import LOCAL
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.vote import Candidate
@@ -68,24 +66,23 @@ class DefaultCheckpointManager:
         """
         checkpoint_config.validate()
         self.checkpoint_config = checkpoint_config
-        directory = checkpoint_config.persistent.directory
+        config = self._config = checkpoint_config.with_expanded_paths()
+        directory = config.persistent.directory
         if directory is None:
             raise ConfigError(
                 ["checkpoint.persistent.directory is null; name where checkpoints are kept"]
             )
-        self._filesystem = filesystem or LocalFilesystem(
-            private=checkpoint_config.permissions == "private"
-        )
+        self._filesystem = filesystem or LocalFilesystem(private=config.permissions == "private")
         self._tier = PersistentTier(
             Path(directory).absolute(),
             self._filesystem,
-            checkpoint_config.run_id,
-            checkpoint_config.persistent.keep.last,
-            _bytes_per_second(checkpoint_config),
+            config.run_id,
+            config.persistent.keep.last,
+            _bytes_per_second(config),
         )
-        self._tiers = Tiers(checkpoint_config, self._tier, self._filesystem)
-        self._snapshotter = Snapshotter(checkpoint_config, self._tiers)
-        rule = FailureRule(checkpoint_config)
+        self._tiers = Tiers(config, self._tier, self._filesystem)
+        self._snapshotter = Snapshotter(config, self._tiers)
+        rule = FailureRule(config)
         self._saving, self._draining = Flight(rule), Flight(rule)
         self._channels: list[Coordinator] | None = None
         self._calls = 0
@@ -116,7 +113,7 @@ class DefaultCheckpointManager:
         except StageFailedError as error:
             self._saving.fail(save, error, control.rank)
             return
-        config = self.checkpoint_config
+        config = self._config
         drains = is_persistent and to_local and config.async_save and self._tiers.can_drain
 
         def write() -> Committed:
@@ -197,40 +194,24 @@ class DefaultCheckpointManager:
         self._draining.wait(self._rank())
         self._tiers.wait_restored(self._rank())
         control, writer, _ = self._begin_call()
-        config = self.checkpoint_config
-        decision = self._tiers.resolve(control)
-        failed: list[SkippedCheckpoint] = []
+        search = Search(self._config, self._tiers, self._filesystem, control)
         touched = False
-        for candidate in self._tiers.candidates(decision, control):
-            self._foretell(ctx, candidate, control)
+        while (selected := search.next(touched=touched)) is not None:
+            self._foretell(ctx, selected.candidate, control)
             try:
                 with collection_put_off():
-                    opened = self._open(candidate, ctx, control)
-                    restoration = self._compare(ctx, opened, control)
+                    opened = self._open(selected, ctx, control)
+                    restoration = self._compare(ctx, selected, opened, control)
                     touched = True
                     restoration.fill(control)
             except CorruptCheckpointError as error:
-                if decision.asked_for and not touched:
-                    raise
-                self._give_up(candidate, error, failed, control)
+                search.pass_over(selected, error)
                 continue
             control.together("apply", restoration.apply)
-            if not isinstance(candidate, Checkpoint):
+            if selected.commit.tier == LOCAL:
                 self._tiers.finish_load(writer)
-            skipped = [*decision.skipped, *self._tiers.passed_over_locally(failed)]
-            newer = [each for each in skipped if _is_beyond(each, opened.checkpoint.iteration)]
-            return self._finish_load(ctx.state, opened, _newest_first(newer + failed))
-        reasons = _newest_first(
-            [*decision.skipped, *failed, *self._tiers.passed_over_locally(failed)]
-        )
-        if reasons:
-            kind = StatePartlyLoadedError if touched else NoLoadableCheckpointError
-            raise kind(str(decision.root), [f"{each.path}: {each.reason}" for each in reasons])
-        if config.load.on_missing == "error":
-            raise CheckpointNotFoundError(
-                f"{decision.root} holds no checkpoint, and checkpoint.load.on_missing is error.\n"
-                "Name the store with checkpoint.load.directory, or set on_missing=start_fresh."
-            )
+            search.warn(selected)
+            return self._finish_load(ctx.state, selected, opened, search)
         self._foretell(ctx, None, control)
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         return LoadResult()
@@ -242,7 +223,7 @@ class DefaultCheckpointManager:
         control: Coordinator,
     ) -> None:
         """Say once, before anything is touched, what the local tier will take of each node."""
-        is_off = self.checkpoint_config.local.directory is None
+        is_off = self._config.local.directory is None
         if is_off or self._is_budgeted or ctx.skip_load_to_model_and_opt:
             return
         resumed = None if isinstance(candidate, Checkpoint) else candidate
@@ -250,11 +231,10 @@ class DefaultCheckpointManager:
             self._snapshotter.foretell(_app_state(ctx, control), resumed, self._filesystem, control)
         self._is_budgeted = True
 
-    def _open(
-        self, candidate: Checkpoint | Candidate, ctx: CheckpointLoadContext, control: Coordinator
-    ) -> Opened:
+    def _open(self, selected: Selected, ctx: CheckpointLoadContext, control: Coordinator) -> Opened:
         place = _place(ctx, control)
-        verify_first = self.checkpoint_config.load.verify == "first"
+        verify_first = self._config.load.verify == "first"
+        candidate = selected.candidate
         if isinstance(candidate, Checkpoint):
             return open_verified(
                 candidate, control, self._filesystem, place, verify_first=verify_first
@@ -263,34 +243,19 @@ class DefaultCheckpointManager:
         assert local is not None
         return open_local(candidate, local, control, place, verify_first=verify_first)
 
-    def _give_up(
-        self,
-        candidate: Checkpoint | Candidate,
-        error: CorruptCheckpointError,
-        failed: list[SkippedCheckpoint],
-        control: Coordinator,
-    ) -> None:
-        """Note why a candidate was not loaded, so that the next one is another."""
-        if isinstance(candidate, Checkpoint):
-            skipped = _skip(candidate, error)
-            failed.append(skipped)
-        else:
-            local = self._tiers.local
-            assert local is not None
-            local.pass_over(candidate, control, str(error))
-            skipped = SkippedCheckpoint(
-                str(local.directory), str(error), candidate.record.iteration, LOCAL
-            )
-            failed.append(skipped)
-        if control.rank == 0:  # told with the result too: this is for a log that stops here
-            logger.info("%s is passed over: %s", skipped.path, skipped.reason)
-
     def _compare(
-        self, ctx: CheckpointLoadContext, opened: Opened, control: Coordinator
+        self,
+        ctx: CheckpointLoadContext,
+        selected: Selected,
+        opened: Opened,
+        control: Coordinator,
     ) -> Restoration:
         """Hold a checkpoint against the live state, on every rank, touching nothing."""
-        load = self.checkpoint_config.load
+        load = self._config.load
         app = _app_state(ctx, control)
+        if self._takes_weights_only(selected):
+            app = AppState(ctx.model, None, None, None, _place(ctx, control))
+            opened = opened.of_tensors_alone()
         restoration = Restoration(
             opened,
             app,
@@ -306,9 +271,18 @@ class DefaultCheckpointManager:
         return restoration
 
     def _finish_load(
-        self, state: GlobalState, opened: Opened, skipped: tuple[SkippedCheckpoint, ...]
+        self, state: GlobalState, selected: Selected, opened: Opened, search: Search
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
+        if self._takes_weights_only(selected):
+            self._tiers.resume_from(checkpoint)
+            return LoadResult(
+                found=True,
+                tier=checkpoint.manifest.tier,
+                path=checkpoint.path,
+                skipped=search.skipped(selected),
+                sources=opened.contents.sources(),
+            )
         state.train_state.update_from(counters["train_state"])
         if checkpoint.manifest.run_id:  # else of no run: there is no lineage to go on with
             self._tiers.resume_from(checkpoint)
@@ -318,16 +292,19 @@ class DefaultCheckpointManager:
             found=True,
             tier=checkpoint.manifest.tier,
             path=checkpoint.path,
-            skipped=skipped,
+            skipped=search.skipped(selected),
             sources=opened.contents.sources(),
         )
+
+    def _takes_weights_only(self, selected: Selected) -> bool:
+        return selected.is_parent and self._config.load.pretrained.what == "weights"
 
     # -- ranks -----------------------------------------------------------------------------------
 
     def _coordinators(self) -> list[Coordinator]:
         """Return the channels of training thread, writer and drain, opened at first use."""
         if self._channels is None:
-            self._channels = open_channels(3, self.checkpoint_config.timeout_seconds)
+            self._channels = open_channels(3, self._config.timeout_seconds)
         return self._channels
 
     def _begin_call(self) -> list[Coordinator]:
@@ -359,14 +336,6 @@ def _describe(ctx: CheckpointSaveContext, callback_manager: Any | None, started:
     return Save(callback_manager, event, started)
 
 
-def _is_beyond(skipped: SkippedCheckpoint, iteration: int) -> bool:
-    return skipped.iteration is None or skipped.iteration > iteration
-
-
-def _newest_first(skipped: list[SkippedCheckpoint]) -> tuple[SkippedCheckpoint, ...]:
-    return tuple(sorted(skipped, key=lambda each: each.iteration or 0, reverse=True))
-
-
 def _app_state(
     ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator
 ) -> AppState:
@@ -381,9 +350,3 @@ def _app_state(
 
 def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator) -> Place:
     return Place.of(control.rank, control.world_size, ctx.pg_collection)
-
-
-def _skip(checkpoint: Checkpoint, error: CorruptCheckpointError) -> SkippedCheckpoint:
-    path = str(checkpoint.path)
-    reason = error.reason if error.path == path else str(error)  # which names the file
-    return SkippedCheckpoint(path, reason, checkpoint.iteration)

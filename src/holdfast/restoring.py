@@ -9,7 +9,7 @@ Chooses nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,11 @@ class Opened:
     def checkpoint(self) -> Checkpoint:
         """The checkpoint itself."""
         return self.contents.checkpoint
+
+    def of_tensors_alone(self) -> Opened:
+        """Return it without the small states, as a run begins that takes over the weights only."""
+        hollow = {"hollow": self.shared.get("hollow", ())}
+        return replace(self, shared=hollow, rank_states=[])
 
 
 def open_verified(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.errors import CorruptCheckpointError
+from holdfast.errors import CorruptCheckpointError, FormatTooNewError
 from holdfast.tiers.local.tail import PART_NAMES, ShardRecord, Tail, parse_tail, read_tail
 
 RECORD = ShardRecord(
@@ -78,7 +78,7 @@ def test_what_follows_a_file_makes_it_another() -> None:
         {"run_id": 3},
         {"state_names": "many"},
         {"is_whole": 1},
-        {"format": 2},
+        {"format": 0},
         {"body_bytes": 8192},
     ],
 )
@@ -103,11 +103,35 @@ def _sealed_with_image(tail: Tail, image_bytes: int) -> bytes:
     return bytes(image_bytes) + rest + end
 
 
-def test_a_record_with_other_fields_is_refused() -> None:
-    """As an older or newer version of the same format number could have."""
+def _sealed(**changes: Any) -> bytes:
+    """Return a file without an image whose record has other fields than this version writes."""
     import holdfast.tiers.local.tail as format_
 
-    text = json.dumps({"format": 1, "parts": {}, "surprise": 1}).encode() + b"\n"
-    end = format_._END.pack(format_._MARK, 0, len(text), format_._digest(0, text))
+    content = Tail(RECORD, PARTS).without_image().to_bytes()
+    text, _, states = content[: -format_._END.size].partition(b"\n")
+    rest = json.dumps({**json.loads(text), **changes}).encode() + b"\n" + states
+    rest += b"x" * changes.get("parts", {}).get("more", 0)
+    return rest + format_._END.pack(format_._MARK, 0, len(rest), format_._digest(0, rest))
+
+
+def test_what_a_later_version_adds_is_ignored() -> None:
+    """Unknown fields of the record and unknown parts behind the known ones change nothing."""
+    sizes = {name: len(PARTS[name]) for name in PARTS}
+    content = _sealed(colour="red", requires=[], parts={"more": 7, **sizes})
+    tail = parse_tail(content, "shard")
+    assert tail.record == replace(RECORD, is_whole=False)
+    assert tail.parts == PARTS
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"requires": ["striped"]}])
+def test_a_later_format_is_told_with_both_versions(change: dict[str, Any]) -> None:
+    """A record that this version cannot read is not damaged: the error says what it needs."""
+    with pytest.raises(FormatTooNewError, match="this version of holdfast reads") as caught:
+        parse_tail(_sealed(**change), "shard")
+    assert caught.value.sequence == RECORD.sequence
+
+
+def test_a_record_without_its_parts_is_refused() -> None:
+    """What does not hold every known part is damaged."""
     with pytest.raises(CorruptCheckpointError, match="no sound record"):
-        parse_tail(text + end, "shard")
+        parse_tail(_sealed(parts={}), "shard")

@@ -10,6 +10,7 @@ import pytest
 
 from holdfast.errors import (
     CorruptCheckpointError,
+    OwnCheckpointsExistError,
     SaveFailedError,
     StoreIdentityError,
     StoreNotLoadedError,
@@ -118,12 +119,15 @@ def test_a_broken_checkpoint_counts_as_one(tmp_path: Path) -> None:
 
 
 def test_loading_elsewhere_does_not_open_this_store(tmp_path: Path) -> None:
-    """A checkpoint loaded from another store gives no right to save beside this one's."""
+    """A load from elsewhere beside checkpoints of this run's own is refused, untouched."""
     linear().save(manager_of(tmp_path / "a"), 10)
     linear().save(manager_of(tmp_path / "b"), 10)
-    live = linear()
+    live = linear(5)
     manager = manager_of(tmp_path / "b", load={"directory": str(tmp_path / "a")})
-    live.load(manager)
+    before = live.digests()
+    with pytest.raises(OwnCheckpointsExistError, match=r"load\.pretrained\.directory"):
+        live.load(manager)
+    assert live.digests() == before
     with pytest.raises(StoreNotLoadedError):
         live.save(manager, 20)
     fresh = manager_of(tmp_path / "c", load={"directory": str(tmp_path / "a")})

@@ -25,6 +25,7 @@ from holdfast.events import (
     CheckpointEvent,
 )
 from holdfast.protocol import CheckpointSaveContext
+from holdfast.store import TRACKER_NAME
 from tests.support.managers import linear, manager_of, step
 from tests.support.mounts import small_memory
 from tests.support.stores import FaultyFilesystem, flip_bit
@@ -200,10 +201,30 @@ def test_another_runs_local_commits_never_win(tmp_path: Path, local: Path) -> No
         job.close()
 
 
-def test_a_directory_that_was_named_is_never_local(tmp_path: Path, local: Path) -> None:
-    """A load from elsewhere (to fine-tune, say) takes no local checkpoint of another lineage."""
+def test_the_own_store_may_be_named_in_any_spelling(
+    tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Naming the run's own store is as naming nothing: the newer local checkpoint is taken."""
     _run(tmp_path, local, [(1, False), (2, True)])
-    job = _Job(tmp_path, local, seed=5, load={"directory": str(tmp_path / "store")})
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    named = [
+        f"{tmp_path}/store", f"{tmp_path}/store/", f"{tmp_path}//x/../store", "store", "./store",
+        "~/store", "$WHERE/store", "${WHERE}/store", "link", "link/", "store/latest",
+        f"store/{TRACKER_NAME}", "store/run.json",
+    ]  # fmt: skip
+    for name in named:
+        job = _Job(tmp_path, local, seed=5, load={"directory": name})
+        assert job.load() == (2, "local"), name
+        job.close()
+
+
+def test_a_directory_that_was_named_is_never_local(tmp_path: Path, local: Path) -> None:
+    """A load from another run's store takes no local checkpoint of that run."""
+    _run(tmp_path, local, [(1, False), (2, True)])
+    job = _Job(tmp_path / "own", local, seed=5, load={"directory": str(tmp_path / "store")})
     assert job.load() == (1, "persistent")
     job.close()
 

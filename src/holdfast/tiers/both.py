@@ -1,16 +1,15 @@
-"""Both tiers of one run: where a save goes, and which checkpoint is the newest over both.
+"""Both tiers of one run: where a save goes.
 
-Owns what needs the one and the other: one order of commits, one admission, one snapshot for
-whichever is due, and the order in which a load tries what either holds (the newest commit first; of
-two that are equally new the local one). Promises that without a local tier nothing but the
-persistent one is ever asked, and that a local failure never costs a persistent save. What a tier
-does is its own business.
+Owns what needs the one and the other: one order of commits, one admission, and one snapshot for
+whichever is due. Promises that without a local tier nothing but the persistent one is ever asked,
+and that a local failure never costs a persistent save. What a tier does is its own business; what a
+load takes is `search`'s.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from holdfast.config import CheckpointConfig
 from holdfast.coordination import Coordinator
 from holdfast.errors import (
     CheckpointError,
-    CheckpointNotFoundError,
     ConfigError,
     StageFailedError,
     StageTimeoutError,
@@ -28,21 +26,16 @@ from holdfast.errors import (
 )
 from holdfast.filesystem import Filesystem
 from holdfast.identity import CommitIdentity
-from holdfast.protocol import SkippedCheckpoint
 from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.saving import ShardPlan
 from holdfast.store import Checkpoint
 from holdfast.tiers.persistent import Admission, Committed, PersistentTier, Snapshot
-from holdfast.tiers.resolve import Decision, find_supersession, resolve
+from holdfast.tiers.select import LOCAL
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local.tail import ShardRecord
     from holdfast.tiers.local.tier import LocalTier
-    from holdfast.tiers.local.vote import Candidate
 
 logger = logging.getLogger(__name__)
-
-LOCAL = "local"
 
 
 class Tiers:
@@ -84,7 +77,7 @@ class Tiers:
             return
         if admission.is_new:
             self._is_ordered = False
-        local = self._open_local(admission.run_id, coordinator)
+        local = self.open_local(admission.run_id, coordinator)
         if self._is_ordered:
             return
         try:
@@ -240,66 +233,6 @@ class Tiers:
 
     # -- load ------------------------------------------------------------------------------------
 
-    def resolve(self, coordinator: Coordinator) -> Decision:
-        """Decide what a load may try, in the persistent tier and as far as it needs no reading.
-
-        Raises:
-            CheckpointNotFoundError, CorruptCheckpointError, StoreIdentityError, ConfigError: as
-                `tiers.resolve.resolve`.
-        """
-        config = self._config
-        root = self.persistent.store.root
-        is_own = config.load.directory is None
-        try:
-            decision = coordinator.lead(
-                "resolve",
-                lambda: resolve(config.load, root, config.run_id, self._filesystem),
-            )
-        except CheckpointNotFoundError:
-            if config.local.directory is None or not is_own or config.load.step is None:
-                raise
-            # It may be in the local tier alone.
-            run_id = coordinator.lead("run id", self.persistent.identity.read_run_id)
-            decision = Decision(root, (), asked_for=True, run_id=run_id or config.run_id)
-            self._use_local(decision, coordinator)
-            if self.local is None or self._find(decision, coordinator) is None:
-                raise
-            return decision
-        if is_own and config.local.directory is not None:
-            self._use_local(decision, coordinator)
-        return decision
-
-    def candidates(
-        self, decision: Decision, coordinator: Coordinator
-    ) -> Iterator[Checkpoint | Candidate]:
-        """Yield what to try, the newest commit first; whoever takes the next one gave this one up.
-
-        A local commit that was given up must have been passed over in its tier.
-        """
-        left = list(decision.candidates)
-        is_own = self._config.load.directory is None
-        while True:
-            found = self._find(decision, coordinator) if is_own else None
-            if found is not None and (
-                not left or found.record.sequence >= left[0].manifest.sequence
-            ):
-                yield found
-            elif left:
-                yield left.pop(0)
-            else:
-                return
-
-    def passed_over_locally(self, told: Sequence[SkippedCheckpoint]) -> list[SkippedCheckpoint]:
-        """Return what the local tier has passed over, with reasons, but for what was told of."""
-        if self.local is None:
-            return []
-        known = {each.iteration for each in told if each.tier == LOCAL}
-        return [
-            SkippedCheckpoint(each.path, each.reason, each.iteration, LOCAL)
-            for each in self.local.passed
-            if each.iteration not in known
-        ]
-
     def resume_from(self, checkpoint: Checkpoint) -> None:
         """Note on every rank what was loaded; a later first save goes on from there."""
         is_local = checkpoint.manifest.tier == LOCAL
@@ -343,11 +276,8 @@ class Tiers:
             self.local.close()
             self.local = None
 
-    def _use_local(self, decision: Decision, coordinator: Coordinator) -> None:
-        if decision.run_id is not None:
-            self._open_local(decision.run_id, coordinator)
-
-    def _open_local(self, run_id: str, coordinator: Coordinator) -> LocalTier:
+    def open_local(self, run_id: str, coordinator: Coordinator) -> LocalTier:
+        """Return the local tier of a run; every rank calls it together."""
         from holdfast.tiers.local.tier import LocalTier
 
         if self.local is None or self.local.run_id != run_id:
@@ -359,17 +289,6 @@ class Tiers:
                 coordinator,
                 self._config.timeout_seconds,
                 drains=self._config.persistent.from_local,
+                store=self.persistent.store.root,
             )
         return self.local
-
-    def _find(self, decision: Decision, coordinator: Coordinator) -> Candidate | None:
-        if self.local is None:
-            return None
-        step = self._config.load.step
-
-        def object_to(record: ShardRecord) -> str | None:
-            if step is not None:
-                return None if record.iteration == step else f"load.step is {step}"
-            return find_supersession(record.attempt, record.iteration, decision.attempts)
-
-        return self.local.find(coordinator, object_to)

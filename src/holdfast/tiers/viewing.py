@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from holdfast.config import LoadConfig
-from holdfast.errors import CheckpointNotFoundError, NoLoadableCheckpointError
+from holdfast.config import expand_path
 from holdfast.filesystem import LocalFilesystem
 from holdfast.shards.lazy import LazyTensors
 from holdfast.tiers.foreign import ForeignCheckpoint
 from holdfast.tiers.reading import open_shards
-from holdfast.tiers.resolve import resolve
+from holdfast.tiers.select import Action, Asked, Seen, choose
+from holdfast.tiers.survey import make_refusal, survey_place
 
 
 def open_tensors(
@@ -39,13 +39,12 @@ def open_tensors(
         NoLoadableCheckpointError: the store holds checkpoints, and none can be loaded.
     """
     filesystem = LocalFilesystem()
-    decision = resolve(LoadConfig(directory=str(path), step=step), Path(path), None, filesystem)
-    if not decision.candidates:
-        if decision.skipped:
-            reasons = [f"{each.path}: {each.reason}" for each in decision.skipped]
-            raise NoLoadableCheckpointError(str(path), reasons)
-        raise CheckpointNotFoundError(f"{path} holds no checkpoint.")
-    checkpoint = decision.candidates[0]
+    survey = survey_place(Path(expand_path(path)), filesystem, step)
+    asked = Asked(names_other_place=True, step=step)
+    choice = choose(asked, Seen(other=survey.commits))
+    if choice.commit is None or choice.action is Action.REFUSE:
+        raise make_refusal(choice, survey, "load.directory", filesystem)
+    checkpoint = survey.checkpoints[choice.commit]
     has_digests = not isinstance(checkpoint, ForeignCheckpoint)
     reader = open_shards(checkpoint, filesystem)
     return LazyTensors(reader, prefix, verify=verify and has_digests)

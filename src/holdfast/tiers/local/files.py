@@ -19,10 +19,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.errors import ConfigError, CorruptCheckpointError
-from holdfast.filesystem import PENDING_MARK, Filesystem, make_durable_directory, naming
+from holdfast.errors import ConfigError, CorruptCheckpointError, FormatTooNewError
+from holdfast.filesystem import (
+    PENDING_MARK,
+    Filesystem,
+    is_shortage,
+    make_durable_directory,
+    naming,
+    read_bytes,
+    replace,
+)
 from holdfast.tiers.local.tail import ShardRecord, Tail, read_tail
 
+STORE_NAME = "store.txt"
+"""In a run's directory: the path of the store that holds its persistent checkpoints."""
 REPLACED_MARK = ".replaced-"
 _NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"
 _SHARD = re.compile(
@@ -62,6 +72,8 @@ class Found:
     owner: int
     record: ShardRecord | None
     reason: str | None = None
+    too_new: FormatTooNewError | None = None
+    """Set where a later version of holdfast wrote it."""
 
     @property
     def is_unread(self) -> bool:
@@ -88,6 +100,16 @@ class RunDirectory:
         for path in (self._directory, self.root, self.root / str(rank)):
             make_durable_directory(self.filesystem, path)
             check_owned(path)
+
+    def note_store(self, store: Path) -> None:
+        """Write beside the shards which store this run has, for when that store is lost.
+
+        Best effort: nothing that counts depends on it.
+        """
+        path, content = self.root / STORE_NAME, f"{store}\n".encode()
+        with suppress(OSError):
+            if _read_or_nothing(self.filesystem, path) != content:
+                replace(self.filesystem, path, content)
 
     def rank_directory(self, rank: int) -> Path:
         """Return the directory of a rank."""
@@ -128,7 +150,11 @@ class RunDirectory:
             record = self.read_tail(path).record
         except CorruptCheckpointError as error:
             return Found(path, iteration, owner, None, error.reason)
+        except FormatTooNewError as error:
+            return Found(path, iteration, owner, None, error.summary, error)
         except OSError as error:
+            if is_shortage(error):
+                raise
             return Found(path, iteration, owner, None, f"{UNREAD}: {error.strerror}")
         if (record.iteration, record.owner) != parsed:
             reason = f"is the shard of rank {record.owner} of iteration {record.iteration}"
@@ -176,6 +202,33 @@ class RunDirectory:
         for rank in ranks:
             with suppress(OSError):  # somebody else's file is in it, or it is gone
                 self.filesystem.remove_directory(self.rank_directory(rank))
+
+
+def find_orphans(directory: Path, store: Path, filesystem: Filesystem) -> list[tuple[str, int]]:
+    """Return the runs whose local checkpoints lie here and whose store was the given one.
+
+    Each with its newest iteration. It is for the owner of the store to say that it is gone.
+    """
+    found = []
+    with suppress(OSError):
+        for each in filesystem.list_directory(directory):
+            if not each.is_directory:
+                continue
+            run = RunDirectory(directory, each.name, filesystem)
+            noted = _read_or_nothing(filesystem, run.root / STORE_NAME).decode(errors="replace")
+            if not noted.strip() or Path(noted.strip()) != store:
+                continue
+            iterations = [each.iteration for each in run.scan(run.ranks()) if each.record]
+            if iterations:
+                found.append((each.name, max(iterations)))
+    return found
+
+
+def _read_or_nothing(filesystem: Filesystem, path: Path) -> bytes:
+    try:
+        return read_bytes(filesystem, path)
+    except OSError:
+        return b""
 
 
 def check_owned(path: Path) -> None:

@@ -173,6 +173,8 @@ class Shelf:
         self.run.remove_empty([each for each in self.share() if each not in mates])
 
     def _is_doomed(self, found: Found, kept: Collection[Commit]) -> bool:
+        if found.too_new is not None:
+            return False  # a later version of holdfast wrote it: not this one's to judge
         if found.record is None:
             # Nothing but its name tells what it may be the only copy of.
             is_kept = found.iteration in {iteration for _, _, iteration in kept}

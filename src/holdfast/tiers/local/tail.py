@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import xxhash
 
 from holdfast.digests import FileRecord, footer_size
-from holdfast.errors import CorruptCheckpointError
+from holdfast.errors import CorruptCheckpointError, FormatTooNewError
+from holdfast.manifest import check_format, known_fields
 
 FORMAT = 1
 PART_NAMES = ("rank_state", "shared_state", "train_state", "run_config")
@@ -99,7 +100,8 @@ def read_tail(stream: BinaryIO, size_bytes: int, path: str) -> Tail:
     """Read the tail of a file of so many bytes; `path` is for messages.
 
     Raises:
-        CorruptCheckpointError: torn, altered, or of another format.
+        CorruptCheckpointError: torn or altered.
+        FormatTooNewError: a later version of holdfast wrote it.
         OSError: it cannot be read.
     """
     if size_bytes < _END.size:
@@ -131,17 +133,14 @@ def parse_tail(content: bytes, path: str) -> Tail:
     text, _, states = rest.partition(b"\n")
     try:
         values = json.loads(text)
-        if values["format"] != FORMAT:
-            raise CorruptCheckpointError(
-                path, f"is of format {values['format']}, not {FORMAT}: it needs another holdfast"
-            )
-        sizes = values.pop("parts")
-        record = ShardRecord(**{**values, "nodes": tuple(values["nodes"])})
+        check_format(values, FORMAT, path)
+        known = known_fields(ShardRecord, values)
+        record = ShardRecord(**{**known, "nodes": tuple(values["nodes"])})
         _check(record, image_bytes)
-        parts = _split(states, sizes)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, CorruptCheckpointError):
-            raise
+        parts = _split(states, values["parts"])
+    except FormatTooNewError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"has no sound record: {error}") from error
     return Tail(record, parts)
 
@@ -180,7 +179,8 @@ def _check(record: ShardRecord, image_bytes: int) -> None:
 
 
 def _split(states: bytes, sizes: Any) -> dict[str, bytes]:
-    if set(sizes) != set(PART_NAMES) or sum(sizes.values()) != len(states):
+    """Return the parts by name; those that a later version may add lie behind them."""
+    if not set(sizes) >= set(PART_NAMES) or sum(sizes.values()) != len(states):
         raise ValueError("the small states are not those of this format")
     parts = {}
     for name in PART_NAMES:

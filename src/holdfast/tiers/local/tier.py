@@ -78,11 +78,13 @@ class LocalTier:
         node: str | None = None,
         *,
         drains: bool = False,
+        store: Path | None = None,
     ) -> None:
         """Check the directory, meet the other ranks, sweep leftovers.
 
         `node`: the name of this node. None: HOLDFAST_NODE, or the host name. `drains`: commits will
-        be held while they are promoted, for which the budget has one more turn.
+        be held while they are promoted, for which the budget has one more turn. `store`: where the
+        run's persistent checkpoints are, noted beside the shards.
 
         Raises:
             ConfigError: nvidia-resiliency-ext is missing, or the directory is not this user's.
@@ -103,6 +105,8 @@ class LocalTier:
         # Within the stage: where the package is missing on one node only, all hear of it.
         transport = config.replication.transport
         places = coordinator.together("local prepare", lambda: _prepare(run, rank, node, transport))
+        if store is not None:
+            run.note_store(store)
         engine = import_engine()
         self._device = device_of(transport)
         self.topology = Topology(tuple(seat for seat, _ in places))

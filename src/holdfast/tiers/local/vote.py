@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from holdfast.errors import FormatTooNewError
 from holdfast.tiers.local.files import Found
 from holdfast.tiers.local.tail import ShardRecord
+from holdfast.tiers.select import Condition
 
 Commit = tuple[int, int, int]
 """Sequence, attempt, iteration: larger is newer."""
@@ -78,6 +80,9 @@ class Passed:
     iteration: int
     sequence: int
     reason: str
+    condition: Condition = Condition.DAMAGED
+    too_new: FormatTooNewError | None = None
+    """Set where a later version of holdfast wrote it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,11 @@ def judge(
     chosen = None
     whole = []
     for candidate in candidates:
-        reason = objection(candidate.record) or rejected.get(candidate.commit)
+        reason = objection(candidate.record)
+        if reason is not None:
+            passed.append(_pass_over(candidate, reason, Condition.SUPERSEDED))
+            continue
+        reason = rejected.get(candidate.commit)
         if reason is None and candidate.commit not in covered:
             reason = _lack(candidate)
         if reason is not None:
@@ -118,7 +127,9 @@ def judge(
         if not candidate.lost:
             whole.append(candidate.commit)
         chosen = chosen or candidate
-    sequences = [each.record.sequence for part in inventories for each in part.found if each.record]
+    found = [each for part in inventories for each in part.found]
+    sequences = [each.record.sequence for each in found if each.record]
+    sequences += [each.too_new.sequence or 0 for each in found if each.too_new]
     passed.sort(key=lambda each: (each.sequence, each.iteration, each.path), reverse=True)
     return Verdict(chosen, tuple(passed), tuple(whole), max(sequences, default=0))
 
@@ -131,7 +142,19 @@ def _group(
     for rank, inventory in enumerate(inventories):
         for each in inventory.found:
             record = each.record
-            if record is None:
+            if each.too_new is not None:
+                sequence = each.too_new.sequence or 0
+                passed.append(
+                    Passed(
+                        each.path,
+                        each.iteration,
+                        sequence,
+                        each.too_new.summary,
+                        Condition.TOO_NEW,
+                        each.too_new,
+                    )
+                )
+            elif record is None:
                 passed.append(Passed(each.path, each.iteration, 0, each.reason or "is no shard"))
             elif (rank, each.path, record.sequence) in damaged:
                 reason = "was found damaged when it was read"
@@ -174,6 +197,9 @@ def _ranks(ranks: Sequence[int], candidate: Candidate) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {shown}{more} of {len(candidate.copies)}"
 
 
-def _pass_over(candidate: Candidate, reason: str) -> Passed:
+def _pass_over(
+    candidate: Candidate, reason: str, condition: Condition = Condition.DAMAGED
+) -> Passed:
     record = candidate.record
-    return Passed(f"iter_{record.iteration:07d}", record.iteration, record.sequence, reason)
+    name = f"iter_{record.iteration:07d}"
+    return Passed(name, record.iteration, record.sequence, reason, condition)

@@ -1,26 +1,29 @@
-"""Which checkpoint a load takes, and why not another."""
+"""What is seen of a store before a load, and which checkpoint is taken for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from holdfast.config import LoadConfig
 from holdfast.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    FormatTooNewError,
     StoreIdentityError,
 )
 from holdfast.filesystem import LocalFilesystem
 from holdfast.identity import RunIdentity
 from holdfast.manifest import MANIFEST_NAME
 from holdfast.store import TRACKER_NAME, Store
-from holdfast.tiers.resolve import Decision, resolve
+from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
+from holdfast.tiers.survey import Survey, make_refusal, survey_place, survey_store
 from tests.support.stores import commit
 
 FILESYSTEM = LocalFilesystem()
@@ -39,20 +42,49 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def _resolve(store: Store, run_id: str | None = None, **load: object) -> Decision:
-    return resolve(LoadConfig(**load), store.root, run_id, FILESYSTEM)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Taken:
+    """What a load would try, one after the other, were each found damaged."""
+
+    survey: Survey
+    candidates: tuple[Commit, ...]
+
+    @property
+    def skipped(self) -> list[Commit]:
+        return [each for each in self.survey.commits if each.reason]
 
 
-def _iterations(decision: Decision) -> list[int]:
-    return [each.iteration for each in decision.candidates]
+def _resolve(
+    store: Store, run_id: str | None = None, step: int | None = None, directory: str | None = None
+) -> _Taken:
+    """Look at the own store, or at a place that is named, and follow the choices to their end."""
+    if directory is None:
+        survey = survey_store(store.root, FILESYSTEM, is_own=True, run_id=run_id, step=step)
+    else:
+        survey = survey_place(Path(directory), FILESYSTEM, step)
+    asked = Asked(names_other_place=directory is not None, step=step)
+    commits, taken = survey.commits, []
+    while True:
+        seen = Seen(own=commits) if directory is None else Seen(other=commits)
+        choice = choose(asked, seen)
+        if choice.action is Action.REFUSE and not taken:
+            raise make_refusal(choice, survey, "load.directory", FILESYSTEM)
+        if choice.commit is None or choice.action is Action.REFUSE:
+            return _Taken(survey, tuple(taken))
+        taken.append(choice.commit)
+        commits = mark_damaged(commits, choice.commit, "tried", CorruptCheckpointError("x", "y"))
 
 
-def test_nothing_there_is_an_empty_decision(tmp_path: Path) -> None:
+def _iterations(taken: _Taken) -> list[int | None]:
+    return [each.iteration for each in taken.candidates]
+
+
+def test_nothing_there_is_no_candidate(tmp_path: Path) -> None:
     """A store that does not exist, or is empty, gives no candidates and no complaint."""
     store = Store(tmp_path / "store", FILESYSTEM)
     for _ in range(2):
-        decision = _resolve(store)
-        assert (decision.candidates, decision.skipped, decision.asked_for) == ((), (), False)
+        taken = _resolve(store)
+        assert (taken.candidates, taken.survey.commits) == ((), ())
         store.root.mkdir(exist_ok=True)
 
 
@@ -60,15 +92,17 @@ def test_the_newest_commit_comes_first(store: Store) -> None:
     """A store gives all checkpoints of the run, by order of commit."""
     decision = _resolve(store)
     assert _iterations(decision) == [30, 20, 10]
-    assert (decision.skipped, decision.asked_for) == ((), False)
+    assert decision.skipped == []
 
 
 TRACKERS = [
     (None, "missing"),
     (b"", "torn"),
     (b"release", "torn"),
-    (b"99", "dangling: it names iteration 99"),
-    (b"10", None),
+    (b"99", "names iteration 99, which is not there"),
+    (b"10", "names iteration 10, and the newest commit is of iteration 30 (load.step=10 loads"),
+    (b"30", None),
+    (b"30\n", None),
 ]
 
 
@@ -91,17 +125,13 @@ def test_the_tracker_decides_nothing(
 
 def test_a_step_is_that_step_alone(store: Store) -> None:
     """A step asked for by number is the only candidate."""
-    decision = _resolve(store, step=20)
-    assert _iterations(decision) == [20]
-    assert decision.asked_for
+    assert _iterations(_resolve(store, step=20)) == [20]
 
 
-def test_a_step_that_is_not_there_is_an_error(store: Store, tmp_path: Path) -> None:
+def test_a_step_that_is_not_there_is_an_error(store: Store) -> None:
     """A missing step never falls back: the error says what there is."""
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint of iteration 25; it has: 30"):
         _resolve(store, step=25)
-    with pytest.raises(CheckpointNotFoundError, match="no checkpoint of iteration 0"):
-        _resolve(Store(tmp_path / "absent", FILESYSTEM), step=0)
 
 
 def _lose_manifest(path: Path) -> None:
@@ -159,8 +189,9 @@ def test_every_reason_is_kept(store: Store) -> None:
 
 def test_a_directory_that_is_named_must_exist(store: Store, tmp_path: Path) -> None:
     """A named directory that is absent, or a file, is an error whatever on_missing says."""
-    (tmp_path / "file").write_bytes(b"")
-    for name in ("absent", "file", "store/iter_0000099"):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_bytes(b"")
+    for name in ("absent", "a/file", "a", "store/iter_0000099"):
         with pytest.raises(CheckpointNotFoundError, match=r"checkpoint\.load\.directory"):
             _resolve(store, directory=str(tmp_path / name))
 
@@ -171,7 +202,7 @@ def test_another_store_may_be_named(store: Store, tmp_path: Path) -> None:
     for run_id in (None, "mine"):
         decision = _resolve(own, run_id, directory=str(store.root))
         assert _iterations(decision) == [30, 20, 10]
-        assert decision.root == store.root
+        assert decision.survey.root == store.root
 
 
 def test_one_checkpoint_may_be_named(store: Store, tmp_path: Path) -> None:
@@ -182,8 +213,8 @@ def test_one_checkpoint_may_be_named(store: Store, tmp_path: Path) -> None:
         for step in (None, 20):
             decision = _resolve(store, directory=str(directory), step=step)
             assert _iterations(decision) == [20]
-            assert decision.asked_for
-            assert decision.candidates[0].path == store.root / "iter_0000020"
+            assert decision.survey.is_one
+            assert decision.candidates[0].path == str(store.root / "iter_0000020")
 
 
 def test_a_copy_under_another_name_is_what_its_manifest_says(store: Store, tmp_path: Path) -> None:
@@ -191,7 +222,7 @@ def test_a_copy_under_another_name_is_what_its_manifest_says(store: Store, tmp_p
     shutil.copytree(store.root / "iter_0000020", tmp_path / "best")
     decision = _resolve(store, directory=str(tmp_path / "best"))
     assert _iterations(decision) == [20]
-    assert decision.candidates[0].path == tmp_path / "best"
+    assert decision.candidates[0].path == str(tmp_path / "best")
 
 
 @pytest.mark.parametrize("name", ["store/iter_0000020", "best"])
@@ -279,3 +310,28 @@ def test_an_interrupted_replacement_is_a_candidate(store: Store) -> None:
     (store.root / "iter_0000030").rename(store.root / "iter_0000030.replaced-0123abcd")
     assert _iterations(_resolve(store)) == [30, 20, 10]
     assert _iterations(_resolve(store, step=30)) == [30]
+
+
+def test_a_checkpoint_of_a_later_version_stops_the_load(store: Store) -> None:
+    """The newest being of a later version, nothing older is taken for it but by number."""
+    newest = store.find(30)
+    later = dataclasses.replace(newest.manifest, format=2).to_bytes()
+    (newest.path / MANIFEST_NAME).write_bytes(later)
+    for load in ({}, {"step": 30}, {"directory": str(newest.path)}, {"directory": str(store.root)}):
+        with pytest.raises(FormatTooNewError, match="format 2; this version of holdfast reads up"):
+            _resolve(store, **load)  # type: ignore[arg-type]
+    assert _iterations(_resolve(store, step=20)) == [20]
+    commit(store, 40, sequence=40)
+    assert _iterations(_resolve(store)) == [40]  # committed later, by this version
+
+
+def test_what_torch_wrote_into_the_store_is_nobodys(store: Store) -> None:
+    """A checkpoint without any file of ours is no damage: the reason says how to load it."""
+    plain = store.root / "iter_0000050"
+    plain.mkdir()
+    (plain / ".metadata").write_bytes(b"torch's")
+    decision = _resolve(store)
+    assert _iterations(decision) == [30, 20, 10]
+    (other,) = decision.skipped
+    assert other.condition is Condition.OTHER_RUN
+    assert f"load.directory={plain} loads it" in other.reason

@@ -1,0 +1,399 @@
+"""The search of one load: look at what is there, let `select` choose, try it, and choose again.
+
+Owns how the facts for that choice come together on all ranks (rank 0 surveys directories, the local
+tier's ranks agree on what they hold), what is remembered of candidates that turned out to be
+damaged, and the error or the warning in which a choice is told. Promises that every rank is given
+the same candidate, and that nothing of a place is looked at that the choice does not ask for.
+Decides nothing: every rule is in `select`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from holdfast.config import CheckpointConfig
+from holdfast.coordination import Coordinator
+from holdfast.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    OwnCheckpointsExistError,
+    StatePartlyLoadedError,
+)
+from holdfast.filesystem import Filesystem
+from holdfast.protocol import SkippedCheckpoint
+from holdfast.store import Checkpoint
+from holdfast.tiers.both import Tiers
+from holdfast.tiers.foreign import is_foreign
+from holdfast.tiers.local.files import find_orphans
+from holdfast.tiers.places import find_place, is_same_directory
+from holdfast.tiers.select import (
+    LOCAL,
+    Action,
+    Asked,
+    Choice,
+    Commit,
+    Condition,
+    Refusal,
+    Seen,
+    choose,
+    effective_step,
+    mark_damaged,
+    object_to,
+)
+from holdfast.tiers.survey import (
+    Survey,
+    as_skipped,
+    find_supersession,
+    list_reasons,
+    make_refusal,
+    survey_place,
+    survey_store,
+)
+
+if TYPE_CHECKING:
+    from holdfast.tiers.local.tail import ShardRecord
+    from holdfast.tiers.local.vote import Candidate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a load tries now."""
+
+    candidate: Checkpoint | Candidate
+    commit: Commit
+    action: Action
+    is_durable: bool = True
+    """Whether the persistent tier has the same commit."""
+
+    @property
+    def local(self) -> Candidate:
+        """The candidate, which is known to be of the local tier."""
+        assert not isinstance(self.candidate, Checkpoint)
+        return self.candidate
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether it is of another run, from which this one begins."""
+        return self.action is Action.LOAD_PARENT
+
+
+class Search:
+    """The candidates of one load, one after the other; every rank calls each method alike."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        tiers: Tiers,
+        filesystem: Filesystem,
+        coordinator: Coordinator,
+    ) -> None:
+        """Look at the run's own checkpoints.
+
+        Raises:
+            StoreIdentityError: the store belongs to another run than the one configured.
+            ConfigError: settings contradict each other.
+        """
+        self._config = config
+        self._tiers = tiers
+        self._filesystem = filesystem
+        self._coordinator = coordinator
+        self._root = tiers.persistent.store.root
+        self._places: dict[Action, Survey] = {}
+        """What was looked at, by what would be loaded from it."""
+        self._failed: list[Commit] = []
+        """Local commits that were tried and found damaged."""
+        self._tried: list[Commit] = []
+        """All that were, in both tiers."""
+        self._local: list[Commit] = []
+        """What the local tier held when it was last asked."""
+        self._asked, own, orphans = coordinator.lead("survey", self._survey_own)
+        self._places[Action.LOAD] = own
+        if coordinator.rank == 0:
+            self._warn_of_own(orphans)
+        run_id = own.run_id or config.run_id
+        self._has_local = config.local.directory is not None and run_id is not None
+        if self._has_local:
+            assert run_id is not None
+            tiers.open_local(run_id, coordinator)
+
+    def next(self, *, touched: bool = False) -> Selected | None:
+        """Return what to try; None: there is nothing, and the run starts fresh.
+
+        `touched`: whether live state was overwritten by an earlier try.
+
+        Raises:
+            CheckpointNotFoundError: what was named is not there, or nothing is and that is refused.
+            CorruptCheckpointError: the one checkpoint that was named is damaged.
+            NoLoadableCheckpointError: checkpoints are there and none can be loaded.
+            FormatTooNewError: a later version of holdfast wrote what would be loaded.
+            OwnCheckpointsExistError: another place is named, and the run has its own checkpoints.
+        """
+        local, found = self._look_at_local()
+        while True:
+            choice = choose(self._asked, self._seen(local))
+            if choice.action is Action.LOOK_AT_OTHER:
+                self._look_at(Action.LOAD_OTHER, self._config.load.directory)
+            elif choice.action is Action.LOOK_AT_PARENT:
+                self._look_at(Action.LOAD_PARENT, self._config.load.pretrained.directory)
+            else:
+                break
+        if choice.action is Action.START_FRESH:
+            return None
+        if choice.action is Action.REFUSE:
+            raise self._make_error(choice, local, touched=touched)
+        assert choice.commit is not None
+        survey = self._places[choice.action]
+        if choice.commit.tier == LOCAL:
+            assert found is not None
+            is_durable = self._is_durable(choice.commit, survey)
+            return Selected(found, choice.commit, choice.action, is_durable)
+        return Selected(survey.checkpoints[choice.commit], choice.commit, choice.action)
+
+    def pass_over(self, selected: Selected, error: CorruptCheckpointError) -> None:
+        """Note why a candidate was not loaded, so that the next one is another."""
+        commit = selected.commit
+        if commit.tier == LOCAL:
+            local = self._tiers.local
+            assert local is not None
+            local.pass_over(selected.local, self._coordinator, str(error))
+            commit = replace(commit, path=str(local.directory))
+            reason = str(error)
+            self._failed.append(
+                replace(commit, condition=Condition.DAMAGED, reason=reason, error=error)
+            )
+        else:
+            reason = error.reason if error.path == commit.path else str(error)
+            survey = self._places[selected.action]
+            commits = mark_damaged(survey.commits, commit, reason, error)
+            self._places[selected.action] = replace(survey, commits=commits)
+        self._tried.append(replace(commit, condition=Condition.DAMAGED, reason=reason))
+        if self._coordinator.rank == 0 and effective_step(self._asked) is None:
+            logger.warning("%s cannot be loaded and is passed over: %s", commit.path, reason)
+
+    def skipped(self, selected: Selected) -> tuple[SkippedCheckpoint, ...]:
+        """Return what was tried in vain, and what belongs to a later iteration, largest first."""
+        iteration = selected.commit.iteration or 0
+        tried = {_identity(each) for each in self._tried}
+        passed = [
+            each
+            for each in self._list_all(selected.action)
+            if each.reason
+            and (each.iteration is None or each.iteration > iteration)
+            and _identity(each) not in tried
+        ]
+        found = sorted([*passed, *self._tried], key=lambda each: each.iteration or 0, reverse=True)
+        return tuple(map(as_skipped, found))
+
+    def warn(self, selected: Selected) -> None:
+        """Say on rank 0 what is not as it should be about the checkpoint that was loaded."""
+        if self._coordinator.rank != 0:
+            return
+        iteration = selected.commit.iteration or 0
+        tried = {_identity(each) for each in self._tried}
+        damaged = [
+            each
+            for each in self._list_all(selected.action)
+            if each.condition is Condition.DAMAGED
+            and (each.iteration is None or each.iteration > iteration)
+            and _identity(each) not in tried
+        ]
+        if damaged and effective_step(self._asked) is None:
+            logger.warning(
+                "iteration %d is loaded although later ones are there, which cannot be: %s",
+                iteration,
+                "; ".join(list_reasons(damaged)[:3]),
+            )
+        own = self._places[Action.LOAD]
+        if selected.commit.tier == LOCAL and own.run_id is None and not own.commits:
+            logger.warning(
+                "%s holds nothing of this run; iteration %d is loaded from the local tier alone.\n"
+                "If the store was lost, save persistently soon: memory does not survive a power "
+                "cut.",
+                self._root,
+                iteration,
+            )
+
+    @property
+    def asked_step(self) -> int | None:
+        """What `load.step` says, for the record of this start; None: nothing, or of another run."""
+        return None if self._asked.names_other_place else self._asked.step
+
+    # -- what is there ---------------------------------------------------------------------------
+
+    def _survey_own(self) -> tuple[Asked, Survey, list[tuple[str, int]]]:
+        """Look at the run's own store, on rank 0."""
+        load, config = self._config.load, self._config
+        own = survey_store(
+            self._root, self._filesystem, is_own=True, run_id=config.run_id, step=load.step
+        )
+        is_other, step = self._understand_directory()
+        if is_other and load.pretrained.directory is not None:
+            both = "checkpoint.load.directory and checkpoint.load.pretrained.directory"
+            raise ConfigError([f"{both} both name where to start; set one of them"])
+        applied = [
+            each.number for each in own.attempts if getattr(each, "asked_step", None) == step
+        ]
+        asked = Asked(
+            names_other_place=is_other,
+            step=step,
+            spent_by=applied[-1] if applied and step is not None and not is_other else None,
+            pretrained=load.pretrained.directory is not None,
+            pretrained_step=load.pretrained.step,
+            required=load.on_missing == "error",
+            allow_rewind=config.allow_rewind,
+        )
+        orphans: list[tuple[str, int]] = []
+        if config.local.directory is not None and own.run_id is None and config.run_id is None:
+            directory = Path(config.local.directory).absolute()
+            orphans = find_orphans(directory, self._root, self._filesystem)
+        return asked, own, orphans
+
+    def _understand_directory(self) -> tuple[bool, int | None]:
+        """Return whether `load.directory` is another place, and which own iteration is named."""
+        load = self._config.load
+        if load.directory is None:
+            return False, load.step
+        path = Path(load.directory)
+        if is_same_directory(path, self._root):
+            return False, load.step
+        place = find_place(path, self._filesystem)
+        if place is None or not is_same_directory(place.store, self._root):
+            return True, load.step
+        if place.checkpoint is None:
+            return False, load.step
+        if is_foreign(place.checkpoint, self._filesystem):
+            return True, load.step  # it lies in this store, and is of no run
+        survey = survey_place(path, self._filesystem)
+        (commit,) = survey.commits
+        if load.step is not None and load.step != commit.iteration:
+            choice = Choice(Action.REFUSE, refusal=Refusal.NOT_THERE, step=load.step)
+            raise make_refusal(choice, survey, "load.directory", self._filesystem)
+        return False, commit.iteration
+
+    def _look_at(self, action: Action, directory: str | None) -> None:
+        assert directory is not None
+        step = self._asked.step if action is Action.LOAD_OTHER else self._asked.pretrained_step
+        self._places[action] = self._coordinator.lead(
+            "survey other", lambda: survey_place(Path(directory), self._filesystem, step)
+        )
+
+    def _look_at_local(self) -> tuple[list[Commit], Candidate | None]:
+        """Return what the local tier holds, and the newest that all ranks can load."""
+        if not self._has_local:
+            return [], None
+        tier = self._tiers.local
+        assert tier is not None
+        attempts = self._places[Action.LOAD].attempts
+
+        def object_to_record(record: ShardRecord) -> str | None:
+            superseded = find_supersession(record.attempt, record.iteration, attempts)
+            return object_to(self._asked, record.iteration, superseded)
+
+        found = tier.find(self._coordinator, object_to_record)
+        failed = {(each.iteration, each.sequence) for each in self._failed}
+        commits = list(self._failed)
+        commits += [
+            Commit(
+                LOCAL,
+                each.iteration,
+                each.sequence or None,
+                each.condition,
+                each.reason,
+                each.path,
+                each.too_new,
+            )
+            for each in tier.passed
+            if (each.iteration, each.sequence) not in failed
+        ]
+        if found is not None:
+            record = found.record
+            commits.append(
+                Commit(LOCAL, record.iteration, record.sequence, path=str(tier.directory))
+            )
+        return commits, found
+
+    def _seen(self, local: list[Commit]) -> Seen:
+        other = self._places.get(Action.LOAD_OTHER)
+        parent = self._places.get(Action.LOAD_PARENT)
+        self._local = local
+        return Seen(
+            (*self._places[Action.LOAD].commits, *local),
+            None if other is None else other.commits,
+            None if parent is None else parent.commits,
+        )
+
+    def _list_all(self, action: Action) -> list[Commit]:
+        """Return what one place holds, or what the run itself has in both tiers."""
+        commits = list(self._places[action].commits)
+        if action is Action.LOAD:
+            commits += self._local
+        return sorted(commits, key=lambda each: each.iteration or 0, reverse=True)
+
+    @staticmethod
+    def _is_durable(commit: Commit, survey: Survey) -> bool:
+        return any(
+            (each.iteration, each.sequence) == (commit.iteration, commit.sequence)
+            and each.condition is Condition.SOUND
+            for each in survey.commits
+        )
+
+    # -- what is said ----------------------------------------------------------------------------
+
+    def _warn_of_own(self, orphans: list[tuple[str, int]]) -> None:
+        asked = self._asked
+        if asked.spent_by is not None and not asked.allow_rewind:
+            logger.warning(
+                "checkpoint.load.step=%s was applied by attempt %d: the run goes on from what came "
+                "after.\nRemove the setting, or set checkpoint.allow_rewind=true to go back again.",
+                asked.step,
+                asked.spent_by,
+            )
+        for run_id, iteration in orphans:
+            logger.warning(
+                "%s holds no checkpoint, but %s has local ones of run %s that was saved there, up "
+                "to iteration %d.\nTo go on from them set checkpoint.run_id=%s; to give them up, "
+                "remove %s.",
+                self._root,
+                self._config.local.directory,
+                run_id,
+                iteration,
+                run_id,
+                Path(self._config.local.directory or "") / run_id,
+            )
+
+    def _make_error(self, choice: Choice, local: list[Commit], *, touched: bool) -> CheckpointError:
+        load = self._config.load
+        if choice.refusal is Refusal.OWN_EXISTS:
+            return OwnCheckpointsExistError(str(load.directory), str(self._root), choice.reason)
+        if choice.refusal is Refusal.NOTHING:
+            return CheckpointNotFoundError(
+                f"{self._root} holds no checkpoint, and checkpoint.load.on_missing is error.\n"
+                "Name what to start from with checkpoint.load.pretrained.directory, or set "
+                "on_missing=start_fresh."
+            )
+        if self._asked.names_other_place:
+            survey, field_name = self._places[Action.LOAD_OTHER], "load.directory"
+        elif Action.LOAD_PARENT in self._places:
+            survey, field_name = self._places[Action.LOAD_PARENT], "load.pretrained.directory"
+        else:
+            survey, field_name = self._places[Action.LOAD], "load.step"
+            survey = replace(survey, commits=(*survey.commits, *local))
+            if choice.refusal is Refusal.NOT_THERE and not survey.commits:
+                return CheckpointNotFoundError(
+                    f"{self._root} has no checkpoint of iteration {choice.step}; it has: none."
+                )
+        if touched and choice.refusal in (Refusal.DAMAGED, Refusal.NONE_LOADABLE):
+            commits = [each for each in survey.commits if each.condition is not Condition.SOUND]
+            return StatePartlyLoadedError(str(survey.root), list_reasons(commits))
+        return make_refusal(choice, survey, field_name, self._filesystem)
+
+
+def _identity(commit: Commit) -> tuple[str, int | None, int | None]:
+    return commit.tier, commit.iteration, commit.sequence

@@ -1,0 +1,296 @@
+"""Survey a directory before a load: which checkpoints it holds, and the condition of each.
+
+Owns reading what a store's names, manifests and attempts say, on one rank, into the values that
+`select` decides by. Promises that everything that was seen is in the survey with a reason where it
+is not sound, and that what people should know of a store (a tracker that is not followed, say) is
+logged. Reads manifests and sizes only; decides nothing and never touches live state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from holdfast.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    FormatTooNewError,
+    NoLoadableCheckpointError,
+    StoreIdentityError,
+)
+from holdfast.filesystem import Filesystem, read_bytes
+from holdfast.identity import Attempt, RunIdentity
+from holdfast.manifest import MANIFEST_NAME, Manifest
+from holdfast.protocol import SkippedCheckpoint
+from holdfast.store import Broken, Checkpoint, Listing, Store, TooNew, parse_checkpoint_name
+from holdfast.tiers.foreign import TIER_NAME as FOREIGN
+from holdfast.tiers.foreign import ForeignCheckpoint, is_foreign, warn_of_foreign
+from holdfast.tiers.places import Place, describe, find_place
+from holdfast.tiers.select import Choice, Commit, Condition, Refusal
+
+logger = logging.getLogger(__name__)
+
+PERSISTENT = "persistent"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one directory holds."""
+
+    root: Path
+    commits: tuple[Commit, ...] = ()
+    """All there are, largest iteration first."""
+    checkpoints: dict[Commit, Checkpoint] = field(default_factory=dict)
+    """Those whose record could be read."""
+    is_one: bool = False
+    """Whether one checkpoint was named, and not a store."""
+    run_id: str | None = None
+    """Whose checkpoints count; None: nobody's are there, or one was named."""
+    attempts: tuple[Attempt, ...] = ()
+    """Those whose resuming supersedes what came after."""
+
+
+def survey_store(
+    root: Path,
+    filesystem: Filesystem,
+    *,
+    is_own: bool,
+    run_id: str | None = None,
+    step: int | None = None,
+) -> Survey:
+    """Look at a store; one that does not exist holds nothing.
+
+    `is_own`: whether it is the run's. `run_id`: the configured one, where it is. `step`: what is
+    asked for by number, so that it does not matter whose it is.
+
+    Raises:
+        StoreIdentityError: it belongs to another run than the one configured, or, without a record
+            of its run, holds checkpoints of several.
+        FormatTooNewError: a later version of holdfast wrote the record of its run.
+    """
+    if not filesystem.is_directory(root):
+        return Survey(root)
+    store, identity = Store(root, filesystem), RunIdentity(root, filesystem)
+    listing = store.listing()
+    found_id = identity.read_run_id()
+    if found_id is not None and is_own:
+        identity.check_run_id(run_id, found_id)
+    if found_id is None and not (step is not None and run_id is None):
+        found_id = _only_run_id(root, listing.checkpoints, run_id if is_own else None)
+    attempts = [each for each in identity.attempts() if _has_footing(each, listing)]
+    checkpoints = {
+        _describe_checkpoint(each, store, found_id, attempts): each for each in listing.checkpoints
+    }
+    commits = list(checkpoints)
+    commits += [_describe_broken(each, filesystem) for each in listing.broken]
+    commits += [_describe_too_new(each) for each in listing.too_new]
+    commits.sort(key=lambda each: each.iteration or 0, reverse=True)
+    _warn_of_tracker(store, listing.checkpoints)
+    return Survey(root, tuple(commits), checkpoints, run_id=found_id, attempts=tuple(attempts))
+
+
+def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) -> Survey:
+    """Look at a place that a configuration names: a store, or one checkpoint.
+
+    One that holds nothing gives a survey without commits.
+
+    Raises:
+        StoreIdentityError, FormatTooNewError: as `survey_store`.
+    """
+    place = find_place(path, filesystem)
+    if place is None:
+        return Survey(path)
+    if place.checkpoint is None:
+        return survey_store(place.store, filesystem, is_own=False, step=step)
+    return survey_checkpoint(place, filesystem)
+
+
+def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
+    """Look at one checkpoint that was named."""
+    path = place.checkpoint
+    assert path is not None
+    if is_foreign(path, filesystem):
+        foreign = ForeignCheckpoint.at(path)
+        warn_of_foreign(path)
+        commit = Commit(foreign.manifest.tier, foreign.iteration, 0, path=str(path))
+        return Survey(place.store, (commit,), {commit: foreign}, is_one=True)
+    store = Store(place.store, filesystem)
+    iteration = parse_checkpoint_name(path.name)
+    bare = Commit(PERSISTENT, iteration, None, path=str(path))
+    try:
+        if iteration is None:  # a copy under another name: the manifest says what it is
+            manifest_path = path / MANIFEST_NAME
+            content = read_bytes(filesystem, manifest_path)
+            iteration = Manifest.from_bytes(content, str(manifest_path)).iteration
+        checkpoint = store.open(path, iteration)
+    except FormatTooNewError as error:
+        commit = replace(bare, condition=Condition.TOO_NEW, reason=error.summary, error=error)
+        return Survey(place.store, (commit,), is_one=True)
+    except CorruptCheckpointError as error:
+        commit = replace(bare, condition=Condition.DAMAGED, reason=str(error), error=error)
+        return Survey(place.store, (commit,), is_one=True)
+    manifest = checkpoint.manifest
+    commit = replace(bare, iteration=iteration, sequence=manifest.sequence)
+    commit = _check_sizes(commit, checkpoint, store)
+    return Survey(place.store, (commit,), {commit: checkpoint}, is_one=True)
+
+
+def make_refusal(
+    choice: Choice, survey: Survey, field_name: str, filesystem: Filesystem
+) -> CheckpointError:
+    """Return the error of a load that is refused because of what one place holds.
+
+    `field_name`: the setting that names the place, `load.directory` say.
+    """
+    refusal, commits = choice.refusal, survey.commits
+    if refusal in (Refusal.TOO_NEW, Refusal.DAMAGED):
+        assert choice.commit is not None
+        return choice.commit.error or CorruptCheckpointError(choice.commit.path, choice.reason)
+    if refusal is Refusal.NONE_LOADABLE:
+        if survey.is_one and commits[0].error is not None:
+            return commits[0].error
+        return NoLoadableCheckpointError(str(survey.root), list_reasons(commits))
+    if not commits:
+        return CheckpointNotFoundError(
+            f"checkpoint.{field_name}: {describe(survey.root, filesystem)}"
+        )
+    if survey.is_one:
+        found = f"iteration {commits[0].iteration}: {commits[0].path}"
+        step_name = field_name.replace("directory", "step")
+        return ConfigError(
+            [f"checkpoint.{step_name} is {choice.step}, but {field_name} is {found}"]
+        )
+    return CheckpointNotFoundError(
+        f"{survey.root} has no checkpoint of iteration {choice.step}; it has: "
+        f"{list_iterations(commits)}."
+    )
+
+
+def list_iterations(commits: Sequence[Commit]) -> str:
+    """Return the iterations of commits, largest first."""
+    found = sorted({each.iteration or 0 for each in commits}, reverse=True)
+    return ", ".join(map(str, found)) or "none"
+
+
+def list_reasons(commits: Sequence[Commit]) -> list[str]:
+    """Return why each of them was not loaded, newest first."""
+    ordered = sorted(commits, key=lambda each: each.iteration or 0, reverse=True)
+    return [f"{each.path}: {each.reason}" for each in ordered if each.reason]
+
+
+def as_skipped(commit: Commit) -> SkippedCheckpoint:
+    """Return a commit that was not loaded in the words of a load's result."""
+    return SkippedCheckpoint(commit.path, commit.reason, commit.iteration, commit.tier)
+
+
+def find_supersession(
+    attempt_number: int, iteration: int, attempts: Sequence[Attempt]
+) -> str | None:
+    """Say why a checkpoint of an attempt does not count any more; None: it does."""
+    for attempt in attempts:
+        if (
+            attempt.number > attempt_number
+            and attempt.resumed_from is not None
+            and attempt.resumed_from < iteration
+        ):
+            return (
+                f"superseded when attempt {attempt.number} resumed from iteration "
+                f"{attempt.resumed_from}; load.step={iteration} still loads it"
+            )
+    return None
+
+
+def _describe_checkpoint(
+    checkpoint: Checkpoint, store: Store, run_id: str | None, attempts: Sequence[Attempt]
+) -> Commit:
+    manifest = checkpoint.manifest
+    commit = Commit(PERSISTENT, manifest.iteration, manifest.sequence, path=str(checkpoint.path))
+    if manifest.run_id != run_id:
+        reason = f"belongs to run {manifest.run_id!r}, this store to {run_id!r}"
+        return replace(commit, condition=Condition.OTHER_RUN, reason=reason)
+    commit = _check_sizes(commit, checkpoint, store)
+    if commit.condition is Condition.SOUND:
+        superseded = find_supersession(manifest.attempt, manifest.iteration, attempts)
+        if superseded is not None:
+            return replace(commit, condition=Condition.SUPERSEDED, reason=superseded)
+    return commit
+
+
+def _describe_broken(found: Broken, filesystem: Filesystem) -> Commit:
+    path, reason = str(found.path), found.reason
+    if found.path.is_dir() and is_foreign(found.path, filesystem):
+        reason = f"was written without holdfast; load.directory={path} loads it"
+        return Commit(FOREIGN, found.iteration, None, Condition.OTHER_RUN, reason, path)
+    reason = reason.removeprefix(f"{path}: ")
+    error = CorruptCheckpointError(path, reason)
+    return Commit(PERSISTENT, found.iteration, None, Condition.DAMAGED, reason, path, error)
+
+
+def _describe_too_new(found: TooNew) -> Commit:
+    path, reason = str(found.path), found.error.summary
+    return Commit(
+        PERSISTENT, found.iteration, found.sequence, Condition.TOO_NEW, reason, path, found.error
+    )
+
+
+def _check_sizes(commit: Commit, checkpoint: Checkpoint, store: Store) -> Commit:
+    damages = store.check_sizes(checkpoint)
+    if not damages:
+        return commit
+    reason = "; ".join(str(damage) for damage in damages[:3])
+    error = CorruptCheckpointError(str(checkpoint.path), reason)
+    return replace(commit, condition=Condition.DAMAGED, reason=reason, error=error)
+
+
+def _has_footing(attempt: Attempt, listing: Listing) -> bool:
+    """Whether an attempt committed anything, or could still be resumed where it resumed.
+
+    A start that loaded long before its first save may find that another start's retention has since
+    removed what it loaded. Dead before its first commit, it would supersede all that is left.
+    """
+    present = {each.iteration for each in listing.checkpoints}
+    present |= {each.iteration for each in listing.broken}
+    present |= {each.iteration for each in listing.too_new}
+    return attempt.resumed_from in present or any(
+        each.manifest.attempt == attempt.number for each in listing.checkpoints
+    )
+
+
+def _only_run_id(
+    root: Path, checkpoints: Sequence[Checkpoint], configured: str | None
+) -> str | None:
+    """Return the run that a store without run.json belongs to; None: it holds nothing."""
+    if configured is not None:
+        return configured
+    found = sorted({each.manifest.run_id for each in checkpoints})
+    if len(found) > 1:
+        raise StoreIdentityError(
+            f"{root} has no run.json and holds checkpoints of several runs: {', '.join(found)}.\n"
+            "Name one with checkpoint.run_id, or load one by number with checkpoint.load.step."
+        )
+    return found[0] if found else None
+
+
+def _warn_of_tracker(store: Store, checkpoints: Sequence[Checkpoint]) -> None:
+    """Say where the tracker is not what a load follows: the manifests decide."""
+    if not checkpoints:
+        return
+    newest = checkpoints[0].iteration
+    iteration, problem = store.read_tracker()
+    if iteration is not None and iteration != newest:
+        present = iteration in {each.iteration for each in checkpoints}
+        problem = f"names iteration {iteration}, " + (
+            f"and the newest commit is of iteration {newest}" if present else "which is not there"
+        )
+        if present:
+            problem += f" (load.step={iteration} loads the other)"
+    if problem:
+        logger.warning(
+            "%s: the tracker is not followed, the manifests decide: it %s",
+            store.root,
+            problem if iteration is not None else f"is {problem}",
+        )
