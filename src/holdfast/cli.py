@@ -1,7 +1,7 @@
 """The command line: look at a store and check it, without torch.
 
 Owns the commands `ls` and `verify`, what they print, and their exit codes: 0 sound, 1 damage found,
-2 the question itself was wrong. Promises to read only, and to name every damaged file with its byte
+2 the question itself was wrong, or a later version wrote what was asked about. Promises to read only, and to name every damaged file with its byte
 range. Refuses to load tensors.
 """
 
@@ -72,10 +72,19 @@ def _ls(parsed: argparse.Namespace) -> int:
             for each in listing.checkpoints
         ]
         broken = [{"path": str(each.path), "reason": each.reason} for each in listing.broken]
+        too_new = [
+            {"path": str(each.path), "reason": each.error.summary} for each in listing.too_new
+        ]
         _print_json(
-            {"run_id": run_id, "tracker": tracker, "checkpoints": checkpoints, "broken": broken}
+            {
+                "run_id": run_id,
+                "tracker": tracker,
+                "checkpoints": checkpoints,
+                "broken": broken,
+                "too_new": too_new,
+            }
         )
-        return 1 if listing.broken else 0
+        return _exit_code(bool(listing.broken), listing)
     print(f"{target.store.root}  run {run_id or 'unknown'}")
     rows: list[tuple[str, ...]] = [
         ("iteration", "saved at", "ranks", "files", "size", "attempt", "")
@@ -85,19 +94,28 @@ def _ls(parsed: argparse.Namespace) -> int:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
-    elif not listing.broken:
+    elif not listing.broken and not listing.too_new:
         print("  no checkpoints")
+    for new in listing.too_new:
+        print(f"  unknown: {new.path} {new.error.summary}")
     for each in listing.broken:
         print(f"  broken: {each.reason}")
     if problem and listing.checkpoints:
         print(f"  tracker: {problem}")
-    return 1 if listing.broken else 0
+    return _exit_code(bool(listing.broken), listing)
+
+
+def _exit_code(is_damaged: bool, listing: Listing) -> int:
+    """What this version cannot read is not damaged, and not known to be sound either."""
+    if is_damaged:
+        return 1
+    return 2 if listing.too_new else 0
 
 
 def _verify(parsed: argparse.Namespace) -> int:
     target = _find_target(parsed.directory)
     listing = _selected(target)
-    if not listing.checkpoints and not listing.broken:
+    if not (listing.checkpoints or listing.broken or listing.too_new):
         raise CheckpointNotFoundError(f"{parsed.directory} holds no checkpoint.")
     results = [
         {"path": str(each.path), "size_bytes": each.manifest.size_bytes,
@@ -113,16 +131,19 @@ def _verify(parsed: argparse.Namespace) -> int:
     ]
     damaged = sum(bool(each["damages"]) for each in results)
     if parsed.json:
-        _print_json({"checkpoints": results, "damaged": damaged})
-        return 1 if damaged else 0
+        unread = [str(each.path) for each in listing.too_new]
+        _print_json({"checkpoints": results, "damaged": damaged, "too_new": unread})
+        return _exit_code(damaged > 0, listing)
     for result in results:
         damages = result["damages"]
         assert isinstance(damages, list)
         print(f"{result['path']}: {'DAMAGED' if damages else 'sound'}")
         for damage in damages:
             print(f"  {damage}")
+    for new in listing.too_new:
+        print(f"{new.path}: NOT READ, it {new.error.summary}")
     print(f"{len(results)} checkpoints read, {damaged} damaged")
-    return 1 if damaged else 0
+    return _exit_code(damaged > 0, listing)
 
 
 def _find_target(directory: Path) -> _Target:
@@ -142,6 +163,7 @@ def _selected(target: _Target) -> Listing:
     return Listing(
         tuple(each for each in listing.checkpoints if each.iteration == target.iteration),
         tuple(each for each in listing.broken if each.iteration == target.iteration),
+        tuple(each for each in listing.too_new if each.iteration == target.iteration),
     )
 
 

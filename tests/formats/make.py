@@ -64,13 +64,16 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "skips": r"manifest\.json: does not match the digest in its last line",
     },
     "renamed": {"loads": OLDER, "skips": r"is of iteration 20: the directory was renamed"},
-    "newer_format": {"loads": OLDER, "skips": r"is of format 1000, .* newer holdfast"},
+    "newer_format": {"stops": r"is of format 1000; this version of holdfast reads up to format 1"},
+    "newer_feature": {"stops": r"requires 'striped_shards'; this version of holdfast reads"},
+    "newer_fields": {"loads": ITERATION},
     "leads_outside": {"loads": OLDER, "skips": r"lists '\.\./.*', outside the checkpoint"},
     "code_in_state": {"loads": OLDER, "skips": r"asks for code"},
     "other_run": {"skips": r"belongs to run 'frozen'", "loads_by_number": ITERATION},
     "superseded": {"loads": OLDER, "skips": r"superseded", "loads_by_number": ITERATION},
 }
 """`loads`: the iteration that a load takes, absent: none; `skips`: why not the newest, a pattern.
+`stops`: the newest needs a later version, so nothing is loaded: the error, a pattern.
 
 The newest is then refused by its number too, unless `loads_by_number`. Where the table is written,
 `without` and `moved` join: what to take from the base and how to rename it, before the files of the
@@ -193,6 +196,26 @@ def _newer_format(folder: Path) -> None:
     _rewrite_manifest(folder, lambda values: values.update(format=1000))
 
 
+def _newer_feature(folder: Path) -> None:
+    _rewrite_manifest(folder, lambda values: values.update(requires=["striped_shards"]))
+
+
+def _newer_fields(folder: Path) -> None:
+    def add(values: dict[str, Any]) -> None:
+        values.update(colour="red", requires=[])
+        values["files"] = [{**each, "colour": "red"} for each in values["files"]]
+
+    _rewrite_manifest(folder, add)
+    run_path = folder.parent / "run.json"
+    run = json.loads(run_path.read_text())
+    run["attempts"] = [{**each, "colour": "red"} for each in run["attempts"]]
+    run_path.write_text(json.dumps({**run, "colour": "red"}, indent=1, sort_keys=True) + "\n")
+    claim_path = folder.parent / "attempt_0000001.json"
+    claim = json.loads(claim_path.read_text().rpartition("\n")[0].rpartition("\n")[0])
+    text = json.dumps({**claim, "colour": "red"}, indent=1, sort_keys=True).encode() + b"\n"
+    claim_path.write_bytes(seal(text))
+
+
 def _leads_outside(folder: Path) -> None:
     def add(values: dict[str, Any]) -> None:
         outside = {**values["files"][0], "path": "../run.json"}
@@ -229,7 +252,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     for each in (
         _flipped_shard, _flipped_footer, _blocks_in_manifest, _cut_shard, _missing_rank_state,
         _other_metadata, _no_manifest,
-        _flipped_manifest, _newer_format, _leads_outside, _code_in_state, _other_run, _superseded,
+        _flipped_manifest, _newer_format, _newer_feature, _newer_fields, _leads_outside, _code_in_state, _other_run, _superseded,
     )
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from holdfast.cli import main
 from holdfast.config import CheckpointConfig
 from holdfast.errors import (
     CorruptCheckpointError,
+    FormatTooNewError,
     NoLoadableCheckpointError,
     StatePartlyLoadedError,
 )
@@ -31,6 +32,7 @@ from tests.formats.make import (
     BASE,
     FLOATING_POINT_OPERATIONS,
     ITERATION,
+    OLDER,
     SEED,
     Model,
     assemble,
@@ -141,6 +143,13 @@ def test_an_example_is_loaded_or_refused_as_the_table_says(
     store = assemble(example, expected, tmp_path / "store")
     before = tree(store)
     start = _Start(store)
+    if "stops" in expected:
+        for step in (None, ITERATION):
+            with pytest.raises(FormatTooNewError, match=expected["stops"]):
+                _Start(store, step=step).load()
+        assert _Start(store, step=OLDER).load().iteration == OLDER
+        assert tree(store) == before
+        return
     if "loads" in expected:
         result = start.load()
         assert result.iteration == expected["loads"]
@@ -171,6 +180,10 @@ def test_verify_tells_damage_from_soundness(
 ) -> None:
     """`holdfast verify` finds damage to bytes, and nothing wrong where it is about meaning."""
     store = assemble(example, expected, tmp_path / "store")
+    if "stops" in expected:
+        assert main(["verify", str(store)]) == 2
+        assert re.search(expected["stops"], capsys.readouterr().out)
+        return
     is_sound = "skips" not in expected or example.name in SOUND
     code = main(["verify", str(store)])
     printed = capsys.readouterr().out
