@@ -119,7 +119,7 @@ class CheckpointConfig:
     on_save_failure: str = "raise"
     """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
     save_failure_limit: int | None = 3
-    """With `warn`: the failure in a row that is raised after all. None: no limit."""
+    """With `warn`: the failure in a row of one tier that is raised after all. None: no limit."""
     permissions: str = "private"
     """Who may read what is created: `private`, its owner alone; `umask`, as the process says."""
     timeout_seconds: float = 600.0

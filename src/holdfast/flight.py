@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,28 +55,42 @@ class Save:
 
 
 class FailureRule:
-    """Which failure in a row ends the run."""
+    """Decide which failure in a row ends the run; each tier has a count of its own.
+
+    Local saves are frequent: if their successes reset the count of persistent failures, a full
+    disk would never end a run that saves to both tiers.
+    """
 
     def __init__(self, config: CheckpointConfig) -> None:
         self._raises = config.on_save_failure == "raise"
         self._limit = config.save_failure_limit
-        self._in_a_row = 0
+        self._in_a_row: Counter[str] = Counter()
 
-    def note_success(self) -> None:
-        """Start counting anew."""
-        self._in_a_row = 0
+    def note_success(self, tiers: Sequence[str]) -> None:
+        """Reset the counts of the tiers to which a save was committed."""
+        for tier in tiers:
+            self._in_a_row[tier] = 0
 
-    def judge(self, error: CheckpointError, cause: BaseException) -> None:
-        """Warn of a failure, or raise it."""
-        self._in_a_row += 1
-        spent = self._limit is not None and self._in_a_row >= self._limit
+    def judge(self, error: CheckpointError, cause: BaseException, tier: str) -> None:
+        """Warn of a failed save to a tier, or raise its error."""
+        self._in_a_row[tier] += 1
+        count = self._in_a_row[tier]
+        spent = self._limit is not None and count >= self._limit
         overtaken = isinstance(error, StoreIdentityError)  # no later save can succeed
-        if self._raises or spent or overtaken:
+        if self._raises or overtaken:
+            raise error from cause
+        if spent:
+            separator = "\n" if error.message.count("\n") < 2 else " "  # three lines at most
+            error.message += (
+                f"{separator}This is failure {count} in a row of saves to the {tier} tier; "
+                f"checkpoint.save_failure_limit is {self._limit}."
+            )
             raise error from cause
         logger.warning(
-            "%s (failure %d in a row, the run ends at %s)",
+            "%s (%s tier: failure %d in a row, the run ends at %s)",
             error,
-            self._in_a_row,
+            tier,
+            count,
             self._limit if self._limit is not None else "none",
         )
 
@@ -140,7 +155,7 @@ class Flight:
         event = save.event
         event.total_seconds = time.monotonic() - save.started
         if outcome.value is not None:
-            self._rule.note_success()
+            self._rule.note_success((outcome.value.tier, *outcome.value.copies))
             event.tier = outcome.value.tier
             event.path = str(outcome.value.path)
             event.size_bytes = outcome.value.size_bytes
@@ -152,7 +167,7 @@ class Flight:
         assert outcome.error is not None
         event.error = _as_save_failure(event.iteration, outcome.error, rank)
         save.tell(ON_CHECKPOINT_SAVE_FAILED)
-        self._rule.judge(event.error, outcome.error)
+        self._rule.judge(event.error, outcome.error, event.tier)
 
 
 def _as_save_failure(iteration: int, error: BaseException, rank: int) -> CheckpointError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from holdfast.background import Background, Outcome
@@ -195,7 +196,9 @@ class Tiers:
                     logger.warning("the local copy of this save failed: %s", error)
         identity = self._identity = identities[0] if identities else None
         if to_persistent and not (drains and committed is not None):
+            copies = () if committed is None else (LOCAL,)
             committed = self.persistent.write(snapshot, coordinator, identity)
+            committed = replace(committed, copies=copies)
         assert committed is not None
         return committed
 

@@ -71,6 +71,8 @@ class Committed:
     removed_iterations: tuple[int, ...]
     """What retention removed afterwards."""
     tier: str = TIER_NAME
+    copies: tuple[str, ...] = ()
+    """Other tiers that the same save was committed to before."""
 
 
 @dataclass(frozen=True)
