@@ -120,6 +120,9 @@ class CheckpointConfig:
     """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
     save_failure_limit: int | None = 3
     """With `warn`: the failure in a row of one tier that is raised after all. None: no limit."""
+    allow_rewind: bool = False
+    """Whether a save may have a lower step than the one last loaded or saved; it then supersedes
+    the checkpoints of higher steps."""
     permissions: str = "private"
     """Who may read what is created: `private`, its owner alone; `umask`, as the process says."""
     timeout_seconds: float = 600.0

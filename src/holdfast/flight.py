@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from holdfast.background import Background, Outcome
 from holdfast.config import CheckpointConfig
@@ -95,11 +95,19 @@ class FailureRule:
         )
 
 
+class Watcher(Protocol):
+    """Who is told of every outcome before anybody else is."""
+
+    def note_commit(self, iteration: int, tier: str) -> None: ...
+    def note_failure(self, iteration: int, tier: str, error: BaseException) -> None: ...
+
+
 class Flight:
     """At most one save whose outcome was not told yet; every rank calls its methods alike."""
 
-    def __init__(self, rule: FailureRule) -> None:
+    def __init__(self, rule: FailureRule, watchers: Sequence[Watcher] = ()) -> None:
         self._rule = rule
+        self._watchers = watchers
         self._background: Background[Committed] = Background()
         self._save: Save | None = None
         self._landed: Callable[[Committed], None] | None = None
@@ -157,6 +165,8 @@ class Flight:
         if outcome.value is not None:
             self._rule.note_success((outcome.value.tier, *outcome.value.copies))
             event.tier = outcome.value.tier
+            for each in self._watchers:
+                each.note_commit(event.iteration, event.tier)
             event.path = str(outcome.value.path)
             event.size_bytes = outcome.value.size_bytes
             event.removed_iterations = outcome.value.removed_iterations
@@ -166,6 +176,8 @@ class Flight:
             return
         assert outcome.error is not None
         event.error = _as_save_failure(event.iteration, outcome.error, rank)
+        for watcher in self._watchers:
+            watcher.note_failure(event.iteration, event.tier, event.error)
         save.tell(ON_CHECKPOINT_SAVE_FAILED)
         self._rule.judge(event.error, outcome.error, event.tier)
 

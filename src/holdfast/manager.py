@@ -41,6 +41,7 @@ from holdfast.restoring import Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState, Place
+from holdfast.step_order import StepOrder
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import LOCAL, Tiers
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
@@ -85,8 +86,9 @@ class DefaultCheckpointManager:
         )
         self._tiers = Tiers(checkpoint_config, self._tier, self._filesystem)
         self._snapshotter = Snapshotter(checkpoint_config, self._tiers)
-        rule = FailureRule(checkpoint_config)
-        self._saving, self._draining = Flight(rule), Flight(rule)
+        self._steps = StepOrder(allow_rewind=checkpoint_config.allow_rewind)
+        rule, watchers = FailureRule(checkpoint_config), (self._steps,)
+        self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
         self._channels: list[Coordinator] | None = None
         self._calls = 0
         self._is_budgeted = False
@@ -97,6 +99,7 @@ class DefaultCheckpointManager:
         """Save at `ctx.state.train_state.step`; with `async_save` return once the copy is taken.
 
         Raises:
+            StepRewoundError: the step is below the one last loaded or saved.
             CheckpointError: this save could not begin, or the previous one had failed.
         """
         started = time.monotonic()
@@ -109,10 +112,15 @@ class DefaultCheckpointManager:
         self._tiers.wait_restored(self._rank())
         control, writer, drainer = self._begin_call()
         save = _describe(ctx, callback_manager, started)
+
+        def check() -> None:  # on rank 0 at the door, and on each rank when it captures
+            self._steps.check(ctx.state.train_state.step)
+
         try:
-            self._tiers.admit(control, to_local=not is_persistent)
+            self._tiers.admit(control, check, to_local=not is_persistent)
             with collection_put_off():
-                snapshot, to_local = self._snapshotter.take(ctx, _app_state(ctx, control), control)
+                app = _app_state(ctx, control)
+                snapshot, to_local = self._snapshotter.take(ctx, app, control, check)
         except StageFailedError as error:
             self._saving.fail(save, error, control.rank)
             return
@@ -233,6 +241,7 @@ class DefaultCheckpointManager:
             )
         self._foretell(ctx, None, control)
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
+        self._steps.note_load(None)
         return LoadResult()
 
     def _foretell(
@@ -312,6 +321,8 @@ class DefaultCheckpointManager:
         state.train_state.update_from(counters["train_state"])
         if checkpoint.manifest.run_id:  # else of no run: there is no lineage to go on with
             self._tiers.resume_from(checkpoint)
+        # A checkpoint that plain torch wrote has no counters: those of the loop stay as they are.
+        self._steps.note_load(checkpoint.iteration if checkpoint.manifest.run_id else None)
         return LoadResult(
             iteration=checkpoint.iteration,
             num_floating_point_operations_so_far=counters["num_floating_point_operations_so_far"],

@@ -68,8 +68,10 @@ class Tiers:
 
     # -- save ------------------------------------------------------------------------------------
 
-    def admit(self, coordinator: Coordinator, *, to_local: bool) -> None:
+    def admit(self, coordinator: Coordinator, check: Callable[[], None], *, to_local: bool) -> None:
         """Take an attempt at this run before its first save; repeated calls are nearly free.
+
+        `check` runs on rank 0 before anything is asked of the store; what it raises, all raise.
 
         Raises:
             ConfigError: a local save is asked for, and there is no local tier.
@@ -80,7 +82,12 @@ class Tiers:
             raise ConfigError(
                 ["checkpoint.local.directory is null: there is no local tier to save to"]
             )
-        admission = coordinator.lead("admit", self.persistent.admit)
+
+        def admit() -> Admission:
+            check()
+            return self.persistent.admit()
+
+        admission = coordinator.lead("admit", admit)
         if self._config.local.directory is None:
             return
         if admission.is_new:
