@@ -313,7 +313,9 @@ class Tiers:
     def resume_from(self, checkpoint: Checkpoint) -> None:
         """Note on every rank what was loaded; a later first save goes on from there."""
         is_local = checkpoint.manifest.tier == LOCAL
-        self.persistent.resume_from(checkpoint, is_own=True if is_local else None)
+        self.persistent.resume_from(
+            checkpoint, is_own=True if is_local else None, asked_step=self._config.load.step
+        )
 
     def finish_load(self, beside: Coordinator) -> None:
         """End a load of a local commit; what nodes have lost of it is written again on a thread.

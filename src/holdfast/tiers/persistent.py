@@ -21,7 +21,7 @@ from holdfast.coordination import Coordinator
 from holdfast.digests import FileRecord
 from holdfast.errors import CheckpointError, StoreNotLoadedError, StoreNotWritableError
 from holdfast.filesystem import Filesystem, make_durable_directory, set_aside, write_new
-from holdfast.identity import RUN_NAME, Attempt, CommitIdentity, RunIdentity
+from holdfast.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
 from holdfast.manifest import Manifest
 from holdfast.policies.keeping import Candidate, retain
 from holdfast.shards.inventory import METADATA_NAME
@@ -97,6 +97,8 @@ class _Resumed:
     path: Path
     is_own: bool
     """Whether it is of this store's run, and not one that another run left."""
+    asked_step: int | None
+    """What `load.step` was."""
 
 
 @dataclass
@@ -128,16 +130,29 @@ class PersistentTier:
         self._bytes_per_second = bytes_per_second
         self._resumed: _Resumed | None = None
         self._grant: _Grant | None = None
+        self._parent: Parent | None = None
 
-    def resume_from(self, checkpoint: Checkpoint, *, is_own: bool | None = None) -> None:
+    def begin_from(self, parent: Parent) -> None:
+        """Note on every rank what a new run begins from; its first attempt records it."""
+        self._parent = parent
+
+    def resume_from(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        is_own: bool | None = None,
+        asked_step: int | None = None,
+    ) -> None:
         """Note on every rank what was loaded; a later first save goes on from there.
 
-        `is_own`: whether it is of this store's run. None: if it lies in this store.
+        `is_own`: whether it is of this store's run. None: if it lies in this store. `asked_step`:
+        what `load.step` was, which the attempt records.
         """
         if is_own is None:
             is_own = checkpoint.path.parent.resolve() == self.store.root.resolve()
         run_id = checkpoint.manifest.run_id
-        self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own)
+        self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own, asked_step)
+        self._parent = None  # what goes on from a checkpoint of its own begins from nothing else
         self._grant = None  # what follows is another lineage of this store: a new attempt
 
     def prove_writable(self) -> None:
@@ -187,6 +202,8 @@ class PersistentTier:
             run_id,
             resumed_from,
             str(self._resumed.path) if self._resumed is not None else None,
+            asked_step=self._resumed.asked_step if self._resumed is not None else None,
+            parent=self._parent,
         )
         newest = max((each.manifest.sequence for each in listing.checkpoints), default=0)
         if listing.broken:
