@@ -44,6 +44,7 @@ from holdfast.state.capture import AppState, Place
 from holdfast.step_order import StepOrder
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import LOCAL, Tiers
+from holdfast.tiers.living import warn_of_living_attempt
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
 
 if TYPE_CHECKING:
@@ -207,6 +208,8 @@ class DefaultCheckpointManager:
         control, writer, _ = self._begin_call()
         config = self.checkpoint_config
         decision = self._tiers.resolve(control)
+        if control.rank == 0:
+            warn_of_living_attempt(self._tier.store.root, self._filesystem)
         failed: list[SkippedCheckpoint] = []
         touched = False
         for candidate in self._tiers.candidates(decision, control):
