@@ -46,6 +46,7 @@ from holdfast.store import Checkpoint
 from holdfast.tiers.both import LOCAL, Tiers
 from holdfast.tiers.living import warn_of_living_attempt
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
+from holdfast.tiers.places import check_places
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.vote import Candidate
@@ -61,7 +62,7 @@ class DefaultCheckpointManager:
     def __init__(
         self, checkpoint_config: CheckpointConfig, *, filesystem: Filesystem | None = None
     ) -> None:
-        """Check the configuration; nothing is read, written or communicated yet.
+        """Check the configuration and where its directories lie; nothing is created yet.
 
         `filesystem` is the seam for faults and other storage; None: the mounted file systems.
 
@@ -78,6 +79,7 @@ class DefaultCheckpointManager:
         self._filesystem = filesystem or LocalFilesystem(
             private=checkpoint_config.permissions == "private"
         )
+        check_places(checkpoint_config, self._filesystem)
         self._tier = PersistentTier(
             Path(directory).absolute(),
             self._filesystem,
