@@ -1,8 +1,8 @@
 """The command line: look at a store and check it, without torch.
 
 Owns the commands `ls` and `verify`, what they print, and their exit codes: 0 sound, 1 damage found,
-2 the question itself was wrong, or a later version wrote what was asked about. Promises to read only, and to name every damaged file with its byte
-range. Refuses to load tensors.
+2 the question itself was wrong, or a later version wrote what was asked about. Promises to read
+only, and to name every damaged file with its byte range. Refuses to load tensors.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class CheckpointConfig:
     on_save_failure: str = "raise"
     """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
     save_failure_limit: int | None = 3
-    """With `warn`: the failure in a row that is raised after all. None: no limit."""
+    """With `warn`: the failure in a row of one tier that is raised after all. None: no limit."""
     allow_rewind: bool = False
     """Whether a save may have a lower step than the one last loaded or saved; it then supersedes
     the checkpoints of higher steps."""

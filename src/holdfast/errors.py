@@ -20,6 +20,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- StateMismatchError             (ValueError)       names or shapes differ from the live state
     |-- UnsupportedStateError          (TypeError)        state that no safe loader could read back
     |-- DataReshardError               (ValueError)       data state of another world size
+    |-- StepRewoundError               (ValueError)       a save below the step loaded or saved last
     |-- StoreIdentityError             (ValueError)       the store belongs to another run
     |   |-- StoreNotLoadedError                           first save beside checkpoints never loaded
     |   |-- OwnCheckpointsExistError                      a load from elsewhere beside own ones
@@ -191,6 +192,24 @@ class UnsupportedStateError(CheckpointError, TypeError):
 
 class DataReshardError(CheckpointError, ValueError):
     """Data state was saved at another data-parallel size and the loader cannot take it over."""
+
+
+class StepRewoundError(CheckpointError, ValueError):
+    """A save whose step is below the step that this manager last loaded or saved."""
+
+    def __init__(self, step: int, reached: int, origin: str) -> None:
+        self.step = step
+        """The step of the save that was refused."""
+        self.reached = reached
+        """The step that was loaded or saved last."""
+        self.origin = origin
+        """`loaded` or `saved`."""
+        super().__init__(
+            f"train_state.step is {step}, below step {reached}, which this manager {origin} last: "
+            "the save would supersede newer checkpoints, and retention would remove them.\n"
+            "Go on with the counter that load wrote into its state.train_state.step. To go back on "
+            "purpose, load the older checkpoint first, or set checkpoint.allow_rewind=true."
+        )
 
 
 class StoreIdentityError(CheckpointError, ValueError):

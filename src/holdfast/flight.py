@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from holdfast.background import Background, Outcome
 from holdfast.config import CheckpointConfig
@@ -54,37 +55,59 @@ class Save:
 
 
 class FailureRule:
-    """Which failure in a row ends the run."""
+    """Decide which failure in a row ends the run; each tier has a count of its own.
+
+    Local saves are frequent: if their successes reset the count of persistent failures, a full
+    disk would never end a run that saves to both tiers.
+    """
 
     def __init__(self, config: CheckpointConfig) -> None:
         self._raises = config.on_save_failure == "raise"
         self._limit = config.save_failure_limit
-        self._in_a_row = 0
+        self._in_a_row: Counter[str] = Counter()
 
-    def note_success(self) -> None:
-        """Start counting anew."""
-        self._in_a_row = 0
+    def note_success(self, tiers: Sequence[str]) -> None:
+        """Reset the counts of the tiers to which a save was committed."""
+        for tier in tiers:
+            self._in_a_row[tier] = 0
 
-    def judge(self, error: CheckpointError, cause: BaseException) -> None:
-        """Warn of a failure, or raise it."""
-        self._in_a_row += 1
-        spent = self._limit is not None and self._in_a_row >= self._limit
+    def judge(self, error: CheckpointError, cause: BaseException, tier: str) -> None:
+        """Warn of a failed save to a tier, or raise its error."""
+        self._in_a_row[tier] += 1
+        count = self._in_a_row[tier]
+        spent = self._limit is not None and count >= self._limit
         overtaken = isinstance(error, StoreIdentityError)  # no later save can succeed
-        if self._raises or spent or overtaken:
+        if self._raises or overtaken:
+            raise error from cause
+        if spent:
+            separator = "\n" if error.message.count("\n") < 2 else " "  # three lines at most
+            error.message += (
+                f"{separator}This is failure {count} in a row of saves to the {tier} tier; "
+                f"checkpoint.save_failure_limit is {self._limit}."
+            )
             raise error from cause
         logger.warning(
-            "%s (failure %d in a row, the run ends at %s)",
+            "%s (%s tier: failure %d in a row, the run ends at %s)",
             error,
-            self._in_a_row,
+            tier,
+            count,
             self._limit if self._limit is not None else "none",
         )
+
+
+class Watcher(Protocol):
+    """Who is told of every outcome before anybody else is."""
+
+    def note_commit(self, iteration: int, tier: str) -> None: ...
+    def note_failure(self, iteration: int, tier: str, error: BaseException) -> None: ...
 
 
 class Flight:
     """At most one save whose outcome was not told yet; every rank calls its methods alike."""
 
-    def __init__(self, rule: FailureRule) -> None:
+    def __init__(self, rule: FailureRule, watchers: Sequence[Watcher] = ()) -> None:
         self._rule = rule
+        self._watchers = watchers
         self._background: Background[Committed] = Background()
         self._save: Save | None = None
         self._landed: Callable[[Committed], None] | None = None
@@ -140,8 +163,10 @@ class Flight:
         event = save.event
         event.total_seconds = time.monotonic() - save.started
         if outcome.value is not None:
-            self._rule.note_success()
+            self._rule.note_success((outcome.value.tier, *outcome.value.copies))
             event.tier = outcome.value.tier
+            for each in self._watchers:
+                each.note_commit(event.iteration, event.tier)
             event.path = str(outcome.value.path)
             event.size_bytes = outcome.value.size_bytes
             event.removed_iterations = outcome.value.removed_iterations
@@ -151,8 +176,10 @@ class Flight:
             return
         assert outcome.error is not None
         event.error = _as_save_failure(event.iteration, outcome.error, rank)
+        for watcher in self._watchers:
+            watcher.note_failure(event.iteration, event.tier, event.error)
         save.tell(ON_CHECKPOINT_SAVE_FAILED)
-        self._rule.judge(event.error, outcome.error)
+        self._rule.judge(event.error, outcome.error, event.tier)
 
 
 def _as_save_failure(iteration: int, error: BaseException, rank: int) -> CheckpointError:

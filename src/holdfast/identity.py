@@ -4,7 +4,8 @@ Owns run.json and the attempt_*.json claims beside it. A run id is made by the f
 an empty store; each start of the run that saves takes the next attempt number by exclusive creation
 of its claim, so two jobs never hold one number, without locks, clocks or cleaning up. The claims
 are the truth, each with its digest; run.json repeats them for people, and for a claim that was
-damaged since. Refuses another run's id and an attempt that has been overtaken.
+damaged since. Refuses another run's id and an attempt that has been overtaken. Fields that this
+version does not know are ignored; a format above its own is an error and never damage.
 """
 
 from __future__ import annotations
@@ -14,15 +15,24 @@ import re
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import CorruptCheckpointError, StoreIdentityError, SupersededAttemptError
+from holdfast.errors import (
+    CorruptCheckpointError,
+    FormatTooNewError,
+    StoreIdentityError,
+    SupersededAttemptError,
+)
 from holdfast.filesystem import Filesystem, create_once, read_bytes, replace
-from holdfast.manifest import seal, unseal
+from holdfast.manifest import check_format, seal, unseal
+from holdfast.processes import this_process
 
 RUN_NAME = "run.json"
+FORMAT = 1
+"""Of run.json and of each claim. Every version seals a claim and numbers its format like this."""
 _TRIES = 5
 """A sweep comes once a save: more of them in a row than this are something else."""
 _CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
@@ -38,6 +48,18 @@ class CommitIdentity:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The checkpoint of another run that a run began from."""
+
+    path: str
+    run_id: str | None
+    """None: it names no run."""
+    iteration: int | None
+    what: str
+    """`weights` or `everything`."""
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One start of a run that has saved, or is about to."""
 
@@ -47,6 +69,18 @@ class Attempt:
     """The iteration of this store that it loaded; None: it started fresh or from another store."""
     resumed_path: str | None = None
     """The checkpoint that was loaded, in whatever store."""
+    asked_step: int | None = None
+    """What `load.step` was at that load."""
+    parent: Parent | None = None
+    """What the run began from; None: it began from nothing, or this attempt loaded its own."""
+    # Who made the claim and when. Warnings name it; it decides nothing, so it does not compare.
+    host: str | None = field(default=None, compare=False)
+    pid: int | None = field(default=None, compare=False)
+    """Of rank 0."""
+    start_mark: str | None = field(default=None, compare=False)
+    """Tells that process from a later one with its pid; None: the system did not say."""
+    claimed_at: str | None = field(default=None, compare=False)
+    """UTC, ISO 8601."""
 
 
 class RunIdentity:
@@ -61,6 +95,7 @@ class RunIdentity:
 
         Raises:
             CorruptCheckpointError: run.json is there and cannot be read.
+            FormatTooNewError: a newer holdfast wrote it.
         """
         path = self._root / RUN_NAME
         try:
@@ -68,7 +103,7 @@ class RunIdentity:
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            run_id = _parse(content, path).get("run_id")
+            run_id = _parse_known(content, path).get("run_id")
             if not isinstance(run_id, str) or not run_id:
                 raise CorruptCheckpointError(
                     str(path), "names no run_id; restore it from any manifest"
@@ -80,7 +115,11 @@ class RunIdentity:
         return run_id
 
     def attempts(self) -> list[Attempt]:
-        """Return every attempt claimed so far, oldest first."""
+        """Return every attempt claimed so far, oldest first.
+
+        Raises:
+            FormatTooNewError: a newer holdfast made one of the claims.
+        """
         found = []
         for number, name in self._claims():
             claim = self._read_claim(self._root / name)
@@ -93,15 +132,20 @@ class RunIdentity:
 
     def _read_claim(self, path: Path) -> Attempt | None:
         try:
-            content = unseal(read_bytes(self._filesystem, path), str(path))
-            return _attempt_of(_parse(content, path))
+            content = read_bytes(self._filesystem, path)
+            try:
+                text = unseal(content, str(path))
+            except CorruptCheckpointError:
+                _parse_known(content, path)  # whole, and of a newer format that seals differently?
+                raise
+            return _attempt_of(_parse_known(text, path))
         except (CorruptCheckpointError, KeyError, TypeError):
             return None
 
     def _repeated_in_run_json(self) -> dict[int, Attempt]:
         path = self._root / RUN_NAME
         try:
-            listed = _parse(read_bytes(self._filesystem, path), path)["attempts"]
+            listed = _parse_known(read_bytes(self._filesystem, path), path)["attempts"]
             return {each.number: each for each in map(_attempt_of, listed)}
         except (OSError, CorruptCheckpointError, KeyError, TypeError):
             return {}
@@ -114,7 +158,7 @@ class RunIdentity:
         """
         run_id = self.read_run_id()
         if run_id is None:
-            fresh = {"format": 1, "run_id": configured or secrets.token_hex(8), "attempts": []}
+            fresh = {"format": FORMAT, "run_id": configured or secrets.token_hex(8), "attempts": []}
             # Its name is synced with the first claim, before anything is saved under it.
             with suppress(FileExistsError):  # another job was first: its id is the store's
                 self._despite_sweeps(create_once, RUN_NAME, _encode(fresh))
@@ -139,20 +183,44 @@ class RunIdentity:
                 "on with the store's run."
             )
 
-    def claim_attempt(self, run_id: str, resumed_from: int | None, path: str | None) -> Attempt:
-        """Take the next attempt number; every earlier attempt may no longer commit."""
+    def claim_attempt(
+        self,
+        run_id: str,
+        resumed_from: int | None,
+        path: str | None,
+        *,
+        asked_step: int | None = None,
+        parent: Parent | None = None,
+    ) -> Attempt:
+        """Take the next attempt number; every earlier attempt may no longer commit.
+
+        Raises:
+            FormatTooNewError: a newer holdfast made one of the claims; nothing was written.
+        """
+        self.attempts()  # before a claim of ours supersedes what this version cannot read
+        process = this_process()
         while True:
             claims = self._claims()
             number = claims[-1][0] + 1 if claims else 1
-            attempt = Attempt(number, resumed_from, path)
+            attempt = Attempt(
+                number,
+                resumed_from,
+                path,
+                asked_step,
+                parent,
+                process.host,
+                process.pid,
+                process.start_mark,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            )
             try:
-                claim = seal(_encode(asdict(attempt)))
+                claim = seal(_encode({"format": FORMAT, **asdict(attempt)}))
                 self._despite_sweeps(create_once, _claim_name(number), claim)
             except FileExistsError:
                 continue  # a twin took this number between the listing and the claim
             # For people; a twin's later version may win, and is rebuilt from the claims as well.
             summary = [asdict(each) for each in self.attempts()]
-            shown = {"format": 1, "run_id": run_id, "attempts": summary}
+            shown = {"format": FORMAT, "run_id": run_id, "attempts": summary}
             self._despite_sweeps(replace, RUN_NAME, _encode(shown))
             # Before any checkpoint can be seen that is of this attempt: the number is then taken
             # for good, and so is what the attempt supersedes.
@@ -207,10 +275,48 @@ def _encode(values: dict[str, Any]) -> bytes:
 
 
 def _attempt_of(values: dict[str, Any]) -> Attempt:
-    attempt = Attempt(values["number"], values["resumed_from"], values["resumed_path"])
-    if type(attempt.number) is not int or type(attempt.resumed_from) not in (int, type(None)):
-        raise TypeError("an attempt's numbers are whole")
+    """Read what a claim says; fields that older versions did not write are None.
+
+    Raises:
+        KeyError, TypeError: it is no attempt.
+    """
+    parent = values.get("parent")
+    attempt = Attempt(
+        values["number"],
+        values["resumed_from"],
+        values["resumed_path"],
+        values.get("asked_step"),
+        None
+        if parent is None
+        else Parent(**{each.name: parent[each.name] for each in fields(Parent)}),
+        **{name: values.get(name) for name in ("host", "pid", "start_mark", "claimed_at")},
+    )
+    if type(attempt.number) is not int:
+        raise TypeError("an attempt's number is whole")
+    for number in (attempt.resumed_from, attempt.asked_step, attempt.pid):
+        if type(number) not in (int, type(None)):
+            raise TypeError("an attempt's numbers are whole")
+    for name in (attempt.host, attempt.start_mark, attempt.claimed_at):
+        if type(name) not in (str, type(None)):
+            raise TypeError("who made an attempt is told in strings")
     return attempt
+
+
+def _parse_known(content: bytes, path: Path) -> dict[str, Any]:
+    """Parse what this version can read.
+
+    Raises:
+        CorruptCheckpointError: it is no JSON object.
+        FormatTooNewError: its format is above the one that this version writes.
+    """
+    values = _parse(content, path)
+    try:
+        check_format({"format": FORMAT, **values}, FORMAT, str(path))  # claims had none at first
+    except FormatTooNewError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CorruptCheckpointError(str(path), f"is of no format: {error}") from error
+    return values
 
 
 def _parse(content: bytes, path: Path) -> dict[str, Any]:

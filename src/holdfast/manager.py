@@ -37,8 +37,11 @@ from holdfast.restoring import Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState, Place
+from holdfast.step_order import StepOrder
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import Tiers
+from holdfast.tiers.directories import check_directories
+from holdfast.tiers.living import warn_of_living_attempt
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
 from holdfast.tiers.search import Search, Selected
 from holdfast.tiers.select import LOCAL
@@ -57,7 +60,7 @@ class DefaultCheckpointManager:
     def __init__(
         self, checkpoint_config: CheckpointConfig, *, filesystem: Filesystem | None = None
     ) -> None:
-        """Check the configuration; nothing is read, written or communicated yet.
+        """Check the configuration and where its directories lie; nothing is created yet.
 
         `filesystem` is the seam for faults and other storage; None: the mounted file systems.
 
@@ -73,6 +76,7 @@ class DefaultCheckpointManager:
                 ["checkpoint.persistent.directory is null; name where checkpoints are kept"]
             )
         self._filesystem = filesystem or LocalFilesystem(private=config.permissions == "private")
+        check_directories(config, self._filesystem)
         self._tier = PersistentTier(
             Path(directory).absolute(),
             self._filesystem,
@@ -82,8 +86,9 @@ class DefaultCheckpointManager:
         )
         self._tiers = Tiers(config, self._tier, self._filesystem)
         self._snapshotter = Snapshotter(config, self._tiers)
-        rule = FailureRule(config)
-        self._saving, self._draining = Flight(rule), Flight(rule)
+        self._steps = StepOrder(allow_rewind=config.allow_rewind)
+        rule, watchers = FailureRule(config), (self._steps,)
+        self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
         self._channels: list[Coordinator] | None = None
         self._calls = 0
         self._is_budgeted = False
@@ -94,6 +99,7 @@ class DefaultCheckpointManager:
         """Save at `ctx.state.train_state.step`; with `async_save` return once the copy is taken.
 
         Raises:
+            StepRewoundError: the step is below the one last loaded or saved.
             CheckpointError: this save could not begin, or the previous one had failed.
         """
         started = time.monotonic()
@@ -106,10 +112,15 @@ class DefaultCheckpointManager:
         self._tiers.wait_restored(self._rank())
         control, writer, drainer = self._begin_call()
         save = _describe(ctx, callback_manager, started)
+
+        def check() -> None:  # on rank 0 at the door, and on each rank when it captures
+            self._steps.check(ctx.state.train_state.step)
+
         try:
-            self._tiers.admit(control, to_local=not is_persistent)
+            self._tiers.admit(control, check, to_local=not is_persistent)
             with collection_put_off():
-                snapshot, to_local = self._snapshotter.take(ctx, _app_state(ctx, control), control)
+                app = _app_state(ctx, control)
+                snapshot, to_local = self._snapshotter.take(ctx, app, control, check)
         except StageFailedError as error:
             self._saving.fail(save, error, control.rank)
             return
@@ -194,7 +205,10 @@ class DefaultCheckpointManager:
         self._draining.wait(self._rank())
         self._tiers.wait_restored(self._rank())
         control, writer, _ = self._begin_call()
+        self._config = self.checkpoint_config.with_expanded_paths()  # what to load may be set late
         search = Search(self._config, self._tiers, self._filesystem, control)
+        if control.rank == 0:
+            warn_of_living_attempt(self._tier.store.root, self._filesystem)
         touched = False
         while (selected := search.next(touched=touched)) is not None:
             self._foretell(ctx, selected.candidate, control)
@@ -214,6 +228,7 @@ class DefaultCheckpointManager:
             return self._finish_load(ctx.state, selected, opened, search)
         self._foretell(ctx, None, control)
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
+        self._steps.note_load(None)
         return LoadResult()
 
     def _foretell(
@@ -275,7 +290,8 @@ class DefaultCheckpointManager:
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
         if self._takes_weights_only(selected):
-            self._tiers.resume_from(checkpoint)
+            search.resume_from(selected, checkpoint)
+            self._steps.note_load(None)
             return LoadResult(
                 found=True,
                 tier=checkpoint.manifest.tier,
@@ -284,8 +300,9 @@ class DefaultCheckpointManager:
                 sources=opened.contents.sources(),
             )
         state.train_state.update_from(counters["train_state"])
-        if checkpoint.manifest.run_id:  # else of no run: there is no lineage to go on with
-            self._tiers.resume_from(checkpoint)
+        search.resume_from(selected, checkpoint)
+        # A checkpoint that plain torch wrote has no counters: those of the loop stay as they are.
+        self._steps.note_load(checkpoint.iteration if checkpoint.manifest.run_id else None)
         return LoadResult(
             iteration=checkpoint.iteration,
             num_floating_point_operations_so_far=counters["num_floating_point_operations_so_far"],

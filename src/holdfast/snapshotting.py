@@ -84,11 +84,16 @@ class Snapshotter:
         return self._shards.progress
 
     def take(
-        self, ctx: CheckpointSaveContext, app: AppState, control: Coordinator
+        self,
+        ctx: CheckpointSaveContext,
+        app: AppState,
+        control: Coordinator,
+        check: Callable[[], None],
     ) -> tuple[Snapshot, bool]:
         """Take what is there at this step, and say whether it can go to the local tier.
 
         Large tensors are copied when `finish` has returned, or the next optimizer step begins.
+        `check` may refuse the save on this rank, and thereby on all of them.
 
         Raises:
             CheckpointError: on every rank.
@@ -97,6 +102,7 @@ class Snapshotter:
         iteration = ctx.state.train_state.step
 
         def capture() -> tuple[int, Inventory]:
+            check()
             counters = _encode_counters(ctx)
             captured = app.capture(self._bindings)
             self._bindings = captured.bindings

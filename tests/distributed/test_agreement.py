@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from torch import distributed
 
-from holdfast.errors import SaveFailedError
+from holdfast.errors import SaveFailedError, StepRewoundError
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from tests.distributed.training import Run
 from tests.support.ranks import run_ranks
@@ -141,3 +141,26 @@ def test_ranks_that_see_different_directories_load_one_checkpoint(tmp_path: Path
             ((skipped, reason),) = reasons
             assert skipped == 2
             assert "is missing" in reason
+
+
+def _forget_the_counter(root: Path, odd: int) -> list[Any]:
+    run = Run("ddp", root / "store", async_save=False, on_save_failure="warn")
+    run.train(5)
+    run.save()
+    found: list[Any] = []
+    if run.rank == odd:
+        run.state.train_state.step = 2
+    with pytest.raises(StepRewoundError) as caught:
+        run.save()
+    found.append((caught.value.step, caught.value.reached))
+    run.state.train_state.step = 6
+    run.save()
+    distributed.barrier()
+    return [*found, _committed(root / "store")]
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_counter_that_one_rank_forgot_is_refused_on_all(odd: int, tmp_path: Path) -> None:
+    """Whichever rank is below the step saved last, all raise the same; the next save works."""
+    for found in run_ranks(_forget_the_counter, 2, tmp_path, odd):
+        assert found == [(2, 5), ["iter_0000005", "iter_0000006"]]

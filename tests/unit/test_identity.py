@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from holdfast.errors import CorruptCheckpointError, StoreIdentityError, SupersededAttemptError
+from holdfast.errors import (
+    CorruptCheckpointError,
+    FormatTooNewError,
+    StoreIdentityError,
+    SupersededAttemptError,
+)
 from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import Attempt, RunIdentity
+from holdfast.identity import Attempt, Parent, RunIdentity
+from holdfast.manifest import seal, unseal
+from holdfast.processes import find_start_mark
 from tests.support.stores import tree
 
 
@@ -153,3 +166,131 @@ def test_numbers_grow_beyond_seven_digits(identity: RunIdentity, tmp_path: Path)
     (tmp_path / "attempt_9999999.json").write_bytes(b"{}")
     assert identity.claim_attempt("run", None, None).number == 10_000_000
     assert identity.claim_attempt("run", None, None).number == 10_000_001
+
+
+def test_a_claim_records_who_made_it_and_what_was_asked(
+    identity: RunIdentity, tmp_path: Path
+) -> None:
+    """Host, process, its start, the time, `load.step` and the parent are read back from a claim."""
+    parent = Parent("/other/iter_0000040", "theirs", 40, "weights")
+    before = datetime.now(UTC).replace(microsecond=0)
+    identity.claim_attempt("run", 10, "x", asked_step=10)
+    identity.claim_attempt("run", None, None, parent=parent)
+    first, second = RunIdentity(tmp_path, LocalFilesystem()).attempts()
+    assert (first.asked_step, first.parent) == (10, None)
+    assert (second.asked_step, second.parent) == (None, parent)
+    assert (first.host, first.pid) == (socket.gethostname(), os.getpid())
+    assert first.start_mark == find_start_mark(os.getpid())
+    assert first.claimed_at is not None
+    assert before <= datetime.fromisoformat(first.claimed_at) <= datetime.now(UTC)
+    shown = json.loads((tmp_path / "run.json").read_bytes())
+    assert shown["attempts"][1]["parent"]["iteration"] == 40
+    claim = json.loads(unseal((tmp_path / "attempt_0000001.json").read_bytes(), ""))
+    assert claim["format"] == shown["format"] == 1
+
+
+def _rewrite(path: Path, *, sealed: bool = True, **values: Any) -> None:
+    """Write fields of a claim or of run.json as another version would."""
+    content = path.read_bytes()
+    text = unseal(content, "") if path.name != "run.json" else content
+    changed = json.dumps({**json.loads(text), **values}, indent=1).encode() + b"\n"
+    path.write_bytes(seal(changed) if sealed and path.name != "run.json" else changed)
+
+
+def test_a_claim_of_an_older_version_is_read(identity: RunIdentity, tmp_path: Path) -> None:
+    """A claim that has the first version's three fields only reads as None in all others."""
+    values = {"number": 1, "resumed_from": 7, "resumed_path": "x"}
+    (tmp_path / "attempt_0000001.json").write_bytes(seal(json.dumps(values).encode() + b"\n"))
+    (found,) = identity.attempts()
+    assert found == Attempt(1, 7, "x")
+    assert (found.host, found.pid, found.start_mark, found.claimed_at) == (None,) * 4
+
+
+def test_fields_that_are_not_known_are_ignored(identity: RunIdentity, tmp_path: Path) -> None:
+    """What a later version adds, in a claim, in run.json and in its list, changes nothing."""
+    parent = Parent("/other", None, None, "everything")
+    first = identity.claim_attempt(identity.agree_run_id("mine"), 10, "x", parent=parent)
+    claim, shown = tmp_path / "attempt_0000001.json", tmp_path / "run.json"
+    listed = json.loads(shown.read_bytes())["attempts"]
+    listed[0]["colour"] = "red"
+    listed[0]["parent"]["colour"] = "red"
+    _rewrite(shown, attempts=listed, colour="red")
+    _rewrite(claim, colour="red", parent={**listed[0]["parent"]})
+    assert identity.read_run_id() == "mine"
+    assert identity.attempts() == [first]
+    claim.write_bytes(b"torn")  # then run.json speaks for it
+    assert identity.attempts() == [first]
+
+
+@pytest.mark.parametrize("name", ["run.json", "attempt_0000001.json"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_newer_format_is_never_taken_for_damage(
+    identity: RunIdentity, tmp_path: Path, name: str, sealed: bool
+) -> None:
+    """A record of format 3 stops reading and claiming with its path and both formats."""
+    run_id = identity.agree_run_id("mine")
+    identity.claim_attempt(run_id, None, None)
+    if name == "run.json":
+        (tmp_path / "attempt_0000001.json").write_bytes(b"torn")  # so that it is asked
+    _rewrite(tmp_path / name, sealed=sealed, format=3)
+    before = tree(tmp_path)
+    for ask in (identity.attempts, lambda: identity.claim_attempt(run_id, None, None)):
+        with pytest.raises(
+            FormatTooNewError, match="this version of holdfast reads up to format 1"
+        ) as caught:
+            ask()
+        assert (caught.value.found, caught.value.known) == ("format 3", "up to format 1")
+        assert caught.value.path == str(tmp_path / name)
+    if name == "run.json":
+        with pytest.raises(FormatTooNewError):
+            identity.agree_run_id(None)
+    assert tree(tmp_path) == before
+
+
+def test_a_new_run_record_without_claims_is_no_torn_one(
+    identity: RunIdentity, tmp_path: Path
+) -> None:
+    """A run.json of a newer format is not written again, even before any attempt was claimed."""
+    content = b'{"format": 2, "run": {"id": "x"}}'
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(FormatTooNewError):
+        identity.agree_run_id("mine")
+    assert (tmp_path / "run.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"format": "1"},
+        {"format": True},
+        {"asked_step": "7"},
+        {"parent": "x"},
+        {"parent": {"path": "x"}},
+        {"pid": "1"},
+        {"host": 1},
+    ],
+)
+def test_a_claim_of_wrong_types_is_a_torn_one(
+    identity: RunIdentity, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    """What is no claim keeps its number alone; run.json speaks for it."""
+    first = identity.claim_attempt(identity.agree_run_id(None), 10, "x", asked_step=10)
+    _rewrite(tmp_path / "attempt_0000001.json", **values)
+    assert identity.attempts() == [first]
+    (tmp_path / "run.json").unlink()
+    assert identity.attempts() == [Attempt(1)]
+
+
+def test_a_start_mark_tells_processes_apart() -> None:
+    """A process keeps its mark, another one has another, and one that has ended has none."""
+    own = find_start_mark(os.getpid())
+    assert own is not None
+    assert own == find_start_mark(os.getpid())
+    assert own != find_start_mark(os.getppid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert find_start_mark(child.pid) not in (None, own)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie: /proc still knows it
+        assert Path(f"/proc/{child.pid}").exists()
+        assert find_start_mark(child.pid) is None
+    assert find_start_mark(child.pid) is None

@@ -273,6 +273,61 @@ def test_ranks_of_one_directory_are_added_up(tmp_path: Path) -> None:
     assert found.line.endswith("; on node a; not counting what Lion will keep")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "factor", "jump", "cost"),
+    [
+        ("aaaa", 2, None, "45.0 MiB there (3 files in turn)"),
+        ("aaaa", 3, None, "90.0 MiB there (3 files in turn)"),
+        ("aaaa", 2, 4, "45.0 MiB there (3 files in turn)"),
+        ("abab", 2, 4, "45.0 MiB there (3 files in turn)"),
+        ("aaaa", 2, 2, None),
+        ("aaab", 2, None, None),
+        ("aaaa", 1, None, None),
+        ("abcd", 2, None, None),
+    ],
+)
+def test_copies_on_one_node_are_told_with_their_cost(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    nodes: str,
+    factor: int,
+    jump: int | None,
+    cost: str | None,
+) -> None:
+    """Where all ranks are lost together, rank 0 warns of the memory that copies take in vain."""
+    config = LocalConfig(
+        directory=str(tmp_path), replication=ReplicationConfig(factor=factor, jump=jump)
+    )
+    ranks = _AsIfFour([1 << 20, 2 << 20, 4 << 20, 8 << 20])
+    with caplog.at_level(logging.WARNING):
+        found = foretell(
+            config, _seats(*((each, 1) for each in nodes)), None, Need(1 << 20), ranks, drains=False
+        )
+    messages = [each.getMessage() for each in caplog.records]
+    if cost is None:
+        assert messages == []
+        return
+    (message,) = messages
+    assert f"factor is {factor}, but all 4 ranks are on one node (a)" in message
+    assert cost in message
+    assert len(message.splitlines()) <= 3
+    if set(nodes) == {"a"}:
+        assert f"copies for others {cost.split(' there')[0]}" in found.line, "the budget's own sum"
+
+
+def test_a_factor_without_a_second_rank_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One rank alone makes no copies, whatever the factor, and is told so."""
+    start = _Start(tmp_path, tmp_path / "local", 100, factor=2)
+    with caplog.at_level(logging.WARNING):
+        start.load()
+    start.close()
+    assert ["the job has one rank: no copy" in each.getMessage() for each in caplog.records] == [
+        True
+    ]
+
+
 class _AsIfFour(SingleProcess):
     """Rank 0 of four, of which the others need other sizes."""
 

@@ -180,21 +180,21 @@ def test_failures_may_be_warnings_up_to_a_limit(
         manager.finalize_async_saves(live.state, blocking=True)
 
     save(1)
-    for good in (10, 20):
+    for first in (2, 5):
         filesystem.refuses = lambda name, path: name == "sync_file" and path.suffix == ".distcp"
         with caplog.at_level(logging.WARNING):
             caplog.clear()
-            save(2)
-            save(3)
+            save(first)
+            save(first + 1)
         assert [each.levelname for each in caplog.records] == ["WARNING"] * 2
         assert "failure 2 in a row" in caplog.text
         filesystem.refuses = lambda name, path: False
-        save(good)
+        save(first + 2)
     filesystem.refuses = lambda name, path: name == "sync_file" and path.suffix == ".distcp"
-    save(4)
-    save(5)
-    with pytest.raises(SaveFailedError, match="iteration 6"):
-        save(6)
+    save(8)
+    save(9)
+    with pytest.raises(SaveFailedError, match="iteration 10"):
+        save(10)
     assert not list(tmp_path.glob("*.pending-*"))
 
 

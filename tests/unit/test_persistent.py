@@ -17,7 +17,8 @@ from holdfast.errors import (
     SupersededAttemptError,
 )
 from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import RunIdentity
+from holdfast.identity import Parent, RunIdentity
+from holdfast.tiers.persistent import PersistentTier
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import FaultyFilesystem, tree
 
@@ -135,6 +136,36 @@ def test_loading_elsewhere_does_not_open_this_store(tmp_path: Path) -> None:
     live.save(fresh, 20)
     ids = {_manifest(tmp_path / name, at)["run_id"] for name, at in (("a", 10), ("c", 20))}
     assert len(ids) == 2
+
+
+def test_an_attempt_records_what_its_load_asked_for(tmp_path: Path) -> None:
+    """The claim of a first save names the `load.step` of the load that it follows, or none."""
+    live = linear()
+    first = manager_of(tmp_path)
+    for iteration in (10, 20):
+        live.save(first, iteration)
+    for settings in ({"step": 10}, {}):
+        manager = manager_of(tmp_path, load=settings)
+        live.load(manager)
+        live.save(manager, 15)
+    found = RunIdentity(tmp_path, LocalFilesystem()).attempts()
+    assert [(each.resumed_from, each.asked_step) for each in found] == [
+        (None, None), (10, 10), (15, None),
+    ]  # fmt: skip
+
+
+def test_a_parent_is_recorded_until_the_run_has_its_own(tmp_path: Path) -> None:
+    """The first attempt names what the run began from; one that loads its own names nothing."""
+    parent = Parent("/other/iter_0000007", "theirs", 7, "weights")
+    first, second = (PersistentTier(tmp_path, LocalFilesystem(), None, None) for _ in range(2))
+    first.begin_from(parent)
+    first.admit()
+    linear().save(manager_of(tmp_path), 10)
+    second.begin_from(parent)
+    second.resume_from(second.store.find(10))
+    second.admit()
+    found = RunIdentity(tmp_path, LocalFilesystem()).attempts()
+    assert [each.parent for each in found] == [parent, None, None]
 
 
 def test_an_older_twin_is_refused_and_the_newest_goes_on(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_the_table_is_large_enough_and_says_nothing_twice() -> None:
     assert all(any(each.startswith(word) for each in outcomes) for word in OUTCOMES.values())
 
 
-@pytest.mark.parametrize("row", TABLE[1:], ids=lambda row: " | ".join(row))
+@pytest.mark.parametrize("row", TABLE[1:], ids=" | ".join)
 def test_each_row_of_the_table(row: list[str]) -> None:
     """What is asked for and what is there give the outcome of the row, in any order of seeing."""
     setting, persistent, local, elsewhere, expected = row

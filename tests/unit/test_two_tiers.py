@@ -291,6 +291,42 @@ def test_a_full_local_directory_costs_no_persistent_save(
     job.close()
 
 
+@pytest.mark.parametrize(
+    ("asynchronous", "from_local"),
+    [(False, False), (True, False), (True, True)],
+    ids=["sync", "async", "drained"],
+)
+def test_local_commits_do_not_hide_persistent_failures(
+    tmp_path: Path, local: Path, asynchronous: bool, from_local: bool
+) -> None:
+    """Local saves that succeed between failed persistent ones do not put the limit off."""
+    filesystem = FaultyFilesystem()
+    job = _Job(
+        tmp_path,
+        local,
+        filesystem=filesystem,
+        async_save=asynchronous,
+        persistent={"from_local": from_local},
+        on_save_failure="warn",
+        save_failure_limit=2,
+    )
+    job.load()
+    filesystem.refuses = lambda name, path: (
+        name == "sync_file" and path.suffix == ".distcp" and path.is_relative_to(tmp_path / "store")
+    )
+
+    def save(iteration: int, *, to_local: bool) -> None:
+        job.save(iteration, to_local=to_local)
+        job.manager.finalize_async_saves(job.live.state, blocking=True)
+
+    save(1, to_local=False)
+    save(2, to_local=True)
+    save(3, to_local=True)
+    with pytest.raises(SaveFailedError, match="failure 2 in a row of saves to the persistent tier"):
+        save(4, to_local=False)
+    job.close()
+
+
 @pytest.mark.parametrize("local", ["memory"], indirect=True)
 def test_local_saves_go_on_while_one_drains(tmp_path: Path, local: Path) -> None:
     """With `from_local` a persistent write that takes long keeps no local save waiting.

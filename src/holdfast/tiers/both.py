@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from holdfast.background import Background, Outcome
@@ -28,7 +29,6 @@ from holdfast.filesystem import Filesystem
 from holdfast.identity import CommitIdentity
 from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.saving import ShardPlan
-from holdfast.store import Checkpoint
 from holdfast.tiers.persistent import Admission, Committed, PersistentTier, Snapshot
 from holdfast.tiers.select import LOCAL
 
@@ -60,8 +60,10 @@ class Tiers:
 
     # -- save ------------------------------------------------------------------------------------
 
-    def admit(self, coordinator: Coordinator, *, to_local: bool) -> None:
+    def admit(self, coordinator: Coordinator, check: Callable[[], None], *, to_local: bool) -> None:
         """Take an attempt at this run before its first save; repeated calls are nearly free.
+
+        `check` runs on rank 0 before anything is asked of the store; what it raises, all raise.
 
         Raises:
             ConfigError: a local save is asked for, and there is no local tier.
@@ -72,7 +74,12 @@ class Tiers:
             raise ConfigError(
                 ["checkpoint.local.directory is null: there is no local tier to save to"]
             )
-        admission = coordinator.lead("admit", self.persistent.admit)
+
+        def admit() -> Admission:
+            check()
+            return self.persistent.admit()
+
+        admission = coordinator.lead("admit", admit)
         if self._config.local.directory is None:
             return
         if admission.is_new:
@@ -188,7 +195,9 @@ class Tiers:
                     logger.warning("the local copy of this save failed: %s", error)
         identity = self._identity = identities[0] if identities else None
         if to_persistent and not (drains and committed is not None):
+            copies = () if committed is None else (LOCAL,)
             committed = self.persistent.write(snapshot, coordinator, identity)
+            committed = replace(committed, copies=copies)
         assert committed is not None
         return committed
 
@@ -232,11 +241,6 @@ class Tiers:
         return Committed(done.path, done.size_bytes, (), tier=LOCAL)
 
     # -- load ------------------------------------------------------------------------------------
-
-    def resume_from(self, checkpoint: Checkpoint) -> None:
-        """Note on every rank what was loaded; a later first save goes on from there."""
-        is_local = checkpoint.manifest.tier == LOCAL
-        self.persistent.resume_from(checkpoint, is_own=True if is_local else None)
 
     def finish_load(self, beside: Coordinator) -> None:
         """End a load of a local commit; what nodes have lost of it is written again on a thread.

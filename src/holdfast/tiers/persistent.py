@@ -12,7 +12,7 @@ import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from holdfast.coordination import Coordinator
 from holdfast.digests import FileRecord
 from holdfast.errors import CheckpointError, StoreNotLoadedError, StoreNotWritableError
 from holdfast.filesystem import Filesystem, make_durable_directory, set_aside, write_new
-from holdfast.identity import RUN_NAME, Attempt, CommitIdentity, RunIdentity
+from holdfast.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
 from holdfast.manifest import Manifest
 from holdfast.policies.keeping import Candidate, retain
 from holdfast.shards.inventory import METADATA_NAME
@@ -71,6 +71,8 @@ class Committed:
     removed_iterations: tuple[int, ...]
     """What retention removed afterwards."""
     tier: str = TIER_NAME
+    copies: tuple[str, ...] = ()
+    """Other tiers that the same save was committed to before."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class _Resumed:
     path: Path
     is_own: bool
     """Whether it is of this store's run, and not one that another run left."""
+    asked_step: int | None
+    """What `load.step` was."""
 
 
 @dataclass
@@ -104,6 +108,8 @@ class _Grant:
     run_id: str
     attempt: Attempt
     next_sequence: int
+    parent: Parent | None
+    """What the run began from, whichever of its attempts did."""
 
 
 class PersistentTier:
@@ -126,16 +132,30 @@ class PersistentTier:
         self._bytes_per_second = bytes_per_second
         self._resumed: _Resumed | None = None
         self._grant: _Grant | None = None
+        self._parent: Parent | None = None
 
-    def resume_from(self, checkpoint: Checkpoint, *, is_own: bool | None = None) -> None:
+    def begin_from(self, parent: Parent) -> None:
+        """Note on every rank what a new run begins from; its first attempt records it."""
+        self._parent = parent
+
+    def resume_from(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        is_own: bool | None = None,
+        asked_step: int | None = None,
+    ) -> None:
         """Note on every rank what was loaded; a later first save goes on from there.
 
-        `is_own`: whether it is of this store's run. None: if it lies in this store.
+        `is_own`: whether it is of this store's run. None: if it lies in this store. `asked_step`:
+        what `load.step` was, which the attempt records.
         """
         if is_own is None:
             is_own = checkpoint.path.parent.resolve() == self.store.root.resolve()
         run_id = checkpoint.manifest.run_id
-        self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own)
+        self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own, asked_step)
+        if is_own:
+            self._parent = None  # the first attempt at this run has recorded what it began from
         self._grant = None  # what follows is another lineage of this store: a new attempt
 
     def prove_writable(self) -> None:
@@ -173,7 +193,8 @@ class PersistentTier:
         else:
             self.identity.check_run_id(self._configured_run_id, found)
         listing = self.store.listing()
-        if (listing.checkpoints or listing.broken) and own is None:
+        is_empty = not (listing.checkpoints or listing.broken or listing.too_new)
+        if not is_empty and own is None:
             raise StoreNotLoadedError(
                 f"{root} holds checkpoints that this job has not loaded; saving beside them could "
                 "supersede them.\nCall load first (with load.directory=null), or name another "
@@ -185,13 +206,16 @@ class PersistentTier:
             run_id,
             resumed_from,
             str(self._resumed.path) if self._resumed is not None else None,
+            asked_step=self._resumed.asked_step if self._resumed is not None else None,
+            parent=self._parent,
         )
         newest = max((each.manifest.sequence for each in listing.checkpoints), default=0)
-        if listing.broken:
+        if listing.broken or listing.too_new:
             # One of these may be the newest, and be readable again tomorrow: what this attempt
             # commits must outrank it all the same. Only the newest attempt commits.
             newest = max(newest, attempt.number * SEQUENCE_STRIDE)
-        self._grant = _Grant(run_id, attempt, newest + 1)
+        parents = [each.parent for each in self.identity.attempts() if each.parent is not None]
+        self._grant = _Grant(run_id, attempt, newest + 1, parents[0] if parents else None)
         return Admission(run_id, True, own is not None, resumed_from)
 
     def outrank(self, sequence: int) -> None:
@@ -312,6 +336,7 @@ class PersistentTier:
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             files=tuple(sorted(records, key=lambda each: each.path)),
             written_by=f"holdfast {__version__}",
+            parent=asdict(grant.parent) if grant.parent is not None else None,
         )
         self.identity.check_newest(grant.attempt)  # the last moment before it is visible
         return store.commit(pending, manifest)

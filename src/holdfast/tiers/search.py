@@ -25,6 +25,7 @@ from holdfast.errors import (
     StatePartlyLoadedError,
 )
 from holdfast.filesystem import Filesystem
+from holdfast.identity import Parent
 from holdfast.protocol import SkippedCheckpoint
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import Tiers
@@ -220,10 +221,17 @@ class Search:
                 iteration,
             )
 
-    @property
-    def asked_step(self) -> int | None:
-        """What `load.step` says, for the record of this start; None: nothing, or of another run."""
-        return None if self._asked.names_other_place else self._asked.step
+    def resume_from(self, selected: Selected, checkpoint: Checkpoint) -> None:
+        """Note on every rank what was loaded; a later first save goes on from there."""
+        manifest, tier = checkpoint.manifest, self._tiers.persistent
+        is_own = selected.action is Action.LOAD
+        if manifest.run_id:  # else of no run: there is no lineage to go on with
+            step = effective_step(self._asked) if is_own else None
+            tier.resume_from(checkpoint, is_own=is_own, asked_step=step)
+        if not is_own:
+            what = self._config.load.pretrained.what if selected.is_parent else "everything"
+            run_id = manifest.run_id or None
+            tier.begin_from(Parent(str(checkpoint.path), run_id, checkpoint.iteration, what))
 
     # -- what is there ---------------------------------------------------------------------------
 
@@ -237,9 +245,7 @@ class Search:
         if is_other and load.pretrained.directory is not None:
             both = "checkpoint.load.directory and checkpoint.load.pretrained.directory"
             raise ConfigError([f"{both} both name where to start; set one of them"])
-        applied = [
-            each.number for each in own.attempts if getattr(each, "asked_step", None) == step
-        ]
+        applied = [each.number for each in own.attempts if each.asked_step == step]
         asked = Asked(
             names_other_place=is_other,
             step=step,

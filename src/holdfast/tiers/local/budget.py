@@ -193,6 +193,10 @@ def foretell(
     factor, jump = config.replication.factor, config.replication.jump
     # With factor 1 copies are of small states alone: they weigh nothing here.
     holders = assign_holders(topology.nodes, factor, jump) if factor > 1 else []
+    if rank == 0:
+        useless = _find_useless_copies(config, topology, needs, holders, turns)
+        if useless is not None:
+            logger.warning("%s", useless)
 
     def find() -> Budget | None:
         if rank != mates[0]:
@@ -219,6 +223,36 @@ def foretell(
         others = f"; of {places} places this has the least to spare" if places > 1 else ""
         logger.info("%s%s", fullest.line, others)
     return fullest
+
+
+def _find_useless_copies(
+    config: LocalConfig,
+    topology: Topology,
+    needs: Sequence[Need],
+    holders: Sequence[Sequence[int]],
+    turns: int,
+) -> str | None:
+    """Say that copies protect nothing where all ranks fail together, and what they cost."""
+    factor, jump = config.replication.factor, config.replication.jump
+    world_size = topology.world_size
+    nodes = len(set(topology.nodes)) if jump is None else math.ceil(world_size / jump)
+    if factor == 1 or nodes > 1:
+        return None
+    if world_size == 1:
+        return (
+            f"checkpoint.local.replication.factor is {factor}, but the job has one rank: no copy "
+            "is made, and a lost node loses its local checkpoints."
+        )
+    cost = turns * sum(
+        needs[owner].image_bytes * (len(ranks) - 1) for owner, ranks in enumerate(holders)
+    )
+    return (
+        f"checkpoint.local.replication.factor is {factor}, but all {world_size} ranks are on one "
+        f"node ({topology.seats[0].node}): its copies protect against nothing, since they are lost "
+        f"together with what they copy, and take {_size(cost)} there ({turns} files in turn).\n"
+        "Set local.replication.factor=1; or, where host names do not tell nodes apart, name them "
+        "with HOLDFAST_NODE or local.replication.jump."
+    )
 
 
 def _fullest(budgets: Sequence[Budget | None]) -> Budget:
