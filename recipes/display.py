@@ -84,20 +84,19 @@ class Display:
         self._console.print(line, markup=False)
 
     def show_load(self, iteration: int, result: object, config: CheckpointConfig) -> None:
-        """Say what was resumed, or that nothing was, and what was passed over and why."""
+        """Say what was resumed, or that nothing was; what was passed over is logged by holdfast."""
         store, local = config.persistent.directory, config.local.directory
         where, tier = store, ""
         if isinstance(result, LoadResult):
-            for skipped in result.skipped:
-                place = " the local" if skipped.tier == LOCAL else ""
-                self.say(f"skipped{place} {skipped.path}: {skipped.reason}")
             where = str(result.path or store)
             if local is not None and result.tier is not None:
                 tier = f", {result.tier} tier"
                 is_told = any(each.tier == LOCAL for each in result.skipped)
                 if result.tier != LOCAL and config.load.directory is None and not is_told:
                     tier += f"; {local} holds nothing newer"
-        if iteration > 0:
+        if isinstance(result, LoadResult) and result.is_pretrained:
+            self.say(f"starting from step {iteration} with what {where} holds")
+        elif iteration > 0:
             self.say(f"resumed from iteration {iteration} of {where}{tier}")
         elif store is not None:
             elsewhere = "" if local is None else f" or {local}"

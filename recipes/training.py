@@ -9,7 +9,6 @@ of processes.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from due import LOCAL, PERSISTENT, find_due_tier
 from gpt import GPT, floating_point_operations_per_token
 from holdfast import (
     CheckpointLoadContext,
-    CheckpointManager,
     CheckpointSaveContext,
     GlobalState,
     LoadResult,
@@ -48,14 +46,15 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
     run_dir, store = Path(config.run_dir), config.checkpoint.persistent.directory
     job = _build(config, processes, display)
     progress = job.state.train_state
-    manager, result = _load(config, job)
+    manager = create_checkpoint_manager(config.checkpoint)
+    result = manager.load(job.load_context())
     progress.step, progress.floating_point_operations_so_far = result
     display.show_load(progress.step, result, config.checkpoint)
     if config.checkpoint.local.directory is not None and isinstance(result, LoadResult):
         display.show_sources(processes.gather(result.sources))
     saves = MeasuredSaves(manager, display.say)
     if progress.step >= config.steps:
-        if _is_only_local(result, store):  # the end came between the commits to the two tiers
+        if _is_in_memory_alone(result):  # the end came between the commits to the two tiers
             saves.save(job.save_context(PERSISTENT))
         saves.finalize(job.state, last=True)
         display.say(f"already complete: {progress.step} of {config.steps} steps are done")
@@ -192,36 +191,9 @@ def _run_steps(job: _Job, saves: MeasuredSaves, log: LossLog, crash: CrashPlan) 
         saves.finalize(state)
 
 
-def _load(config: RunConfig, job: _Job) -> tuple[CheckpointManager, LoadResult]:
-    """Load what this run goes on from; return it with the manager that loaded it.
-
-    A run that began from another's checkpoint would begin from it again each time the same command
-    is typed, and be refused when it saves beside its own newer checkpoints. So where `load` names a
-    directory and the run has saved before, in whichever tier, its own checkpoints are tried first.
-    """
-    settings = config.checkpoint
-    named, own = settings.load.directory, settings.persistent.directory
-    has_saved = own is not None and Path(own, "run.json").exists()
-    # A name that was mistyped is refused, whatever is here.
-    if named is not None and settings.load.step is None and has_saved and Path(named).exists():
-        load = dataclasses.replace(settings.load, directory=None, on_missing="start_fresh")
-        manager = create_checkpoint_manager(dataclasses.replace(settings, load=load))
-        result = manager.load(job.load_context())
-        iteration, _ = result
-        if iteration > 0:
-            job.display.say(f"{own} has checkpoints of its own by now; not loading from {named}")
-            return manager, result
-        manager.finalize_async_saves(job.state, blocking=True, terminate=True)
-    manager = create_checkpoint_manager(settings)
-    return manager, manager.load(job.load_context())
-
-
-def _is_only_local(result: object, store: str | None) -> bool:
-    """Whether what was loaded lies in memory and is not what the store's tracker names."""
-    if not isinstance(result, LoadResult) or result.tier != LOCAL or store is None:
-        return False
-    tracker = Path(store, "latest_checkpointed_iteration.txt")
-    return not tracker.exists() or tracker.read_text().strip() != str(result.iteration)
+def _is_in_memory_alone(result: object) -> bool:
+    """Whether a load says that the persistent tier lacks what it took."""
+    return isinstance(result, LoadResult) and not result.is_durable
 
 
 class _ValidationSet:

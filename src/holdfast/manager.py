@@ -296,6 +296,8 @@ class DefaultCheckpointManager:
                 found=True,
                 tier=checkpoint.manifest.tier,
                 path=checkpoint.path,
+                is_durable=True,
+                is_pretrained=True,
                 skipped=search.skipped(selected),
                 sources=opened.contents.sources(),
             )
@@ -309,6 +311,8 @@ class DefaultCheckpointManager:
             found=True,
             tier=checkpoint.manifest.tier,
             path=checkpoint.path,
+            is_durable=selected.is_durable,
+            is_pretrained=selected.is_parent,
             skipped=search.skipped(selected),
             sources=opened.contents.sources(),
         )

@@ -142,6 +142,11 @@ class LoadResult:
     path: Path | None = None
     skipped: tuple[SkippedCheckpoint, ...] = ()
     """Newer candidates that were passed over, newest first, each with its reason."""
+    is_durable: bool = False
+    """Whether the persistent tier has what was loaded: a local commit may be newer than all of
+    it."""
+    is_pretrained: bool = False
+    """Whether the run began from `load.pretrained` instead of a checkpoint of its own."""
     sources: tuple[ShardSource, ...] = ()
     """Where this rank's tensors came from: its own files, copies at peers, the persistent tier."""
 

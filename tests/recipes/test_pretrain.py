@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from display import describe_command
 from drill import DrillError, Launch, drill
@@ -82,12 +83,22 @@ def test_a_run_moves_to_another_directory(pretrain: Pretrain) -> None:
     _printed(pretrain("steps=4"))
     before = sorted(path.name for path in STORE.iterdir())
     overrides = ["recipe=resume_elsewhere", "steps=7"]
-    assert "resumed from iteration 4" in _printed(pretrain(*overrides))
-    shutil.rmtree("runs/elsewhere/checkpoints/iter_0000007")
     printed = _printed(pretrain(*overrides))
-    assert "not loading from runs/pretrain/checkpoints" in printed
-    assert "resumed from iteration 6" in printed
+    assert f"starting from step 4 with what {STORE.absolute()}/iter_0000004 holds" in printed
+    shutil.rmtree("runs/elsewhere/checkpoints/iter_0000007")
+    assert "resumed from iteration 6" in _printed(pretrain(*overrides))
     assert sorted(path.name for path in STORE.iterdir()) == before
+
+
+def test_a_run_begins_with_the_weights_of_another(pretrain: Pretrain) -> None:
+    """Only the model is taken over, once; then the same command resumes the new run."""
+    _printed(pretrain("steps=4"))
+    overrides = ["run_dir=tuned", "steps=3", f"checkpoint.load.pretrained.directory={STORE}"]
+    printed = _printed(pretrain(*overrides))
+    assert f"starting from step 0 with what {STORE.absolute()}/iter_0000004 holds" in printed
+    first = read_losses(Path("tuned")).training[1]
+    assert first != read_losses(Path("runs/pretrain")).training[1]
+    assert "already complete: 3 of 3 steps" in _printed(pretrain(*overrides))
 
 
 def test_a_run_that_saves_nothing_says_so(pretrain: Pretrain) -> None:
@@ -97,40 +108,73 @@ def test_a_run_that_saves_nothing_says_so(pretrain: Pretrain) -> None:
     assert not list(STORE.glob("iter_*"))
 
 
-BRIDGE_STYLE_MANAGER = """
+THREE_METHODS = """
+import os
+import torch
+
 class Manager:
     def __init__(self, checkpoint_config):
-        self.directory = checkpoint_config.options["directory"]
+        rank = os.environ.get("RANK", "0")
+        self.path = f"{checkpoint_config.options['path']}-{rank}.pt"
 
     def save(self, ctx, callback_manager):
-        with open(self.directory, "w") as file:
-            file.write(str(ctx.state.train_state.step))
+        step = ctx.state.train_state.step
+        torch.save((step, ctx.model.state_dict(), ctx.optimizer.state_dict()), self.path)
 
     def load(self, ctx):
         try:
-            with open(self.directory) as file:
-                return int(file.read()), 0
+            step, model, optimizer = torch.load(self.path, weights_only=False)
         except FileNotFoundError:
             return 0, 0
+        ctx.model.load_state_dict(model)
+        ctx.optimizer.load_state_dict(optimizer)
+        return step, 0
 
     def finalize_async_saves(self, state, blocking, terminate):
         pass
 """
+"""A manager made for Megatron-Bridge's protocol, and nothing more."""
+NAMED = ["checkpoint.custom_manager_class=three_methods.Manager", "+checkpoint.options.path=own"]
 
 
-def test_a_manager_in_the_working_directory_is_found(pretrain: Pretrain) -> None:
-    """Another manager by one setting: a plain pair from load, no events, still a table."""
-    Path("bridge_style.py").write_text(BRIDGE_STYLE_MANAGER)
-    overrides = ["checkpoint.custom_manager_class=bridge_style.Manager"]
-    overrides.append("+checkpoint.options.directory=step.txt")
-    try:
-        printed = _printed(pretrain(*overrides, "steps=5"))
-        assert "asked for" in printed
-        printed = _printed(pretrain(*overrides, "steps=8"))
-    finally:
-        sys.modules.pop("bridge_style", None)
+@pytest.fixture
+def named(tmp_path: Path) -> Iterator[list[str]]:
+    """Return the settings that name that manager, whose module lies in the working directory."""
+    (tmp_path / "three_methods.py").write_text(THREE_METHODS)
+    yield NAMED
+    sys.modules.pop("three_methods", None)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["", "recipe=quickstart", "recipe=tiered", "recipe=crash_drill", "recipe=resume_elsewhere",
+     "checkpoint=sync"],
+)  # fmt: skip
+def test_every_mode_runs_with_a_manager_of_three_methods(
+    pretrain: Pretrain, named: list[str], mode: str
+) -> None:
+    """Found in the working directory: a plain pair from load, no events, still a table."""
+    overrides = [*filter(None, [mode]), *named, "crash_at_step=null", "run_dir=run"]
+    printed = _printed(pretrain(*overrides, "steps=5"))
+    assert "asked for" in printed
+    printed = _printed(pretrain(*overrides, "steps=8"))
     assert "resumed from iteration 5" in printed
-    assert Path("step.txt").read_text() == "8"
+    assert torch.load("own-0.pt", weights_only=False)[0] == 8
+    assert "already complete: 8 of 8 steps" in _printed(pretrain(*overrides, "steps=8"))
+
+
+@pytest.mark.parametrize("mode", ["parallel=ddp", "parallel=fsdp", "recipe=lost_node"])
+def test_every_parallel_mode_runs_with_a_manager_of_three_methods(
+    text: Path, named: list[str], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Two processes train, save and resume with it."""
+    monkeypatch.chdir(text.parent)
+    overrides = [mode, *named, "crash_at_step=null", "run_dir=run"]
+    first = _torchrun(text, *overrides)
+    assert first.returncode == 0, first.stdout
+    second = _torchrun(text, *overrides, "steps=8")
+    assert second.returncode == 0, second.stdout
+    assert "resumed from iteration 6" in second.stdout
 
 
 def test_the_mirror_holds_what_the_store_holds(pretrain: Pretrain) -> None:

@@ -107,24 +107,24 @@ def test_what_is_passed_over_in_memory_is_told(pretrain: Pretrain, memory: Path)
     with newest.open("r+b") as file:
         file.truncate(newest.stat().st_size // 2)
     printed = _printed(pretrain(*overrides, interval=None))
-    assert "skipped the local 0/iter_0000006_0_local.pt: " in printed
-    assert "it was torn" in printed
+    assert "warning: iteration 5 is loaded although later ones are there" in printed
+    assert "0/iter_0000006_0_local.pt: does not end as a shard file does: it was torn" in printed
     assert "resumed from iteration 5 of " in printed
 
 
 def test_another_run_begins_from_disk_and_goes_on_from_its_own_memory(
     pretrain: Pretrain, memory: Path
 ) -> None:
-    """A named checkpoint is taken from disk, newer local ones or not, and that once."""
+    """Another run's checkpoint is taken from disk, newer local ones or not, and that once."""
     overrides = [*TIERED, "steps=9", "checkpoint.persistent.save_interval=4"]
     _leave_at(pretrain, 6, 4, memory, overrides)
-    named = ["checkpoint.load.directory=run/checkpoints", "run_dir=tuned"]
+    named = ["checkpoint.load.pretrained.directory=run/checkpoints", "run_dir=tuned"]
+    named.append("checkpoint.load.pretrained.what=everything")
     # It dies before its first persistent save: what it has is in memory alone.
     printed = _printed(pretrain(*overrides, *named, "steps=7", interval=None))
-    assert f"resumed from iteration 4 of {STORE.absolute()}/iter_0000004, persistent" in printed
+    assert f"starting from step 4 with what {STORE.absolute()}/iter_0000004 holds" in printed
     shutil.rmtree("tuned/checkpoints/iter_0000007")
     printed = _printed(pretrain(*overrides, *named, interval=None))
-    assert "not loading from run/checkpoints" in printed
     assert "resumed from iteration 7 of " in printed
     assert ", local tier" in printed
 
