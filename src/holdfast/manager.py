@@ -40,7 +40,8 @@ from holdfast.protocol import (
 from holdfast.restoring import Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
-from holdfast.state.capture import AppState, Place
+from holdfast.state.capture import AppState
+from holdfast.state.rank_state import Place
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import LOCAL, Tiers
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
@@ -90,6 +91,7 @@ class DefaultCheckpointManager:
         self._channels: list[Coordinator] | None = None
         self._calls = 0
         self._is_budgeted = False
+        self._has_warned_of_data = False
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -109,6 +111,7 @@ class DefaultCheckpointManager:
         self._tiers.wait_restored(self._rank())
         control, writer, drainer = self._begin_call()
         save = _describe(ctx, callback_manager, started)
+        self._warn_of_data(ctx.train_data_iterator, control.rank)
         try:
             self._tiers.admit(control, to_local=not is_persistent)
             with collection_put_off():
@@ -172,6 +175,20 @@ class DefaultCheckpointManager:
         than an optimizer's step; elsewhere it has nothing to wait for.
         """
         self._snapshotter.wait()
+
+    def _warn_of_data(self, data: Any | None, rank: int) -> None:
+        """Name an iterator whose position cannot be restored, at the first save that has one."""
+        if data is None or self._has_warned_of_data:
+            return
+        self._has_warned_of_data = True
+        missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(data, name)]
+        if missing and rank == 0:
+            logger.warning(
+                "train_data_iterator is a %s without %s: its position is not saved, and a resumed "
+                "run reads its data from the beginning",
+                type(data).__name__,
+                " and ".join(missing),
+            )
 
     @property
     def progress(self) -> Progress:

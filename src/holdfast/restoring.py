@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from holdfast.coordination import Coordinator
-from holdfast.errors import CorruptCheckpointError, StageFailedError, StageTimeoutError
+from holdfast.errors import CheckpointError, CorruptCheckpointError, RankFailure
+from holdfast.failures import is_process_failure
 from holdfast.filesystem import Filesystem
 from holdfast.shards.sharing import ReadAlone, Reading, ReadShared
-from holdfast.state.capture import AppState, Place, SavedRun, SavedTensors
+from holdfast.state.capture import AppState
+from holdfast.state.comparing import SavedTensors
+from holdfast.state.rank_state import Place, SavedRun
 from holdfast.state.safety import decode
 from holdfast.store import Checkpoint
 from holdfast.tiers.reading import Contents, open_contents, verify_together
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 3
 """Damaged files that one message lists."""
+_RANK_KEYS = ("rng", "data", "data_rank", "data_size")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def open_verified(
             states = [_read_rank_state(contents, place.rank, filesystem)]
         if not states or not place.reads_on_from(states[0]):
             states = [_read_rank_state(contents, rank, filesystem) for rank in range(saved_size)]
-        shared = decode(contents.shared_state, str(checkpoint.path))
+        shared = _as_state(decode(contents.shared_state, str(checkpoint.path)), (), checkpoint)
         opened.append(Opened(contents, shared, states))
 
     _read_together("open", read, checkpoint, coordinator)
@@ -124,9 +128,10 @@ def open_local(
         ranks = sorted(contents.rank_states)
         if place.rank in ranks and suffices(contents.rank_states[place.rank]):
             ranks = [place.rank]
-        states = [state_of(rank) for rank in ranks]
+        at = contents.checkpoint
+        states = [_as_state(state_of(rank), _RANK_KEYS, at) for rank in ranks]
         assert contents.shared_state is not None
-        shared = decode(contents.shared_state, str(contents.checkpoint.path))
+        shared = _as_state(decode(contents.shared_state, str(at.path)), (), at)
         opened.append(Opened(contents, shared, states))
 
     _read_together("open", read, contents.checkpoint, coordinator)
@@ -138,9 +143,12 @@ def _read_together(
 ) -> None:
     """Read on every rank; what any of them finds damaged is told to all, file by file.
 
+    `work` reads the checkpoint's own files and calls nothing of the user's, so that a file that
+    cannot be read is damage. Anything else that fails is no reason to take an older checkpoint.
+
     Raises:
         CorruptCheckpointError: on every rank, the same.
-        StageTimeoutError: a rank is gone, for which the checkpoint is not to blame.
+        StageFailedError: a rank failed or is gone; the checkpoint is not to blame.
     """
 
     def find_damage() -> CorruptCheckpointError | None:
@@ -148,14 +156,15 @@ def _read_together(
             work()
         except CorruptCheckpointError as error:
             return error
+        except OSError as error:
+            if isinstance(error, CheckpointError) or is_process_failure(error):
+                raise
+            failure = RankFailure.of(coordinator.rank, error)
+            reason = f"cannot be read on rank {failure.rank}: {failure.reason}"
+            return CorruptCheckpointError(failure.path or str(checkpoint.path), reason)
         return None
 
-    try:
-        found = coordinator.together(stage, find_damage)
-    except StageTimeoutError:
-        raise
-    except StageFailedError as error:
-        raise CorruptCheckpointError(str(checkpoint.path), str(error)) from error
+    found = coordinator.together(stage, find_damage)
     # Ranks that read the same file say the same of it.
     damages = list({str(each): each for each in found if each is not None}.values())
     if len(damages) == 1:
@@ -184,7 +193,9 @@ class Restoration:
             reader, values = opened.contents.reader, opened.contents.values
             tensors = reader.tensors()
             key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
-            self._saved = SavedTensors(tensors, values, key_paths, opened.shared.get("hollow", ()))
+            hollow = opened.shared.get("hollow", ())
+            held = reader.metadata.state_dict_metadata
+            self._saved = SavedTensors(tensors, values, key_paths, hollow, held)
         self._filled: dict[str, Any] = {}
 
     def compare(self, strict: bool, accept_data_restart: bool) -> None:
@@ -204,6 +215,7 @@ class Restoration:
 
         Raises:
             CorruptCheckpointError: on every rank; tensors hold wrong values.
+            StageFailedError: on every rank; a rank failed, and the checkpoint is not to blame.
         """
         if (saved := self._saved) is None:
             return
@@ -211,17 +223,18 @@ class Restoration:
         reader = self._opened.contents.reader
         targets: dict[str, torch.Tensor] = {}
 
-        def find_targets() -> dict[str, torch.Tensor]:
+        def find_targets() -> None:
             targets.update(self._app.targets(saved))
-            return targets
 
-        self._opened.contents.bring(find_targets, coordinator)
+        # Before reading: what a hook of the user's raises is not damage of a file.
+        coordinator.settle("targets", find_targets, lambda _: None)
+        self._opened.contents.bring(lambda: targets, coordinator)
         reading: Reading = ReadAlone()
         if self._broadcast and coordinator.world_size > 1:
-            reading = ReadShared.agree(find_targets, reader, coordinator)
+            reading = ReadShared.agree(lambda: targets, reader, coordinator)
 
         def read() -> None:
-            reading.read(reader, targets or find_targets())
+            reading.read(reader, targets)
             self._filled = {**saved.values, **targets}
 
         _read_together("read", read, self._opened.checkpoint, coordinator)
@@ -241,5 +254,16 @@ class Restoration:
 
 def _read_rank_state(contents: Contents, rank: int, filesystem: Filesystem) -> dict[str, Any]:
     content = contents.read_rank_state(rank, filesystem)
-    state: dict[str, Any] = decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
-    return state
+    state = decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
+    return _as_state(state, _RANK_KEYS, contents.checkpoint)
+
+
+def _as_state(value: Any, keys: Sequence[str], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return small state that has these keys.
+
+    Raises:
+        CorruptCheckpointError: it has not; what matched its digest is no state of ours.
+    """
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise CorruptCheckpointError(str(checkpoint.path), "holds no state where one should be")
+    return value

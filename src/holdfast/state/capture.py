@@ -29,39 +29,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedStateError
-from holdfast.protocol import ReshardableData, Stateful
+from holdfast.errors import UnsupportedStateError
+from holdfast.protocol import Stateful
 from holdfast.state.bindings import Bindings, Leaves
+from holdfast.state.comparing import Differences, SavedTensors, compare_model, is_extra
 from holdfast.state.landed import finish_optimizers, has_landed
 from holdfast.state.plain import model_state, optimizer_state
-from holdfast.state.rng import apply_rng, capture_rng, reseed
+from holdfast.state.rank_state import Place, SavedRun, apply_data, apply_generators, check_data
+from holdfast.state.reachable import check_reachable
+from holdfast.state.rng import capture_rng
 from holdfast.state.safety import check_plain
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands in the job."""
-
-    rank: int
-    world_size: int
-    data_rank: int
-    """Rank among those that read different data."""
-    data_size: int
-
-    @classmethod
-    def of(cls, rank: int, world_size: int, pg_collection: Any | None) -> Place:
-        """Read the data-parallel group from `pg_collection.dp`; None: every rank of the world."""
-        group = getattr(pg_collection, "dp", None)
-        if group is None:
-            return cls(rank, world_size, rank, world_size)
-        return cls(rank, world_size, group.rank(), group.size())
-
-    def reads_on_from(self, state: Mapping[str, Any]) -> bool:
-        """Whether a rank's saved data state is that of the reader which this rank is now."""
-        saved = (state["data_rank"], state["data_size"])
-        return saved == (self.data_rank, self.data_size)
 
 
 @dataclass(frozen=True)
@@ -76,42 +55,6 @@ class Captured:
     """This rank's own: RNG and data."""
     bindings: Bindings | None
     """Where the leaves live, for the next capture. None: they cannot be looked up."""
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """What a checkpoint says of the run that wrote it, as far as applying needs it."""
-
-    run_id: str
-    iteration: int
-    world_size: int
-
-
-@dataclass(frozen=True)
-class SavedTensors:
-    """What the shard files of a checkpoint hold, by the flat names that DCP makes."""
-
-    tensors: Mapping[str, TensorStorageMetadata]
-    values: Mapping[str, Any]
-    """Everything that is no tensor."""
-    key_paths: Mapping[str, Sequence[Any]]
-    """The nested keys of each flat name: texts for mappings, numbers for lists."""
-    hollow: Sequence[Sequence[str]]
-    """The nested keys of mappings without a leaf, which DCP does not write."""
-
-    def model_names(self) -> set[str]:
-        """Return the names of the model's state; a nested extra state counts as one."""
-        paths = [*self.key_paths.values(), *self.hollow]
-        return {f"model.{path[1]}" for path in paths if path[0] == "model" and path[1:]}
-
-    def parameter_names(self) -> set[str]:
-        """Return the names of the parameters that the saved optimizer had."""
-        return {
-            name
-            for key, path in self.key_paths.items()
-            if path[:2] == ("optimizer", "param_groups") and path[3:] == ("params",)
-            for name in self.values[key]
-        }
 
 
 class _OptimizerView:
@@ -161,6 +104,7 @@ class AppState:
         self.optimizers = optimizers
         self._optimizers = [_OptimizerView(each) for each in optimizers]
         self._scheduler = scheduler
+        self._given_data = data
         self._data = data if isinstance(data, Stateful) else None
         self._place = place
 
@@ -182,16 +126,17 @@ class AppState:
             leaves = self.gather_leaves()
             bindings = Bindings.bind(self._model, self.optimizers, leaves)
         else:
+            check_reachable(leaves.values)
             for name, value in leaves.values.items():
                 if not isinstance(value, torch.Tensor):
                     check_plain(value, name)
         shared = {
-            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "hollow": list(leaves.hollow),
         }
         rank = {
             "rng": rng,
-            "data": self._data.state_dict() if self._data else None,
+            "data": None if self._data is None else self._data.state_dict(),
             "data_rank": self._place.data_rank,
             "data_size": self._place.data_size,
         }
@@ -206,6 +151,7 @@ class AppState:
         Raises:
             UnsupportedStateError: some state could not be read back safely.
         """
+        check_reachable(self._optimized)
         tensors: dict[str, Any] = {"model": self._model_state()}
         if self._optimizers:
             tensors["optimizer"] = self._optimizer_state()
@@ -213,6 +159,7 @@ class AppState:
             check_plain(value, key)
             _check_keys(value, key)
         flat, paths = flatten_state_dict(tensors)
+        check_reachable(flat)
         stepped = {
             _address(parameter)
             for optimizer in self.optimizers
@@ -247,31 +194,79 @@ class AppState:
         `saved` None: model and optimizer are left alone.
 
         Raises:
-            StateMismatchError: shapes differ, or `strict` and anything else does.
+            StateMismatchError: shapes differ, nothing fits, or `strict` and anything else does.
+            UnsupportedStateError: live tensors that no value could be restored into.
         """
-        missing, unexpected, different = [], [], []
+        found = Differences()
         if saved is not None:
-            live, saved_model = self._live_model, saved.model_names()
-            missing = sorted(
-                name for name, value in live.items()
-                if name not in saved_model and not _is_hollow(value)
-            )  # fmt: skip
-            unexpected = sorted(saved_model - set(live))
-            different = _find_different(live, saved.tensors, strict)
+            live = self._live_model
+            self._check_reachable(live, saved)
+            found = compare_model(live, saved, path, strict)
             if self._optimizers:
                 live_names, saved_names = self._parameter_names, saved.parameter_names()
-                missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
-                unexpected += [f"optimizer.{name}" for name in sorted(saved_names - live_names)]
+                found.missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
+                found.unexpected += [
+                    f"optimizer.{name}" for name in sorted(saved_names - live_names)
+                ]
         if self._scheduler is not None and shared.get("scheduler") is None:
-            missing.append("scheduler")
+            found.missing.append("scheduler")
         if self._data is not None and rank["data"] is None:
-            missing.append("data")
-        if different or (strict and (missing or unexpected)):
-            raise StateMismatchError(path, missing, unexpected, different)
-        for name in missing:
-            logger.warning("%s: %s is not in the checkpoint and keeps its value", path, name)
-        for name in unexpected:
-            logger.warning("%s: %s is in the checkpoint only and is left out", path, name)
+            found.missing.append("data")
+        found.refuse(path, strict)
+        if self._place.rank == 0:
+            if (summary := found.summary()) is not None:
+                logger.warning("%s is loaded in part. %s", path, summary)
+            for left_out in self._not_asked_for(saved, shared, rank):
+                logger.warning("%s: %s", path, left_out)
+
+    def _check_reachable(self, live: Mapping[str, Any], saved: SavedTensors) -> None:
+        """Refuse live tensors that no value could be restored into.
+
+        Raises:
+            UnsupportedStateError: naming them.
+        """
+        check_reachable(live)
+        check_reachable(
+            {name: each for name, each in live.items() if name in saved.tensors}, written_to=True
+        )
+        # Those that an optimizer was given before the model was materialised are in no model.
+        check_reachable(self._optimized)
+        if self._optimizers:
+            check_reachable(
+                {
+                    f"optimizer.state.{owner}.{key}": value
+                    for owner, entries in self._live_optimizer["state"].items()
+                    for key, value in entries.items()
+                }
+            )
+
+    @property
+    def _optimized(self) -> dict[str, torch.Tensor]:
+        """The parameters of all optimizers, by where they are in them."""
+        return {
+            f"optimizer.param_groups[{number}].params[{position}]": parameter
+            for optimizer in self.optimizers
+            for number, group in enumerate(optimizer.param_groups)
+            for position, parameter in enumerate(group["params"])
+        }
+
+    def _not_asked_for(
+        self, saved: SavedTensors | None, shared: Mapping[str, Any], rank: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Say what the checkpoint holds and this load has no object for."""
+        if saved is not None and not self._optimizers and saved.parameter_names():
+            yield "it holds optimizer state, and this load was given no optimizer: left out"
+        if self._scheduler is None and shared.get("scheduler") is not None:
+            yield "it holds scheduler state, and this load was given no scheduler: left out"
+        if self._data is None and rank.get("data") is not None:
+            given = self._given_data
+            why = "was given no data iterator"
+            if given is not None:
+                why = f"was given a {type(given).__name__}, which has no load_state_dict"
+            yield (
+                f"it holds a data position, and this load {why}: left out. Give it to an iterator "
+                "that is built later with restore_data(iterator)"
+            )
 
     def targets(self, saved: SavedTensors) -> dict[str, torch.Tensor]:
         """Return the tensors to fill, by flat name: live ones where they exist, else new ones."""
@@ -282,7 +277,7 @@ class AppState:
             path = saved.key_paths[name]
             if path[0] == "model":
                 target = live.get(f"model.{path[1]}")
-                if isinstance(target, torch.Tensor) and not _is_extra(name):
+                if isinstance(target, torch.Tensor) and not is_extra(name):
                     found[name] = target
                 elif f"model.{path[1]}" in live:  # part of a module's extra state
                     found[name] = _new(source)
@@ -343,64 +338,19 @@ class AppState:
             self._scheduler.load_state_dict(shared["scheduler"])
 
     def check_data(self, rank: Mapping[str, Any], path: str, accept_restart: bool) -> None:
-        """Say early whether the data state can be taken over, touching nothing.
+        """Say early whether the data state can be taken over, touching nothing; see `rank_state`.
 
         Raises:
             DataReshardError: another data-parallel size, and the loader cannot reshard.
         """
-        if self._data is None or rank["data"] is None:
-            return
-        saved_data_size = rank["data_size"]
-        if saved_data_size == self._place.data_size:
-            return
-        if not isinstance(self._data, ReshardableData) and not accept_restart:
-            raise DataReshardError(
-                f"{path} holds data state of {saved_data_size} data-parallel ranks, this run has "
-                f"{self._place.data_size}, and {type(self._data).__name__} has no "
-                "load_resharded_state.\nGive it one, or set load.accept_data_restart=true to start "
-                "the data from its beginning."
-            )
+        if self._data is not None:
+            check_data(self._data, rank, self._place, path, accept_restart)
 
     def apply_rank(self, states: Sequence[Mapping[str, Any]], saved: SavedRun) -> None:
         """Give data and then RNG their state. `states`: this rank's, or every saved rank's."""
-        place = self._place
-        same_world = saved.world_size == place.world_size
-        own = states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
         if self._data is not None:
-            # Other ranks may have been the reader that this one is now, but never other readers.
-            reader = next((each for each in states if place.reads_on_from(each)), None)
-            if reader is None:
-                self._reshard_data(states, own["data_size"])
-            elif reader["data"] is not None:
-                self._data.load_state_dict(reader["data"])
-        if same_world:
-            for name in apply_rng(own["rng"]):
-                logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
-            return
-        reseed(saved.run_id, saved.iteration, place.rank)
-        if place.rank == 0:
-            logger.warning(
-                "saved by %d ranks, loaded by %d: RNG reseeded from run id, iteration and rank",
-                saved.world_size,
-                place.world_size,
-            )
-
-    def _reshard_data(self, states: Sequence[Mapping[str, Any]], saved_size: int) -> None:
-        place, data = self._place, self._data
-        assert data is not None
-        by_rank = {each["data_rank"]: each["data"] for each in states}
-        ordered = [by_rank[rank] for rank in sorted(by_rank) if by_rank[rank] is not None]
-        if not ordered:
-            return
-        if isinstance(data, ReshardableData):
-            data.load_resharded_state(ordered)
-            change = "resharded"
-        else:
-            change = "restarted from its beginning (load.accept_data_restart)"
-        if place.rank == 0:
-            logger.warning(
-                "data of %d data-parallel ranks, now %d: %s", saved_size, place.data_size, change
-            )
+            apply_data(self._data, states, self._place)
+        apply_generators(states, saved, self._place)
 
     @cached_property
     def _live_model(self) -> dict[str, Any]:
@@ -433,31 +383,6 @@ def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
     return local.device, local.data_ptr()
 
 
-def _find_different(
-    live: Mapping[str, Any], saved: Mapping[str, TensorStorageMetadata], strict: bool
-) -> list[str]:
-    different = []
-    for name, target in live.items():
-        source = saved.get(name)
-        if source is None or not isinstance(target, torch.Tensor) or _is_extra(name):
-            continue
-        if source.size != target.size():
-            different.append(f"{name} is {list(source.size)}, here {list(target.size())}")
-        elif strict and source.properties.dtype != target.dtype:
-            different.append(f"{name} is {source.properties.dtype}, here {target.dtype}")
-    return different
-
-
-def _is_extra(name: str) -> bool:
-    """Whether a name is a module's extra state, which may have any shape and need not fit."""
-    return name.rpartition(".")[2] == "_extra_state"
-
-
-def _is_hollow(value: Any) -> bool:
-    """Whether a value has no leaf, so that DCP has nothing to write for it."""
-    return isinstance(value, Mapping) and all(map(_is_hollow, value.values()))
-
-
 def _find_hollow(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yield where mappings in mappings are empty."""
     for key, each in value.items():
@@ -487,7 +412,7 @@ def _check_keys(value: Any, place: str) -> None:
 
 
 def _new(saved: TensorStorageMetadata) -> torch.Tensor:
-    return torch.empty(saved.size, dtype=saved.properties.dtype)
+    return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
 
 def _fitting(present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata) -> torch.Tensor:
