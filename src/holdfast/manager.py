@@ -42,6 +42,7 @@ from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState
 from holdfast.state.rank_state import Place
+from holdfast.state.train_state import check_counters, restore_counters
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import LOCAL, Tiers
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
@@ -231,12 +232,12 @@ class DefaultCheckpointManager:
                     raise
                 self._give_up(candidate, error, failed, control)
                 continue
-            control.together("apply", restoration.apply)
+            self._apply(ctx.state, restoration, opened, control)
             if not isinstance(candidate, Checkpoint):
                 self._tiers.finish_load(writer)
             skipped = [*decision.skipped, *self._tiers.passed_over_locally(failed)]
             newer = [each for each in skipped if _is_beyond(each, opened.checkpoint.iteration)]
-            return self._finish_load(ctx.state, opened, _newest_first(newer + failed))
+            return self._finish_load(opened, _newest_first(newer + failed))
         reasons = _newest_first(
             [*decision.skipped, *failed, *self._tiers.passed_over_locally(failed)]
         )
@@ -318,15 +319,25 @@ class DefaultCheckpointManager:
 
         def compare() -> None:
             restoration.compare(strict, load.accept_data_restart)
+            counters = opened.contents.counters["train_state"]
+            check_counters(ctx.state.train_state, counters, str(opened.checkpoint.path))
 
         control.together("compare", compare)
         return restoration
 
-    def _finish_load(
-        self, state: GlobalState, opened: Opened, skipped: tuple[SkippedCheckpoint, ...]
-    ) -> LoadResult:
+    def _apply(
+        self, state: GlobalState, restoration: Restoration, opened: Opened, control: Coordinator
+    ) -> None:
+        """Give every live object its state, RNG last, and then the counters, on every rank."""
+
+        def apply() -> None:
+            restoration.apply()
+            restore_counters(state.train_state, opened.contents.counters["train_state"])
+
+        control.together("apply", apply)
+
+    def _finish_load(self, opened: Opened, skipped: tuple[SkippedCheckpoint, ...]) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
-        state.train_state.update_from(counters["train_state"])
         if checkpoint.manifest.run_id:  # else of no run: there is no lineage to go on with
             self._tiers.resume_from(checkpoint)
         return LoadResult(

@@ -9,7 +9,7 @@ signature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -45,14 +45,96 @@ class TrainState:
     def update_from(self, values: Mapping[str, Any]) -> None:
         """Overwrite the counters in place; a name that is absent keeps its value.
 
+        Names that are no counters here go to `extra`, where the checkpoint has no entry of that
+        name; a counter that was saved in `extra` becomes the field of that name, if there is one.
+
         Raises:
-            ValueError: `values` has a name that is no counter.
+            ValueError: a value is of another type than its counter; nothing was overwritten.
         """
-        known = {each.name for each in fields(self)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown train state fields: {', '.join(unknown)}")
-        for name, value in values.items():
-            setattr(self, name, value)
+        set_fields(self, values)
+
+
+def set_fields(counters: Any, values: Mapping[str, Any]) -> None:
+    """Overwrite the fields of a dataclass in place, as `TrainState.update_from`.
+
+    Raises:
+        ValueError: naming each value that is of another type; nothing was overwritten.
+    """
+    fitting, problems = fit_fields(counters, values)
+    if problems:
+        raise ValueError("; ".join(problems))
+    for name, value in fitting.items():
+        live = getattr(counters, name)
+        if is_dataclass(live) and isinstance(value, Mapping):
+            set_fields(live, value)
+        else:
+            setattr(counters, name, value)
+
+
+def fit_fields(counters: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return what each field of a dataclass would become, and what could not be taken over."""
+    live = {each.name: getattr(counters, each.name) for each in fields(counters)}
+    optional = {each.name for each in fields(counters) if "None" in str(each.type)}
+    fitting: dict[str, Any] = {}
+    problems: list[str] = []
+    extra = values.get("extra", live.get("extra"))
+    more = dict(extra) if isinstance(extra, Mapping) else {}
+    saved = dict(values)
+    for name in live.keys() & more.keys() - values.keys():
+        if _fits(name, live[name], more[name]):
+            saved[name] = more.pop(name)
+    for name, value in saved.items():
+        if name not in live:
+            if name != "step" and name not in values.get("extra", ()):
+                more[name] = value
+            continue
+        if value is None and name in optional:
+            fitting[name] = None
+            continue
+        try:
+            fitting[name] = fit_counter(name, live[name], value)
+        except ValueError as error:
+            problems.append(str(error))
+    if isinstance(live.get("extra"), Mapping) and isinstance(extra, Mapping):
+        fitting["extra"] = more
+    return fitting, sorted(problems)
+
+
+def fit_counter(name: str, live: Any, value: Any) -> Any:
+    """Return a saved value as the type of the live counter; where that has none, any will do.
+
+    Raises:
+        ValueError: naming the counter and both types.
+    """
+    kind = type(live)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    elif is_dataclass(live) and isinstance(value, Mapping):
+        _, problems = fit_fields(live, value)
+        if not problems:
+            return value
+        raise ValueError(f"in train_state.{name}: {'; '.join(problems)}")
+    elif kind not in _JSON_TYPES or type(value) is kind:
+        return value
+    raise ValueError(
+        f"train_state.{name} is saved as {value!r}, here it is of type {kind.__name__}"
+    )
+
+
+_JSON_TYPES = (bool, int, float, str, list, dict)
+
+
+def _fits(name: str, live: Any, value: Any) -> bool:
+    try:
+        fit_counter(name, live, value)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass
@@ -61,7 +143,9 @@ class GlobalState:
 
     cfg: Any = None
     """The composed run config: a dataclass, a DictConfig, a mapping or None. Saved as YAML."""
-    train_state: TrainState = field(default_factory=TrainState)
+    train_state: Any = field(default_factory=TrainState)
+    """The counters: `TrainState`, a subclass, another dataclass, or an object with `state_dict` and
+    `load_state_dict`; `step` is read from it as an attribute."""
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import pytest
@@ -43,12 +43,63 @@ def test_counters_are_restored_in_place() -> None:
     assert (state.step, state.tokens_seen) == (10, 99)
 
 
-def test_unknown_counters_change_nothing() -> None:
-    """A counter of a newer version is an error that names it, before anything was overwritten."""
-    state = TrainState(step=3)
-    with pytest.raises(ValueError, match="unknown train state fields: later, zzz"):
-        state.update_from({"step": 10, "zzz": 1, "later": 1})
-    assert state.step == 3
+def test_unknown_counters_are_kept_in_extra() -> None:
+    """A counter of a newer version or of a subclass is kept, and what is in extra by name stays."""
+    state = TrainState(step=3, extra={"mine": 1})
+    state.update_from({"step": 10, "zzz": 1, "later": [2]})
+    assert (state.step, state.extra) == (10, {"mine": 1, "zzz": 1, "later": [2]})
+    state.update_from({"step": 11, "zzz": 5, "extra": {"zzz": 9, "other": 0}})
+    assert (state.step, state.extra) == (11, {"zzz": 9, "other": 0})
+
+
+@dataclass
+class _Mine(TrainState):
+    epochs: int = 0
+    best: float | None = None
+    ratio: float = 1.0
+    phase: str = "warm"
+
+
+def test_a_subclass_resumes_its_fields_through_any_train_state() -> None:
+    """Its counters come back to it, and a base class in between keeps them."""
+    saved = json.loads(json.dumps(_Mine(step=1, epochs=3, best=2.5, phase="x").to_dict()))
+    direct, base, again = _Mine(), TrainState(), _Mine()
+    direct.update_from(saved)
+    base.update_from(saved)
+    assert base.extra == {"epochs": 3, "best": 2.5, "ratio": 1.0, "phase": "x"}
+    again.update_from(json.loads(json.dumps(base.to_dict())))
+    assert direct == again == _Mine(step=1, epochs=3, best=2.5, phase="x")
+    renamed = TrainState(extra={"epochs": "three", "best": 1.5})
+    again.update_from(renamed.to_dict())
+    assert (again.epochs, again.best, again.extra) == (3, 1.5, {"epochs": "three"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "7"), ("step", 7.5), ("step", True), ("tokens_seen", None), ("do_train", 1),
+        ("do_train", "no"), ("extra", [1]), ("epochs", [3]), ("ratio", "high"), ("phase", 4),
+        ("ratio", 10**400), ("best", None),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_an_error_that_names_the_counter(name: str, value: Any) -> None:
+    """Nothing is overwritten then; None is right only where a counter says so."""
+    state = _Mine(step=3, best=1.0)
+    if name == "best":
+        state.update_from({name: value})
+        assert state.best is None
+        return
+    with pytest.raises(ValueError, match=f"train_state.{name} is saved as"):
+        state.update_from({"skipped_train_samples": 4, name: value})
+    assert state == _Mine(step=3, best=1.0)
+
+
+def test_numbers_take_the_type_of_their_counter() -> None:
+    """A whole number written as a float counts, and a float that was whole is one again."""
+    state = _Mine()
+    state.update_from({"tokens_seen": 5e3, "ratio": 2})
+    assert (state.tokens_seen, type(state.tokens_seen)) == (5000, int)
+    assert (state.ratio, type(state.ratio)) == (2.0, float)
 
 
 def test_saved_counters_do_not_follow_the_live_ones() -> None:
