@@ -18,6 +18,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |   `-- StatePartlyLoadedError                        ... and live state was already overwritten
     |-- StateMismatchError             (ValueError)       names or shapes differ from the live state
     |   `-- NothingFitsError                              ... and not one tensor of the model fits
+    |-- NothingLoadedError             (RuntimeError)     asked for again, and no load has found it
     |-- UnsupportedStateError          (TypeError)        state that no safe loader could read back
     |-- DataReshardError               (ValueError)       data state of another world size
     |-- StoreIdentityError             (ValueError)       the store belongs to another run
@@ -181,6 +182,10 @@ class NothingFitsError(StateMismatchError):
             "Nothing would be restored, strict or not. Load the model that was saved, or "
             "save it under these names."
         )
+
+
+class NothingLoadedError(CheckpointError, RuntimeError):
+    """Something of the last load was asked for again, and no load has found it."""
 
 
 class UnsupportedStateError(CheckpointError, TypeError):

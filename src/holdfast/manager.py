@@ -8,8 +8,10 @@ every turn together and that an outcome is told once. What a stage does is its r
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +23,7 @@ from holdfast.errors import (
     ConfigError,
     CorruptCheckpointError,
     NoLoadableCheckpointError,
+    NothingLoadedError,
     StageFailedError,
     StatePartlyLoadedError,
 )
@@ -35,14 +38,21 @@ from holdfast.protocol import (
     CheckpointSaveContext,
     GlobalState,
     LoadResult,
+    Restored,
     SkippedCheckpoint,
 )
-from holdfast.restoring import Opened, Restoration, open_local, open_verified
+from holdfast.restoring import LoadedStates, Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState
+from holdfast.state.overrides import Overrides
 from holdfast.state.rank_state import Place
-from holdfast.state.train_state import check_counters, restore_counters
+from holdfast.state.train_state import (
+    check_counters,
+    read_counters,
+    restore_counters,
+    without_fields,
+)
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import LOCAL, Tiers
 from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
@@ -93,6 +103,11 @@ class DefaultCheckpointManager:
         self._calls = 0
         self._is_budgeted = False
         self._has_warned_of_data = False
+        self._has_loaded = False
+        self._loaded: LoadedStates | None = None
+        self._overrides = Overrides.of(
+            checkpoint_config.load.override, rng=checkpoint_config.load.rng
+        )
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -233,11 +248,12 @@ class DefaultCheckpointManager:
                 self._give_up(candidate, error, failed, control)
                 continue
             self._apply(ctx.state, restoration, opened, control)
+            self._has_loaded, self._loaded = True, restoration.loaded
             if not isinstance(candidate, Checkpoint):
                 self._tiers.finish_load(writer)
             skipped = [*decision.skipped, *self._tiers.passed_over_locally(failed)]
             newer = [each for each in skipped if _is_beyond(each, opened.checkpoint.iteration)]
-            return self._finish_load(opened, _newest_first(newer + failed))
+            return self._finish_load(opened, restoration.restored, _newest_first(newer + failed))
         reasons = _newest_first(
             [*decision.skipped, *failed, *self._tiers.passed_over_locally(failed)]
         )
@@ -250,8 +266,41 @@ class DefaultCheckpointManager:
                 "Name the store with checkpoint.load.directory, or set on_missing=start_fresh."
             )
         self._foretell(ctx, None, control)
+        self._has_loaded, self._loaded = True, None
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         return LoadResult()
+
+    def restore_rng(self) -> None:
+        """Give the random number generators the state that the last load found, again.
+
+        For loops that draw numbers between `load` and their first step. Nothing happens where the
+        load found no checkpoint, or where `load.rng` or `load.override` leaves them as they are.
+
+        Raises:
+            NothingLoadedError: `load` has not been called.
+        """
+        self._check_loaded("restore_rng")
+        if self._loaded is not None:
+            self._loaded.restore_rng()
+
+    def restore_data(self, iterator: Any) -> None:
+        """Give an iterator that is built after `load` the data position that the load found.
+
+        Raises:
+            NothingLoadedError: no load has found a checkpoint with a data position.
+            UnsupportedStateError: the iterator has no `load_state_dict`.
+            DataReshardError: as for `load`.
+        """
+        self._check_loaded("restore_data")
+        if self._loaded is None:
+            raise NothingLoadedError(
+                "restore_data: the last load found no checkpoint. Ask its result for `found` first."
+            )
+        self._loaded.restore_data(iterator, self.checkpoint_config.load.accept_data_restart)
+
+    def _check_loaded(self, method: str) -> None:
+        if not self._has_loaded:
+            raise NothingLoadedError(f"{method} gives back what a load has found: call load first.")
 
     def _foretell(
         self,
@@ -312,15 +361,19 @@ class DefaultCheckpointManager:
         restoration = Restoration(
             opened,
             app,
+            _place(ctx, control),
             with_tensors=not ctx.skip_load_to_model_and_opt,
+            overrides=self._overrides,
             broadcast=load.broadcast and opened.checkpoint.manifest.tier != LOCAL,
         )
         strict = load.strict if ctx.strict is None else ctx.strict
 
         def compare() -> None:
-            restoration.compare(strict, load.accept_data_restart)
-            counters = opened.contents.counters["train_state"]
-            check_counters(ctx.state.train_state, counters, str(opened.checkpoint.path))
+            live = ctx.state.train_state
+            names = list(read_counters(live)) if self._overrides.names else []
+            restoration.compare(strict, load.accept_data_restart, names)
+            counters = self._saved_counters(opened)
+            check_counters(live, counters, str(opened.checkpoint.path))
 
         control.together("compare", compare)
         return restoration
@@ -332,11 +385,24 @@ class DefaultCheckpointManager:
 
         def apply() -> None:
             restoration.apply()
-            restore_counters(state.train_state, opened.contents.counters["train_state"])
+            counters = self._saved_counters(opened)
+            restore_counters(state.train_state, counters)
+            if counters:
+                size_bytes = len(json.dumps(counters))
+                restoration.restored["train_state"] = Restored(0, size_bytes)
 
         control.together("apply", apply)
 
-    def _finish_load(self, opened: Opened, skipped: tuple[SkippedCheckpoint, ...]) -> LoadResult:
+    def _saved_counters(self, opened: Opened) -> dict[str, Any]:
+        """Return the counters that are to be restored; empty: the checkpoint has none."""
+        return without_fields(opened.contents.counters["train_state"], self._overrides)
+
+    def _finish_load(
+        self,
+        opened: Opened,
+        restored: Mapping[str, Restored],
+        skipped: tuple[SkippedCheckpoint, ...],
+    ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
         if checkpoint.manifest.run_id:  # else of no run: there is no lineage to go on with
             self._tiers.resume_from(checkpoint)
@@ -348,6 +414,7 @@ class DefaultCheckpointManager:
             path=checkpoint.path,
             skipped=skipped,
             sources=opened.contents.sources(),
+            restored=restored,
         )
 
     # -- ranks -----------------------------------------------------------------------------------

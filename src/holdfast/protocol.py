@@ -8,9 +8,10 @@ signature.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -215,23 +216,94 @@ class ShardSource:
 
 
 @dataclass(frozen=True)
-class LoadResult:
-    """What a load restored. Unpacks as `iteration, num_floating_point_operations_so_far`."""
+class Restored:
+    """What one component of the state got back on this rank."""
 
-    iteration: int = 0
-    num_floating_point_operations_so_far: int = 0
-    found: bool = False
+    tensors: int = 0
+    """How many tensors were filled or given back."""
+    size_bytes: int = 0
+    """What they take; of state that is no tensor, what it took in the checkpoint."""
+
+
+class LoadResult(tuple[int, int]):
+    """What a load restored: the pair `(iteration, num_floating_point_operations_so_far)`.
+
+    A tuple of two, as Megatron-Bridge's loop expects, with attributes, as `os.stat_result` is.
+    Immutable. Equal to a plain pair of the same numbers, and to another result only if all
+    attributes are equal too.
+    """
+
+    iteration: int
+    num_floating_point_operations_so_far: int
+    found: bool
     """False: nothing was there, the run starts fresh and both numbers are 0."""
-    tier: str | None = None
-    path: Path | None = None
-    skipped: tuple[SkippedCheckpoint, ...] = ()
+    tier: str | None
+    path: Path | None
+    skipped: tuple[SkippedCheckpoint, ...]
     """Newer candidates that were passed over, newest first, each with its reason."""
-    sources: tuple[ShardSource, ...] = ()
+    sources: tuple[ShardSource, ...]
     """Where this rank's tensors came from: its own files, copies at peers, the persistent tier."""
+    restored: Mapping[str, Restored]
+    """By component (`model, optimizer, scheduler, data, rng, train_state`): what this rank really
+    got back. A component that is not named kept its live state."""
+    is_durable: bool
+    """Whether what was loaded is safe from the loss of any node."""
+    is_pretrained: bool
+    """Whether it is what the run starts from, and no checkpoint of its own."""
 
-    def __iter__(self) -> Iterator[int]:
-        yield self.iteration
-        yield self.num_floating_point_operations_so_far
+    def __new__(
+        cls,
+        iteration: int = 0,
+        num_floating_point_operations_so_far: int = 0,
+        found: bool = False,
+        tier: str | None = None,
+        path: Path | None = None,
+        skipped: Sequence[SkippedCheckpoint] = (),
+        sources: Sequence[ShardSource] = (),
+        restored: Mapping[str, Restored] | None = None,
+        is_durable: bool = False,
+        is_pretrained: bool = False,
+    ) -> LoadResult:
+        result = super().__new__(cls, (iteration, num_floating_point_operations_so_far))
+        vars(result).update(
+            iteration=iteration,
+            num_floating_point_operations_so_far=num_floating_point_operations_so_far,
+            found=found,
+            tier=tier,
+            path=path,
+            skipped=tuple(skipped),
+            sources=tuple(sources),
+            restored=MappingProxyType(dict(restored or {})),
+            is_durable=is_durable,
+            is_pretrained=is_pretrained,
+        )
+        return result
+
+    def __setattr__(self, name: str, _: Any) -> None:
+        raise AttributeError(f"{name} of a load's result cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name} of a load's result cannot be deleted")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, LoadResult):
+            return vars(self) == vars(other)
+        return tuple.__eq__(self, other) if isinstance(other, tuple) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __hash__(self) -> int:
+        return tuple.__hash__(self)
+
+    def __repr__(self) -> str:
+        values = {**vars(self), "restored": dict(self.restored)}
+        return f"LoadResult({', '.join(f'{name}={each!r}' for name, each in values.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {**vars(self), "restored": dict(self.restored)}
+        return LoadResult, tuple(values.values())
 
 
 @runtime_checkable

@@ -8,27 +8,46 @@ Chooses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from holdfast.coordination import Coordinator
-from holdfast.errors import CheckpointError, CorruptCheckpointError, RankFailure
+from holdfast.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    NothingLoadedError,
+    RankFailure,
+    UnsupportedStateError,
+)
 from holdfast.failures import is_process_failure
 from holdfast.filesystem import Filesystem
+from holdfast.protocol import Restored, Stateful
 from holdfast.shards.sharing import ReadAlone, Reading, ReadShared
 from holdfast.state.capture import AppState
 from holdfast.state.comparing import SavedTensors
-from holdfast.state.rank_state import Place, SavedRun
-from holdfast.state.safety import decode
+from holdfast.state.options import describe_differences
+from holdfast.state.overrides import COMPONENTS, LiveOptions, Overrides
+from holdfast.state.rank_state import (
+    Place,
+    SavedRun,
+    apply_data,
+    apply_generators,
+    check_data,
+    own_state,
+)
+from holdfast.state.safety import decode, encode
 from holdfast.store import Checkpoint
 from holdfast.tiers.reading import Contents, open_contents, verify_together
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.tier import LocalTier
     from holdfast.tiers.local.vote import Candidate
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 3
 """Damaged files that one message lists."""
@@ -178,15 +197,67 @@ def _listed(damages: Sequence[str]) -> str:
     return "; ".join(damages[:_SHOWN]) + more
 
 
+@dataclass(frozen=True)
+class LoadedStates:
+    """What a load found of each rank's own state, for those who ask for it again later."""
+
+    states: list[dict[str, Any]]
+    """Empty: the checkpoint holds none."""
+    saved: SavedRun
+    place: Place
+    path: str
+    overrides: Overrides
+
+    def restore_rng(self) -> bool:
+        """Give the generators their state, unless the run keeps its own; return whether it did."""
+        if not self.states or self.overrides.keeps("rng"):
+            return False
+        return apply_generators(self.states, self.saved, self.place)
+
+    def restore_data(self, data: Any, accept_restart: bool) -> None:
+        """Give an iterator the saved position, unless the run keeps its own.
+
+        Raises:
+            NothingLoadedError: the checkpoint has no position.
+            UnsupportedStateError: the iterator cannot take one.
+            DataReshardError: another data-parallel size, and the iterator cannot reshard.
+        """
+        if self.overrides.keeps("data"):
+            return
+        if all(each["data"] is None for each in self.states):
+            raise NothingLoadedError(
+                f"{self.path} holds no data position: it was saved without train_data_iterator, or "
+                "with one that has no state_dict and load_state_dict."
+            )
+        if not isinstance(data, Stateful):
+            raise UnsupportedStateError(
+                f"a {type(data).__name__} has no state_dict and load_state_dict: no data position "
+                "can be restored into it."
+            )
+        own = own_state(self.states, self.place)
+        check_data(data, own, self.place, self.path, accept_restart)
+        apply_data(data, self.states, self.place)
+
+
 class Restoration:
     """An opened checkpoint and the live state that it is to fill."""
 
     def __init__(
-        self, opened: Opened, app: AppState, *, with_tensors: bool, broadcast: bool = False
+        self,
+        opened: Opened,
+        app: AppState,
+        place: Place,
+        *,
+        with_tensors: bool,
+        overrides: Overrides | None = None,
+        broadcast: bool = False,
     ) -> None:
         """`broadcast`: what every rank needs in full is read by one rank and sent to the others."""
         self._opened = opened
-        self._app = app if opened.rank_states else app.of_tensors_alone()
+        self._overrides = overrides = overrides or Overrides()
+        kept = {each for each in COMPONENTS if overrides.keeps(each)}
+        self._given = app if opened.rank_states else app.of_tensors_alone()
+        self._app = self._given.without(kept)
         self._broadcast = broadcast
         self._saved: SavedTensors | None = None
         if with_tensors:
@@ -197,18 +268,44 @@ class Restoration:
             held = reader.metadata.state_dict_metadata
             self._saved = SavedTensors(tensors, values, key_paths, hollow, held)
         self._filled: dict[str, Any] = {}
+        manifest = opened.checkpoint.manifest
+        self.loaded = LoadedStates(
+            opened.rank_states,
+            SavedRun(manifest.run_id, manifest.iteration, manifest.world_size),
+            place,
+            str(opened.checkpoint.path),
+            overrides,
+        )
+        """What can be asked for again."""
+        self.restored: dict[str, Restored] = {}
+        """By component, what this rank got back so far."""
 
-    def compare(self, strict: bool, accept_data_restart: bool) -> None:
+    def compare(
+        self, strict: bool, accept_data_restart: bool, counters: Sequence[str] = ()
+    ) -> None:
         """Refuse a checkpoint that does not fit, touching nothing.
+
+        `counters`: names of the live ones.
 
         Raises:
             StateMismatchError, DataReshardError: it is sound, but not for this run as built.
+            ConfigError: `load.override` names what is not there, or cannot be kept.
         """
-        opened = self._opened
+        opened, saved, given = self._opened, self._saved, self._given
         own = opened.rank_states[0] if opened.rank_states else {}
         path = str(opened.checkpoint.path)
-        self._app.check(path, self._saved, opened.shared, own, strict)
+        schedule = opened.shared.get("scheduler")
+        optimizers = given.optimizers if saved is not None else []
+        groups = saved.groups() if saved is not None else []
+        if self._overrides.names:
+            self._overrides.check(optimizers, given.scheduler, counters, schedule, len(groups))
+        self._app.check(path, saved, opened.shared, own, strict)
         self._app.check_data(own, path, accept_data_restart)
+        differences = describe_differences(
+            optimizers, groups, given.scheduler, schedule, self._overrides
+        )
+        if differences is not None and self.loaded.place.rank == 0:
+            logger.warning("%s: %s", path, differences)
 
     def fill(self, coordinator: Coordinator) -> None:
         """Read the tensors into place on all ranks: from here on the live state is changed.
@@ -242,14 +339,51 @@ class Restoration:
 
     def apply(self) -> None:
         """Give every live object its state; RNG last."""
-        if self._saved is not None:
-            self._app.apply(self._filled, self._saved)
-        if not self._opened.rank_states:
+        opened, given = self._opened, self._given
+        schedule = opened.shared.get("scheduler") if opened.rank_states else None
+        live = LiveOptions(
+            self._overrides,
+            given.optimizers if self._saved is not None else [],
+            self._app.scheduler if schedule is not None else None,
+        )
+        if (saved := self._saved) is not None:
+            has_optimizer = self._app.apply(self._filled, saved)
+            self._count("model")
+            if has_optimizer:
+                self._count("optimizer")
+        if opened.rank_states and self._app.apply_scheduler(opened.shared):
+            self._note("scheduler", schedule)
+        live.put_back(saved.groups(self._filled) if saved is not None else [])
+        if not opened.rank_states:
             return
-        self._app.apply_scheduler(self._opened.shared)
-        manifest = self._opened.checkpoint.manifest
-        saved = SavedRun(manifest.run_id, manifest.iteration, manifest.world_size)
-        self._app.apply_rank(self._opened.rank_states, saved)
+        if self._app.apply_data(opened.rank_states):
+            self._note("data", own_state(opened.rank_states, self.loaded.place)["data"])
+        if self.loaded.restore_rng():
+            self._note("rng", own_state(opened.rank_states, self.loaded.place)["rng"])
+
+    def _count(self, component: str) -> None:
+        """Note the tensors of a component that were filled on this rank."""
+        assert self._saved is not None
+        filled = [
+            getattr(value, "_local_tensor", value)
+            for name, value in self._filled.items()
+            if self._saved.key_paths[name][0] == component and isinstance(value, torch.Tensor)
+        ]
+        if filled or component == "optimizer":
+            sizes = [each.numel() * each.itemsize for each in filled]
+            self.restored[component] = Restored(len(filled), sum(sizes))
+
+    def _note(self, component: str, state: Any) -> None:
+        """Note small state that a live object was given."""
+        self.restored[component] = Restored(_tensors_in(state), len(encode(state)))
+
+
+def _tensors_in(state: Any) -> int:
+    if isinstance(state, Mapping):
+        return sum(map(_tensors_in, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(_tensors_in, state))
+    return int(isinstance(state, torch.Tensor))
 
 
 def _read_rank_state(contents: Contents, rank: int, filesystem: Filesystem) -> dict[str, Any]:

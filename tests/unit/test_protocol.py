@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
+from collections.abc import Callable
+from copy import copy, deepcopy
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
     ReshardableData,
+    Restored,
     SkippedCheckpoint,
     Stateful,
     TrainState,
@@ -122,6 +127,68 @@ def test_a_result_without_a_checkpoint_is_zero() -> None:
     assert tuple(result) == (0, 0)
     assert (result.found, result.tier, result.path) == (False, None, None)
     assert result.skipped[0].reason == "is short"
+
+
+def _result() -> LoadResult:
+    return LoadResult(
+        40,
+        10**20,
+        found=True,
+        tier="local",
+        path=Path("/store/iter_40"),
+        skipped=[SkippedCheckpoint("iter_0000050", "is short")],
+        restored={"model": Restored(3, 96)},
+        is_durable=True,
+    )
+
+
+def test_a_result_is_a_pair_with_attributes() -> None:
+    """To code that knows Bridge it is the tuple of two; the rest is read by name."""
+    result = _result()
+    assert isinstance(result, tuple)
+    assert (len(result), result[0], result[1]) == (2, 40, 10**20)
+    assert result == (40, 10**20)
+    assert (result.iteration, result.num_floating_point_operations_so_far) == tuple(result)
+    assert (result.restored["model"].tensors, result.restored["model"].size_bytes) == (3, 96)
+    assert (result.is_durable, result.is_pretrained) == (True, False)
+    assert result.skipped[0].iteration is None
+
+
+@pytest.mark.parametrize("copied", [lambda it: pickle.loads(pickle.dumps(it)), deepcopy, copy])
+def test_a_result_survives_copies(copied: Callable[[LoadResult], LoadResult]) -> None:
+    """Attributes travel with the pair, whatever way it is copied."""
+    again = copied(_result())
+    assert again == _result()
+    assert hash(again) == hash(_result()) == hash((40, 10**20))
+    assert vars(again) == vars(_result())
+    assert type(again) is LoadResult
+
+
+def test_results_are_equal_only_in_everything() -> None:
+    """Two results of the same numbers differ in their attributes; a plain pair has none."""
+    assert LoadResult(40, 1) != LoadResult(40, 1, found=True)
+    assert LoadResult(40, 1, found=True) == (40, 1)
+    assert LoadResult(40, 1) != (40, 2)
+    assert LoadResult(40, 1) != [40, 1]
+
+
+def test_a_result_shows_and_keeps_its_attributes() -> None:
+    """Its repr names each; none can be changed, added or removed."""
+    result = _result()
+    shown = repr(result)
+    assert shown.startswith("LoadResult(iteration=40, num_floating_point_operations_so_far=1000")
+    assert "restored={'model': Restored(tensors=3, size_bytes=96)}" in shown
+    for change in (
+        lambda: setattr(result, "found", False),
+        lambda: setattr(result, "other", 1),
+        lambda: delattr(result, "tier"),
+    ):
+        with pytest.raises(AttributeError, match="of a load's result"):
+            change()
+    restored: Any = result.restored
+    with pytest.raises(TypeError):
+        restored["optimizer"] = Restored()
+    assert result == _result()
 
 
 SHAPES: list[tuple[type[Any], list[str], list[str]]] = [

@@ -10,7 +10,7 @@ no files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,7 @@ from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.comparing import Differences, SavedTensors, compare_model, is_extra
 from holdfast.state.landed import finish_optimizers, has_landed
 from holdfast.state.plain import model_state, optimizer_state
-from holdfast.state.rank_state import Place, SavedRun, apply_data, apply_generators, check_data
+from holdfast.state.rank_state import Place, apply_data, check_data
 from holdfast.state.reachable import check_reachable
 from holdfast.state.rng import capture_rng
 from holdfast.state.safety import check_plain
@@ -107,10 +107,28 @@ class AppState:
         self._given_data = data
         self._data = data if isinstance(data, Stateful) else None
         self._place = place
+        self._kept: frozenset[str] = frozenset()
+
+    def without(self, kept: Collection[str]) -> AppState:
+        """Return the same state but for components that are to keep their live values."""
+        rest = AppState(
+            self._model,
+            None if "optimizer" in kept else self.optimizers,
+            None if "scheduler" in kept else self._scheduler,
+            None if "data" in kept else self._given_data,
+            self._place,
+        )
+        rest._kept = frozenset(kept)
+        return rest
 
     def of_tensors_alone(self) -> AppState:
         """Return model and optimizers without scheduler and data, for what knows no others."""
-        return AppState(self._model, self.optimizers, None, None, self._place)
+        return self.without({"scheduler", "data"} | self._kept)
+
+    @property
+    def scheduler(self) -> Any | None:
+        """The live scheduler, if it is to be restored."""
+        return self._scheduler
 
     def capture(self, bindings: Bindings | None = None) -> Captured:
         """Return the state as it stands, referring to live tensors.
@@ -254,11 +272,21 @@ class AppState:
         self, saved: SavedTensors | None, shared: Mapping[str, Any], rank: Mapping[str, Any]
     ) -> Iterator[str]:
         """Say what the checkpoint holds and this load has no object for."""
-        if saved is not None and not self._optimizers and saved.parameter_names():
+        kept = self._kept
+        if (
+            "optimizer" not in kept
+            and saved is not None
+            and not self._optimizers
+            and saved.parameter_names()
+        ):
             yield "it holds optimizer state, and this load was given no optimizer: left out"
-        if self._scheduler is None and shared.get("scheduler") is not None:
+        if (
+            "scheduler" not in kept
+            and self._scheduler is None
+            and shared.get("scheduler") is not None
+        ):
             yield "it holds scheduler state, and this load was given no scheduler: left out"
-        if self._data is None and rank.get("data") is not None:
+        if "data" not in kept and self._data is None and rank.get("data") is not None:
             given = self._given_data
             why = "was given no data iterator"
             if given is not None:
@@ -291,8 +319,11 @@ class AppState:
             # else left out, as `check` has said
         return found
 
-    def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> None:
-        """Give model and optimizer their state; `filled` holds tensors and values by flat name."""
+    def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> bool:
+        """Give model and optimizer their state; `filled` holds tensors and values by flat name.
+
+        Returns whether the optimizer got any.
+        """
         options = StateDictOptions(strict=False)  # `check` has compared the names
         live = self._live_model
         known = self._parameter_names if self._optimizers else set()
@@ -310,12 +341,13 @@ class AppState:
         restored = {f"model.{name}": value for name, value in nested["model"].items()}
         if not has_landed(self._model, live, restored):
             set_model_state_dict(self._model, nested["model"], options=options)
-        if known & saved.parameter_names() and not finish_optimizers(
-            self.optimizers, self._live_optimizer, nested["optimizer"]
-        ):
+        if not known & saved.parameter_names():
+            return False
+        if not finish_optimizers(self.optimizers, self._live_optimizer, nested["optimizer"]):
             self._keep_unknown(nested["optimizer"], known - saved.parameter_names())
             views: Any = self._optimizers
             set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
+        return True
 
     def _keep_unknown(self, restored: dict[str, Any], unknown: set[str]) -> None:
         """Add the live state of parameters that the checkpoint has none of: an optimizer takes all
@@ -332,10 +364,12 @@ class AppState:
         # First: the options of a group that both sides have are the checkpoint's.
         restored["param_groups"] = groups + restored["param_groups"]
 
-    def apply_scheduler(self, shared: Mapping[str, Any]) -> None:
-        """Give the scheduler its state, where both sides have one."""
-        if self._scheduler is not None and shared.get("scheduler") is not None:
-            self._scheduler.load_state_dict(shared["scheduler"])
+    def apply_scheduler(self, shared: Mapping[str, Any]) -> bool:
+        """Give the scheduler its state, where both sides have one; return whether they have."""
+        if self._scheduler is None or shared.get("scheduler") is None:
+            return False
+        self._scheduler.load_state_dict(shared["scheduler"])
+        return True
 
     def check_data(self, rank: Mapping[str, Any], path: str, accept_restart: bool) -> None:
         """Say early whether the data state can be taken over, touching nothing; see `rank_state`.
@@ -346,11 +380,9 @@ class AppState:
         if self._data is not None:
             check_data(self._data, rank, self._place, path, accept_restart)
 
-    def apply_rank(self, states: Sequence[Mapping[str, Any]], saved: SavedRun) -> None:
-        """Give data and then RNG their state. `states`: this rank's, or every saved rank's."""
-        if self._data is not None:
-            apply_data(self._data, states, self._place)
-        apply_generators(states, saved, self._place)
+    def apply_data(self, states: Sequence[Mapping[str, Any]]) -> bool:
+        """Give the data its position, of this rank's or of every saved rank's; see `rank_state`."""
+        return self._data is not None and apply_data(self._data, states, self._place)
 
     @cached_property
     def _live_model(self) -> dict[str, Any]:

@@ -50,6 +50,19 @@ class SavedTensors:
             for name in self.values[key]
         }
 
+    def groups(self, filled: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Return the options of each saved group of parameters, in order.
+
+        `filled`: tensors that were read, for options that are tensors; None: without those.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        for name, path in self.key_paths.items():
+            if path[:2] == ("optimizer", "param_groups") and len(path) == 4:
+                values = self.values if name in self.values else filled or {}
+                if name in values:
+                    found.setdefault(path[2], {})[path[3]] = values[name]
+        return [found[number] for number in sorted(found)]
+
 
 @dataclass
 class Differences:

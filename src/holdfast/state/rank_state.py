@@ -90,7 +90,7 @@ def apply_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place
 def apply_generators(states: Sequence[Mapping[str, Any]], saved: SavedRun, place: Place) -> bool:
     """Restore every generator; False: of another number of ranks, they were seeded instead."""
     if saved.world_size == place.world_size:
-        own = _own(states, place)
+        own = own_state(states, place)
         for name in apply_rng(own["rng"]):
             logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
         return True
@@ -104,12 +104,13 @@ def apply_generators(states: Sequence[Mapping[str, Any]], saved: SavedRun, place
     return False
 
 
-def _own(states: Sequence[Mapping[str, Any]], place: Place) -> Mapping[str, Any]:
+def own_state(states: Sequence[Mapping[str, Any]], place: Place) -> Mapping[str, Any]:
+    """Return the state of this rank, or where there are fewer, of the last one."""
     return states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
 
 
 def _reshard_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place) -> bool:
-    saved_size = _own(states, place)["data_size"]
+    saved_size = own_state(states, place)["data_size"]
     by_rank = {each["data_rank"]: each["data"] for each in states}
     ordered = [by_rank[rank] for rank in sorted(by_rank) if by_rank[rank] is not None]
     if not ordered:

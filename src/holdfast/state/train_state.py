@@ -18,6 +18,7 @@ import torch
 
 from holdfast.errors import StateMismatchError, UnsupportedStateError
 from holdfast.protocol import Stateful, TrainState, fit_counter, fit_fields, set_fields
+from holdfast.state.overrides import Overrides
 
 _ROUNDING = 1e-5
 """Relative; what a 32-bit float may have lost of a counter."""
@@ -31,21 +32,21 @@ def read_counters(train_state: Any) -> dict[str, Any]:
             itself about its step.
     """
     if _speaks_for_itself(train_state):
-        values = train_state.to_dict()
+        found = dict(train_state.to_dict())
     elif isinstance(train_state, Stateful):
-        values = dict(train_state.state_dict())
+        found = {key: _plain(value) for key, value in train_state.state_dict().items()}
+        for name, exact in _numbers_of(train_state).items():
+            if name in found and _is_rounded(found[name], exact):
+                found[name] = exact
     elif is_dataclass(train_state):
-        values = asdict(train_state)  # type: ignore[arg-type]  # an instance, not a class
+        fields_now = asdict(train_state)  # type: ignore[arg-type]  # an instance, not a class
+        found = {key: _plain(value) for key, value in fields_now.items()}
     else:
         raise UnsupportedStateError(
             f"state.train_state is a {type(train_state).__name__}, which cannot be saved.\n"
             "Use holdfast.TrainState, a subclass of it, another dataclass, or an object with "
             "state_dict and load_state_dict."
         )
-    found: dict[str, Any] = {key: _plain(value) for key, value in values.items()}
-    for name, exact in _numbers_of(train_state).items():
-        if name in found and _is_rounded(found[name], exact):
-            found[name] = exact
     step = train_state.step
     if found.setdefault("step", step) != step:
         raise UnsupportedStateError(
@@ -105,6 +106,17 @@ def restore_counters(train_state: Any, saved: Mapping[str, Any]) -> None:
                 f"state.train_state.step is {train_state.step!r} after load_state_dict, and not "
                 f"{saved['step']}: restore it there."
             ) from error
+
+
+def without_fields(saved: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Return saved counters but for those that keep their live values; `step` always stays."""
+    if overrides.keeps("train_state"):
+        return {name: value for name, value in saved.items() if name == "step"}
+    kept = overrides.parts_of("train_state")
+    found = {name: value for name, value in saved.items() if name not in kept}
+    if isinstance(extra := found.get("extra"), Mapping):
+        found["extra"] = {name: value for name, value in extra.items() if name not in kept}
+    return found
 
 
 def _speaks_for_itself(train_state: Any) -> bool:
