@@ -34,6 +34,7 @@ _PATH_FIELDS = (
     "load.pretrained.directory",
 )
 _UNSET_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+_OVERRIDABLE = ("optimizer", "scheduler", "data", "rng", "train_state")
 
 
 @dataclass
@@ -123,6 +124,11 @@ class LoadConfig:
     """What an empty store means: `start_fresh` or `error`."""
     accept_data_restart: bool = False
     """Whether data that cannot follow to another data-parallel size may start over."""
+    rng: bool = True
+    """Whether random number generators are restored."""
+    override: list[str] = field(default_factory=list)
+    """What keeps its live value: `optimizer.<option>`, `optimizer`, `scheduler`, `data`, `rng`,
+    `train_state` (but for its step), `train_state.<field>`."""
 
 
 @dataclass
@@ -220,6 +226,19 @@ class CheckpointConfig:
         require(
             self.load.step is None or self.load.step >= 0, "load.step", "must be 0 or more, or null"
         )
+        for name in self.load.override:
+            component, _, part = name.partition(".")
+            require(
+                name in _OVERRIDABLE or (component in ("optimizer", "train_state") and bool(part)),
+                "load.override",
+                f"names {name!r}; use {', '.join(_OVERRIDABLE)}, optimizer.<option> or "
+                "train_state.<field>",
+            )
+            require(
+                name != "train_state.step",
+                "load.override",
+                "names 'train_state.step', which is the iteration of what is loaded",
+            )
         require(
             self.run_id is None or _is_run_id(self.run_id),
             "run_id",
@@ -298,6 +317,8 @@ class CheckpointConfig:
                 inert.append("checkpoint.options: only custom managers read it")
             if self.custom_manager_allowlist is not None:
                 inert.append("checkpoint.custom_manager_allowlist: custom_manager_class is null")
+        if not self.load.rng and "rng" in self.load.override:
+            inert.append("checkpoint.load.override: rng, beside load.rng=false")
         for each in inert:
             warnings.warn(f"setting without effect: {each}", UserWarning, stacklevel=3)
 

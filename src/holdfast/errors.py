@@ -18,6 +18,8 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- NoLoadableCheckpointError      (RuntimeError)     candidates exist, none can be loaded
     |   `-- StatePartlyLoadedError                        ... and live state was already overwritten
     |-- StateMismatchError             (ValueError)       names or shapes differ from the live state
+    |   `-- NothingFitsError                              ... and not one tensor of the model fits
+    |-- NothingLoadedError             (RuntimeError)     asked for again, and no load has found it
     |-- UnsupportedStateError          (TypeError)        state that no safe loader could read back
     |-- DataReshardError               (ValueError)       data state of another world size
     |-- StepRewoundError               (ValueError)       a save below the step loaded or saved last
@@ -186,6 +188,30 @@ class StateMismatchError(CheckpointError, ValueError):
         )
 
 
+class NothingFitsError(StateMismatchError):
+    """No tensor of the model has its name in the checkpoint: a load would restore nothing."""
+
+    def __init__(
+        self, path: str, held: Sequence[str], missing: Sequence[str], hint: str | None = None
+    ) -> None:
+        super().__init__(path, missing)
+        self.held = tuple(held)
+        """Names the checkpoint has, in order."""
+        self.hint = hint
+        """Which prefix would make them fit, where that is known."""
+        holds, wants = _first(self.held) or "no tensors", _first(self.missing)
+        self.message = (
+            f"{path}: no name of the checkpoint fits; it holds {holds}; the model has {wants}"
+            f"{f'; {hint}' if hint else ''}.\n"
+            "Nothing would be restored, strict or not. Load the model that was saved, or "
+            "save it under these names."
+        )
+
+
+class NothingLoadedError(CheckpointError, RuntimeError):
+    """Something of the last load was asked for again, and no load has found it."""
+
+
 class UnsupportedStateError(CheckpointError, TypeError):
     """State holds a type that cannot be read back without running code from the file."""
 
@@ -337,6 +363,10 @@ class SaveFailedError(StageFailedError):
             "Earlier checkpoints are untouched. Mend the cause, or set on_save_failure=warn to "
             "train on without this checkpoint."
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _listed(failures: Sequence[RankFailure]) -> str:

@@ -145,19 +145,6 @@ class LocalFilesystem:
             return False
 
 
-_SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error is of this process (no memory, too many open files), not of what it read.
-
-    Such an error says nothing about a file, and another file would meet the same.
-    """
-    if isinstance(error, OSError):
-        return error.errno in _SHORTAGES
-    return isinstance(error, MemoryError)
-
-
 def make_durable_directory(filesystem: Filesystem, path: Path) -> None:
     """Create a directory with its missing parents, each durable under its name."""
     chain = [path]

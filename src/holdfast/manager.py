@@ -19,6 +19,7 @@ from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import (
     ConfigError,
     CorruptCheckpointError,
+    NothingLoadedError,
     StageFailedError,
 )
 from holdfast.events import (
@@ -33,10 +34,12 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
 )
-from holdfast.restoring import Opened, Restoration, open_local, open_verified
+from holdfast.restoring import LoadedStates, Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
-from holdfast.state.capture import AppState, Place
+from holdfast.state.capture import AppState
+from holdfast.state.overrides import Overrides
+from holdfast.state.rank_state import Place, warn_of_lost_position
 from holdfast.step_order import StepOrder
 from holdfast.store import Checkpoint
 from holdfast.tiers.both import Tiers
@@ -92,6 +95,9 @@ class DefaultCheckpointManager:
         self._channels: list[Coordinator] | None = None
         self._calls = 0
         self._is_budgeted = False
+        self._has_warned_of_data = False
+        self._has_loaded = False
+        self._loaded: LoadedStates | None = None
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -116,6 +122,8 @@ class DefaultCheckpointManager:
         def check() -> None:  # on rank 0 at the door, and on each rank when it captures
             self._steps.check(ctx.state.train_state.step)
 
+        if control.rank == 0 and not self._has_warned_of_data:
+            self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
         try:
             self._tiers.admit(control, check, to_local=not is_persistent)
             with collection_put_off():
@@ -222,14 +230,48 @@ class DefaultCheckpointManager:
                 search.pass_over(selected, error)
                 continue
             control.together("apply", restoration.apply)
+            self._has_loaded, self._loaded = True, restoration.loaded
             if selected.commit.tier == LOCAL:
                 self._tiers.finish_load(writer)
             search.warn(selected)
-            return self._finish_load(ctx.state, selected, opened, search)
+            return self._finish_load(selected, opened, restoration, search)
         self._foretell(ctx, None, control)
+        self._has_loaded, self._loaded = True, None
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         self._steps.note_load(None)
         return LoadResult()
+
+    def restore_rng(self) -> None:
+        """Give the random number generators the state that the last load found, again.
+
+        For loops that draw numbers between `load` and their first step. Nothing happens where the
+        load found no checkpoint, or where `load.rng` or `load.override` leaves them as they are.
+
+        Raises:
+            NothingLoadedError: `load` has not been called.
+        """
+        self._check_loaded("restore_rng")
+        if self._loaded is not None:
+            self._loaded.restore_rng()
+
+    def restore_data(self, iterator: Any) -> None:
+        """Give an iterator that is built after `load` the data position that the load found.
+
+        Raises:
+            NothingLoadedError: no load has found a checkpoint with a data position.
+            UnsupportedStateError: the iterator has no `load_state_dict`.
+            DataReshardError: as for `load`.
+        """
+        self._check_loaded("restore_data")
+        if self._loaded is None:
+            raise NothingLoadedError(
+                "restore_data: the last load found no checkpoint. Ask its result for `found` first."
+            )
+        self._loaded.restore_data(iterator, self._config.load.accept_data_restart)
+
+    def _check_loaded(self, method: str) -> None:
+        if not self._has_loaded:
+            raise NothingLoadedError(f"{method} gives back what a load has found: call load first.")
 
     def _foretell(
         self,
@@ -267,58 +309,42 @@ class DefaultCheckpointManager:
     ) -> Restoration:
         """Hold a checkpoint against the live state, on every rank, touching nothing."""
         load = self._config.load
-        app = _app_state(ctx, control)
-        if self._takes_weights_only(selected):
-            app = AppState(ctx.model, None, None, None, _place(ctx, control))
-            opened = opened.of_tensors_alone()
+        takes_weights_only = selected.is_parent and load.pretrained.what == "weights"
         restoration = Restoration(
             opened,
-            app,
+            _app_state(ctx, control),
+            ctx.state.train_state,
+            _place(ctx, control),
             with_tensors=not ctx.skip_load_to_model_and_opt,
+            overrides=None if takes_weights_only else Overrides.of(load.override, rng=load.rng),
             broadcast=load.broadcast and opened.checkpoint.manifest.tier != LOCAL,
         )
         strict = load.strict if ctx.strict is None else ctx.strict
-
-        def compare() -> None:
-            restoration.compare(strict, load.accept_data_restart)
-
-        control.together("compare", compare)
+        control.together("compare", lambda: restoration.compare(strict, load.accept_data_restart))
         return restoration
 
     def _finish_load(
-        self, state: GlobalState, selected: Selected, opened: Opened, search: Search
+        self, selected: Selected, opened: Opened, restoration: Restoration, search: Search
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
-        if self._takes_weights_only(selected):
-            search.resume_from(selected, checkpoint)
-            self._steps.note_load(None)
-            return LoadResult(
-                found=True,
-                tier=checkpoint.manifest.tier,
-                path=checkpoint.path,
-                is_durable=True,
-                is_pretrained=True,
-                skipped=search.skipped(selected),
-                sources=opened.contents.sources(),
-            )
-        state.train_state.update_from(counters["train_state"])
         search.resume_from(selected, checkpoint)
+        goes_on = not restoration.takes_weights_only
         # A checkpoint that plain torch wrote has no counters: those of the loop stay as they are.
-        self._steps.note_load(checkpoint.iteration if checkpoint.manifest.run_id else None)
+        has_counters = goes_on and bool(checkpoint.manifest.run_id)
+        self._steps.note_load(checkpoint.iteration if has_counters else None)
+        operations = counters["num_floating_point_operations_so_far"]
         return LoadResult(
-            iteration=checkpoint.iteration,
-            num_floating_point_operations_so_far=counters["num_floating_point_operations_so_far"],
+            iteration=checkpoint.iteration if goes_on else 0,
+            num_floating_point_operations_so_far=operations if goes_on else 0,
             found=True,
             tier=checkpoint.manifest.tier,
             path=checkpoint.path,
-            is_durable=selected.is_durable,
-            is_pretrained=selected.is_parent,
             skipped=search.skipped(selected),
             sources=opened.contents.sources(),
+            restored=restoration.restored,
+            is_durable=selected.is_durable,
+            is_pretrained=selected.is_parent,
         )
-
-    def _takes_weights_only(self, selected: Selected) -> bool:
-        return selected.is_parent and self._config.load.pretrained.what == "weights"
 
     # -- ranks -----------------------------------------------------------------------------------
 

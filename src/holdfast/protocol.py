@@ -8,9 +8,10 @@ signature.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -45,14 +46,96 @@ class TrainState:
     def update_from(self, values: Mapping[str, Any]) -> None:
         """Overwrite the counters in place; a name that is absent keeps its value.
 
+        Names that are no counters here go to `extra`, where the checkpoint has no entry of that
+        name; a counter that was saved in `extra` becomes the field of that name, if there is one.
+
         Raises:
-            ValueError: `values` has a name that is no counter.
+            ValueError: a value is of another type than its counter; nothing was overwritten.
         """
-        known = {each.name for each in fields(self)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown train state fields: {', '.join(unknown)}")
-        for name, value in values.items():
-            setattr(self, name, value)
+        set_fields(self, values)
+
+
+def set_fields(counters: Any, values: Mapping[str, Any]) -> None:
+    """Overwrite the fields of a dataclass in place, as `TrainState.update_from`.
+
+    Raises:
+        ValueError: naming each value that is of another type; nothing was overwritten.
+    """
+    fitting, problems = fit_fields(counters, values)
+    if problems:
+        raise ValueError("; ".join(problems))
+    for name, value in fitting.items():
+        live = getattr(counters, name)
+        if is_dataclass(live) and isinstance(value, Mapping):
+            set_fields(live, value)
+        else:
+            setattr(counters, name, value)
+
+
+def fit_fields(counters: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return what each field of a dataclass would become, and what could not be taken over."""
+    live = {each.name: getattr(counters, each.name) for each in fields(counters)}
+    optional = {each.name for each in fields(counters) if "None" in str(each.type)}
+    fitting: dict[str, Any] = {}
+    problems: list[str] = []
+    extra = values.get("extra", live.get("extra"))
+    more = dict(extra) if isinstance(extra, Mapping) else {}
+    saved = dict(values)
+    for name in live.keys() & more.keys() - values.keys():
+        if _fits(name, live[name], more[name]):
+            saved[name] = more.pop(name)
+    for name, value in saved.items():
+        if name not in live:
+            if name != "step" and name not in values.get("extra", ()):
+                more[name] = value
+            continue
+        if value is None and name in optional:
+            fitting[name] = None
+            continue
+        try:
+            fitting[name] = fit_counter(name, live[name], value)
+        except ValueError as error:
+            problems.append(str(error))
+    if isinstance(live.get("extra"), Mapping) and isinstance(extra, Mapping):
+        fitting["extra"] = more
+    return fitting, sorted(problems)
+
+
+def fit_counter(name: str, live: Any, value: Any) -> Any:
+    """Return a saved value as the type of the live counter; where that has none, any will do.
+
+    Raises:
+        ValueError: naming the counter and both types.
+    """
+    kind = type(live)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    elif is_dataclass(live) and isinstance(value, Mapping):
+        _, problems = fit_fields(live, value)
+        if not problems:
+            return value
+        raise ValueError(f"in train_state.{name}: {'; '.join(problems)}")
+    elif kind not in _JSON_TYPES or type(value) is kind:
+        return value
+    raise ValueError(
+        f"train_state.{name} is saved as {value!r}, here it is of type {kind.__name__}"
+    )
+
+
+_JSON_TYPES = (bool, int, float, str, list, dict)
+
+
+def _fits(name: str, live: Any, value: Any) -> bool:
+    try:
+        fit_counter(name, live, value)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass
@@ -61,7 +144,9 @@ class GlobalState:
 
     cfg: Any = None
     """The composed run config: a dataclass, a DictConfig, a mapping or None. Saved as YAML."""
-    train_state: TrainState = field(default_factory=TrainState)
+    train_state: Any = field(default_factory=TrainState)
+    """The counters: `TrainState`, a subclass, another dataclass, or an object with `state_dict` and
+    `load_state_dict`; `step` is read from it as an attribute."""
 
 
 @dataclass
@@ -131,28 +216,95 @@ class ShardSource:
 
 
 @dataclass(frozen=True)
-class LoadResult:
-    """What a load restored. Unpacks as `iteration, num_floating_point_operations_so_far`."""
+class Restored:
+    """What one component of the state got back on this rank."""
 
-    iteration: int = 0
-    num_floating_point_operations_so_far: int = 0
-    found: bool = False
+    tensors: int = 0
+    """How many tensors were filled or given back."""
+    size_bytes: int = 0
+    """What they take; of state that is no tensor, what it took in the checkpoint."""
+
+
+class LoadResult(tuple[int, int]):
+    """What a load restored: the pair `(iteration, num_floating_point_operations_so_far)`.
+
+    A tuple of two, as Megatron-Bridge's loop expects, with attributes, as `os.stat_result` is.
+    Immutable. Equal to a plain pair of the same numbers, and to another result only if all
+    attributes are equal too.
+    """
+
+    iteration: int
+    num_floating_point_operations_so_far: int
+    found: bool
     """False: nothing was there, the run starts fresh and both numbers are 0."""
-    tier: str | None = None
-    path: Path | None = None
-    skipped: tuple[SkippedCheckpoint, ...] = ()
+    tier: str | None
+    path: Path | None
+    skipped: tuple[SkippedCheckpoint, ...]
     """Newer candidates that were passed over, newest first, each with its reason."""
-    is_durable: bool = False
+    sources: tuple[ShardSource, ...]
+    """Where this rank's tensors came from: its own files, copies at peers, the persistent tier."""
+    restored: Mapping[str, Restored]
+    """By component (`model, optimizer, scheduler, data, rng, train_state`): what this rank really
+    got back. A component that is not named kept its live state."""
+    is_durable: bool
     """Whether the persistent tier has what was loaded: a local commit may be newer than all of
     it."""
-    is_pretrained: bool = False
+    is_pretrained: bool
     """Whether the run began from `load.pretrained` instead of a checkpoint of its own."""
-    sources: tuple[ShardSource, ...] = ()
-    """Where this rank's tensors came from: its own files, copies at peers, the persistent tier."""
 
-    def __iter__(self) -> Iterator[int]:
-        yield self.iteration
-        yield self.num_floating_point_operations_so_far
+    def __new__(
+        cls,
+        iteration: int = 0,
+        num_floating_point_operations_so_far: int = 0,
+        found: bool = False,
+        tier: str | None = None,
+        path: Path | None = None,
+        skipped: Sequence[SkippedCheckpoint] = (),
+        sources: Sequence[ShardSource] = (),
+        restored: Mapping[str, Restored] | None = None,
+        is_durable: bool = False,
+        is_pretrained: bool = False,
+    ) -> LoadResult:
+        result = super().__new__(cls, (iteration, num_floating_point_operations_so_far))
+        vars(result).update(
+            iteration=iteration,
+            num_floating_point_operations_so_far=num_floating_point_operations_so_far,
+            found=found,
+            tier=tier,
+            path=path,
+            skipped=tuple(skipped),
+            sources=tuple(sources),
+            restored=MappingProxyType(dict(restored or {})),
+            is_durable=is_durable,
+            is_pretrained=is_pretrained,
+        )
+        return result
+
+    def __setattr__(self, name: str, _: Any) -> None:
+        raise AttributeError(f"{name} of a load's result cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name} of a load's result cannot be deleted")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, LoadResult):
+            return vars(self) == vars(other)
+        return tuple.__eq__(self, other) if isinstance(other, tuple) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __hash__(self) -> int:
+        return tuple.__hash__(self)
+
+    def __repr__(self) -> str:
+        values = {**vars(self), "restored": dict(self.restored)}
+        return f"LoadResult({', '.join(f'{name}={each!r}' for name, each in values.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {**vars(self), "restored": dict(self.restored)}
+        return LoadResult, tuple(values.values())
 
 
 @runtime_checkable

@@ -8,18 +8,45 @@ Chooses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from holdfast.coordination import Coordinator
-from holdfast.errors import CorruptCheckpointError, StageFailedError, StageTimeoutError
+from holdfast.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    NothingLoadedError,
+    RankFailure,
+    UnsupportedStateError,
+)
+from holdfast.failures import is_process_failure
 from holdfast.filesystem import Filesystem
+from holdfast.protocol import Restored, Stateful
 from holdfast.shards.sharing import ReadAlone, Reading, ReadShared
-from holdfast.state.capture import AppState, Place, SavedRun, SavedTensors
-from holdfast.state.safety import decode
+from holdfast.state.capture import AppState
+from holdfast.state.comparing import SavedTensors
+from holdfast.state.options import describe_differences
+from holdfast.state.overrides import COMPONENTS, LiveOptions, Overrides
+from holdfast.state.rank_state import (
+    Place,
+    SavedRun,
+    apply_data,
+    apply_generators,
+    check_data,
+    own_state,
+)
+from holdfast.state.safety import decode, encode
+from holdfast.state.train_state import (
+    check_counters,
+    read_counters,
+    restore_counters,
+    without_fields,
+)
 from holdfast.store import Checkpoint
 from holdfast.tiers.reading import Contents, open_contents, verify_together
 
@@ -27,8 +54,11 @@ if TYPE_CHECKING:
     from holdfast.tiers.local.tier import LocalTier
     from holdfast.tiers.local.vote import Candidate
 
+logger = logging.getLogger(__name__)
+
 _SHOWN = 3
 """Damaged files that one message lists."""
+_RANK_KEYS = ("rng", "data", "data_rank", "data_size")
 
 
 @dataclass(frozen=True)
@@ -45,11 +75,6 @@ class Opened:
     def checkpoint(self) -> Checkpoint:
         """The checkpoint itself."""
         return self.contents.checkpoint
-
-    def of_tensors_alone(self) -> Opened:
-        """Return it without the small states, as a run begins that takes over the weights only."""
-        hollow = {"hollow": self.shared.get("hollow", ())}
-        return replace(self, shared=hollow, rank_states=[])
 
 
 def open_verified(
@@ -83,7 +108,7 @@ def open_verified(
             states = [_read_rank_state(contents, place.rank, filesystem)]
         if not states or not place.reads_on_from(states[0]):
             states = [_read_rank_state(contents, rank, filesystem) for rank in range(saved_size)]
-        shared = decode(contents.shared_state, str(checkpoint.path))
+        shared = _as_state(decode(contents.shared_state, str(checkpoint.path)), (), checkpoint)
         opened.append(Opened(contents, shared, states))
 
     _read_together("open", read, checkpoint, coordinator)
@@ -129,9 +154,10 @@ def open_local(
         ranks = sorted(contents.rank_states)
         if place.rank in ranks and suffices(contents.rank_states[place.rank]):
             ranks = [place.rank]
-        states = [state_of(rank) for rank in ranks]
+        at = contents.checkpoint
+        states = [_as_state(state_of(rank), _RANK_KEYS, at) for rank in ranks]
         assert contents.shared_state is not None
-        shared = decode(contents.shared_state, str(contents.checkpoint.path))
+        shared = _as_state(decode(contents.shared_state, str(at.path)), (), at)
         opened.append(Opened(contents, shared, states))
 
     _read_together("open", read, contents.checkpoint, coordinator)
@@ -143,9 +169,12 @@ def _read_together(
 ) -> None:
     """Read on every rank; what any of them finds damaged is told to all, file by file.
 
+    `work` reads the checkpoint's own files and calls nothing of the user's, so that a file that
+    cannot be read is damage. Anything else that fails is no reason to take an older checkpoint.
+
     Raises:
         CorruptCheckpointError: on every rank, the same.
-        StageTimeoutError: a rank is gone, for which the checkpoint is not to blame.
+        StageFailedError: a rank failed or is gone; the checkpoint is not to blame.
     """
 
     def find_damage() -> CorruptCheckpointError | None:
@@ -153,14 +182,15 @@ def _read_together(
             work()
         except CorruptCheckpointError as error:
             return error
+        except OSError as error:
+            if isinstance(error, CheckpointError) or is_process_failure(error):
+                raise
+            failure = RankFailure.of(coordinator.rank, error)
+            reason = f"cannot be read on rank {failure.rank}: {failure.reason}"
+            return CorruptCheckpointError(failure.path or str(checkpoint.path), reason)
         return None
 
-    try:
-        found = coordinator.together(stage, find_damage)
-    except StageTimeoutError:
-        raise
-    except StageFailedError as error:
-        raise CorruptCheckpointError(str(checkpoint.path), str(error)) from error
+    found = coordinator.together(stage, find_damage)
     # Ranks that read the same file say the same of it.
     damages = list({str(each): each for each in found if each is not None}.values())
     if len(damages) == 1:
@@ -174,41 +204,129 @@ def _listed(damages: Sequence[str]) -> str:
     return "; ".join(damages[:_SHOWN]) + more
 
 
+@dataclass(frozen=True)
+class LoadedStates:
+    """What a load found of each rank's own state, for those who ask for it again later."""
+
+    states: list[dict[str, Any]]
+    """Empty: the checkpoint holds none."""
+    saved: SavedRun
+    place: Place
+    path: str
+    overrides: Overrides
+
+    def restore_rng(self) -> bool:
+        """Give the generators their state, unless the run keeps its own; return whether it did."""
+        if not self.states or self.overrides.keeps("rng"):
+            return False
+        return apply_generators(self.states, self.saved, self.place)
+
+    def restore_data(self, data: Any, accept_restart: bool) -> None:
+        """Give an iterator the saved position, unless the run keeps its own.
+
+        Raises:
+            NothingLoadedError: the checkpoint has no position.
+            UnsupportedStateError: the iterator cannot take one.
+            DataReshardError: another data-parallel size, and the iterator cannot reshard.
+        """
+        if self.overrides.keeps("data"):
+            return
+        if all(each["data"] is None for each in self.states):
+            raise NothingLoadedError(
+                f"{self.path} holds no data position: it was saved without train_data_iterator, or "
+                "with one that has no state_dict and load_state_dict."
+            )
+        if not isinstance(data, Stateful):
+            raise UnsupportedStateError(
+                f"a {type(data).__name__} has no state_dict and load_state_dict: no data position "
+                "can be restored into it."
+            )
+        own = own_state(self.states, self.place)
+        check_data(data, own, self.place, self.path, accept_restart)
+        apply_data(data, self.states, self.place)
+
+
 class Restoration:
     """An opened checkpoint and the live state that it is to fill."""
 
     def __init__(
-        self, opened: Opened, app: AppState, *, with_tensors: bool, broadcast: bool = False
+        self,
+        opened: Opened,
+        app: AppState,
+        train_state: Any,
+        place: Place,
+        *,
+        with_tensors: bool,
+        overrides: Overrides | None,
+        broadcast: bool = False,
     ) -> None:
-        """`broadcast`: what every rank needs in full is read by one rank and sent to the others."""
+        """Touch nothing yet.
+
+        `train_state`: the live counters. `overrides`: what keeps its live value; None: all but the
+        model, for a run that takes over weights and starts fresh. `broadcast`: what every rank
+        needs in full is read by one rank and sent to the others.
+        """
         self._opened = opened
-        self._app = app if opened.rank_states else app.of_tensors_alone()
+        self.takes_weights_only = overrides is None
+        """Whether the run starts fresh but for the model."""
+        self._overrides = overrides = overrides or Overrides(frozenset(COMPONENTS))
+        self._train_state = train_state
+        kept = {each for each in COMPONENTS if overrides.keeps(each)}
+        self._given = app if opened.rank_states else app.of_tensors_alone()
+        self._app = self._given.without(kept)
         self._broadcast = broadcast
         self._saved: SavedTensors | None = None
         if with_tensors:
             reader, values = opened.contents.reader, opened.contents.values
             tensors = reader.tensors()
             key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
-            self._saved = SavedTensors(tensors, values, key_paths, opened.shared.get("hollow", ()))
+            hollow = opened.shared.get("hollow", ())
+            held = reader.metadata.state_dict_metadata
+            self._saved = SavedTensors(tensors, values, key_paths, hollow, held)
         self._filled: dict[str, Any] = {}
+        manifest = opened.checkpoint.manifest
+        self.loaded = LoadedStates(
+            opened.rank_states,
+            SavedRun(manifest.run_id, manifest.iteration, manifest.world_size),
+            place,
+            str(opened.checkpoint.path),
+            overrides,
+        )
+        """What can be asked for again."""
+        self.restored: dict[str, Restored] = {}
+        """By component, what this rank got back so far."""
 
     def compare(self, strict: bool, accept_data_restart: bool) -> None:
         """Refuse a checkpoint that does not fit, touching nothing.
 
         Raises:
             StateMismatchError, DataReshardError: it is sound, but not for this run as built.
+            ConfigError: `load.override` names what is not there, or cannot be kept.
         """
-        opened = self._opened
+        opened, saved, given = self._opened, self._saved, self._given
         own = opened.rank_states[0] if opened.rank_states else {}
         path = str(opened.checkpoint.path)
-        self._app.check(path, self._saved, opened.shared, own, strict)
+        schedule = opened.shared.get("scheduler")
+        optimizers = given.optimizers if saved is not None else []
+        groups = saved.groups() if saved is not None else []
+        if self._overrides.names and not self.takes_weights_only:
+            counters = list(read_counters(self._train_state))
+            self._overrides.check(optimizers, given.scheduler, counters, schedule, len(groups))
+        self._app.check(path, saved, opened.shared, own, strict)
         self._app.check_data(own, path, accept_data_restart)
+        check_counters(self._train_state, self._counters, path)
+        differences = describe_differences(
+            optimizers, groups, given.scheduler, schedule, self._overrides
+        )
+        if differences is not None and self.loaded.place.rank == 0:
+            logger.warning("%s: %s", path, differences)
 
     def fill(self, coordinator: Coordinator) -> None:
         """Read the tensors into place on all ranks: from here on the live state is changed.
 
         Raises:
             CorruptCheckpointError: on every rank; tensors hold wrong values.
+            StageFailedError: on every rank; a rank failed, and the checkpoint is not to blame.
         """
         if (saved := self._saved) is None:
             return
@@ -216,35 +334,97 @@ class Restoration:
         reader = self._opened.contents.reader
         targets: dict[str, torch.Tensor] = {}
 
-        def find_targets() -> dict[str, torch.Tensor]:
+        def find_targets() -> None:
             targets.update(self._app.targets(saved))
-            return targets
 
-        self._opened.contents.bring(find_targets, coordinator)
+        # Before reading: what a hook of the user's raises is not damage of a file.
+        coordinator.settle("targets", find_targets, lambda _: None)
+        self._opened.contents.bring(lambda: targets, coordinator)
         reading: Reading = ReadAlone()
         if self._broadcast and coordinator.world_size > 1:
-            reading = ReadShared.agree(find_targets, reader, coordinator)
+            reading = ReadShared.agree(lambda: targets, reader, coordinator)
 
         def read() -> None:
-            reading.read(reader, targets or find_targets())
+            reading.read(reader, targets)
             self._filled = {**saved.values, **targets}
 
         _read_together("read", read, self._opened.checkpoint, coordinator)
         reading.pass_on(coordinator)
 
     def apply(self) -> None:
-        """Give every live object its state; RNG last."""
-        if self._saved is not None:
-            self._app.apply(self._filled, self._saved)
-        if not self._opened.rank_states:
+        """Give every live object its state; RNG last but for the counters."""
+        self._apply_state()
+        if counters := self._counters:
+            restore_counters(self._train_state, counters)
+            self.restored["train_state"] = Restored(0, len(json.dumps(counters)))
+
+    @property
+    def _counters(self) -> dict[str, Any]:
+        """The saved counters that are to be restored; empty: there are none."""
+        if self.takes_weights_only:
+            return {}
+        return without_fields(self._opened.contents.counters["train_state"], self._overrides)
+
+    def _apply_state(self) -> None:
+        opened, given = self._opened, self._given
+        schedule = opened.shared.get("scheduler") if opened.rank_states else None
+        live = LiveOptions(
+            self._overrides,
+            given.optimizers if self._saved is not None else [],
+            self._app.scheduler if schedule is not None else None,
+        )
+        if (saved := self._saved) is not None:
+            has_optimizer = self._app.apply(self._filled, saved)
+            self._count("model")
+            if has_optimizer:
+                self._count("optimizer")
+        if opened.rank_states and self._app.apply_scheduler(opened.shared):
+            self._note("scheduler", schedule)
+        live.put_back(saved.groups(self._filled) if saved is not None else [])
+        if not opened.rank_states:
             return
-        self._app.apply_scheduler(self._opened.shared)
-        manifest = self._opened.checkpoint.manifest
-        saved = SavedRun(manifest.run_id, manifest.iteration, manifest.world_size)
-        self._app.apply_rank(self._opened.rank_states, saved)
+        if self._app.apply_data(opened.rank_states):
+            self._note("data", own_state(opened.rank_states, self.loaded.place)["data"])
+        if self.loaded.restore_rng():
+            self._note("rng", own_state(opened.rank_states, self.loaded.place)["rng"])
+
+    def _count(self, component: str) -> None:
+        """Note the tensors of a component that were filled on this rank."""
+        assert self._saved is not None
+        filled = [
+            getattr(value, "_local_tensor", value)
+            for name, value in self._filled.items()
+            if self._saved.key_paths[name][0] == component and isinstance(value, torch.Tensor)
+        ]
+        if filled or component == "optimizer":
+            sizes = [each.numel() * each.itemsize for each in filled]
+            self.restored[component] = Restored(len(filled), sum(sizes))
+
+    def _note(self, component: str, state: Any) -> None:
+        """Note small state that a live object was given."""
+        self.restored[component] = Restored(_tensors_in(state), len(encode(state)))
+
+
+def _tensors_in(state: Any) -> int:
+    if isinstance(state, Mapping):
+        return sum(map(_tensors_in, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(_tensors_in, state))
+    return int(isinstance(state, torch.Tensor))
 
 
 def _read_rank_state(contents: Contents, rank: int, filesystem: Filesystem) -> dict[str, Any]:
     content = contents.read_rank_state(rank, filesystem)
-    state: dict[str, Any] = decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
-    return state
+    state = decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
+    return _as_state(state, _RANK_KEYS, contents.checkpoint)
+
+
+def _as_state(value: Any, keys: Sequence[str], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return small state that has these keys.
+
+    Raises:
+        CorruptCheckpointError: it has not; what matched its digest is no state of ours.
+    """
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise CorruptCheckpointError(str(checkpoint.path), "holds no state where one should be")
+    return value

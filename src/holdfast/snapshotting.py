@@ -40,6 +40,7 @@ from holdfast.state.foreseen import foresee
 from holdfast.state.run_config import to_yaml
 from holdfast.state.safety import encode
 from holdfast.state.step_guard import StepGuard
+from holdfast.state.train_state import read_counters
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.budget import Need, foretell, take_seats
 from holdfast.tiers.local.files import shard_name
@@ -273,7 +274,7 @@ def _is_on_gpu(inventory: Inventory) -> bool:
 
 def _encode_counters(ctx: CheckpointSaveContext) -> bytes:
     values = {
-        "train_state": ctx.state.train_state.to_dict(),
+        "train_state": read_counters(ctx.state.train_state),
         "num_floating_point_operations_so_far": ctx.num_floating_point_operations_so_far,
     }
     step: object = ctx.state.train_state.step

@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 
 from holdfast.digests import Difference, FileRecord, describe_content, find_difference
 from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatTooNewError
+from holdfast.failures import is_process_failure
 from holdfast.filesystem import (
     PENDING_MARK,
     Filesystem,
-    is_shortage,
     naming,
     read_bytes,
     remove_tree,
@@ -171,7 +171,7 @@ class Store:
                 reason = "has no manifest.json: it was never committed, or lost it since"
             raise CorruptCheckpointError(str(path), reason) from None
         except OSError as error:
-            if is_shortage(error):
+            if is_process_failure(error):
                 raise
             raise CorruptCheckpointError(str(manifest_path), f"cannot be read: {error}") from error
         manifest = Manifest.from_bytes(content, str(manifest_path))
@@ -244,7 +244,7 @@ class Store:
             except FileNotFoundError:
                 found = Difference("is missing")
             except OSError as error:
-                if is_shortage(error):
+                if is_process_failure(error):
                     raise
                 found = Difference(f"cannot be read: {error.strerror or error}")
             if found is not None:

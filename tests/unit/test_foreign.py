@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from holdfast.errors import (
     ConfigError,
     CorruptCheckpointError,
+    NothingFitsError,
     StateMismatchError,
     StatePartlyLoadedError,
 )
 from holdfast.manifest import MANIFEST_NAME, Manifest
+from holdfast.shards.unpickling import key_path_of
 from holdfast.store import Store
 from tests.support.hostile import hostile_pickle
 from tests.support.managers import Live, counters, linear, manager_of, step, zero
@@ -184,3 +189,121 @@ def test_the_own_store_may_hold_one(trained: Live, tmp_path: Path) -> None:
     assert isinstance(live.model, nn.Linear)
     with pytest.raises(Exception, match="has not loaded"):
         live.save(manager, 41)
+
+
+# -- metadata as Megatron-Core writes it -----------------------------------------------------------
+
+
+def _plans(path: Path) -> list[Any]:
+    """Return plans as torch's own planner makes them, with every kind of item."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({"model": {"weight": torch.ones(2), "note": "x"}}, None, True)
+    return [planner.create_local_plan()]
+
+
+class _MegatronPlan(SavePlan):
+    """Pickled under a name that nothing here can import."""
+
+
+def _megatron_plans(path: Path) -> list[Any]:
+    return [_MegatronPlan(_plans(path)[0].items)]
+
+
+@pytest.mark.parametrize("plans", [_plans, _megatron_plans, lambda _: None], ids=str)
+@pytest.mark.parametrize("keeps_keys", [True, False], ids=["keys", "no keys"])
+def test_metadata_with_plans_is_read_as_torch_reads_it(
+    trained: Live, tmp_path: Path, keeps_keys: bool, plans: Any
+) -> None:
+    """Cached plans stay unread, and nested keys that are not there follow from the names."""
+    path = _write(tmp_path / "plain", trained)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.all_local_plans = plans(path)
+    if not keeps_keys:
+        metadata.planner_data = None
+    renamed = pickle.dumps(metadata, protocol=2).replace(
+        b"ctests.unit.test_foreign\n_MegatronPlan\n",
+        b"cmegatron.core.dist_checkpointing.strategies.torch\nMCoreSavePlan\n",
+    )
+    assert b"_MegatronPlan" not in renamed
+    (path / ".metadata").write_bytes(renamed)
+    live = linear(1)
+    step(live, 5)
+    live.load(manager_of(tmp_path / "own", load={"directory": str(path)}))
+    after, expected = live.digests(), trained.digests()
+    for name in ("model.0.weight", "model.0.bias", "optimizer.0"):
+        assert after[name] == expected[name], name
+
+
+class _Runs:
+    """Pickles as a call of a function in torch.distributed that would do something."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_write_all_tensors_for_dtensor_save, ("ran",))
+
+
+def _write_all_tensors_for_dtensor_save(name: str) -> None:
+    Path(name).touch()
+
+
+@pytest.mark.parametrize("module", ["torch.distributed.run", "megatron.core", "torch.distributed"])
+def test_a_name_that_stands_for_nothing_runs_nothing(
+    trained: Live, tmp_path: Path, module: str
+) -> None:
+    """Functions of the modules whose names are let through are neither imported nor called."""
+    path = _write(tmp_path / "plain", trained)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.all_local_plans = [_Runs()]
+    content = pickle.dumps(metadata, protocol=2)
+    known = f"c{__name__}\n".encode()
+    assert known in content
+    (path / ".metadata").write_bytes(content.replace(known, f"c{module}\n".encode()))
+    live = linear(1)
+    live.load(manager_of(tmp_path / "own", load={"directory": str(path)}))
+    assert live.digests()["model.0.weight"] == trained.digests()["model.0.weight"]
+    assert "megatron" not in sys.modules
+
+
+@pytest.mark.parametrize("module", ["torch", "torch.distributed_", "megatronx", "os", "builtins"])
+def test_other_names_are_refused_as_ever(trained: Live, tmp_path: Path, module: str) -> None:
+    """What only looks like one of those modules is no exception."""
+    path = _write(tmp_path / "plain", trained)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.all_local_plans = [_Runs()]
+    content = pickle.dumps(metadata, protocol=2)
+    (path / ".metadata").write_bytes(
+        content.replace(f"c{__name__}\n".encode(), f"c{module}\n".encode())
+    )
+    with pytest.raises(CorruptCheckpointError, match="which no checkpoint needs"):
+        linear(1).load(manager_of(tmp_path / "own", load={"directory": str(path)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("model.layer.0.weight", ("model", "layer.0.weight")),
+        ("model", ("model",)),
+        ("optimizer.state.a.0.weight.exp_avg", ("optimizer", "state", "a.0.weight", "exp_avg")),
+        ("optimizer.param_groups.1.lr", ("optimizer", "param_groups", 1, "lr")),
+        ("optimizer.param_groups.layer.weight.lr", ("optimizer.param_groups.layer.weight.lr",)),
+        ("optimizer.state.x", ("optimizer.state.x",)),
+        ("optimizer", ("optimizer",)),
+        ("ema.weight", ("ema.weight",)),
+    ],
+)  # fmt: skip
+def test_nested_keys_follow_from_names(name: str, path: tuple[str | int, ...]) -> None:
+    """Ends are cut and a parameter's own dots stay; what is not of ours is one key."""
+    assert key_path_of(name) == path
+
+
+def test_a_model_saved_without_its_prefix_is_refused_with_the_prefix(
+    trained: Live, tmp_path: Path
+) -> None:
+    """As torchtitan saves: nothing fits, and the error says `model.` is what lacks."""
+    save(dict(trained.model.state_dict()), checkpoint_id=tmp_path / "plain", no_dist=True)
+    with pytest.raises(NothingFitsError, match=r'did you mean the prefix "model\."') as caught:
+        linear(1).load(
+            manager_of(
+                tmp_path / "own", load={"directory": str(tmp_path / "plain"), "strict": False}
+            )
+        )
+    assert caught.value.held == ("bias", "weight")

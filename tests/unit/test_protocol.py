@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import MISSING, fields
+import pickle
+from collections.abc import Callable
+from copy import copy, deepcopy
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
     ReshardableData,
+    Restored,
     SkippedCheckpoint,
     Stateful,
     TrainState,
@@ -43,12 +48,63 @@ def test_counters_are_restored_in_place() -> None:
     assert (state.step, state.tokens_seen) == (10, 99)
 
 
-def test_unknown_counters_change_nothing() -> None:
-    """A counter of a newer version is an error that names it, before anything was overwritten."""
-    state = TrainState(step=3)
-    with pytest.raises(ValueError, match="unknown train state fields: later, zzz"):
-        state.update_from({"step": 10, "zzz": 1, "later": 1})
-    assert state.step == 3
+def test_unknown_counters_are_kept_in_extra() -> None:
+    """A counter of a newer version or of a subclass is kept, and what is in extra by name stays."""
+    state = TrainState(step=3, extra={"mine": 1})
+    state.update_from({"step": 10, "zzz": 1, "later": [2]})
+    assert (state.step, state.extra) == (10, {"mine": 1, "zzz": 1, "later": [2]})
+    state.update_from({"step": 11, "zzz": 5, "extra": {"zzz": 9, "other": 0}})
+    assert (state.step, state.extra) == (11, {"zzz": 9, "other": 0})
+
+
+@dataclass
+class _Mine(TrainState):
+    epochs: int = 0
+    best: float | None = None
+    ratio: float = 1.0
+    phase: str = "warm"
+
+
+def test_a_subclass_resumes_its_fields_through_any_train_state() -> None:
+    """Its counters come back to it, and a base class in between keeps them."""
+    saved = json.loads(json.dumps(_Mine(step=1, epochs=3, best=2.5, phase="x").to_dict()))
+    direct, base, again = _Mine(), TrainState(), _Mine()
+    direct.update_from(saved)
+    base.update_from(saved)
+    assert base.extra == {"epochs": 3, "best": 2.5, "ratio": 1.0, "phase": "x"}
+    again.update_from(json.loads(json.dumps(base.to_dict())))
+    assert direct == again == _Mine(step=1, epochs=3, best=2.5, phase="x")
+    renamed = TrainState(extra={"epochs": "three", "best": 1.5})
+    again.update_from(renamed.to_dict())
+    assert (again.epochs, again.best, again.extra) == (3, 1.5, {"epochs": "three"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "7"), ("step", 7.5), ("step", True), ("tokens_seen", None), ("do_train", 1),
+        ("do_train", "no"), ("extra", [1]), ("epochs", [3]), ("ratio", "high"), ("phase", 4),
+        ("ratio", 10**400), ("best", None),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_an_error_that_names_the_counter(name: str, value: Any) -> None:
+    """Nothing is overwritten then; None is right only where a counter says so."""
+    state = _Mine(step=3, best=1.0)
+    if name == "best":
+        state.update_from({name: value})
+        assert state.best is None
+        return
+    with pytest.raises(ValueError, match=f"train_state.{name} is saved as"):
+        state.update_from({"skipped_train_samples": 4, name: value})
+    assert state == _Mine(step=3, best=1.0)
+
+
+def test_numbers_take_the_type_of_their_counter() -> None:
+    """A whole number written as a float counts, and a float that was whole is one again."""
+    state = _Mine()
+    state.update_from({"tokens_seen": 5e3, "ratio": 2})
+    assert (state.tokens_seen, type(state.tokens_seen)) == (5000, int)
+    assert (state.ratio, type(state.ratio)) == (2.0, float)
 
 
 def test_saved_counters_do_not_follow_the_live_ones() -> None:
@@ -71,6 +127,68 @@ def test_a_result_without_a_checkpoint_is_zero() -> None:
     assert tuple(result) == (0, 0)
     assert (result.found, result.tier, result.path) == (False, None, None)
     assert result.skipped[0].reason == "is short"
+
+
+def _result() -> LoadResult:
+    return LoadResult(
+        40,
+        10**20,
+        found=True,
+        tier="local",
+        path=Path("/store/iter_40"),
+        skipped=[SkippedCheckpoint("iter_0000050", "is short")],
+        restored={"model": Restored(3, 96)},
+        is_durable=True,
+    )
+
+
+def test_a_result_is_a_pair_with_attributes() -> None:
+    """To code that knows Bridge it is the tuple of two; the rest is read by name."""
+    result = _result()
+    assert isinstance(result, tuple)
+    assert (len(result), result[0], result[1]) == (2, 40, 10**20)
+    assert result == (40, 10**20)
+    assert (result.iteration, result.num_floating_point_operations_so_far) == tuple(result)
+    assert (result.restored["model"].tensors, result.restored["model"].size_bytes) == (3, 96)
+    assert (result.is_durable, result.is_pretrained) == (True, False)
+    assert result.skipped[0].iteration is None
+
+
+@pytest.mark.parametrize("copied", [lambda it: pickle.loads(pickle.dumps(it)), deepcopy, copy])
+def test_a_result_survives_copies(copied: Callable[[LoadResult], LoadResult]) -> None:
+    """Attributes travel with the pair, whatever way it is copied."""
+    again = copied(_result())
+    assert again == _result()
+    assert hash(again) == hash(_result()) == hash((40, 10**20))
+    assert vars(again) == vars(_result())
+    assert type(again) is LoadResult
+
+
+def test_results_are_equal_only_in_everything() -> None:
+    """Two results of the same numbers differ in their attributes; a plain pair has none."""
+    assert LoadResult(40, 1) != LoadResult(40, 1, found=True)
+    assert LoadResult(40, 1, found=True) == (40, 1)
+    assert LoadResult(40, 1) != (40, 2)
+    assert LoadResult(40, 1) != [40, 1]
+
+
+def test_a_result_shows_and_keeps_its_attributes() -> None:
+    """Its repr names each; none can be changed, added or removed."""
+    result = _result()
+    shown = repr(result)
+    assert shown.startswith("LoadResult(iteration=40, num_floating_point_operations_so_far=1000")
+    assert "restored={'model': Restored(tensors=3, size_bytes=96)}" in shown
+    for change in (
+        lambda: setattr(result, "found", False),
+        lambda: setattr(result, "other", 1),
+        lambda: delattr(result, "tier"),
+    ):
+        with pytest.raises(AttributeError, match="of a load's result"):
+            change()
+    restored: Any = result.restored
+    with pytest.raises(TypeError):
+        restored["optimizer"] = Restored()
+    assert result == _result()
 
 
 SHAPES: list[tuple[type[Any], list[str], list[str]]] = [

@@ -112,11 +112,9 @@ HOSTILE = {
     "counters: a half": _replace(
         "train_state.json", lambda marker: b'{"train_state": {"step": 2}}'
     ),
-    "counters: unknown": _replace(
+    "counters: a number that is none": _replace(
         "train_state.json",
-        lambda marker: (
-            b'{"num_floating_point_operations_so_far": 0, "train_state": {"step": 2, "colour": 1}}'
-        ),
+        lambda marker: b'{"num_floating_point_operations_so_far": 0, "train_state": {"step": 2.0}}',
     ),
 }
 

@@ -59,7 +59,7 @@ class Arena:
             assert dtype is not None
             self.memory[slot.offset : start] = slot.container.header
             if slot.payload_bytes == 0:  # all of it is header, which need not end on a boundary
-                self._targets.append(torch.empty(slot.item.lengths, dtype=dtype))
+                self._targets.append(torch.empty(slot.item.lengths, dtype=dtype, device="cpu"))
                 continue
             self.memory[end : slot.offset + slot.size_bytes] = slot.container.trailer
             payload = self._tensor[start:end].view(dtype)

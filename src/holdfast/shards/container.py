@@ -34,7 +34,7 @@ def container_of(dtype: torch.dtype, shape: torch.Size) -> Container:
     """Return the container that torch gives a contiguous CPU tensor; no such tensor is filled."""
     sink = _Sink()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), sink)  # type: ignore[arg-type]  # write, seek
+        torch.save(torch.empty(shape, dtype=dtype, device="cpu"), sink)  # type: ignore[arg-type]  # write, seek
     return sink.container()
 
 

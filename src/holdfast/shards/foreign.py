@@ -23,6 +23,7 @@ class ForeignReader(ShardReader):
     """The tensors and values under `model` and `optimizer`; whatever else is there is left out."""
 
     _unlisted: ClassVar[str] = "is not in the directory"
+    _derives_keys: ClassVar[bool] = True
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """As its base."""

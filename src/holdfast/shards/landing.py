@@ -106,7 +106,9 @@ class Landing:
             self._landed = self.region.target
         else:
             pinned = self.region.target.is_cuda
-            self._landed = torch.empty(self._read_size, dtype=self._dtype, pin_memory=pinned)
+            self._landed = torch.empty(
+                self._read_size, dtype=self._dtype, device="cpu", pin_memory=pinned
+            )
         self._header = bytearray(len(self._container.header))
         return [
             Part(self._offset, memoryview(self._header)),

@@ -73,7 +73,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         chunks = [self._chunk(full_name, described, each) for each in described.chunks]
         if len(chunks) == 1 and chunks[0].size() == described.size:
             return chunks[0]
-        whole = torch.empty(described.size, dtype=described.properties.dtype)
+        whole = torch.empty(described.size, dtype=described.properties.dtype, device="cpu")
         missing = whole.numel()
         for chunk, stored in zip(chunks, described.chunks, strict=True):
             region = whole
@@ -98,7 +98,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         if container.size_bytes != len(content) or content[: len(header)] != header:
             return _unpickle(content, file.path, name)  # strided, say
         if not prod(size):
-            return torch.empty(size, dtype=dtype)
+            return torch.empty(size, dtype=dtype, device="cpu")
         payload = content[len(header) : len(header) + container.payload_bytes]
         if (place.offset + len(header)) % dtype.itemsize:  # as files of other writers may have it
             payload = memoryview(bytearray(payload))

@@ -2,9 +2,9 @@
 
 Owns which bytes of which file a tensor needs, and hands containers that are not as expected to
 torch. Promises that every block that is read matched its digest, and that nothing read from disk
-runs code: `.metadata` goes through an unpickler that knows the few types torch puts there, other
-values through weights-only loading, and no file outside the checkpoint's manifest is opened. Needs
-no other rank: each reads what its own tensors ask for.
+runs code: `.metadata` goes through `unpickling`, other values through weights-only loading, and no
+file outside the checkpoint's manifest is opened. Needs no other rank: each reads what its own
+tensors ask for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from holdfast.digests import FileRecord
-from holdfast.errors import CorruptCheckpointError
+from holdfast.errors import CheckpointError, CorruptCheckpointError
+from holdfast.failures import is_process_failure
 from holdfast.filesystem import Filesystem
 from holdfast.shards.container import container_of
 from holdfast.shards.direct import Part, read_verified
@@ -37,40 +37,7 @@ from holdfast.shards.inventory import METADATA_NAME, list_names, names_at
 from holdfast.shards.landing import Landing, Wanted, waves
 from holdfast.shards.regions import Region, UncoveredError, regions_of
 from holdfast.shards.seam import SeamFileSystem
-
-_METADATA_GLOBALS = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch._C", "Size"),
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "Path"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Finds the types of a DCP metadata file and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _METADATA_GLOBALS:
-            return PurePath if module == "pathlib" else super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+from holdfast.shards.unpickling import read_metadata
 
 
 class SafePlanner(DefaultLoadPlanner):
@@ -80,7 +47,9 @@ class SafePlanner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = torch.load(
+            value, weights_only=True, map_location="cpu"
+        )
 
 
 class RegionPlanner(SafePlanner):
@@ -90,6 +59,8 @@ class RegionPlanner(SafePlanner):
         super().__init__()
         self._regions = [(each.to_item(), each.target) for each in regions]
         self._targets = {id(item): target for item, target in self._regions}
+        self.refusal: Exception | None = None
+        """What a target raised when it was to take its values: not the fault of any file."""
 
     @property
     def items(self) -> list[ReadItem]:
@@ -97,10 +68,21 @@ class RegionPlanner(SafePlanner):
         return [item for item, _ in self._regions]
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return self._targets[id(read_item)]
+        target = self._targets[id(read_item)]
+        if target.device.type == "cpu" and type(target) is torch.Tensor:
+            return target
+        return torch.empty(target.size(), dtype=target.dtype, device="cpu")
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing is left to do: the tensor is a view of where it belongs."""
+        """Copy what was read to where it belongs, told apart from what reading it raises."""
+        target = self._targets[id(read_item)]
+        if tensor is target:
+            return
+        try:
+            target.copy_(tensor)
+        except Exception as error:
+            self.refusal = error
+            raise
 
 
 class _SeamReader(FileSystemReader):
@@ -123,6 +105,8 @@ class ShardReader:
     """By path: how many bytes of tensors were read so far."""
 
     _unlisted: ClassVar[str] = "the manifest does not list"
+    _derives_keys: ClassVar[bool] = False
+    """Whether the metadata may lack the nested keys of its names."""
 
     @classmethod
     def open(
@@ -136,14 +120,15 @@ class ShardReader:
         """
         where = path / METADATA_NAME
         try:
-            metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            metadata = read_metadata(content, derive_keys=cls._derives_keys)
         except Exception as error:  # a hostile or torn pickle can raise anything
+            if is_process_failure(error):
+                raise
             raise CorruptCheckpointError(str(where), f"cannot be read: {error}") from error
-        if not isinstance(metadata, Metadata):
+        if metadata is None:
             raise CorruptCheckpointError(str(where), "is not the metadata of a checkpoint")
-        parts = (metadata.state_dict_metadata, metadata.planner_data, metadata.storage_data)
-        if not all(isinstance(each, dict) for each in parts):
-            raise CorruptCheckpointError(str(where), "is not the metadata of a checkpoint")
+        assert metadata.planner_data is not None
+        assert metadata.storage_data is not None
         if nameless := sorted(metadata.state_dict_metadata.keys() - metadata.planner_data.keys()):
             raise CorruptCheckpointError(str(where), f"has no place for {nameless[0]!r}")
         for info in metadata.storage_data.values():
@@ -152,8 +137,6 @@ class ShardReader:
                 raise CorruptCheckpointError(
                     str(where), f"names {relative_path!r}, which {cls._unlisted}"
                 )
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
         return cls(path, filesystem, metadata, records)
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -187,8 +170,12 @@ class ShardReader:
         values: dict[str, Any] = {}
         for name, content in self.read_contents(self.value_names()).items():
             try:
-                values[name] = torch.load(io.BytesIO(content), weights_only=True)
+                values[name] = torch.load(
+                    io.BytesIO(content), weights_only=True, map_location="cpu"
+                )
             except Exception as error:  # what torch says is how to run the code after all
+                if is_process_failure(error):
+                    raise
                 where = str(self.path / self.place_of_value(name).relative_path)
                 raise CorruptCheckpointError(where, f"{name} asks for code, or is torn") from error
         return values
@@ -322,7 +309,11 @@ class ShardReader:
     def _read_through_torch(
         self, name: str, items: Sequence[ReadItem], planner: SafePlanner
     ) -> None:
-        """Let torch take containers apart."""
+        """Let torch take containers apart.
+
+        Raises:
+            CorruptCheckpointError: it cannot, and neither this process nor a target is to blame.
+        """
         reader = _SeamReader(self.path, self.metadata, self.filesystem)
         try:
             reader.read_data(LoadPlan(list(items)), planner).wait()
@@ -330,4 +321,13 @@ class ShardReader:
             # What torch says instead is how to run the code after all.
             raise CorruptCheckpointError(
                 str(self.path / name), "an item asks for code, or is torn"
+            ) from error
+        except (OSError, CheckpointError):  # already says what it is
+            raise
+        except Exception as error:  # torn archives raise anything
+            if is_process_failure(error) or error is getattr(planner, "refusal", None):
+                raise
+            summary = str(error).partition("\n")[0] or type(error).__name__
+            raise CorruptCheckpointError(
+                str(self.path / name), f"an item cannot be read: {summary}"
             ) from error

@@ -10,7 +10,7 @@ no files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,39 +29,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedStateError
-from holdfast.protocol import ReshardableData, Stateful
+from holdfast.errors import UnsupportedStateError
+from holdfast.protocol import Stateful
 from holdfast.state.bindings import Bindings, Leaves
+from holdfast.state.comparing import Differences, SavedTensors, compare_model, is_extra
 from holdfast.state.landed import finish_optimizers, has_landed
 from holdfast.state.plain import model_state, optimizer_state
-from holdfast.state.rng import apply_rng, capture_rng, reseed
+from holdfast.state.rank_state import Place, apply_data, check_data
+from holdfast.state.reachable import check_reachable
+from holdfast.state.rng import capture_rng
 from holdfast.state.safety import check_plain
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands in the job."""
-
-    rank: int
-    world_size: int
-    data_rank: int
-    """Rank among those that read different data."""
-    data_size: int
-
-    @classmethod
-    def of(cls, rank: int, world_size: int, pg_collection: Any | None) -> Place:
-        """Read the data-parallel group from `pg_collection.dp`; None: every rank of the world."""
-        group = getattr(pg_collection, "dp", None)
-        if group is None:
-            return cls(rank, world_size, rank, world_size)
-        return cls(rank, world_size, group.rank(), group.size())
-
-    def reads_on_from(self, state: Mapping[str, Any]) -> bool:
-        """Whether a rank's saved data state is that of the reader which this rank is now."""
-        saved = (state["data_rank"], state["data_size"])
-        return saved == (self.data_rank, self.data_size)
 
 
 @dataclass(frozen=True)
@@ -76,42 +55,6 @@ class Captured:
     """This rank's own: RNG and data."""
     bindings: Bindings | None
     """Where the leaves live, for the next capture. None: they cannot be looked up."""
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """What a checkpoint says of the run that wrote it, as far as applying needs it."""
-
-    run_id: str
-    iteration: int
-    world_size: int
-
-
-@dataclass(frozen=True)
-class SavedTensors:
-    """What the shard files of a checkpoint hold, by the flat names that DCP makes."""
-
-    tensors: Mapping[str, TensorStorageMetadata]
-    values: Mapping[str, Any]
-    """Everything that is no tensor."""
-    key_paths: Mapping[str, Sequence[Any]]
-    """The nested keys of each flat name: texts for mappings, numbers for lists."""
-    hollow: Sequence[Sequence[str]]
-    """The nested keys of mappings without a leaf, which DCP does not write."""
-
-    def model_names(self) -> set[str]:
-        """Return the names of the model's state; a nested extra state counts as one."""
-        paths = [*self.key_paths.values(), *self.hollow]
-        return {f"model.{path[1]}" for path in paths if path[0] == "model" and path[1:]}
-
-    def parameter_names(self) -> set[str]:
-        """Return the names of the parameters that the saved optimizer had."""
-        return {
-            name
-            for key, path in self.key_paths.items()
-            if path[:2] == ("optimizer", "param_groups") and path[3:] == ("params",)
-            for name in self.values[key]
-        }
 
 
 class _OptimizerView:
@@ -161,12 +104,31 @@ class AppState:
         self.optimizers = optimizers
         self._optimizers = [_OptimizerView(each) for each in optimizers]
         self._scheduler = scheduler
+        self._given_data = data
         self._data = data if isinstance(data, Stateful) else None
         self._place = place
+        self._kept: frozenset[str] = frozenset()
+
+    def without(self, kept: Collection[str]) -> AppState:
+        """Return the same state but for components that are to keep their live values."""
+        rest = AppState(
+            self._model,
+            None if "optimizer" in kept else self.optimizers,
+            None if "scheduler" in kept else self._scheduler,
+            None if "data" in kept else self._given_data,
+            self._place,
+        )
+        rest._kept = frozenset(kept)
+        return rest
 
     def of_tensors_alone(self) -> AppState:
         """Return model and optimizers without scheduler and data, for what knows no others."""
-        return AppState(self._model, self.optimizers, None, None, self._place)
+        return self.without({"scheduler", "data"} | self._kept)
+
+    @property
+    def scheduler(self) -> Any | None:
+        """The live scheduler, if it is to be restored."""
+        return self._scheduler
 
     def capture(self, bindings: Bindings | None = None) -> Captured:
         """Return the state as it stands, referring to live tensors.
@@ -182,16 +144,17 @@ class AppState:
             leaves = self.gather_leaves()
             bindings = Bindings.bind(self._model, self.optimizers, leaves)
         else:
+            check_reachable(leaves.values)
             for name, value in leaves.values.items():
                 if not isinstance(value, torch.Tensor):
                     check_plain(value, name)
         shared = {
-            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "hollow": list(leaves.hollow),
         }
         rank = {
             "rng": rng,
-            "data": self._data.state_dict() if self._data else None,
+            "data": None if self._data is None else self._data.state_dict(),
             "data_rank": self._place.data_rank,
             "data_size": self._place.data_size,
         }
@@ -206,6 +169,7 @@ class AppState:
         Raises:
             UnsupportedStateError: some state could not be read back safely.
         """
+        check_reachable(self._optimized)
         tensors: dict[str, Any] = {"model": self._model_state()}
         if self._optimizers:
             tensors["optimizer"] = self._optimizer_state()
@@ -213,6 +177,7 @@ class AppState:
             check_plain(value, key)
             _check_keys(value, key)
         flat, paths = flatten_state_dict(tensors)
+        check_reachable(flat)
         stepped = {
             _address(parameter)
             for optimizer in self.optimizers
@@ -247,31 +212,89 @@ class AppState:
         `saved` None: model and optimizer are left alone.
 
         Raises:
-            StateMismatchError: shapes differ, or `strict` and anything else does.
+            StateMismatchError: shapes differ, nothing fits, or `strict` and anything else does.
+            UnsupportedStateError: live tensors that no value could be restored into.
         """
-        missing, unexpected, different = [], [], []
+        found = Differences()
         if saved is not None:
-            live, saved_model = self._live_model, saved.model_names()
-            missing = sorted(
-                name for name, value in live.items()
-                if name not in saved_model and not _is_hollow(value)
-            )  # fmt: skip
-            unexpected = sorted(saved_model - set(live))
-            different = _find_different(live, saved.tensors, strict)
+            live = self._live_model
+            self._check_reachable(live, saved)
+            found = compare_model(live, saved, path, strict)
             if self._optimizers:
                 live_names, saved_names = self._parameter_names, saved.parameter_names()
-                missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
-                unexpected += [f"optimizer.{name}" for name in sorted(saved_names - live_names)]
+                found.missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
+                found.unexpected += [
+                    f"optimizer.{name}" for name in sorted(saved_names - live_names)
+                ]
         if self._scheduler is not None and shared.get("scheduler") is None:
-            missing.append("scheduler")
+            found.missing.append("scheduler")
         if self._data is not None and rank["data"] is None:
-            missing.append("data")
-        if different or (strict and (missing or unexpected)):
-            raise StateMismatchError(path, missing, unexpected, different)
-        for name in missing:
-            logger.warning("%s: %s is not in the checkpoint and keeps its value", path, name)
-        for name in unexpected:
-            logger.warning("%s: %s is in the checkpoint only and is left out", path, name)
+            found.missing.append("data")
+        found.refuse(path, strict)
+        if self._place.rank == 0:
+            if (summary := found.summary()) is not None:
+                logger.warning("%s is loaded in part. %s", path, summary)
+            for left_out in self._not_asked_for(saved, shared, rank):
+                logger.warning("%s: %s", path, left_out)
+
+    def _check_reachable(self, live: Mapping[str, Any], saved: SavedTensors) -> None:
+        """Refuse live tensors that no value could be restored into.
+
+        Raises:
+            UnsupportedStateError: naming them.
+        """
+        check_reachable(live)
+        check_reachable(
+            {name: each for name, each in live.items() if name in saved.tensors}, written_to=True
+        )
+        # Those that an optimizer was given before the model was materialised are in no model.
+        check_reachable(self._optimized)
+        if self._optimizers:
+            check_reachable(
+                {
+                    f"optimizer.state.{owner}.{key}": value
+                    for owner, entries in self._live_optimizer["state"].items()
+                    for key, value in entries.items()
+                }
+            )
+
+    @property
+    def _optimized(self) -> dict[str, torch.Tensor]:
+        """The parameters of all optimizers, by where they are in them."""
+        return {
+            f"optimizer.param_groups[{number}].params[{position}]": parameter
+            for optimizer in self.optimizers
+            for number, group in enumerate(optimizer.param_groups)
+            for position, parameter in enumerate(group["params"])
+        }
+
+    def _not_asked_for(
+        self, saved: SavedTensors | None, shared: Mapping[str, Any], rank: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Say what the checkpoint holds and this load has no object for."""
+        kept = self._kept
+        if (
+            "optimizer" not in kept
+            and saved is not None
+            and not self._optimizers
+            and saved.parameter_names()
+        ):
+            yield "it holds optimizer state, and this load was given no optimizer: left out"
+        if (
+            "scheduler" not in kept
+            and self._scheduler is None
+            and shared.get("scheduler") is not None
+        ):
+            yield "it holds scheduler state, and this load was given no scheduler: left out"
+        if "data" not in kept and self._data is None and rank.get("data") is not None:
+            given = self._given_data
+            why = "was given no data iterator"
+            if given is not None:
+                why = f"was given a {type(given).__name__}, which has no load_state_dict"
+            yield (
+                f"it holds a data position, and this load {why}: left out. Give it to an iterator "
+                "that is built later with restore_data(iterator)"
+            )
 
     def targets(self, saved: SavedTensors) -> dict[str, torch.Tensor]:
         """Return the tensors to fill, by flat name: live ones where they exist, else new ones."""
@@ -282,7 +305,7 @@ class AppState:
             path = saved.key_paths[name]
             if path[0] == "model":
                 target = live.get(f"model.{path[1]}")
-                if isinstance(target, torch.Tensor) and not _is_extra(name):
+                if isinstance(target, torch.Tensor) and not is_extra(name):
                     found[name] = target
                 elif f"model.{path[1]}" in live:  # part of a module's extra state
                     found[name] = _new(source)
@@ -296,8 +319,11 @@ class AppState:
             # else left out, as `check` has said
         return found
 
-    def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> None:
-        """Give model and optimizer their state; `filled` holds tensors and values by flat name."""
+    def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> bool:
+        """Give model and optimizer their state; `filled` holds tensors and values by flat name.
+
+        Returns whether the optimizer got any.
+        """
         options = StateDictOptions(strict=False)  # `check` has compared the names
         live = self._live_model
         known = self._parameter_names if self._optimizers else set()
@@ -315,12 +341,13 @@ class AppState:
         restored = {f"model.{name}": value for name, value in nested["model"].items()}
         if not has_landed(self._model, live, restored):
             set_model_state_dict(self._model, nested["model"], options=options)
-        if known & saved.parameter_names() and not finish_optimizers(
-            self.optimizers, self._live_optimizer, nested["optimizer"]
-        ):
+        if not known & saved.parameter_names():
+            return False
+        if not finish_optimizers(self.optimizers, self._live_optimizer, nested["optimizer"]):
             self._keep_unknown(nested["optimizer"], known - saved.parameter_names())
             views: Any = self._optimizers
             set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
+        return True
 
     def _keep_unknown(self, restored: dict[str, Any], unknown: set[str]) -> None:
         """Add the live state of parameters that the checkpoint has none of: an optimizer takes all
@@ -337,70 +364,25 @@ class AppState:
         # First: the options of a group that both sides have are the checkpoint's.
         restored["param_groups"] = groups + restored["param_groups"]
 
-    def apply_scheduler(self, shared: Mapping[str, Any]) -> None:
-        """Give the scheduler its state, where both sides have one."""
-        if self._scheduler is not None and shared.get("scheduler") is not None:
-            self._scheduler.load_state_dict(shared["scheduler"])
+    def apply_scheduler(self, shared: Mapping[str, Any]) -> bool:
+        """Give the scheduler its state, where both sides have one; return whether they have."""
+        if self._scheduler is None or shared.get("scheduler") is None:
+            return False
+        self._scheduler.load_state_dict(shared["scheduler"])
+        return True
 
     def check_data(self, rank: Mapping[str, Any], path: str, accept_restart: bool) -> None:
-        """Say early whether the data state can be taken over, touching nothing.
+        """Say early whether the data state can be taken over, touching nothing; see `rank_state`.
 
         Raises:
             DataReshardError: another data-parallel size, and the loader cannot reshard.
         """
-        if self._data is None or rank["data"] is None:
-            return
-        saved_data_size = rank["data_size"]
-        if saved_data_size == self._place.data_size:
-            return
-        if not isinstance(self._data, ReshardableData) and not accept_restart:
-            raise DataReshardError(
-                f"{path} holds data state of {saved_data_size} data-parallel ranks, this run has "
-                f"{self._place.data_size}, and {type(self._data).__name__} has no "
-                "load_resharded_state.\nGive it one, or set load.accept_data_restart=true to start "
-                "the data from its beginning."
-            )
-
-    def apply_rank(self, states: Sequence[Mapping[str, Any]], saved: SavedRun) -> None:
-        """Give data and then RNG their state. `states`: this rank's, or every saved rank's."""
-        place = self._place
-        same_world = saved.world_size == place.world_size
-        own = states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
         if self._data is not None:
-            # Other ranks may have been the reader that this one is now, but never other readers.
-            reader = next((each for each in states if place.reads_on_from(each)), None)
-            if reader is None:
-                self._reshard_data(states, own["data_size"])
-            elif reader["data"] is not None:
-                self._data.load_state_dict(reader["data"])
-        if same_world:
-            for name in apply_rng(own["rng"]):
-                logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
-            return
-        reseed(saved.run_id, saved.iteration, place.rank)
-        if place.rank == 0:
-            logger.warning(
-                "saved by %d ranks, loaded by %d: RNG reseeded from run id, iteration and rank",
-                saved.world_size,
-                place.world_size,
-            )
+            check_data(self._data, rank, self._place, path, accept_restart)
 
-    def _reshard_data(self, states: Sequence[Mapping[str, Any]], saved_size: int) -> None:
-        place, data = self._place, self._data
-        assert data is not None
-        by_rank = {each["data_rank"]: each["data"] for each in states}
-        ordered = [by_rank[rank] for rank in sorted(by_rank) if by_rank[rank] is not None]
-        if not ordered:
-            return
-        if isinstance(data, ReshardableData):
-            data.load_resharded_state(ordered)
-            change = "resharded"
-        else:
-            change = "restarted from its beginning (load.accept_data_restart)"
-        if place.rank == 0:
-            logger.warning(
-                "data of %d data-parallel ranks, now %d: %s", saved_size, place.data_size, change
-            )
+    def apply_data(self, states: Sequence[Mapping[str, Any]]) -> bool:
+        """Give the data its position, of this rank's or of every saved rank's; see `rank_state`."""
+        return self._data is not None and apply_data(self._data, states, self._place)
 
     @cached_property
     def _live_model(self) -> dict[str, Any]:
@@ -433,31 +415,6 @@ def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
     return local.device, local.data_ptr()
 
 
-def _find_different(
-    live: Mapping[str, Any], saved: Mapping[str, TensorStorageMetadata], strict: bool
-) -> list[str]:
-    different = []
-    for name, target in live.items():
-        source = saved.get(name)
-        if source is None or not isinstance(target, torch.Tensor) or _is_extra(name):
-            continue
-        if source.size != target.size():
-            different.append(f"{name} is {list(source.size)}, here {list(target.size())}")
-        elif strict and source.properties.dtype != target.dtype:
-            different.append(f"{name} is {source.properties.dtype}, here {target.dtype}")
-    return different
-
-
-def _is_extra(name: str) -> bool:
-    """Whether a name is a module's extra state, which may have any shape and need not fit."""
-    return name.rpartition(".")[2] == "_extra_state"
-
-
-def _is_hollow(value: Any) -> bool:
-    """Whether a value has no leaf, so that DCP has nothing to write for it."""
-    return isinstance(value, Mapping) and all(map(_is_hollow, value.values()))
-
-
 def _find_hollow(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yield where mappings in mappings are empty."""
     for key, each in value.items():
@@ -487,7 +444,7 @@ def _check_keys(value: Any, place: str) -> None:
 
 
 def _new(saved: TensorStorageMetadata) -> torch.Tensor:
-    return torch.empty(saved.size, dtype=saved.properties.dtype)
+    return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
 
 def _fitting(present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata) -> torch.Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
+from holdfast.failures import is_process_failure
+from holdfast.state.reachable import check_reachable
 
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -33,6 +35,8 @@ def check_plain(value: Any, name: str) -> None:
     if found is None:
         return
     place, foreign = found
+    if isinstance(foreign, torch.Tensor):
+        check_reachable({place: foreign})
     try:  # torch's own list is longer than ours, and users may extend it
         decode(encode(foreign), place)
     except (CorruptCheckpointError, pickle.PicklingError, AttributeError, TypeError) as error:
@@ -63,13 +67,17 @@ def decode(content: bytes, name: str) -> Any:
             name, "cannot be read: it asks for code, or is torn"
         ) from error
     except Exception as error:  # torn files raise anything
+        if is_process_failure(error):
+            raise
         summary = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptCheckpointError(name, f"cannot be read: {summary}") from error
 
 
 def _find_foreign(value: Any, place: str) -> tuple[str, Any] | None:
     kind = type(value)
-    if kind in _PLAIN or isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor):
+        return (place, value) if value.is_meta else None
+    if kind in _PLAIN:
         return None
     if kind in _SEQUENCES:
         if _PLAIN.issuperset(map(type, value)):  # as most are: long lists of numbers

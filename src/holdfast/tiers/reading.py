@@ -21,7 +21,7 @@ from holdfast.digests import FileRecord, find_difference
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import Filesystem, read_bytes
 from holdfast.manifest import MANIFEST_NAME
-from holdfast.protocol import ShardSource, TrainState
+from holdfast.protocol import ShardSource
 from holdfast.shards.inventory import METADATA_NAME
 from holdfast.shards.reader import ShardReader
 from holdfast.store import Checkpoint, Damage, Store
@@ -102,14 +102,13 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     content = _read_checked(checkpoint, TRAIN_STATE_NAME, filesystem)
     try:
         counters = json.loads(content)
-        step = counters["train_state"]["step"]
-        # Refused here, while nothing live is touched: what `load` takes from it at its end.
-        TrainState().update_from(counters["train_state"])
+        # Whether the live counters can take the rest over is asked before anything is touched.
+        step = dict(counters["train_state"])["step"]
         int(counters["num_floating_point_operations_so_far"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(str(where), f"is not a train state: {error}") from error
-    if step != checkpoint.iteration:
-        raise CorruptCheckpointError(str(where), f"is of step {step}")
+    if type(step) is not int or step != checkpoint.iteration:
+        raise CorruptCheckpointError(str(where), f"is of step {step!r}")
     _read_checked(checkpoint, RUN_CONFIG_NAME, filesystem)  # vouched for too
     reader = open_shards(checkpoint, filesystem)
     return Contents(

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import ConfigError, CorruptCheckpointError, FormatTooNewError
+from holdfast.failures import is_process_failure
 from holdfast.filesystem import (
     PENDING_MARK,
     Filesystem,
-    is_shortage,
     make_durable_directory,
     naming,
     read_bytes,
@@ -153,7 +153,7 @@ class RunDirectory:
         except FormatTooNewError as error:
             return Found(path, iteration, owner, None, error.summary, error)
         except OSError as error:
-            if is_shortage(error):
+            if is_process_failure(error):
                 raise
             return Found(path, iteration, owner, None, f"{UNREAD}: {error.strerror}")
         if (record.iteration, record.owner) != parsed:

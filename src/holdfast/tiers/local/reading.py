@@ -23,7 +23,7 @@ from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import PENDING_MARK, Filesystem
 from holdfast.manifest import Manifest
-from holdfast.protocol import ShardSource, TrainState
+from holdfast.protocol import ShardSource
 from holdfast.store import Checkpoint
 from holdfast.tiers.local.elastic import Index, read_shard_index, read_shard_values
 from holdfast.tiers.local.engine import ShardManager
@@ -372,12 +372,12 @@ class Opening:
         where = str(self.manager.run.root)
         try:
             counters = json.loads(parts["train_state"])
-            TrainState().update_from(counters["train_state"])
+            step = dict(counters["train_state"])["step"]
             int(counters["num_floating_point_operations_so_far"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(where, f"holds no train state: {error}") from error
-        if counters["train_state"]["step"] != record.iteration:
-            raise CorruptCheckpointError(where, f"is of step {counters['train_state']['step']}")
+        if type(step) is not int or step != record.iteration:
+            raise CorruptCheckpointError(where, f"is of step {step!r}")
         manifest = Manifest(
             run_id=record.run_id,
             attempt=record.attempt,

@@ -270,7 +270,7 @@ class _Buffers:
     def at(self, number: int, length: int) -> torch.Tensor:
         slot = number % self._count
         if slot not in self._buffers:
-            self._buffers[slot] = torch.empty(self._size_bytes, dtype=torch.uint8)
+            self._buffers[slot] = torch.empty(self._size_bytes, dtype=torch.uint8, device="cpu")
         return self._buffers[slot][:length]
 
 

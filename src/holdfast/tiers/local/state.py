@@ -53,7 +53,7 @@ class ShardState(TensorAwareStateDict):  # type: ignore[misc]  # the package shi
 
     def init_tensors(self) -> None:
         """Make room for an image."""
-        self._image = torch.empty(self.tail.record.image_bytes, dtype=torch.uint8)
+        self._image = torch.empty(self.tail.record.image_bytes, dtype=torch.uint8, device="cpu")
 
     def copy_tensors_to_cpu(self, non_blocking: bool = False) -> None:
         """The image lies in host memory: there is nothing to copy, and nothing to wait for."""

@@ -164,7 +164,9 @@ class DeviceGroup(OwnGroup):
 
     def host_buffer(self, size_bytes: int) -> torch.Tensor:
         """Return host memory that the device copies to and from as it likes best."""
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._queue is not None)
+        return torch.empty(
+            size_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._queue is not None
+        )
 
     def device_buffer(self, size_bytes: int) -> torch.Tensor:
         """Return memory of the device."""

@@ -1,0 +1,27 @@
+"""Tells damage of a checkpoint from a failure of the process that reads it.
+
+Owns the one question on which a load decides between an older checkpoint and an error: could a
+healthy process have read these bytes? Running out of memory, file descriptors or threads, and a
+device that refuses work, say nothing about the file. Promises to import no torch: its errors are
+known by name. Whatever is not recognised here is judged by the room that was reading.
+"""
+
+from __future__ import annotations
+
+import errno
+
+_EXHAUSTED = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
+_TORCH_NAMES = frozenset({"OutOfMemoryError", "AcceleratorError"})
+_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+"""What torch and Python put into a plain RuntimeError for lack of a type."""
+
+
+def is_process_failure(error: BaseException) -> bool:
+    """Return whether an error is of this process: the bytes it was reading are not to blame."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in _EXHAUSTED
+    if any(kind.__name__ in _TORCH_NAMES for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _TEXTS)
