@@ -21,6 +21,7 @@ import torch
 from holdfast import __version__
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
+from holdfast.failures import is_process_failure
 from holdfast.filesystem import PENDING_MARK, Filesystem
 from holdfast.manifest import Manifest
 from holdfast.protocol import ShardSource
@@ -207,8 +208,9 @@ class Opening:
         """Remember that a file is damaged if it turns out to be."""
         try:
             yield
-        except (CorruptCheckpointError, OSError):
-            self.manager.recovery.note_damage(path)
+        except (CorruptCheckpointError, OSError) as error:
+            if not is_process_failure(error):
+                self.manager.recovery.note_damage(path)
             raise
 
     def _tail_of(self, path: str) -> Tail:

@@ -15,6 +15,7 @@ from typing import Any
 
 from holdfast.coordination import Coordinator
 from holdfast.errors import CorruptCheckpointError
+from holdfast.failures import is_process_failure
 from holdfast.shards.direct import read_verified
 from holdfast.tiers.local.elastic import find_gap, outline
 from holdfast.tiers.local.files import parse_shard_name, shard_name
@@ -95,7 +96,9 @@ class Recovery:
                     try:
                         record = self._run.read_tail(copy.path).record
                         found += outline(self._run.root / copy.path, record, self._run.filesystem)
-                    except (CorruptCheckpointError, OSError):
+                    except (CorruptCheckpointError, OSError) as error:
+                        if is_process_failure(error):
+                            raise
                         self.note_damage(copy.path)
         return found
 
@@ -111,6 +114,8 @@ class Recovery:
                 whole = [range(record.body_bytes)]
                 read_verified(self._run.filesystem, path, record.image_record(copy.path), [], whole)
             except (CorruptCheckpointError, OSError) as error:
+                if is_process_failure(error):
+                    raise
                 self.note_damage(copy.path)
                 problems.append(str(error))
         return problems

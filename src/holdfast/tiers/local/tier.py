@@ -27,6 +27,7 @@ from holdfast.errors import (
     StageFailedError,
     StageTimeoutError,
 )
+from holdfast.failures import blames_checkpoint
 from holdfast.filesystem import Filesystem
 from holdfast.identity import CommitIdentity
 from holdfast.shards.arena import Arena, image_bytes
@@ -277,7 +278,7 @@ class LocalTier:
 
         Raises:
             CorruptCheckpointError: on every rank; call `find` again for what else there is.
-            StageTimeoutError: a rank is gone.
+            StageFailedError: a rank failed, for which the commit is not to blame, or is gone.
         """
         from holdfast.tiers.local.reading import Opening
 
@@ -289,6 +290,8 @@ class LocalTier:
         except StageTimeoutError:
             raise
         except (CorruptCheckpointError, StageFailedError) as error:
+            if isinstance(error, StageFailedError) and not blames_checkpoint(error):
+                raise
             self.pass_over(candidate, coordinator, str(error))
             if isinstance(error, StageFailedError):
                 raise CorruptCheckpointError(str(manager.run.root), str(error)) from error
