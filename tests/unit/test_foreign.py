@@ -209,7 +209,9 @@ def _megatron_plans(path: Path) -> list[Any]:
     return [_MegatronPlan(_plans(path)[0].items)]
 
 
-@pytest.mark.parametrize("plans", [_plans, _megatron_plans, lambda _: None], ids=str)
+@pytest.mark.parametrize(
+    "plans", [_plans, _megatron_plans, lambda _: None], ids=["torch", "megatron", "none"]
+)
 @pytest.mark.parametrize("keeps_keys", [True, False], ids=["keys", "no keys"])
 def test_metadata_with_plans_is_read_as_torch_reads_it(
     trained: Live, tmp_path: Path, keeps_keys: bool, plans: Any

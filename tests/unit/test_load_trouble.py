@@ -403,7 +403,11 @@ class _Half:
         return {"position": 1}
 
 
-@pytest.mark.parametrize("data", [_Half(), iter(range(3)), (each for each in range(3))], ids=str)
+@pytest.mark.parametrize(
+    "data",
+    [_Half(), iter(range(3)), (each for each in range(3))],
+    ids=["half", "iterator", "generator"],
+)
 def test_an_iterator_that_cannot_come_back_is_named_at_the_first_save(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, data: Any
 ) -> None:

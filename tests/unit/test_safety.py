@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import datetime
 import enum
+import resource
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
+from holdfast.errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
 from holdfast.state.safety import check_plain, decode, encode
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 
@@ -117,3 +118,20 @@ def test_every_torn_file_is_refused() -> None:
     for length in range(0, len(content) - 1, 7):
         with pytest.raises(CorruptCheckpointError):
             decode(content[:length], "x")
+
+
+def test_memory_that_runs_out_is_not_damage() -> None:
+    """Sound bytes that this process has no room for are an error of its own, whoever says so."""
+    content = encode(torch.zeros(128 << 20, dtype=torch.uint8))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    try:
+        resource.setrlimit(
+            resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20), limits[1])
+        )
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            decode(content, "state of rank 0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert not isinstance(caught.value, CheckpointError)
+    assert decode(content, "state of rank 0").nbytes == 128 << 20

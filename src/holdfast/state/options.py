@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -120,8 +119,8 @@ def _all_of(schedule: Any) -> Iterator[Any]:
 
 
 def _comparable(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
+    if hasattr(value, "tolist"):  # of torch or numpy
+        return _comparable(value.tolist())
     if isinstance(value, list | tuple):
         return tuple(map(_comparable, value))
     if isinstance(value, Mapping):
