@@ -155,6 +155,11 @@ class CheckpointConfig:
     allow_rewind: bool = False
     """Whether a save may have a lower step than the one last loaded or saved; it then supersedes
     the checkpoints of higher steps."""
+    alarm_after_seconds: float | None = None
+    """How long nothing may be committed to the persistent tier before rank 0 warns, at growing
+    intervals. None: three save intervals as measured, at least a minute; infinite: never."""
+    alarm_stops: bool = False
+    """Whether the next save then raises on all ranks."""
     permissions: str = "private"
     """Who may read what is created: `private`, its owner alone; `umask`, as the process says."""
     timeout_seconds: float = 600.0
@@ -209,6 +214,7 @@ class CheckpointConfig:
         require_choice(self.on_save_failure, "on_save_failure", FAILURE_POLICIES)
         require_choice(self.permissions, "permissions", PERMISSIONS)
         require_positive(self.save_failure_limit, "save_failure_limit")
+        require_positive(self.alarm_after_seconds, "alarm_after_seconds")
         require_choice(self.load.verify, "load.verify", VERIFY_MODES)
         require_choice(self.load.on_missing, "load.on_missing", MISSING_POLICIES)
         require(
@@ -298,6 +304,8 @@ class CheckpointConfig:
             inert.append("checkpoint.staging=overlapped: async_save is false, nothing is staged")
         if self.persistent.from_local and not self.async_save:
             inert.append("checkpoint.persistent.from_local: async_save is false")
+        if self.alarm_stops and self.alarm_after_seconds == math.inf:
+            inert.append("checkpoint.alarm_stops: alarm_after_seconds is infinite")
         if self.local.directory is None:
             if self.persistent.from_local:
                 inert.append("checkpoint.persistent.from_local: local.directory is null")

@@ -28,6 +28,7 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |   |-- OwnCheckpointsExistError                      a load from elsewhere beside own ones
     |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
     |-- StoreNotWritableError          (OSError)          the store cannot be written at all
+    |-- CheckpointOverdueError         (TimeoutError)     nothing durable for too long
     |-- NotEnoughMemoryError           (MemoryError)      a snapshot that would not fit
     |-- NoFileFreeError                (TimeoutError)     every local file was being read
     `-- StageFailedError               (RuntimeError)     a stage failed, on which ranks and why
@@ -322,6 +323,28 @@ class NotEnoughMemoryError(CheckpointError, MemoryError):
             "Give the job more memory, shard the state over more ranks, or save without one: "
             "checkpoint.async_save=false."
         )
+
+
+class CheckpointOverdueError(CheckpointError, TimeoutError):
+    """Nothing was committed to the persistent tier for too long, and `alarm_stops` ends the run."""
+
+    def __init__(self, seconds: float, iteration: int | None, reason: str) -> None:
+        self.seconds = seconds
+        """Since the last durable commit, or since the load."""
+        self.iteration = iteration
+        """Of that commit; None: there is none since the load."""
+        self.reason = reason
+        """What seems to keep the next one from happening."""
+        super().__init__(
+            f"No checkpoint was committed to the persistent tier for {seconds:.0f} s "
+            f"({_last_durable(iteration)}): {reason}.\n"
+            "The run stops because checkpoint.alarm_stops is true. Repair the cause, or raise "
+            "checkpoint.alarm_after_seconds (inf: no alarm)."
+        )
+
+
+def _last_durable(iteration: int | None) -> str:
+    return "none since the load" if iteration is None else f"the last is iteration {iteration}"
 
 
 class NoFileFreeError(CheckpointError, TimeoutError):

@@ -18,7 +18,15 @@ ON_CHECKPOINT_SAVE = "on_checkpoint_save"
 """The checkpoint is committed: complete, durable and visible. Context: `CheckpointEvent`."""
 ON_CHECKPOINT_SAVE_FAILED = "on_checkpoint_save_failed"
 """The save was given up; earlier checkpoints stand. Context: `CheckpointEvent` with `error`."""
-EVENT_NAMES = (ON_CHECKPOINT_STAGED, ON_CHECKPOINT_SAVE, ON_CHECKPOINT_SAVE_FAILED)
+ON_CHECKPOINT_OVERDUE = "on_checkpoint_overdue"
+"""No durable commit for too long; fired on rank 0 alone, at each warning. Context: `OverdueEvent`.
+"""
+EVENT_NAMES = (
+    ON_CHECKPOINT_STAGED,
+    ON_CHECKPOINT_SAVE,
+    ON_CHECKPOINT_SAVE_FAILED,
+    ON_CHECKPOINT_OVERDUE,
+)
 
 
 @dataclass
@@ -49,6 +57,22 @@ class CheckpointEvent:
     optimizer: Any = None
     scheduler: Any = None
     user_state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OverdueEvent:
+    """How long nothing was committed to the persistent tier, and what seems to be the reason."""
+
+    seconds: float
+    """Since the last durable commit, or since the load."""
+    limit_seconds: float
+    """What it may be: `alarm_after_seconds`, or three save intervals as measured."""
+    iteration: int | None
+    """Of that commit; None: none is known since the load."""
+    reason: str
+    """One line: the last failure, the save in flight, or that nobody asks for such saves."""
+    last_failure: BaseException | None = None
+    """Of a persistent save since that commit."""
 
 
 class CallbackManager:

@@ -117,6 +117,11 @@ class Flight:
         """Whether there is one."""
         return self._background.is_busy
 
+    @property
+    def save(self) -> Save | None:
+        """The save in flight; None: there is none."""
+        return self._save
+
     def start(
         self,
         save: Save,

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from holdfast.alarm import Alarm
 from holdfast.config import CheckpointConfig
 from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import (
@@ -23,7 +25,9 @@ from holdfast.errors import (
     StageFailedError,
 )
 from holdfast.events import (
+    ON_CHECKPOINT_OVERDUE,
     ON_CHECKPOINT_STAGED,
+    CallbackManager,
     CheckpointEvent,
 )
 from holdfast.filesystem import Filesystem, LocalFilesystem
@@ -61,11 +65,16 @@ class DefaultCheckpointManager:
     """Saves to and loads from a store of torch.distributed.checkpoint directories."""
 
     def __init__(
-        self, checkpoint_config: CheckpointConfig, *, filesystem: Filesystem | None = None
+        self,
+        checkpoint_config: CheckpointConfig,
+        *,
+        filesystem: Filesystem | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Check the configuration and where its directories lie; nothing is created yet.
 
         `filesystem` is the seam for faults and other storage; None: the mounted file systems.
+        `clock` is what the alarm of overdue checkpoints is measured by, in seconds.
 
         Raises:
             ConfigError: with every problem of the configuration.
@@ -90,7 +99,9 @@ class DefaultCheckpointManager:
         self._tiers = Tiers(config, self._tier, self._filesystem)
         self._snapshotter = Snapshotter(config, self._tiers)
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
-        rule, watchers = FailureRule(config), (self._steps,)
+        self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
+        self._listener: Any | None = None
+        rule, watchers = FailureRule(config), (self._steps, self._alarm)
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
         self._channels: list[Coordinator] | None = None
         self._calls = 0
@@ -106,6 +117,7 @@ class DefaultCheckpointManager:
 
         Raises:
             StepRewoundError: the step is below the one last loaded or saved.
+            CheckpointOverdueError: `alarm_stops` is set, and nothing durable came for too long.
             CheckpointError: this save could not begin, or the previous one had failed.
         """
         started = time.monotonic()
@@ -118,14 +130,22 @@ class DefaultCheckpointManager:
         self._tiers.wait_restored(self._rank())
         control, writer, drainer = self._begin_call()
         save = _describe(ctx, callback_manager, started)
+        if callback_manager is not None:
+            self._listener = callback_manager
+        self._alarm.note_save(is_persistent=is_persistent)
+        self._warn_if_overdue(control.rank)
 
-        def check() -> None:  # on rank 0 at the door, and on each rank when it captures
+        def check() -> None:  # on rank 0 at admission, and on each rank when it captures
             self._steps.check(ctx.state.train_state.step)
+
+        def check_first() -> None:
+            self._alarm.check(self._describe_flight(), is_persistent=is_persistent)
+            check()
 
         if control.rank == 0 and not self._has_warned_of_data:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
         try:
-            self._tiers.admit(control, check, to_local=not is_persistent)
+            self._tiers.admit(control, check_first, to_local=not is_persistent)
             with collection_put_off():
                 app = _app_state(ctx, control)
                 snapshot, to_local = self._snapshotter.take(ctx, app, control, check)
@@ -171,15 +191,55 @@ class DefaultCheckpointManager:
             self._saving.poll(rank)
             self._draining.poll(rank)
             self._tiers.poll_restored(rank)
+            self._warn_if_overdue(rank)
             return
         try:
             self._saving.wait(rank)
             self._draining.wait(rank)
             self._tiers.wait_restored(rank)
+            self._warn_if_overdue(rank)
         finally:
             if terminate:
+                self._alarm.end()
+                self._listener = None
                 self._snapshotter.release()
                 self._tiers.close()
+
+    def _warn_if_overdue(self, rank: int) -> None:
+        """Warn on rank 0 that nothing durable came for too long; nearly free."""
+        if rank != 0 or not self._alarm.is_due():
+            return
+        event = self._alarm.describe(self._describe_flight())
+        last = "none since the load" if event.iteration is None else f"iteration {event.iteration}"
+        logger.warning(
+            "No checkpoint was committed to %s for %.0f s (the last: %s), and it may take %.0f s: "
+            "%s.\nThis is repeated after twice the time%s. checkpoint.alarm_after_seconds sets the "
+            "limit; inf turns the alarm off.",
+            self._tier.store.root,
+            event.seconds,
+            last,
+            event.limit_seconds,
+            event.reason,
+            ", and the next save stops the run" if self.checkpoint_config.alarm_stops else "",
+        )
+        if isinstance(self._listener, CallbackManager):
+            self._listener.fire(ON_CHECKPOINT_OVERDUE, event)
+
+    def _describe_flight(self) -> str | None:
+        """Say how long the persistent save in flight has taken, and how far it came."""
+        for flight in (self._saving, self._draining):
+            save = flight.save
+            if save is not None and save.event.tier == TIER_NAME:
+                seconds = time.monotonic() - save.started
+                far = ""
+                if flight is self._saving and (total := self.progress.total_bytes):
+                    written = self.progress.written_bytes / 2**20
+                    far = f", {written:.1f} of {total / 2**20:.1f} MiB of rank 0's shard written"
+                return (
+                    f"the save of iteration {save.event.iteration} is in flight for "
+                    f"{seconds:.0f} s{far}"
+                )
+        return None
 
     def wait_staged(self) -> None:
         """Return when the last save no longer reads live tensors.
@@ -239,6 +299,7 @@ class DefaultCheckpointManager:
         self._has_loaded, self._loaded = True, None
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         self._steps.note_load(None)
+        self._alarm.begin()
         return LoadResult()
 
     def restore_rng(self) -> None:
@@ -332,6 +393,8 @@ class DefaultCheckpointManager:
         # A checkpoint that plain torch wrote has no counters: those of the loop stay as they are.
         has_counters = goes_on and bool(checkpoint.manifest.run_id)
         self._steps.note_load(checkpoint.iteration if has_counters else None)
+        is_safe = selected.is_durable and selected.is_own
+        self._alarm.begin(checkpoint.iteration if is_safe else None)
         operations = counters["num_floating_point_operations_so_far"]
         return LoadResult(
             iteration=checkpoint.iteration if goes_on else 0,

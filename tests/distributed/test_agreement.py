@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any, cast
 import pytest
 from torch import distributed
 
-from holdfast.errors import SaveFailedError, StepRewoundError
+from holdfast.config import CheckpointConfig
+from holdfast.errors import CheckpointOverdueError, SaveFailedError, StepRewoundError
 from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.manager import DefaultCheckpointManager
 from tests.distributed.training import Run
+from tests.support.managers import linear
 from tests.support.ranks import run_ranks
+from tests.support.stores import FaultyFilesystem
 
 
 class _Seen:
@@ -164,3 +169,46 @@ def test_a_counter_that_one_rank_forgot_is_refused_on_all(odd: int, tmp_path: Pa
     """Whichever rank is below the step saved last, all raise the same; the next save works."""
     for found in run_ranks(_forget_the_counter, 2, tmp_path, odd):
         assert found == [(2, 5), ["iter_0000005", "iter_0000006"]]
+
+
+def _stop_when_overdue(root: Path) -> list[Any]:
+    """Rank 0's clock says that it is time, rank 1's says the opposite of whatever that is."""
+    rank = distributed.get_rank()
+    warned: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("holdfast.manager").addHandler(handler)
+    now = [0.0]
+    config = CheckpointConfig.from_mapping(
+        {
+            "persistent": {"directory": str(root / "store")},
+            "alarm_after_seconds": 100.0,
+            "alarm_stops": True,
+            "on_save_failure": "warn",
+            "save_failure_limit": None,
+            "timeout_seconds": 20.0,
+        }
+    )
+    filesystem = FaultyFilesystem()
+    manager = DefaultCheckpointManager(config, filesystem=filesystem, clock=lambda: now[0])
+    live = linear()
+    live.load(manager)
+    live.save(manager, 1)
+    manager.finalize_async_saves(live.state, blocking=True)
+    filesystem.refuses = lambda name, path: path.suffix == ".distcp"
+    now[0] = 99.0 if rank == 0 else 500.0
+    live.save(manager, 2)
+    manager.finalize_async_saves(live.state, blocking=True)
+    now[0] = 100.0 if rank == 0 else 0.0
+    with pytest.raises(CheckpointOverdueError) as caught:
+        live.save(manager, 3)
+    manager.finalize_async_saves(live.state, terminate=True)
+    return [caught.value.seconds, caught.value.iteration, str(caught.value), len(warned)]
+
+
+def test_the_clock_of_rank_0_stops_an_overdue_run_on_all_ranks(tmp_path: Path) -> None:
+    """Clocks differ: rank 0 decides, and all ranks raise the same at the same save."""
+    first, second = run_ranks(_stop_when_overdue, 2, tmp_path)
+    assert first[:3] == second[:3]
+    assert first[:2] == [100.0, 1]
+    assert (first[3], second[3]) == (1, 0), "rank 0 alone warns"

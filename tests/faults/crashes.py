@@ -158,6 +158,7 @@ class Story:
         self.job = Job(self.filesystem, keep_last=self.keep_last)
         self._resumed: tuple[int, str] | None = None
         self._resumed_path = ""
+        self._asked_step: int | None = None
         self._has_claimed = False
 
     def _learn(self, known: Known) -> None:
@@ -215,6 +216,7 @@ class Story:
             raise Violation(f"iteration {result.iteration} was loaded, which is not the newest")
         self._resumed = (result.iteration, digest)
         self._resumed_path = str(result.path)
+        self._asked_step = step
         self._has_claimed = False
 
     def save(self, iteration: int) -> None:
@@ -256,7 +258,12 @@ class Story:
             path = None if self._resumed is None else self._resumed_path
             attempts = (
                 *attempts,
-                Attempt(number, self._resumed[0] if self._resumed else None, path),
+                Attempt(
+                    number,
+                    self._resumed[0] if self._resumed else None,
+                    path,
+                    self._asked_step if self._resumed else None,
+                ),
             )
         self._learn(
             Known(

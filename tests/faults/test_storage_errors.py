@@ -183,7 +183,9 @@ def test_warned_failures_are_counted_until_the_limit(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         for iteration in (10, 20):
             save(iteration)
-    assert [each.getMessage().partition("(failure")[2] for each in caplog.records] == [
+    assert [
+        each.getMessage().partition("(persistent tier: failure")[2] for each in caplog.records
+    ] == [
         " 1 in a row, the run ends at 3)",
         " 2 in a row, the run ends at 3)",
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from holdfast.errors import ConfigError
 from tests.support.managers import linear, manager_of
+from tests.support.mounts import bound
 from tests.support.stores import tree
 
 PAIRS = [
@@ -54,6 +55,26 @@ def test_the_tiers_lie_apart(
         assert problem.startswith("checkpoint.local.directory: ")
         assert f" is {relation} checkpoint.persistent.directory" in problem
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("persistent", "local", "relation"),
+    [
+        ("store", "bound", "the same as"),
+        ("bound", "store/new", "inside"),
+        ("bound/new", "store", "around"),
+    ],
+)
+def test_a_second_mount_is_the_same_directory(
+    tmp_path: Path, persistent: str, local: str, relation: str
+) -> None:
+    """What no path shows is seen all the same: a container may have the store at two places."""
+    (tmp_path / "store").mkdir()
+    with (
+        bound(tmp_path / "store", tmp_path / "bound"),
+        pytest.raises(ConfigError, match=f"is {relation} checkpoint"),
+    ):
+        manager_of(tmp_path / persistent, local={"directory": str(tmp_path / local)})
 
 
 def _committed(root: Path) -> Path:

@@ -13,6 +13,7 @@ import holdfast.errors
 from holdfast.errors import (
     CheckpointError,
     CheckpointNotFoundError,
+    CheckpointOverdueError,
     ConfigError,
     CorruptCheckpointError,
     DataReshardError,
@@ -103,6 +104,11 @@ EXAMPLES: list[tuple[CheckpointError, tuple[type[BaseException], ...], dict[str,
         {"path": "/a", "code": "EACCES"},
     ),
     (SupersededAttemptError("a"), (StoreIdentityError,), {}),
+    (
+        CheckpointOverdueError(930.0, 40, "the disk is full"),
+        (TimeoutError,),
+        {"seconds": 930.0, "iteration": 40, "reason": "the disk is full"},
+    ),
     (NoFileFreeError("a"), (TimeoutError,), {}),
     (
         NotEnoughMemoryError(3 << 30, 1 << 30, "the machine's available memory"),

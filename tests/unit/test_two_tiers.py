@@ -327,6 +327,26 @@ def test_local_commits_do_not_hide_persistent_failures(
     job.close()
 
 
+def test_the_local_copy_of_a_persistent_save_resets_local_failures(
+    tmp_path: Path, local: Path
+) -> None:
+    """A save that was committed to both tiers ends the row of failures of both."""
+    filesystem = FaultyFilesystem()
+    job = _Job(tmp_path, local, filesystem=filesystem, on_save_failure="warn", save_failure_limit=2)
+    job.load()
+    failed = 0
+    for iteration, to_local, is_full in [(1, True, True), (2, False, False), (3, True, True)]:
+        filesystem.refuses = lambda name, path, is_full=is_full: (  # type: ignore[misc]
+            is_full and path.is_relative_to(local)
+        )
+        job.save(iteration, to_local=to_local)
+        failed += job.events[-1].error is not None
+    assert failed == 2
+    with pytest.raises(SaveFailedError, match="failure 2 in a row of saves to the local tier"):
+        job.save(4, to_local=True)
+    job.close()
+
+
 @pytest.mark.parametrize("local", ["memory"], indirect=True)
 def test_local_saves_go_on_while_one_drains(tmp_path: Path, local: Path) -> None:
     """With `from_local` a persistent write that takes long keeps no local save waiting.

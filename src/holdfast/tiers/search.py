@@ -80,6 +80,11 @@ class Selected:
         return self.candidate
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is of the run itself."""
+        return self.action is Action.LOAD
+
+    @property
     def is_parent(self) -> bool:
         """Whether it is of another run, from which this one begins."""
         return self.action is Action.LOAD_PARENT
@@ -224,7 +229,7 @@ class Search:
     def resume_from(self, selected: Selected, checkpoint: Checkpoint) -> None:
         """Note on every rank what was loaded; a later first save goes on from there."""
         manifest, tier = checkpoint.manifest, self._tiers.persistent
-        is_own = selected.action is Action.LOAD
+        is_own = selected.is_own
         if manifest.run_id:  # else of no run: there is no lineage to go on with
             step = effective_step(self._asked) if is_own else None
             tier.resume_from(checkpoint, is_own=is_own, asked_step=step)

@@ -1,0 +1,148 @@
+"""Notice that no checkpoint was committed to the persistent tier for too long.
+
+Owns how long that is, when to warn again, and what the reason seems to be. A run with
+`on_save_failure=warn`, a save that hangs, or a loop that asks for local saves only would otherwise
+train on for days with nothing durable. Lives on the training thread of rank 0: clocks of ranks
+differ, so one of them decides. A training step costs at most one reading of the clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from holdfast.errors import CheckpointOverdueError
+from holdfast.events import OverdueEvent
+
+INTERVALS = 3
+"""Without a configured limit: so many of the intervals between saves."""
+SHORTEST_LIMIT_SECONDS = 60.0
+"""Of a limit that was measured: saves a few seconds apart are nothing to be alarmed about."""
+_KEPT_INTERVALS = 5
+
+
+def find_limit(after_seconds: float | None, intervals: Sequence[float]) -> float:
+    """Return after how many seconds a commit is overdue; infinite: nothing is known yet.
+
+    `intervals` are the latest seconds between persistent saves. The longest counts, so that a
+    single extra save does not shorten the limit.
+    """
+    if after_seconds is not None:
+        return after_seconds
+    if not intervals:
+        return math.inf
+    return max(INTERVALS * max(intervals), SHORTEST_LIMIT_SECONDS)
+
+
+class Alarm:
+    """The time since the last durable commit of one manager."""
+
+    def __init__(
+        self, after_seconds: float | None, *, stops: bool, clock: Callable[[], float]
+    ) -> None:
+        self._after_seconds = after_seconds
+        self._stops = stops
+        self._clock = clock
+        self._intervals: deque[float] = deque(maxlen=_KEPT_INTERVALS)
+        self._asked_at: float | None = None
+        self._is_asked = False
+        """Whether a persistent save was asked for since the last durable commit."""
+        self._since: float | None = None
+        """When it was committed, or the load ended; None: not watching."""
+        self._iteration: int | None = None
+        self._failure: BaseException | None = None
+        self._warnings = 0
+        self._due = math.inf
+        """When the next warning is due."""
+
+    def begin(self, iteration: int | None = None) -> None:
+        """Watch from now on; `iteration` is that of the newest durable checkpoint, if known."""
+        self._since, self._iteration = self._clock(), iteration
+        self._asked_at, self._is_asked = None, False
+        self._failure, self._warnings = None, 0
+        self._set_due()
+
+    def end(self) -> None:
+        """Stop watching, until the next load or save."""
+        self._since, self._due = None, math.inf
+
+    def note_save(self, *, is_persistent: bool) -> None:
+        """Note that a save was asked for, after earlier ones have ended."""
+        if self._since is None:
+            self.begin()
+        if is_persistent:
+            now = self._clock()
+            if self._asked_at is not None:
+                self._intervals.append(now - self._asked_at)
+            self._asked_at, self._is_asked = now, True
+            self._set_due()
+
+    def note_commit(self, iteration: int, tier: str) -> None:
+        """Start measuring again, if the commit is a durable one."""
+        if tier == "persistent":
+            self._since, self._iteration = self._clock(), iteration
+            self._is_asked, self._failure, self._warnings = False, None, 0
+            self._set_due()
+
+    def note_failure(self, iteration: int, tier: str, error: BaseException) -> None:
+        """Keep the latest failure: it is the likely reason."""
+        if tier == "persistent":
+            self._failure = error
+
+    def is_due(self) -> bool:
+        """Whether a warning is due now; call it once per step."""
+        return self._due < math.inf and self._clock() >= self._due
+
+    def describe(self, in_flight: str | None) -> OverdueEvent:
+        """Return what is known, and put the next warning off to twice the time.
+
+        `in_flight` describes the persistent save that is not committed yet; None: there is none.
+        """
+        event = self._find(in_flight)
+        while self._due <= self._clock():
+            self._warnings += 1
+            self._set_due()
+        return event
+
+    def check(self, in_flight: str | None, *, is_persistent: bool) -> None:
+        """Refuse the save that is asked for, where the run is to stop.
+
+        A persistent save is let through unless one has failed since the last commit: it is what the
+        alarm asks for.
+
+        Raises:
+            CheckpointOverdueError: on rank 0, which leads the stage that this is called in.
+        """
+        if not self._stops or self._since is None or (is_persistent and self._failure is None):
+            return
+        event = self._find(in_flight)
+        if event.seconds >= event.limit_seconds:
+            raise CheckpointOverdueError(event.seconds, event.iteration, event.reason)
+
+    def _find(self, in_flight: str | None) -> OverdueEvent:
+        assert self._since is not None
+        reasons = []
+        if self._failure is not None:
+            first_line = (str(self._failure) or type(self._failure).__name__).splitlines()[0]
+            reasons.append(first_line.rstrip("."))
+        if in_flight is not None:
+            reasons.append(in_flight)
+        if not reasons:
+            reasons.append(
+                "the last save asked for has not begun"
+                if self._is_asked
+                else "no save to the persistent tier was asked for since"
+            )
+        return OverdueEvent(
+            seconds=self._clock() - self._since,
+            limit_seconds=find_limit(self._after_seconds, self._intervals),
+            iteration=self._iteration,
+            reason="; ".join(reasons),
+            last_failure=self._failure,
+        )
+
+    def _set_due(self) -> None:
+        assert self._since is not None
+        limit = find_limit(self._after_seconds, self._intervals)
+        self._due = self._since + limit * 2**self._warnings
