@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ from holdfast.errors import (
     UnsupportedStateError,
 )
 from holdfast.filesystem import LocalFilesystem
+from holdfast.shards.container import container_of
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.states import digest
 from tests.support.stores import tree
@@ -425,38 +427,47 @@ def test_an_iterator_that_cannot_come_back_is_named_at_the_first_save(
 # -- default device and dtype --------------------------------------------------------------------
 
 
-def test_the_default_device_and_dtype_change_nothing(tmp_path: Path) -> None:
-    """Saved and loaded under another default device and dtype, the bytes are the same."""
-
-    def write(root: Path) -> dict[str, Any]:
-        live = linear()
-        for _ in range(2):
-            step(live)
-        live.scheduler = torch.optim.lr_scheduler.StepLR(live.optimizer, 7)
-        manager = manager_of(root, run_id="r")
-        try:
-            if root.name == "meta":
-                torch.set_default_device("meta")
-                torch.set_default_dtype(torch.float64)
-            live.save(manager)
-        finally:
-            torch.set_default_device(None)
-            torch.set_default_dtype(torch.float32)
-        return {name: each for name, each in tree(root).items() if name.endswith(".distcp")}
-
-    expected = write(tmp_path / "plain")
-    assert write(tmp_path / "meta") == expected
-    saved, live = linear(), linear(1)
-    for _ in range(2):
-        step(saved)
-    live.scheduler = torch.optim.lr_scheduler.StepLR(live.optimizer, 7)
+@contextmanager
+def _other_defaults() -> Iterator[None]:
+    container_of.cache_clear()  # what was made under the usual ones is no proof
     try:
         torch.set_default_device("meta")
         torch.set_default_dtype(torch.float64)
-        assert live.load(manager_of(tmp_path / "plain")).iteration == 2
+        yield
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    assert digest(live.model.state_dict()) == digest(saved.model.state_dict())
+        container_of.cache_clear()
+
+
+def _trained(seed: int, steps: int) -> Live:
+    """Return a model with an empty tensor and one of a dtype of its own."""
+    live = linear(seed)
+    live.model.register_buffer("nothing", torch.empty(0, 3))  # type: ignore[union-attr]
+    live.model.register_buffer("narrow", torch.full((5,), float(seed), dtype=torch.bfloat16))  # type: ignore[union-attr]
+    live.scheduler = torch.optim.lr_scheduler.StepLR(live.optimizer, 7)
+    for _ in range(steps):
+        step(live)
+    return live
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_default_device_and_dtype_change_nothing(tmp_path: Path, asynchronous: bool) -> None:
+    """Saved and loaded under another default device and dtype, the bytes are the same."""
+
+    def write(root: Path, around: AbstractContextManager[None]) -> dict[str, Any]:
+        live, manager = _trained(0, 2), manager_of(root, run_id="r", async_save=asynchronous)
+        with around:
+            live.save(manager)
+            manager.finalize_async_saves(live.state, blocking=True, terminate=True)
+        return {name: each for name, each in tree(root).items() if name.endswith(".distcp")}
+
+    expected = write(tmp_path / "plain", nullcontext())
+    assert write(tmp_path / "meta", _other_defaults()) == expected
+    live = _trained(1, 0)
+    with _other_defaults():
+        assert live.load(manager_of(tmp_path / "plain")).iteration == 2
+    saved = _trained(0, 2)
+    assert digest(live.model.state_dict()) == digest(saved.model.state_dict())  # type: ignore[union-attr]
     ours, theirs = live.optimizer.state_dict()["state"], saved.optimizer.state_dict()["state"]
     assert digest(ours) == digest(theirs)

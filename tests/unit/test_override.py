@@ -18,7 +18,7 @@ from holdfast.errors import ConfigError, DataReshardError, NothingLoadedError, U
 from tests.support.managers import Live, counters, linear, manager_of, step
 from tests.support.states import ReshardableStream, SampleStream, digest, rng_digests
 
-OLD, NEW = 0.1, 0.004
+OLD, NEW = 0.1, 0.013
 SAVED_AT = 5
 
 
