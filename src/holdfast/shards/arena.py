@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from holdfast.digests import BLOCK_BYTES, footer_size
+from holdfast.normal_mode import in_normal_mode
 from holdfast.shards.items import Source
 from holdfast.shards.layout import Layout
 from holdfast.shards.memory import allocate
@@ -36,6 +37,7 @@ def image_bytes(layout: Layout) -> int:
 class Arena:
     """Memory for one shard file; one snapshot is in it at a time."""
 
+    @in_normal_mode  # other saves, in other modes, copy into what is made here
     def __init__(self, layout: Layout, memory: memoryview | None = None, *, pinned: bool = False):
         """Lay the file out in memory, which holds zeros. None: in memory of its own.
 
