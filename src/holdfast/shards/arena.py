@@ -9,8 +9,8 @@ block from live tensors. Knows no files and no other rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -121,13 +121,28 @@ class Arena:
             self._unpin = None
 
 
+class Event(Protocol):
+    """Something that a GPU has yet to do; torch.cuda.Event is one."""
+
+    def synchronize(self) -> None:
+        """Wait until it is done."""
+        ...
+
+
 class StreamedShard:
     """The same file made block by block from live tensors, which must not change meanwhile."""
 
-    def __init__(self, layout: Layout, sources: Sequence[Source]) -> None:
-        """Take one source for each slot."""
+    def __init__(
+        self, layout: Layout, sources: Sequence[Source], computed: Iterable[Event] = ()
+    ) -> None:
+        """Take one source for each slot.
+
+        `computed`: what to wait for before they are read; threads that read them from a GPU do so
+        on streams of their own, which wait for nothing that the caller's stream has yet to compute.
+        """
         self.layout = layout
         self._sources = sources
+        self._computed = computed
 
     keeps_stretches = False
 
@@ -139,6 +154,8 @@ class StreamedShard:
     def stretches(self) -> Iterator[memoryview]:
         """Yield the body in blocks of 8 MiB, in a few buffers that take turns."""
         size_bytes = min(BLOCK_BYTES, self.body_bytes)
+        for each in self._computed:
+            each.synchronize()
         buffers = [allocate(size_bytes) for _ in range(_STREAM_BUFFERS)]
         turn = filled = 0
         for part in self._parts():
