@@ -122,6 +122,26 @@ def test_a_streamed_shard_has_the_bytes_of_an_arena(leaves: dict[str, Any]) -> N
     assert sum(sizes) == layout.body_bytes
 
 
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Where host memory cannot be registered, each arena stages all the same; it is said once."""
+    layout, sources = _own(_describe(EVERYTHING))
+    undone = []
+
+    def refuse(tensor: Tensor) -> Any:
+        raise RuntimeError("CUDA error: out of memory\nfor a test")
+
+    bodies = []
+    for pinning in (refuse, refuse, lambda _: lambda: undone.append(True)):
+        arena = Arena(layout, pinned=True, pinning=pinning)
+        arena.stage(sources).wait()
+        bodies.append(_body(arena))
+        arena.release()
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert undone == [True]
+    (warning,) = caplog.messages
+    assert "cannot be registered with CUDA (CUDA error: out of memory)" in warning
+
+
 class _Computing:
     """A tensor that somebody has yet to compute, and the event behind that."""
 

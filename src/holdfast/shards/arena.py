@@ -9,7 +9,10 @@ block from live tensors. Knows no files and no other rank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +23,8 @@ from holdfast.shards.items import Source
 from holdfast.shards.layout import Layout
 from holdfast.shards.memory import allocate
 from holdfast.shards.staging import Copying
+
+logger = logging.getLogger(__name__)
 
 _STRETCH_BYTES = 64 << 20
 """Written in one call: a disk has something to do while the next one is prepared."""
@@ -38,10 +43,18 @@ class Arena:
     """Memory for one shard file; one snapshot is in it at a time."""
 
     @in_normal_mode  # other saves, in other modes, copy into what is made here
-    def __init__(self, layout: Layout, memory: memoryview | None = None, *, pinned: bool = False):
+    def __init__(
+        self,
+        layout: Layout,
+        memory: memoryview | None = None,
+        *,
+        pinned: bool = False,
+        pinning: Callable[[torch.Tensor], Callable[[], None]] | None = None,
+    ) -> None:
         """Lay the file out in memory, which holds zeros. None: in memory of its own.
 
-        `pinned`: fixed in place for copies from a GPU.
+        `pinned`: fixed in place for copies from a GPU, as far as the system allows it. `pinning`:
+        fixes it and returns what undoes that. None: CUDA does.
 
         Raises:
             NotEnoughMemoryError: it does not fit what is left.
@@ -49,7 +62,7 @@ class Arena:
         self.layout = layout
         self.memory = allocate(image_bytes(layout)) if memory is None else memory
         self._tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self._unpin = _pin(self._tensor) if pinned else None
+        self._unpin = _pin_or_warn(self._tensor, pinning or pin) if pinned else None
         self._copying = Copying(())
         self._targets: list[Any] = []
         for slot in layout.slots:
@@ -210,13 +223,44 @@ def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield from _bytes_of(part[0] if rows == 1 else part)
 
 
-def _pin(tensor: torch.Tensor) -> Callable[[], None]:
-    """Fix memory in place for a GPU; return what undoes it."""
+def pin(tensor: torch.Tensor) -> Callable[[], None]:
+    """Fix memory in place for a GPU; return what undoes it.
+
+    Raises:
+        RuntimeError: it cannot be registered: the limit on locked memory is too low, say.
+    """
     cuda: Any = torch.cuda
     address = tensor.data_ptr()
-    cuda.check_error(cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
+    try:
+        cuda.check_error(cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
+    except RuntimeError:
+        # CUDA repeats the error to whoever launches the next kernel; that must not be training.
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+        raise
 
     def unpin() -> None:
         cuda.check_error(cuda.cudart().cudaHostUnregister(address))
 
     return unpin
+
+
+def _pin_or_warn(
+    tensor: torch.Tensor, pinning: Callable[[torch.Tensor], Callable[[], None]]
+) -> Callable[[], None] | None:
+    """Fix memory in place, or say that copies from a GPU will be slower: both are right."""
+    try:
+        return pinning(tensor)
+    except RuntimeError as error:
+        _warn_unpinned(tensor.nbytes, str(error).partition("\n")[0])
+        return None
+
+
+@cache  # each reason once: there are several arenas, and more with each structure
+def _warn_unpinned(size_bytes: int, reason: str) -> None:
+    logger.warning(
+        "%d bytes of host memory cannot be registered with CUDA (%s): saves copy more slowly.\n"
+        "Raise the limit on locked memory (ulimit -l) of this process.",
+        size_bytes,
+        reason,
+    )
