@@ -252,15 +252,14 @@ def _pin_or_warn(
     try:
         return pinning(tensor)
     except RuntimeError as error:
-        _warn_unpinned(tensor.nbytes, str(error).partition("\n")[0])
+        _warn_unpinned(str(error).partition("\n")[0])
         return None
 
 
 @cache  # each reason once: there are several arenas, and more with each structure
-def _warn_unpinned(size_bytes: int, reason: str) -> None:
+def _warn_unpinned(reason: str) -> None:
     logger.warning(
-        "%d bytes of host memory cannot be registered with CUDA (%s): saves copy more slowly.\n"
+        "memory for saves cannot be registered with CUDA (%s): copies from the GPU are slower.\n"
         "Raise the limit on locked memory (ulimit -l) of this process.",
-        size_bytes,
         reason,
     )
