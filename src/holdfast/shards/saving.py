@@ -104,7 +104,7 @@ class StagedShard:
     def write(
         self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
     ) -> FileRecord:
-        """Write the file into a directory, as it is being staged; durability is the caller's.
+        """Write the file into a directory, as it is being staged; its name is the caller's.
 
         Raises:
             OSError: it cannot be written.
