@@ -39,6 +39,11 @@ class Coordinator(Protocol):
     @property
     def world_size(self) -> int: ...
 
+    @property
+    def timeout_seconds(self) -> float:
+        """How long any rank is waited for."""
+        ...
+
     def begin(self, conversation: str) -> None:
         """Leave whatever was said before: from here on ranks meet in this conversation only.
 
@@ -75,6 +80,7 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
+    timeout_seconds = float("inf")
 
     def begin(self, conversation: str) -> None:
         """Nobody can be late."""
@@ -118,7 +124,7 @@ class StoreCoordinator:
         self.rank = rank
         self.world_size = world_size
         self._store = store
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._channel = channel
         self._conversation = ""
         self._turns: Counter[str] = Counter()
@@ -240,7 +246,7 @@ class StoreCoordinator:
 
     def _collect(self, stage: str, turn: str) -> list[tuple[str, Any]]:
         """Wait for the outcome of every other rank and name those that never came."""
-        deadline = time.monotonic() + self._timeout_seconds
+        deadline = time.monotonic() + self.timeout_seconds
         keys = [f"{turn}/{rank}" for rank in range(1, self.world_size)]
         missing = [
             rank
@@ -248,7 +254,7 @@ class StoreCoordinator:
             if not self._wait(key, deadline - time.monotonic())
         ]
         if missing:
-            verdict = StageTimeoutError(stage, missing, self._timeout_seconds)
+            verdict = StageTimeoutError(stage, missing, self.timeout_seconds)
             self._reply(stage, turn, [("error", verdict)] * self.world_size)
             raise verdict
         self._spent_keys += keys
@@ -263,8 +269,8 @@ class StoreCoordinator:
 
     def _await_reply(self, stage: str, turn: str, cause: BaseException | None) -> Any:
         key = f"{turn}/reply/{self.rank}"
-        if not self._wait(key, self._timeout_seconds + _FOLLOWER_GRACE_SECONDS):
-            raise StageTimeoutError(stage, [0], self._timeout_seconds) from cause
+        if not self._wait(key, self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
+            raise StageTimeoutError(stage, [0], self.timeout_seconds) from cause
         return self._unpack(self._get(key, stage), cause)
 
     def _forget_spent(self, stage: str) -> None:

@@ -39,7 +39,7 @@ class Filesystem(Protocol):
 
     def make_directory(self, path: Path) -> None: ...
     def open_new(self, path: Path) -> BinaryIO: ...
-    def sync_file(self, path: Path) -> None: ...
+    def sync_file(self, path: Path, stream: Any) -> None: ...
     def sync_directory(self, path: Path) -> None: ...
     def rename(self, source: Path, target: Path) -> None: ...
     def link(self, source: Path, target: Path) -> None: ...
@@ -72,21 +72,20 @@ class LocalFilesystem:
         )
         return os.fdopen(descriptor, "w+b")
 
-    def sync_file(self, path: Path) -> None:
-        """Make the bytes and the size of a file durable."""
-        self._sync(path, os.O_RDONLY)
+    def sync_file(self, path: Path, stream: Any) -> None:
+        """Make the bytes and the size of a file durable, through the stream that wrote them.
+
+        Of an error in writing back, the system need not tell a descriptor that was opened later.
+        """
+        with naming(path):
+            os.fsync(stream.fileno())
 
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
-        self._sync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-    @staticmethod
-    def _sync(path: Path, flags: int) -> None:
-        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            os.fsync(descriptor)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            with naming(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -163,8 +162,9 @@ def make_durable_directory(filesystem: Filesystem, path: Path) -> None:
 def write_new(filesystem: Filesystem, path: Path, content: bytes) -> None:
     """Write a file that must not exist yet and make its bytes durable; its name is the caller's."""
     with naming(path), filesystem.open_new(path) as stream:
-        stream.write(content)  # buffered: a short write is continued, an error reaches us at close
-    filesystem.sync_file(path)
+        stream.write(content)
+        stream.flush()  # a short write is continued
+        filesystem.sync_file(path, stream)
 
 
 @contextmanager
@@ -174,7 +174,8 @@ def writing_past_cache(
     """Open a file that must not exist yet; yield a function that appends a block to it.
 
     Blocks go past the page cache where the file system takes that, if they start on a page of
-    memory and are whole pages; elsewhere through it. Their durability is the caller's.
+    memory and are whole pages; elsewhere through it. They are durable at the end; the name is the
+    caller's.
     """
     with naming(path):
         buffered: Any = filesystem.open_new(path)
@@ -195,6 +196,7 @@ def writing_past_cache(
                     block = block[count:]
 
             yield write
+            filesystem.sync_file(path, raw)
 
 
 def _set_direct(raw: Any, *, wanted: bool) -> bool:

@@ -26,6 +26,7 @@ from holdfast.errors import (
 )
 from holdfast.failures import is_process_failure
 from holdfast.filesystem import Filesystem
+from holdfast.normal_mode import in_normal_mode
 from holdfast.protocol import Restored, Stateful
 from holdfast.shards.sharing import ReadAlone, Reading, ReadShared
 from holdfast.state.capture import AppState
@@ -77,6 +78,7 @@ class Opened:
         return self.contents.checkpoint
 
 
+@in_normal_mode  # live objects may keep what is read here
 def open_verified(
     checkpoint: Checkpoint,
     coordinator: Coordinator,
@@ -115,6 +117,7 @@ def open_verified(
     return opened[0]
 
 
+@in_normal_mode  # likewise
 def open_local(
     candidate: Candidate,
     tier: LocalTier,
@@ -321,6 +324,7 @@ class Restoration:
         if differences is not None and self.loaded.place.rank == 0:
             logger.warning("%s: %s", path, differences)
 
+    @in_normal_mode  # optimizers keep tensors that are made here
     def fill(self, coordinator: Coordinator) -> None:
         """Read the tensors into place on all ranks: from here on the live state is changed.
 
@@ -351,6 +355,7 @@ class Restoration:
         _read_together("read", read, self._opened.checkpoint, coordinator)
         reading.pass_on(coordinator)
 
+    @in_normal_mode  # likewise
     def apply(self) -> None:
         """Give every live object its state; RNG last but for the counters."""
         self._apply_state()

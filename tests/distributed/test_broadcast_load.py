@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from torch import distributed, nn
 
+from holdfast.coordination import open_channels
 from holdfast.digests import BLOCK_BYTES
+from holdfast.errors import StageFailedError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.sharing import divide
+from holdfast.shards.groups import own_group
+from holdfast.shards.sharing import ReadShared, divide
 from tests.distributed.training import ReshardableData, Run, exact
 from tests.support.managers import Live, manager_of, zero
 from tests.support.ranks import run_ranks
@@ -154,6 +158,61 @@ def test_damage_in_one_part_sends_all_to_the_older_checkpoint(ranks: int, tmp_pa
         assert set(values) == {1.0}
         assert len(reasons) == 1
         assert "does not match its digest" in reasons[0]
+
+
+def _operations() -> int:
+    """Return how many collectives the trainer's own group has seen."""
+    world: Any = distributed.group.WORLD
+    count: int = world._get_sequence_number_for_group()
+    return count
+
+
+def _use_every_way(root: Path) -> tuple[int, int, bool]:
+    """Save and load in each way that sends something; count operations of the trainer's group."""
+    before = _operations()
+    tier = {"directory": str(root / "memory"), "replication": {"factor": 2}}
+    ways: list[dict[str, Any]] = [{"load": SHARED}]
+    if find_spec("nvidia_resiliency_ext") is not None:
+        ways.append({"local": tier})
+    for values in ways:
+        live = _wide()
+        for iteration in (1, 2):
+            manager = manager_of(root / "-".join(values), timeout_seconds=60, **values)
+            live.load(manager)
+            live.save(manager, iteration, non_persistent_ckpt="local" in values)
+            manager.finalize_async_saves(live.state, blocking=True, terminate=True)
+    by_us = _operations() - before
+    distributed.broadcast(torch.ones(1), 0)
+    return by_us, _operations() - before, own_group(60) is own_group(60)
+
+
+def test_the_trainers_group_is_never_used(tmp_path: Path) -> None:
+    """Neither a save nor a load, with broadcasts or with copies, runs on the trainer's group."""
+    for by_us, with_one_more, is_made_once in run_ranks(_use_every_way, 2, tmp_path):
+        assert by_us == 0
+        assert with_one_more == 1  # the count can tell
+        assert is_made_once
+
+
+def _leave_a_broadcast(root: Path) -> list[float]:
+    """One rank leaves the others in a broadcast; then all load again."""
+    coordinator = open_channels(1, 4.0)[0]
+    tensor = torch.full((4,), 1.0 - coordinator.rank)
+    shared = ReadShared(coordinator.rank, [["a"], []], own_group(4.0))
+    shared._steps = list(shared._plan_steps({"a": tensor}))
+    if coordinator.rank == 0:
+        shared._steps = [(0, [], None)]  # an IndexError in place of the broadcast
+    with pytest.raises(StageFailedError, match='"broadcast" failed'):
+        shared.pass_on(coordinator)
+    again = ReadShared(coordinator.rank, [["a"], []], own_group(4.0))
+    again._steps = list(again._plan_steps({"a": tensor}))
+    again.pass_on(coordinator)
+    return tensor.tolist()
+
+
+def test_a_broken_group_is_replaced(tmp_path: Path) -> None:
+    """A rank left alone in a broadcast says so in time, and the next load has another group."""
+    assert run_ranks(_leave_a_broadcast, 2, tmp_path) == [[1.0] * 4, [1.0] * 4]
 
 
 class _Stage(nn.Module):

@@ -60,9 +60,9 @@ class KillingFilesystem:
             counted = _CountedFile(os.dup(stream.fileno()), self, path.name)
         return io.BufferedRandom(counted)
 
-    def sync_file(self, path: Path) -> None:
+    def sync_file(self, path: Path, stream: Any) -> None:
         self.count(f"sync_file {path.name}")
-        self._inner.sync_file(path)
+        self._inner.sync_file(path, stream)
 
     def sync_directory(self, path: Path) -> None:
         self.count(f"sync_directory {path.name}")

@@ -191,6 +191,30 @@ def test_a_step_on_another_stream_waits_too(tmp_path: Path) -> None:
     assert _state(other) == expected
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("computes_on_default", [True, False])
+def test_a_save_on_another_stream_waits_for_what_is_computed(
+    tmp_path: Path, mode: str, computes_on_default: bool
+) -> None:
+    """A save sees what the current stream and the default one had been given to compute."""
+    live = _build(width=4096)
+    _step(live)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    computing = torch.cuda.default_stream() if computes_on_default else side
+    manager = manager_of(tmp_path, **MODES[mode])
+    with torch.cuda.stream(computing):
+        _spin()
+        zero(live)
+    with torch.cuda.stream(side):
+        live.save(manager, 1)
+    _finish(live, manager)
+    expected = _state(live)
+    other = _build(seed=9, width=4096)
+    other.load(manager_of(tmp_path))
+    assert _state(other) == expected
+
+
 def test_another_road_waits_by_name(tmp_path: Path) -> None:
     """After `wait_staged` parameters may be changed by hand."""
     live = _build(width=4096)

@@ -256,7 +256,7 @@ class CrashFilesystem:
             number = self._add(path, File())
         return cast(BinaryIO, io.BufferedRandom(_Stream(self, number, path, writes=True)))
 
-    def sync_file(self, path: Path) -> None:
+    def sync_file(self, path: Path, stream: Any = None) -> None:
         """Make the bytes of a file durable; its name is another matter."""
         with self._step("sync_file", path) as goes_on:
             number = self._number(path)

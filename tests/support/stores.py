@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from holdfast.digests import FileRecord, describe_content
 from holdfast.filesystem import LocalFilesystem
@@ -105,9 +105,9 @@ class FaultyFilesystem(LocalFilesystem):
         self._pass("sync_directory", path)
         super().sync_directory(path)
 
-    def sync_file(self, path: Path) -> None:
+    def sync_file(self, path: Path, stream: Any) -> None:
         self._pass("sync_file", path)
-        super().sync_file(path)
+        super().sync_file(path, stream)
 
 
 def reseal(path: Path, add: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> None:

@@ -122,6 +122,46 @@ def test_a_streamed_shard_has_the_bytes_of_an_arena(leaves: dict[str, Any]) -> N
     assert sum(sizes) == layout.body_bytes
 
 
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Where host memory cannot be registered, each arena stages all the same; it is said once."""
+    layout, sources = _own(_describe(EVERYTHING))
+    undone = []
+
+    def refuse(tensor: Tensor) -> Any:
+        raise RuntimeError("CUDA error: out of memory\nfor a test")
+
+    bodies = []
+    for pinning in (refuse, refuse, lambda _: lambda: undone.append(True)):
+        arena = Arena(layout, pinned=True, pinning=pinning)
+        arena.stage(sources).wait()
+        bodies.append(_body(arena))
+        arena.release()
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert undone == [True]
+    (warning,) = caplog.messages
+    assert "cannot be registered with CUDA (CUDA error: out of memory)" in warning
+
+
+class _Computing:
+    """A tensor that somebody has yet to compute, and the event behind that."""
+
+    def __init__(self) -> None:
+        self.result = torch.zeros(300_000)
+
+    def synchronize(self) -> None:
+        self.result.fill_(7)
+
+
+def test_a_streamed_shard_waits_for_what_is_computed() -> None:
+    """Nothing is read before every event has passed that the caller's stream had still to reach."""
+    computing = _Computing()
+    layout, sources = _own(_describe({"a": computing.result}))
+    early = StreamedShard(layout, sources)
+    assert not any(b"\x00\x00\xe0\x40" in stretch for stretch in map(bytes, early.stretches()))
+    waiting = b"".join(StreamedShard(layout, sources, [computing]).stretches())
+    assert waiting.count(b"\x00\x00\xe0\x40") == 300_000  # 7.0
+
+
 def test_a_streamed_block_stays_until_the_one_after_the_next() -> None:
     """What was yielded is not overwritten while its successor is made."""
     leaves = {"a": torch.randint(0, 255, (5 * BLOCK_BYTES,), dtype=torch.uint8)}

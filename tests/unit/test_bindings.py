@@ -549,7 +549,7 @@ def _disturb(live: Any) -> None:
 class _Quick(LocalFilesystem):
     """Nobody takes the power away here."""
 
-    def sync_file(self, path: Path) -> None:
+    def sync_file(self, path: Path, stream: Any) -> None:
         """Leave it to the page cache."""
 
     def sync_directory(self, path: Path) -> None:

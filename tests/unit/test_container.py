@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,29 @@ def test_torch_reads_a_container_that_was_filled_in(dtype: torch.dtype) -> None:
     loaded = torch.load(stream, weights_only=True)
     assert loaded.dtype == dtype
     assert torch.equal(loaded.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_no_tensor_is_filled_to_learn_its_container() -> None:
+    """A large tensor's container takes none of its memory, with deterministic algorithms too."""
+    size_bytes = 512 << 20
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        start = _peak_bytes()
+        container_of(torch.uint8, torch.Size((size_bytes,)))
+        assert _peak_bytes() - start < size_bytes // 8
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _peak_bytes() -> int:
+    (line,) = [
+        each
+        for each in Path("/proc/self/status").read_text().splitlines()
+        if each.startswith("VmHWM:")
+    ]
+    return int(line.split()[1]) << 10
 
 
 def test_a_strided_tensor_has_another_header() -> None:

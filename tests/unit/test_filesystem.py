@@ -56,6 +56,46 @@ def test_a_failed_replacement_keeps_the_old_bytes(tmp_path: Path, step: str) -> 
     assert tree(tmp_path) == {"a": b"old"}
 
 
+class _Recording(LocalFilesystem):
+    """Marks what files are written through, and notes of each sync whether it has the mark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs: list[bool] = []
+
+    def open_new(self, path: Path) -> BinaryIO:
+        stream = super().open_new(path)
+        flags = fcntl.fcntl(stream, fcntl.F_GETFL)
+        fcntl.fcntl(stream, fcntl.F_SETFL, flags | os.O_NOATIME)  # of this opening of the file
+        return stream
+
+    def sync_file(self, path: Path, stream: Any) -> None:
+        assert path.stat().st_size == len(_CONTENT), "not all of it has been handed over"
+        super().sync_file(path, stream)
+        self.syncs.append(bool(fcntl.fcntl(stream, fcntl.F_GETFL) & os.O_NOATIME))
+
+
+_CONTENT = b"x" * 5000
+
+
+@pytest.mark.parametrize("way", ["new", "replaced", "created", "past the cache"])
+def test_a_file_is_synced_through_what_wrote_it(tmp_path: Path, way: str) -> None:
+    """An error in writing back is sure to be told only to a descriptor that was open then."""
+    filesystem, path = _Recording(), tmp_path / "a"
+    match way:
+        case "new":
+            write_new(filesystem, path, _CONTENT)
+        case "replaced":
+            replace(filesystem, path, _CONTENT)
+        case "created":
+            create_once(filesystem, path, _CONTENT)
+        case "past the cache":
+            with writing_past_cache(filesystem, path) as append:
+                append(memoryview(_CONTENT))
+    assert filesystem.syncs == [True]
+    assert tree(tmp_path) == {"a": _CONTENT}
+
+
 def test_only_one_of_many_creates(tmp_path: Path) -> None:
     """Of sixteen threads that create one file at once, one succeeds and its bytes are whole."""
     start, winners = threading.Barrier(16), []

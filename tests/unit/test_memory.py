@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import resource
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import CheckpointError, NotEnoughMemoryError
 from holdfast.shards.memory import (
+    Node,
     Room,
     allocate,
     check_room,
@@ -62,6 +67,85 @@ def test_memory_goes_with_its_last_view() -> None:
     del part
     starts = [line.split("-")[0] for line in Path("/proc/self/maps").read_text().splitlines()]
     assert f"{address:x}" not in starts
+
+
+# -- the processes of one node ---------------------------------------------------------------------
+
+_SHARE = 96 * MIB
+_SLACK = 32 * MIB
+"""For what else this process takes or gives back meanwhile."""
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE
+
+
+class _Machine:
+    """Memory that several allocate from at the same time, each by a lock of its own."""
+
+    def __init__(self, free_bytes: int, patience: float) -> None:
+        self._before = _resident_bytes()
+        self._free_bytes = free_bytes
+        self._meeting = threading.Barrier(2)
+        self._patience = patience
+        self.have_met = False
+        self.taken: list[memoryview] = []
+
+    def find_room(self) -> Room:
+        """Say what is left; whoever asks waits a while for another who asks meanwhile."""
+        free = self._free_bytes - (_resident_bytes() - self._before)
+        with suppress(threading.BrokenBarrierError):
+            self._meeting.wait(self._patience)
+            self.have_met = True
+        return Room(free, "a limit of this test")
+
+    def allocate(self, lock: Path, processes: int | None) -> str:
+        """Allocate a share; say how that went."""
+        try:
+            self.taken.append(allocate(_SHARE, Node(self.find_room, lock, processes)))
+        except NotEnoughMemoryError:
+            return "refused"
+        return "taken"
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+@pytest.mark.parametrize("shares", [1, 2, 4])
+def test_what_others_allocate_at_the_same_time_counts(
+    tmp_path: Path, shares: int, processes: int | None
+) -> None:
+    """Two that ask at once get what is there for both; where only one fits the other is refused."""
+    is_roomy = processes is not None and shares >= processes
+    machine = _Machine(shares * _SHARE + _SLACK, patience=20 if is_roomy else 0.3)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(machine.allocate, tmp_path / "lock", processes) for _ in range(2)]
+        found = sorted(each.result() for each in asked)
+    assert found == (["taken"] * 2 if shares >= 2 else ["refused", "taken"])
+    if is_roomy:
+        assert machine.have_met  # side by side where there is room for all
+    if processes is None:
+        assert not machine.have_met
+
+
+def test_a_process_that_keeps_the_lock_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    """Where a process stops with the lock in its hand, the others go on and check alone."""
+    lock = tmp_path / "lock"
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        node = Node(lambda: Room(2 * _SHARE, "a limit of this test"), lock, 1, 0.1)
+        assert len(allocate(_SHARE, node)) == _SHARE
+
+
+@pytest.mark.parametrize("kind", ["link", "no directory"])
+def test_where_no_lock_can_be_had_memory_is_checked_alone(tmp_path: Path, kind: str) -> None:
+    """A lock that cannot be taken costs the accounting between processes, and nothing else."""
+    lock = tmp_path / "lock" if kind == "link" else tmp_path / "missing" / "lock"
+    if kind == "link":
+        lock.symlink_to(tmp_path / "elsewhere")
+    machine = _Machine(_SHARE + _SLACK, patience=0)
+    assert machine.allocate(lock, None) == "taken"
+    assert machine.allocate(lock, None) == "refused"
+    assert not (tmp_path / "elsewhere").exists()
 
 
 # -- files in RAM --------------------------------------------------------------------------------

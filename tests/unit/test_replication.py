@@ -6,11 +6,13 @@ import errno
 import os
 import signal
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
@@ -331,6 +333,57 @@ def _receive_too_late() -> str:
 def test_nothing_arrives_in_memory_once_a_transfer_has_failed() -> None:
     """A rank that is late must not write into tensors which were loaded from elsewhere by then."""
     assert run_ranks(_receive_too_late, 3, may_die=(1,))[0] == "." * 99
+
+
+class _Work:
+    """An operation under way; it goes on for as long as anybody holds it."""
+
+
+def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any]]:
+    """Return a group of which a wait fails, and a reference to everything begun in it."""
+    from holdfast.tiers.local.replication import _HEADER, OwnGroup
+
+    begun: list[Any] = []
+
+    class Group(OwnGroup):
+        def _begin(self) -> _Work:
+            work = _Work()
+            begun.append(weakref.ref(work))
+            return work
+
+        def post_send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
+            return self._begin()
+
+        def post_receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
+            if len(tensor) == _HEADER.size:
+                tensor.copy_(torch.frombuffer(bytearray(_HEADER.pack(9, 0, 3)), dtype=torch.uint8))
+            return self._begin()
+
+        def wait(self, work: Any) -> None:
+            nonlocal waits
+            waits -= 1
+            if not waits:
+                raise failure
+
+    return Group(None, 20.0), begun
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("gone"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("waits", [1, 2, 3, 5])
+def test_nothing_is_under_way_once_a_transfer_has_ended(failure: Any, waits: int) -> None:
+    """However a transfer ends, also by an interrupt, nobody holds what it had begun to receive."""
+    from holdfast.tiers.local.replication import Incoming
+
+    group, begun = _group_that_fails(failure, waits)
+    placed = _Placed(9, [[1, 1, 1]] * 3)
+    with pytest.raises(
+        BaseException, match=str(failure) or None
+    ) as kept:  # as whoever handles the error keeps it
+        group.stream([], [Incoming(1, placed, placed=placed)])
+    assert len(begun) >= 2
+    assert [each() for each in begun if each() is not None] == []
+    assert group.is_broken  # the next exchange has another one
+    assert kept.value is not None
 
 
 # -- shards as streams -----------------------------------------------------------------------------

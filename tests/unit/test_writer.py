@@ -277,7 +277,7 @@ def test_a_capped_file_is_never_a_block_ahead_of_its_time(tmp_path: Path) -> Non
 class _Quick(LocalFilesystem):
     """Nobody takes the power away here."""
 
-    def sync_file(self, path: Path) -> None:
+    def sync_file(self, path: Path, stream: Any) -> None:
         """Leave it to the page cache."""
 
 

@@ -9,16 +9,22 @@ block from live tensors. Knows no files and no other rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 
 from holdfast.digests import BLOCK_BYTES, footer_size
+from holdfast.normal_mode import in_normal_mode
 from holdfast.shards.items import Source
 from holdfast.shards.layout import Layout
 from holdfast.shards.memory import allocate
 from holdfast.shards.staging import Copying
+
+logger = logging.getLogger(__name__)
 
 _STRETCH_BYTES = 64 << 20
 """Written in one call: a disk has something to do while the next one is prepared."""
@@ -36,10 +42,19 @@ def image_bytes(layout: Layout) -> int:
 class Arena:
     """Memory for one shard file; one snapshot is in it at a time."""
 
-    def __init__(self, layout: Layout, memory: memoryview | None = None, *, pinned: bool = False):
+    @in_normal_mode  # other saves, in other modes, copy into what is made here
+    def __init__(
+        self,
+        layout: Layout,
+        memory: memoryview | None = None,
+        *,
+        pinned: bool = False,
+        pinning: Callable[[torch.Tensor], Callable[[], None]] | None = None,
+    ) -> None:
         """Lay the file out in memory, which holds zeros. None: in memory of its own.
 
-        `pinned`: fixed in place for copies from a GPU.
+        `pinned`: fixed in place for copies from a GPU, as far as the system allows it. `pinning`:
+        fixes it and returns what undoes that. None: CUDA does.
 
         Raises:
             NotEnoughMemoryError: it does not fit what is left.
@@ -47,7 +62,7 @@ class Arena:
         self.layout = layout
         self.memory = allocate(image_bytes(layout)) if memory is None else memory
         self._tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self._unpin = _pin(self._tensor) if pinned else None
+        self._unpin = _pin_or_warn(self._tensor, pinning or pin) if pinned else None
         self._copying = Copying(())
         self._targets: list[Any] = []
         for slot in layout.slots:
@@ -119,13 +134,28 @@ class Arena:
             self._unpin = None
 
 
+class Event(Protocol):
+    """Something that a GPU has yet to do; torch.cuda.Event is one."""
+
+    def synchronize(self) -> None:
+        """Wait until it is done."""
+        ...
+
+
 class StreamedShard:
     """The same file made block by block from live tensors, which must not change meanwhile."""
 
-    def __init__(self, layout: Layout, sources: Sequence[Source]) -> None:
-        """Take one source for each slot."""
+    def __init__(
+        self, layout: Layout, sources: Sequence[Source], computed: Iterable[Event] = ()
+    ) -> None:
+        """Take one source for each slot.
+
+        `computed`: what to wait for before they are read; threads that read them from a GPU do so
+        on streams of their own, which wait for nothing that the caller's stream has yet to compute.
+        """
         self.layout = layout
         self._sources = sources
+        self._computed = computed
 
     keeps_stretches = False
 
@@ -137,6 +167,8 @@ class StreamedShard:
     def stretches(self) -> Iterator[memoryview]:
         """Yield the body in blocks of 8 MiB, in a few buffers that take turns."""
         size_bytes = min(BLOCK_BYTES, self.body_bytes)
+        for each in self._computed:
+            each.synchronize()
         buffers = [allocate(size_bytes) for _ in range(_STREAM_BUFFERS)]
         turn = filled = 0
         for part in self._parts():
@@ -191,13 +223,43 @@ def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield from _bytes_of(part[0] if rows == 1 else part)
 
 
-def _pin(tensor: torch.Tensor) -> Callable[[], None]:
-    """Fix memory in place for a GPU; return what undoes it."""
+def pin(tensor: torch.Tensor) -> Callable[[], None]:
+    """Fix memory in place for a GPU; return what undoes it.
+
+    Raises:
+        RuntimeError: it cannot be registered: the limit on locked memory is too low, say.
+    """
     cuda: Any = torch.cuda
     address = tensor.data_ptr()
-    cuda.check_error(cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
+    try:
+        cuda.check_error(cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
+    except RuntimeError:
+        # CUDA repeats the error to whoever launches the next kernel; that must not be training.
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
+        raise
 
     def unpin() -> None:
         cuda.check_error(cuda.cudart().cudaHostUnregister(address))
 
     return unpin
+
+
+def _pin_or_warn(
+    tensor: torch.Tensor, pinning: Callable[[torch.Tensor], Callable[[], None]]
+) -> Callable[[], None] | None:
+    """Fix memory in place, or say that copies from a GPU will be slower: both are right."""
+    try:
+        return pinning(tensor)
+    except RuntimeError as error:
+        _warn_unpinned(str(error).partition("\n")[0])
+        return None
+
+
+@cache  # each reason once: there are several arenas, and more with each structure
+def _warn_unpinned(reason: str) -> None:
+    logger.warning(
+        "memory for saves cannot be registered with CUDA (%s): copies from the GPU are slower.\n"
+        "Raise the limit on locked memory (ulimit -l) of this process.",
+        reason,
+    )

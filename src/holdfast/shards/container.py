@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -33,8 +34,12 @@ class Container:
 def container_of(dtype: torch.dtype, shape: torch.Size) -> Container:
     """Return the container that torch gives a contiguous CPU tensor; no such tensor is filled."""
     sink = _Sink()
+    # Not torch.empty: with deterministic algorithms that fills what it makes.
+    unfilled: Any = torch.UntypedStorage
+    storage = unfilled(shape.numel() * dtype.itemsize, device="cpu")
+    tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage).view(shape)
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype, device="cpu"), sink)  # type: ignore[arg-type]  # write, seek
+        torch.save(tensor, sink)  # type: ignore[arg-type]  # write, seek
     return sink.container()
 
 

@@ -3,17 +3,20 @@
 Owns how memory is asked of the kernel: on page boundaries, in huge pages where it gives them (to
 files in RAM too), touched at once, kept from forked children (a data loader's workers would
 otherwise make every page copy-on-write). Promises that a size which does not fit what the machine
-or the container has left is an error with the numbers, and not a process killed hours later. Knows
-nothing of tensors.
+or the container has left is an error with the numbers, and not a process killed hours later, also
+where all ranks of a node allocate at once. Knows nothing of tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,9 @@ _FIXED = 0x10
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _CHECKED_BYTES = 64 << 20
 """Less than that is simply asked for."""
+_SHARED = Path("/dev/shm")  # noqa: S108  # a lock of our own, not followed if it is a link
+"""Where the processes of one node, and nobody else, see the same files."""
+_POLL_SECONDS = 0.01
 _PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -39,14 +45,85 @@ class Room:
     limited_by: str
 
 
-def allocate(size_bytes: int) -> memoryview:
+@dataclass(frozen=True)
+class Node:
+    """The machine or container whose memory is asked for, shared with other processes."""
+
+    find_room: Callable[[], Room | None]
+    lock: Path
+    """A file that the processes of one node lock while they allocate. Only its lock matters."""
+    processes: int | None
+    """How many may allocate at the same time. None: unknown."""
+    patience_seconds: float = 60.0
+    """How long a process that holds the lock and does not go on is waited for."""
+
+    @classmethod
+    def here(cls) -> Node:
+        """Return the node of this process."""
+        directory = _SHARED if _SHARED.is_dir() else Path(tempfile.gettempdir())
+        local = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+        return cls(
+            find_room,
+            directory / f"holdfast-memory-{os.getuid()}.lock",
+            int(local) if local.isdecimal() else None,
+        )
+
+
+def allocate(size_bytes: int, node: Node | None = None) -> memoryview:
     """Return so many writable, zero bytes on a page boundary; they are freed with the last view.
+
+    What other processes of the node allocate at the same time is accounted for. `node`: None: the
+    one that this process is on.
 
     Raises:
         NotEnoughMemoryError: more than the machine or the container has left.
     """
-    if size_bytes >= _CHECKED_BYTES and (room := find_room()) is not None:
-        check_room(size_bytes, room)
+    if size_bytes < _CHECKED_BYTES:
+        return _allocate(size_bytes)
+    node = node or Node.here()
+    if node.processes is not None:
+        # If there is room for as much in every process, they need not wait for one another.
+        with _locked(node, fcntl.LOCK_SH):
+            room = node.find_room()
+            if room is None or size_bytes * node.processes <= room.free_bytes:
+                return _allocate(size_bytes)
+    # Else one after the other, so that each sees what the ones before it have taken.
+    with _locked(node, fcntl.LOCK_EX):
+        if (room := node.find_room()) is not None:
+            check_room(size_bytes, room)
+        return _allocate(size_bytes)
+
+
+@contextmanager
+def _locked(node: Node, operation: int) -> Iterator[None]:
+    """Hold the lock of a node; where it cannot be had, go on without it."""
+    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(node.lock, flags, 0o600)
+    if descriptor is None:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + node.patience_seconds
+        # What is another user's is left alone.
+        while os.fstat(descriptor).st_uid == os.getuid() and time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_POLL_SECONDS)
+                continue
+            except OSError:  # no locks on this file system
+                pass
+            break
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
+        os.close(descriptor)
+
+
+def _allocate(size_bytes: int) -> memoryview:
     pages = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         with suppress(OSError, AttributeError):  # a kernel without them: slower, and still right

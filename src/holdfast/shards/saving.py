@@ -27,7 +27,7 @@ from holdfast.shards.metadata import encode_metadata
 from holdfast.shards.planning import Decision, choose, decide, shard_name
 from holdfast.shards.proposals import propose
 from holdfast.shards.records import NO_PLAN, Record, Verdict, judge
-from holdfast.shards.staging import Copying
+from holdfast.shards.staging import Copying, mark_streams
 from holdfast.shards.writer import Progress, write_shard
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class StagedShard:
     def write(
         self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
     ) -> FileRecord:
-        """Write the file into a directory, as it is being staged; durability is the caller's.
+        """Write the file into a directory, as it is being staged; its name is the caller's.
 
         Raises:
             OSError: it cannot be written.
@@ -198,7 +198,9 @@ class ShardSaver:
 
     def stream(self, plan: ShardPlan, inventory: Inventory) -> StagedShard:
         """Return the shard as it is to be read from the live tensors, with nothing copied yet."""
-        image = StreamedShard(plan.written.layout, _sources(plan.written, inventory))
+        sources = _sources(plan.written, inventory)
+        computed = [event for events in mark_streams(sources).values() for event in events]
+        image = StreamedShard(plan.written.layout, sources, computed)
         return StagedShard(plan, image, None, None, self.progress)
 
     def release(self) -> None:

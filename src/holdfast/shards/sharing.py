@@ -2,14 +2,14 @@
 
 Owns who reads what: equal parts in the order of the files, so that no rank reads a block for the
 sake of a few bytes. Promises that nobody enters a broadcast before all ranks have read their parts
-and found them sound: `pass_on` comes after `read` was agreed on. Broadcasts run on the job's own
-process group, which only the training thread may use, and only in a load.
+and found them sound: `pass_on` comes after `read` was agreed on. Broadcasts run on a process group
+that is not the trainer's, on the training thread, and only in a load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -17,6 +17,8 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from holdfast.coordination import Coordinator
+from holdfast.errors import CheckpointError
+from holdfast.shards.groups import device_types, forget_group, own_group
 from holdfast.shards.reader import ShardReader
 
 _BUCKET_BYTES = 32 << 20
@@ -48,8 +50,9 @@ class ReadAlone:
 class ReadShared:
     """Each rank reads its part of what all need, and whatever it needs alone."""
 
-    def __init__(self, rank: int, parts: Sequence[Sequence[str]]) -> None:
+    def __init__(self, rank: int, parts: Sequence[Sequence[str]], group: Any) -> None:
         self._rank = rank
+        self._group = group
         self._parts = parts
         self._steps: list[tuple[int, list[torch.Tensor], torch.Tensor | None]] = []
 
@@ -60,7 +63,11 @@ class ReadShared:
         reader: ShardReader,
         coordinator: Coordinator,
     ) -> ReadShared:
-        """Divide what all ranks need in full, on all ranks alike."""
+        """Divide what all ranks need in full, on all ranks alike.
+
+        Raises:
+            StageFailedError: on every rank: some rank has no targets, or the group cannot be made.
+        """
         mine: dict[str, tuple[str, int]] = {}
 
         def describe() -> bytes:
@@ -77,7 +84,11 @@ class ReadShared:
             mine = {each: mine[each] for each in common}
         sizes = dict(mine.values())
         parts = divide(reader.file_order(sizes), sizes, coordinator.world_size)
-        return cls(coordinator.rank, parts)
+        groups: list[Any] = []
+        coordinator.together(
+            "broadcast group", lambda: groups.append(own_group(coordinator.timeout_seconds))
+        )
+        return cls(coordinator.rank, parts, groups[0])
 
     def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
         """Read this rank's part and what nobody else needs; get all memory for the rest."""
@@ -93,19 +104,23 @@ class ReadShared:
         Raises:
             StageFailedError: a rank was lost on the way; tensors hold wrong values.
         """
-        coordinator.together("broadcast", self._broadcast)
+        try:
+            coordinator.together("broadcast", self._broadcast)
+        except CheckpointError:
+            forget_group()  # gloo has closed its connections, and NCCL may be anywhere
+            raise
 
     def _broadcast(self) -> None:
         for owner, tensors, buffer in self._steps:
             if buffer is None:
-                distributed.broadcast(tensors[0], owner)
+                distributed.broadcast(tensors[0], owner, self._group)
                 continue
             sizes = [len(each) for each in tensors]
             travelling = buffer[: sum(sizes)]
             pieces = list(torch.split(travelling, sizes))
             if owner == self._rank:
                 torch._foreach_copy_(pieces, tensors)
-            distributed.broadcast(travelling, owner)
+            distributed.broadcast(travelling, owner, self._group)
             if owner != self._rank:
                 torch._foreach_copy_(tensors, pieces)
         self._steps = []
@@ -150,7 +165,7 @@ def divide(names: Sequence[str], sizes: Mapping[str, int], count: int) -> list[l
 
 def _describe(targets: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, int]]:
     """Return name and bytes of what this rank needs in full, by what must agree between ranks."""
-    supported = {each.type for each in _device_types()}
+    supported = device_types()
     return {
         f"{name} {target.dtype} {target.device.type}": (name, target.numel() * target.itemsize)
         for name, target in sorted(targets.items())
@@ -177,10 +192,3 @@ def _is_whole(target: torch.Tensor) -> bool:
 def _bytes_of(target: torch.Tensor) -> torch.Tensor:
     local = target._local_tensor if isinstance(target, DTensor) else target
     return local.detach().as_strided((local.numel(),), (1,)).view(torch.uint8)
-
-
-def _device_types() -> Sequence[torch.device]:
-    """Return the kinds of devices that the job's process group can send from."""
-    group = distributed.group.WORLD
-    found: Sequence[torch.device] = [] if group is None else group._device_types
-    return found

@@ -13,10 +13,12 @@ import ctypes
 import itertools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+
+from holdfast.shards.items import Source
 
 _LARGE_BYTES = 256 << 10
 """From here a copy is worth a call of its own, shared between threads."""
@@ -35,7 +37,7 @@ class Copying:
         """Nobody may change the sources before `hold` has returned."""
         self._pairs = pairs
         # What was computed so far is what is copied, whenever that is.
-        self._computed = _mark_streams(pairs) if torch.cuda.is_available() else {}
+        self._computed = mark_streams(source for _, source in pairs)
         self._copied: dict[torch.device, Any] = {}
         self._front = _Front()
         self._taking = threading.Lock()
@@ -54,11 +56,13 @@ class Copying:
     def hold(self) -> None:
         """Keep training from changing the sources before they are copied.
 
-        The host waits for what it copies itself; for a GPU's copy the GPU's stream waits.
+        The host waits for what it copies itself; for a GPU's copy the GPU's streams wait: the
+        caller's and the default one, on which training may go on after the caller's.
         """
         self._finish_on_host()
         for device, copied in self._copied.items():
-            torch.cuda.current_stream(device).wait_event(copied)
+            for stream in _streams_of(device):
+                stream.wait_event(copied)
 
     def finish(self) -> None:
         """Return when nobody reads the sources any more, whatever became of it."""
@@ -146,22 +150,33 @@ class _Front:
             self._awaited.remove(address)
 
 
-def _mark_streams(pairs: Pairs) -> dict[torch.device, Any]:
-    """Return, for each GPU that something is to be copied from, where its stream is now."""
-    cuda: Any = torch.cuda
-    marks: dict[torch.device, Any] = {}
-    for _, source in pairs:
-        if source.is_cuda and source.device not in marks:
-            marks[source.device] = cuda.current_stream(source.device).record_event()
+def mark_streams(sources: Iterable[Source]) -> dict[torch.device, list[Any]]:
+    """Return, for each GPU that something is to be read from, events behind what it has to compute.
+
+    Of the current stream, and of the default one: training runs there, whatever the caller is in.
+    """
+    marks: dict[torch.device, list[Any]] = {}
+    if torch.cuda.is_available():
+        for source in sources:
+            if not isinstance(source, bytes) and source.is_cuda and source.device not in marks:
+                marks[source.device] = [
+                    stream.record_event() for stream in _streams_of(source.device)
+                ]
     return marks
 
 
+def _streams_of(device: torch.device) -> list[Any]:
+    cuda: Any = torch.cuda
+    return list({cuda.current_stream(device), cuda.default_stream(device)})
+
+
 @torch.no_grad()
-def _copy_from_device(pairs: Pairs, device: torch.device, computed: Any) -> Any:
+def _copy_from_device(pairs: Pairs, device: torch.device, computed: Sequence[Any]) -> Any:
     """Begin the copies on a stream beside the current one; return the event behind the last."""
     cuda: Any = torch.cuda
     stream = cuda.Stream(device)
-    stream.wait_event(computed)
+    for each in computed:
+        stream.wait_event(each)
     with cuda.stream(stream):
         torch._foreach_copy_(
             [target for target, _ in pairs],

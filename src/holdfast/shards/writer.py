@@ -3,8 +3,8 @@
 Owns the pass: stretches of 8 MiB blocks, past the page cache where the file system takes that, each
 block digested while others are written, the footer behind the last. Promises that every byte goes
 through the filesystem seam, that what it reports as digests is of the bytes in memory and not of
-what a disk made of them, and that somebody may watch and slow it down. Durability is the caller's,
-who syncs. Knows bytes, not tensors.
+what a disk made of them, that somebody may watch and slow it down, and that the bytes are durable
+at the end; the name is the caller's. Knows bytes, not tensors.
 """
 
 from __future__ import annotations

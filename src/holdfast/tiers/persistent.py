@@ -291,7 +291,6 @@ class PersistentTier:
                 raise FileNotFoundError(errno.ENOENT, _NOT_SHARED, str(pending))
             if not snapshot.shard.is_empty:
                 record = snapshot.shard.write(self._filesystem, pending, self._bytes_per_second)
-                self._filesystem.sync_file(pending / record.path)
                 records.append(record)
             state_name = rank_state_name(rank)
             records.append(self.store.write_file(pending, state_name, snapshot.rank_state))

@@ -14,9 +14,7 @@ import torch
 from torch import distributed
 
 from holdfast.errors import ConfigError
-
-_BACKEND_PATIENCE = 10
-"""Times ours: how long NCCL waits for a rank before it takes matters into its own hands."""
+from holdfast.shards.groups import BACKEND_PATIENCE
 
 
 def device_of(transport: str) -> torch.device | None:
@@ -42,5 +40,5 @@ def new_group(device: torch.device | None, timeout_seconds: float) -> Any:
     """Make a group that exchanges run over; all ranks together, on the training thread."""
     if device is None:
         return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-    patience = timedelta(seconds=timeout_seconds * _BACKEND_PATIENCE)
+    patience = timedelta(seconds=timeout_seconds * BACKEND_PATIENCE)
     return distributed.new_group(backend="nccl", timeout=patience)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -188,8 +189,14 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
                 for lane in under_way:
                     lane.post()
                 under_way = [lane for lane in under_way if lane.finish()]
-        except RuntimeError as error:
-            self.is_broken = True  # gloo closes all of its connections if a wait took too long
+        except BaseException as error:
+            # Whoever handles the error keeps its traceback, and the calls that ended in it would
+            # keep what they had begun to receive.
+            traceback.clear_frames(error.__traceback__)
+            # gloo closes all connections if a wait took too long; else peers are left half-way.
+            self.is_broken = True
+            if not isinstance(error, RuntimeError):
+                raise
             reason = str(error).rpartition("] ")[2] or str(error)
             raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
         finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from holdfast import __version__
 from holdfast.digests import FileRecord
-from holdfast.filesystem import naming, read_into
+from holdfast.filesystem import Filesystem, naming, read_into
 from holdfast.identity import CommitIdentity
 from holdfast.shards.arena import Arena, image_bytes
 from holdfast.shards.layout import Layout
@@ -81,8 +81,7 @@ def seal(
     if file is not None:
         file.write_at(image_size, tail.to_bytes())
     else:
-        _append(pending, tail.to_bytes())
-        shelf.run.filesystem.sync_file(pending)  # durable before it has the name that counts
+        _append(shelf.run.filesystem, pending, tail.to_bytes())
     return pending, tail
 
 
@@ -120,8 +119,10 @@ def _read_footer(shelf: Shelf, path: Path, arena: Arena) -> None:
         read_into(stream, arena.body_bytes, [footer])
 
 
-def _append(path: Path, content: bytes) -> None:
+def _append(filesystem: Filesystem, path: Path, content: bytes) -> None:
     with naming(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         with os.fdopen(descriptor, "ab") as stream:
             stream.write(content)
+            stream.flush()
+            filesystem.sync_file(path, stream)  # durable before it has the name that counts

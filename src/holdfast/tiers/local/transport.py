@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import distributed
 
+from holdfast.normal_mode import in_normal_mode
 from holdfast.tiers.local.replication import (
     GroupBrokenError,
     Incoming,
@@ -162,12 +163,14 @@ class DeviceGroup(OwnGroup):
             time.sleep(_POLL_SECONDS)
         work.wait()  # raises what went wrong
 
+    @in_normal_mode  # other threads copy into it
     def host_buffer(self, size_bytes: int) -> torch.Tensor:
         """Return host memory that the device copies to and from as it likes best."""
         return torch.empty(
             size_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._queue is not None
         )
 
+    @in_normal_mode  # likewise
     def device_buffer(self, size_bytes: int) -> torch.Tensor:
         """Return memory of the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
