@@ -331,6 +331,42 @@ class CheckpointConfig:
             warnings.warn(f"setting without effect: {each}", UserWarning, stacklevel=3)
 
 
+def read_config(given: Any) -> CheckpointConfig:
+    """Return a config that was given as one, as a mapping, or as a DictConfig.
+
+    Raises:
+        ConfigError: it is nothing of that kind, or a mapping with problems; all of them.
+    """
+    if isinstance(given, CheckpointConfig):
+        return given
+    if isinstance(given, Mapping):
+        if type(given).__module__.partition(".")[0] == "omegaconf":
+            given = _resolve(given)
+        return CheckpointConfig.from_mapping(given)
+    example = '{"persistent": {"directory": "checkpoints"}}'
+    problem = f"pass a CheckpointConfig or a mapping, such as {example}"
+    raise ConfigError([f"checkpoint is {_name_kind(given)}; {problem}"])
+
+
+def _resolve(given: Any) -> Any:
+    from omegaconf import OmegaConf  # where somebody has made one, it is imported already
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            [f"checkpoint.{error.full_key or '?'} cannot be read: {reason}"]
+        ) from error
+
+
+def _name_kind(value: Any) -> str:
+    if value is None:
+        return "None"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
 def expand_path(value: str | os.PathLike[str]) -> str:
     """Return a configured path as a text with `~` and $VARIABLES replaced."""
     return os.path.expanduser(os.path.expandvars(os.fspath(value)))

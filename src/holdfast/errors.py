@@ -12,6 +12,8 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- ManagerImportError             (ImportError)      its module cannot be imported
     |-- ManagerNotFoundError           (AttributeError)   its module has no such class
     |-- ManagerShapeError              (TypeError)        it is not a checkpoint manager
+    |-- WrongArgumentError             (TypeError)        an argument of the wrong kind, by name
+    |-- ConcurrentUseError             (RuntimeError)     a call while another is in the manager
     |-- CheckpointNotFoundError        (FileNotFoundError) what was asked for is not there
     |-- CorruptCheckpointError         (ValueError)       bytes differ from the manifest
     |-- FormatTooNewError              (ValueError)       written by a later version of holdfast
@@ -42,6 +44,8 @@ import errno as errno_names
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from holdfast.sizes import describe_size
 
 
 class CheckpointError(Exception):
@@ -98,6 +102,21 @@ class ManagerNotFoundError(CheckpointError, AttributeError):
 
 class ManagerShapeError(CheckpointError, TypeError):
     """The named object is not a class that the training loop could use as a manager."""
+
+
+class WrongArgumentError(CheckpointError, TypeError):
+    """An argument of a manager's method is of the wrong kind; nothing was touched."""
+
+    def __init__(self, method: str, argument: str, found: str, advice: str) -> None:
+        self.method = method
+        """`save`, `load`, `finalize_async_saves`."""
+        self.argument = argument
+        """Its name, or the dotted name of the part that is wrong."""
+        super().__init__(f"{method}: {argument} {found}.\n{advice}")
+
+
+class ConcurrentUseError(CheckpointError, RuntimeError):
+    """A manager was called while another call was inside it; the other call goes on unharmed."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -318,8 +337,8 @@ class NotEnoughMemoryError(CheckpointError, MemoryError):
         self.free_bytes = free_bytes
         self.limited_by = limited_by
         super().__init__(
-            f"a snapshot needs {needed_bytes / 2**30:.2f} GiB of host memory, and "
-            f"{free_bytes / 2**30:.2f} GiB are left ({limited_by}).\n"
+            f"a snapshot needs {describe_size(needed_bytes)} of host memory, and "
+            f"{describe_size(free_bytes)} are left ({limited_by}).\n"
             "Give the job more memory, shard the state over more ranks, or save without one: "
             "checkpoint.async_save=false."
         )
