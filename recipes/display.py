@@ -29,7 +29,8 @@ from rich.table import Table
 from due import LOCAL
 from holdfast import CheckpointConfig, LoadResult
 from holdfast.protocol import ShardSource
-from saving import SaveRecord, describe_size
+from holdfast.sizes import describe_size
+from saving import SaveRecord
 
 PLAIN_WIDTH = 100
 """Columns where there is no terminal to ask."""

@@ -18,6 +18,7 @@ from holdfast import __version__
 from holdfast.errors import CheckpointError, CheckpointNotFoundError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.identity import RunIdentity
+from holdfast.sizes import describe_size
 from holdfast.store import Checkpoint, Listing, Store, parse_checkpoint_name
 from holdfast.tiers.damage import name_tensors
 
@@ -174,19 +175,10 @@ def _row(checkpoint: Checkpoint, tracker: int | None) -> tuple[str, ...]:
         manifest.saved_at,
         str(manifest.world_size),
         str(len(manifest.files)),
-        _readable_size(manifest.size_bytes),
+        describe_size(manifest.size_bytes),
         str(manifest.attempt),
         "<- tracker" if checkpoint.iteration == tracker else "",
     )
-
-
-def _readable_size(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
 
 
 def _print_json(document: object) -> None:

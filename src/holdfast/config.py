@@ -9,12 +9,13 @@ to read files. `null` means off: there are no `enabled` flags.
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 import os
 import re
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -383,6 +384,49 @@ def _is_run_id(value: str) -> bool:
     return allowed and 0 < len(value) <= 64 and value[0] != "."
 
 
+def _find_remedy(kind: type[Any], path: str, where: str, value: Any) -> str:
+    """Say which setting was meant by an unknown one, or which there are in its section."""
+    inner = next(iter(value), None) if isinstance(value, Mapping) else None
+    typed = (where if inner is None else f"{where}.{inner}").removeprefix("checkpoint.")
+    settings = list_settings(CheckpointConfig)
+    if typed in settings and inner is None:
+        *sections, name = typed.split(".")
+        nested = "".join(f'{{"{each}": ' for each in sections)
+        return f'nest it: {nested}{{"{name}": ...}}{"}" * len(sections)}'
+    guess = suggest(typed, settings)
+    if guess is not None:
+        return f"did you mean checkpoint.{guess}?"
+    return f"{path} has {', '.join(each.name for each in fields(kind))}"
+
+
+def list_settings(kind: type[Any]) -> list[str]:
+    """Return the dotted path of every setting of a dataclass of dataclasses, in order."""
+    found = []
+    hints = get_type_hints(kind)
+    for each in fields(kind):
+        if is_dataclass(hints[each.name]):
+            found += [f"{each.name}.{inner}" for inner in list_settings(hints[each.name])]
+        else:
+            found.append(each.name)
+    return found
+
+
+def suggest(path: str, known: Sequence[str]) -> str | None:
+    """Return the known path that an unknown one was probably meant to be; None: none is close."""
+    # Its first parts were left out, or its last ones.
+    for each in known:
+        if f".{each}".endswith(f".{path}") or f".{path}." in f".{each}":
+            return each
+    last = path.rpartition(".")[2]
+    for each in difflib.get_close_matches(path, known, n=3, cutoff=0.7):
+        # Paths of one section are alike by their first parts alone.
+        if difflib.SequenceMatcher(None, last, each.rpartition(".")[2]).ratio() > 0.6:
+            return each
+    names = {each.rpartition(".")[2]: each for each in reversed(known)}
+    close = difflib.get_close_matches(last, names, n=1, cutoff=0.8)
+    return names[close[0]] if close else None
+
+
 def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
     """Make a dataclass from a mapping, listing every unknown name and wrong type."""
     result = kind()
@@ -393,8 +437,7 @@ def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
     for name, value in values.items():
         where = f"{path}.{name}"
         if name not in hints:
-            known = ", ".join(each.name for each in fields(kind))
-            problems.append(f"{where} is unknown; {path} has {known}")
+            problems.append(f"{where} is unknown; {_find_remedy(kind, path, where, value)}")
         elif is_dataclass(hints[name]):
             setattr(result, name, _build(hints[name], value, where, problems))
         elif not _fits(value, hints[name]) and not _is_path(value, where):

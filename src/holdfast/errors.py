@@ -184,7 +184,10 @@ class StateMismatchError(CheckpointError, ValueError):
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         different: Sequence[str] = (),
+        *,
+        strict: bool = True,
     ) -> None:
+        """`strict`: whether the load was; else it is no advice to load without."""
         self.path = path
         self.missing = tuple(missing)
         """Names the live state has and the checkpoint lacks."""
@@ -201,11 +204,12 @@ class StateMismatchError(CheckpointError, ValueError):
             )
             if names
         ]
-        super().__init__(
-            f"{path} does not fit the live state: {'; '.join(parts)}.\n"
-            "Build the model and optimizer as they were saved, or set load.strict=false to load "
-            "what fits (shapes must agree either way)."
-        )
+        advice = "Build the model and optimizer as they were saved"
+        if self.different:
+            advice += ": shapes and types must agree whatever load.strict says"
+        elif strict:
+            advice += ", or set load.strict=false to load what fits"
+        super().__init__(f"{path} does not fit the live state: {'; '.join(parts)}.\n{advice}.")
 
 
 class NothingFitsError(StateMismatchError):
@@ -269,10 +273,13 @@ class StoreNotWritableError(CheckpointError, OSError):
         self.path = root
         self.code = errno_names.errorcode.get(cause.errno or 0, type(cause).__name__)
         """The symbol of the errno, `EACCES` say."""
-        where = f" at {cause.filename}" if cause.filename else ""
+        is_elsewhere = cause.filename is not None and str(cause.filename) != root
+        where = f" at {cause.filename}" if is_elsewhere else ""
+        reason = f"{self.code} {cause.strerror or cause}"
+        if cause.errno in (errno_names.EEXIST, errno_names.ENOTDIR):
+            reason = "something that is no directory is in its place"
         super().__init__(
-            f"checkpoint.persistent.directory: {root} cannot be written{where}: {self.code} "
-            f"{cause.strerror or cause}.\n"
+            f"checkpoint.persistent.directory: {root} cannot be written{where}: {reason}.\n"
             "Name a directory that this user may write to, on a file system that all ranks share."
         )
 
@@ -338,9 +345,9 @@ class NotEnoughMemoryError(CheckpointError, MemoryError):
         self.limited_by = limited_by
         super().__init__(
             f"a snapshot needs {describe_size(needed_bytes)} of host memory, and "
-            f"{describe_size(free_bytes)} are left ({limited_by}).\n"
-            "Give the job more memory, shard the state over more ranks, or save without one: "
-            "checkpoint.async_save=false."
+            f"{describe_size(free_bytes, needed_bytes)} are left ({limited_by}).\n"
+            "Give the job more memory, or shard the state over more ranks. With "
+            "checkpoint.async_save=false a save takes no snapshot."
         )
 
 

@@ -41,6 +41,7 @@ from holdfast.protocol import (
 )
 from holdfast.restoring import LoadedStates, Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
+from holdfast.sizes import describe_size
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState
 from holdfast.state.overrides import Overrides
@@ -242,8 +243,8 @@ class DefaultCheckpointManager:
                 seconds = time.monotonic() - save.started
                 far = ""
                 if flight is self._saving and (total := self.progress.total_bytes):
-                    written = self.progress.written_bytes / 2**20
-                    far = f", {written:.1f} of {total / 2**20:.1f} MiB of rank 0's shard written"
+                    written = describe_size(self.progress.written_bytes, total)
+                    far = f", {written} of {describe_size(total)} of rank 0's shard written"
                 return (
                     f"the save of iteration {save.event.iteration} is in flight for "
                     f"{seconds:.0f} s{far}"

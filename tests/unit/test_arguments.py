@@ -71,6 +71,7 @@ def test_an_error_or_an_interrupt_leaves_the_manager_free() -> None:
 
         with pytest.raises(error):
             guarded.call(fail)
+        assert not guarded._calls_inside.inside
         assert guarded.call(lambda: 5) == 5
 
 

@@ -49,7 +49,7 @@ def test_ls_lists_a_store_newest_first(root: Path, capsys: pytest.CaptureFixture
     assert (code, err) == (0, "")
     assert lines[0] == f"{root}  run run"
     assert [line.split()[0] for line in lines[1:]] == ["iteration", "20", "10"]
-    assert "3 MiB" in lines[2]
+    assert "3.0 MiB" in lines[2]
     assert lines[2].endswith("<- tracker")
     assert not lines[3].endswith("tracker")
 

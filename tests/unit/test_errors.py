@@ -14,6 +14,7 @@ from holdfast.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointOverdueError,
+    ConcurrentUseError,
     ConfigError,
     CorruptCheckpointError,
     DataReshardError,
@@ -41,6 +42,7 @@ from holdfast.errors import (
     StoreNotWritableError,
     SupersededAttemptError,
     UnsupportedStateError,
+    WrongArgumentError,
 )
 
 _FAILURES = (
@@ -110,6 +112,12 @@ EXAMPLES: list[tuple[CheckpointError, tuple[type[BaseException], ...], dict[str,
         {"seconds": 930.0, "iteration": 40, "reason": "the disk is full"},
     ),
     (NoFileFreeError("a"), (TimeoutError,), {}),
+    (
+        WrongArgumentError("load", "model", "is None", "Pass the nn.Module itself."),
+        (TypeError,),
+        {"method": "load", "argument": "model"},
+    ),
+    (ConcurrentUseError("a"), (RuntimeError,), {}),
     (
         NotEnoughMemoryError(3 << 30, 1 << 30, "the machine's available memory"),
         (MemoryError,),

@@ -112,6 +112,7 @@ def test_a_mapping_is_taken_for_the_config_it_describes(
     path = write_module(MANAGER) + ".Manager"
     values = {
         "custom_manager_class": path,
+        "custom_manager_allowlist": ["written_manager"],
         "persistent": {"directory": "here", "save_interval": 5},
         "local": {"directory": None},
     }
@@ -124,6 +125,13 @@ def test_a_mapping_is_taken_for_the_config_it_describes(
     assert manager.config.run_id == (None if make is dict else "here")
     with pytest.raises(ConfigError, match=r"checkpoint\.persistant is unknown"):
         create_checkpoint_manager(make({"persistant": {}}))
+
+
+def test_a_dict_config_with_a_missing_value_names_it() -> None:
+    """What OmegaConf calls missing is a problem with the path of its field."""
+    config = OmegaConf.create({"persistent": {"directory": "???"}})
+    with pytest.raises(ConfigError, match=r"^checkpoint\.persistent\.directory cannot be read"):
+        create_checkpoint_manager(config)
 
 
 # What only a call can show.
