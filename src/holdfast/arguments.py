@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from holdfast.errors import ConcurrentUseError, WrongArgumentError
+from holdfast.errors import ConcurrentUseError, UnsupportedStateError, WrongArgumentError
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext, Stateful
 
 _COMMON = ("state", "model", "optimizer", "opt_param_scheduler", "pg_collection")
@@ -43,13 +43,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def check_save(ctx: Any, callback_manager: Any | None) -> None:
-    """Check the arguments of `save`.
+def check_save(ctx: Any, callback_manager: Any | None, *, overlaps: bool) -> None:
+    """Check the arguments of `save`; `overlaps`: whether steps wait for what is still copied.
 
     Raises:
         WrongArgumentError: naming the first argument that is wrong.
+        UnsupportedStateError: `overlaps`, and the step of an optimizer cannot be made to wait.
     """
     _check_context("save", ctx, CheckpointSaveContext, CheckpointLoadContext, _OF_SAVE)
+    if overlaps:
+        _check_hooks(ctx.optimizer)
     operations = ctx.num_floating_point_operations_so_far
     if isinstance(operations, bool) or not isinstance(operations, int | float):
         raise WrongArgumentError(
@@ -69,9 +72,11 @@ def check_save(ctx: Any, callback_manager: Any | None) -> None:
         )
 
 
-def check_load(ctx: Any) -> None:
+def check_load(ctx: Any, *, overlaps: bool) -> None:
     """Check the arguments of `load`; raises as `check_save`."""
     _check_context("load", ctx, CheckpointLoadContext, CheckpointSaveContext, _OF_LOAD)
+    if overlaps:
+        _check_hooks(ctx.optimizer)
 
 
 def check_state(method: str, state: Any) -> None:
@@ -170,6 +175,16 @@ def _check_scheduler(method: str, scheduler: Any) -> None:
     if isinstance(scheduler, type) or not isinstance(scheduler, Stateful):
         found += ", which has no state_dict and load_state_dict"
         raise WrongArgumentError(method, "opt_param_scheduler", found, _SCHEDULER_ADVICE)
+
+
+def _check_hooks(optimizer: Any) -> None:
+    for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+        if each is not None and not callable(getattr(each, "register_step_pre_hook", None)):
+            raise UnsupportedStateError(
+                f"checkpoint.staging=overlapped: {_describe(each)} has no register_step_pre_hook, "
+                "and its step could not wait for the copy.\n"
+                "Use checkpoint.staging=blocking, or pass the torch optimizer inside it."
+            )
 
 
 def _is_optimizer(value: Any) -> bool:

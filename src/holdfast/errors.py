@@ -132,7 +132,23 @@ class CorruptCheckpointError(CheckpointError, ValueError):
         self.reason = reason
         self.byte_range = byte_range
         """The block concerned, ends included; None: the whole."""
-        super().__init__(f"{path}: {reason}")
+        super().__init__(join_path(path, reason))
+
+
+def join_path(path: str, reason: str) -> str:
+    """Put a path before a reason; of a file in it, which the reason names, the path stands once."""
+    inner = reason_inside(path, reason)
+    if inner == reason:
+        return f"{path}: {reason}"
+    return f"{path}: {inner}" if reason.startswith(f"{path}: ") else f"{path}/{inner}"
+
+
+def reason_inside(path: str, reason: str) -> str:
+    """Return a reason without the path that it begins with, or the last part of that."""
+    for prefix in (f"{path}: ", f"{path}/", f"{path.rpartition('/')[2]}/"):
+        if reason.startswith(prefix):
+            return reason.removeprefix(prefix)
+    return reason
 
 
 class FormatTooNewError(CheckpointError, ValueError):

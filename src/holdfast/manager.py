@@ -101,6 +101,7 @@ class DefaultCheckpointManager:
         )
         self._tiers = Tiers(config, self._tier, self._filesystem)
         self._snapshotter = Snapshotter(config, self._tiers)
+        self._overlaps = config.async_save and config.staging == "overlapped"
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
         self._listener: Any | None = None
@@ -128,7 +129,7 @@ class DefaultCheckpointManager:
         """
         started = time.monotonic()
         self._calls += 1  # first: a rank whose call is refused meets the others at the next one
-        check_save(ctx, callback_manager)
+        check_save(ctx, callback_manager, overlaps=self._overlaps)
         self.wait_staged()
         is_persistent = not ctx.non_persistent_ckpt
         self._saving.wait(self._rank())
@@ -280,7 +281,7 @@ class DefaultCheckpointManager:
             ConfigError: what local checkpoints will take does not fit on some node.
         """
         self._calls += 1
-        check_load(ctx)
+        check_load(ctx, overlaps=self._overlaps)
         self.wait_staged()
         self._saving.wait(self._rank())
         self._draining.wait(self._rank())
