@@ -14,8 +14,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from holdfast import CheckpointConfig, CheckpointError
-from holdfast.config import list_settings, suggest
 from holdfast.errors import ConfigError
+from holdfast.suggestions import list_settings, suggest
 from run_config import RecipeError, RunConfig
 
 PLAIN_ERRORS = (RecipeError, CheckpointError, HydraException, OmegaConfBaseException)
