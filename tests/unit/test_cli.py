@@ -200,6 +200,7 @@ def test_damage_outside_of_checkpoints_is_damage(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A store whose run.json is no JSON is exit code 1 and not a wrong question."""
+    (root / "attempt_0000001.json").write_text("{}")
     (root / "run.json").write_text("{")
     assert main(["ls", str(root)]) == 1
     assert f"holdfast: {root}/run.json: is not JSON" in capsys.readouterr().err
