@@ -236,6 +236,7 @@ def test_an_unknown_field_lists_the_known_ones(path: str, known: type[Any]) -> N
         ({"replication": {"factor": 2}}, "did you mean checkpoint.local.replication.factor?"),
         ({"persistent": {"keep_last": 3}}, "did you mean checkpoint.persistent.keep.last?"),
         ({"persistent": {"dir": "x"}}, "checkpoint.persistent has directory, save_interval"),
+        ({"persistent": {"facter": 2}}, "did you mean checkpoint.local.replication.factor?"),
         ({"load": {"stric": True}}, "did you mean checkpoint.load.strict?"),
         ({"async": True}, "checkpoint has custom_manager_class,"),
         ({"asyncsave": True}, "did you mean checkpoint.async_save?"),
