@@ -7,19 +7,22 @@ an unknown exception: that is a defect, and its traceback is wanted.
 
 from __future__ import annotations
 
-import difflib
+import re
 from dataclasses import fields, is_dataclass
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from holdfast import CheckpointError
+from holdfast import CheckpointConfig, CheckpointError
 from holdfast.errors import ConfigError
-from run_config import RecipeError
+from holdfast.suggestions import list_settings, suggest
+from run_config import RecipeError, RunConfig
 
 PLAIN_ERRORS = (RecipeError, CheckpointError, HydraException, OmegaConfBaseException)
 """What `condense` can word."""
 LINE_LIMIT = 3
+_TYPED = re.compile(r"Could not (?:override|append to config[^']*) '([^'=]+)")
+"""The path in Hydra's message as it was typed; OmegaConf names its first unknown part only."""
 SHOW_CONFIG = "See configs/pretrain.yaml, or add --cfg job to print everything that can be set."
 
 
@@ -52,9 +55,19 @@ def _word_field(error: OmegaConfBaseException, context: str) -> str:
     if not (is_dataclass(kind) and "not in" in _first_line(error)):
         return f"{first}.\n{SHOW_CONFIG}"
     known = [each.name for each in fields(kind)]
-    close = difflib.get_close_matches(str(error.key), known, n=1)
-    guess = f"Did you mean {close[0]}? " if close else ""
+    typed = _TYPED.search(context)
+    close = _suggest(path if typed is None else typed[1])
+    guess = f"Did you mean {close}? " if close else ""
     return f"{path}: there is no such setting.\n{guess}Known here: {', '.join(known)}."
+
+
+def _suggest(typed: str) -> str | None:
+    """Return the setting that was meant, sought among the checkpoint's where it was one of them."""
+    section, _, rest = typed.partition(".")
+    if section == "checkpoint":
+        close = suggest(rest, list_settings(CheckpointConfig))
+        return None if close is None else f"checkpoint.{close}"
+    return suggest(typed, list_settings(RunConfig))
 
 
 def _first_line(error: BaseException) -> str:

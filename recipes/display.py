@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,9 @@ from rich.table import Table
 from due import LOCAL
 from holdfast import CheckpointConfig, LoadResult
 from holdfast.protocol import ShardSource
-from saving import SaveRecord, describe_size
+from holdfast.sizes import describe_size
+from programs import name_program
+from saving import SaveRecord
 
 PLAIN_WIDTH = 100
 """Columns where there is no terminal to ask."""
@@ -101,6 +102,15 @@ class Display:
         elif store is not None:
             elsewhere = "" if local is None else f" or {local}"
             self.say(f"starting from step 0: no checkpoint in {store}{elsewhere} yet")
+
+    def show_complete(self, step: int) -> None:
+        """Say that there is nothing left to train, in a run as long as was asked for or longer."""
+        if step == self._steps:
+            self.say(f"already complete: {step} of {self._steps} steps are done")
+        else:
+            self.say(
+                f"already complete: {step} steps are done, and steps={self._steps} asks for fewer"
+            )
 
     def show_sources(self, sources: Sequence[Sequence[ShardSource]]) -> None:
         """Say from which files each process, by rank, has its part of the state."""
@@ -249,10 +259,6 @@ def describe_command(steps: int | None = None) -> str:
         arguments.append(f"steps={steps}")
     script = shlex.join([sys.argv[0], *arguments])
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {script}"
-    if shutil.which("python") == sys.executable:
-        return f"python {script}"
-    interpreter = Path(sys.executable)
-    if interpreter.is_relative_to(Path.cwd()):
-        interpreter = interpreter.relative_to(Path.cwd())
-    return f"{shlex.quote(str(interpreter))} {script}"
+        launcher = name_program("torchrun")
+        return f"{launcher} --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {script}"
+    return f"{name_program('python')} {script}"

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt import GPT
+from programs import name_program
 from run_config import ParallelConfig, RecipeError
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def open_processes(config: ParallelConfig) -> Processes:
     if config.kind != "single" and "RANK" not in os.environ:
         raise RecipeError(
             f"parallel.kind is {config.kind}, but there is no process group to join.\n"
-            "Start it as: torchrun --nproc-per-node 2 recipes/pretrain.py "
+            f"Start it as: {name_program('torchrun')} --nproc-per-node 2 recipes/pretrain.py "
             f"parallel={config.kind}, or use parallel=single."
         )
     device = _choose_device(config)

@@ -23,6 +23,7 @@ from holdfast import (
     GlobalState,
 )
 from holdfast.events import ON_CHECKPOINT_SAVE, ON_CHECKPOINT_SAVE_FAILED
+from holdfast.sizes import describe_size
 
 
 @dataclass
@@ -107,11 +108,3 @@ class MeasuredSaves:
     def _record_of(self, event: CheckpointEvent) -> SaveRecord:
         fresh = SaveRecord(event.iteration, event.tier)
         return self._records.setdefault(event.iteration, fresh)
-
-
-def describe_size(size_bytes: int) -> str:
-    """Return a size as people say it, in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= factor:
-            return f"{size_bytes / factor:.1f} {unit}"
-    return f"{size_bytes} B"

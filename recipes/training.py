@@ -57,7 +57,7 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
         if _is_in_memory_alone(result):  # the end came between the commits to the two tiers
             saves.save(job.save_context(PERSISTENT))
         saves.finalize(job.state, last=True)
-        display.say(f"already complete: {progress.step} of {config.steps} steps are done")
+        display.show_complete(progress.step)
         display.show_ways_on(progress.step, config.checkpoint)
         return
 

@@ -1,8 +1,9 @@
 """The command line: look at a store and check it, without torch.
 
 Owns the commands `ls` and `verify`, what they print, and their exit codes: 0 sound, 1 damage found,
-2 the question itself was wrong, or a later version wrote what was asked about. Promises to read
-only, and to name every damaged file with its byte range. Refuses to load tensors.
+2 the question itself was wrong or could not be answered, or a later version wrote what was asked
+about, 130 interrupted. Promises to read only, and to name every damaged file with its byte range.
+Refuses to load tensors.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast import __version__
-from holdfast.errors import CheckpointError, CheckpointNotFoundError
+from holdfast.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.identity import RunIdentity
+from holdfast.sizes import describe_size
 from holdfast.store import Checkpoint, Listing, Store, parse_checkpoint_name
 from holdfast.tiers.damage import name_tensors
 
@@ -45,9 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         code: int = parsed.command(parsed)
-    except (CheckpointError, OSError) as error:
+    except CorruptCheckpointError as error:
+        print(f"holdfast: {error}", file=sys.stderr)
+        return 1
+    except CheckpointError as error:
         print(f"holdfast: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"holdfast: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # as the shell has it for a program that Ctrl-C ended
     return code
 
 
@@ -139,7 +150,7 @@ def _verify(parsed: argparse.Namespace) -> int:
         assert isinstance(damages, list)
         print(f"{result['path']}: {'DAMAGED' if damages else 'sound'}")
         for damage in damages:
-            print(f"  {damage}")
+            print(f"  {damage.removeprefix(str(result['path']) + ': ')}")
     for new in listing.too_new:
         print(f"{new.path}: NOT READ, it {new.error.summary}")
     print(f"{len(results)} checkpoints read, {damaged} damaged")
@@ -174,19 +185,10 @@ def _row(checkpoint: Checkpoint, tracker: int | None) -> tuple[str, ...]:
         manifest.saved_at,
         str(manifest.world_size),
         str(len(manifest.files)),
-        _readable_size(manifest.size_bytes),
+        describe_size(manifest.size_bytes),
         str(manifest.attempt),
         "<- tracker" if checkpoint.iteration == tracker else "",
     )
-
-
-def _readable_size(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
 
 
 def _print_json(document: object) -> None:

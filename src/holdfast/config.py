@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from holdfast.errors import ConfigError
+from holdfast.suggestions import list_settings, suggest
 
 STAGINGS = ("blocking", "overlapped")
 FAILURE_POLICIES = ("raise", "warn")
@@ -331,6 +332,42 @@ class CheckpointConfig:
             warnings.warn(f"setting without effect: {each}", UserWarning, stacklevel=3)
 
 
+def read_config(given: Any) -> CheckpointConfig:
+    """Return a config that was given as one, as a mapping, or as a DictConfig.
+
+    Raises:
+        ConfigError: it is nothing of that kind, or a mapping with problems; all of them.
+    """
+    if isinstance(given, CheckpointConfig):
+        return given
+    if isinstance(given, Mapping):
+        if type(given).__module__.partition(".")[0] == "omegaconf":
+            given = _resolve(given)
+        return CheckpointConfig.from_mapping(given)
+    example = '{"persistent": {"directory": "checkpoints"}}'
+    problem = f"pass a CheckpointConfig or a mapping, such as {example}"
+    raise ConfigError([f"checkpoint is {_name_kind(given)}; {problem}"])
+
+
+def _resolve(given: Any) -> Any:
+    from omegaconf import OmegaConf  # where somebody has made one, it is imported already
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            [f"checkpoint.{error.full_key or '?'} cannot be read: {reason}"]
+        ) from error
+
+
+def _name_kind(value: Any) -> str:
+    if value is None:
+        return "None"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
 def expand_path(value: str | os.PathLike[str]) -> str:
     """Return a configured path as a text with `~` and $VARIABLES replaced."""
     return os.path.expanduser(os.path.expandvars(os.fspath(value)))
@@ -347,6 +384,21 @@ def _is_run_id(value: str) -> bool:
     return allowed and 0 < len(value) <= 64 and value[0] != "."
 
 
+def _find_remedy(kind: type[Any], path: str, where: str, value: Any) -> str:
+    """Say which setting was meant by an unknown one, or which there are in its section."""
+    inner = next(iter(value), None) if isinstance(value, Mapping) else None
+    typed = (where if inner is None else f"{where}.{inner}").removeprefix("checkpoint.")
+    settings = list_settings(CheckpointConfig)
+    if typed in settings and inner is None:
+        *sections, name = typed.split(".")
+        nested = "".join(f'{{"{each}": ' for each in sections)
+        return f'nest it: {nested}{{"{name}": ...}}{"}" * len(sections)}'
+    guess = suggest(typed, settings)
+    if guess is not None:
+        return f"did you mean checkpoint.{guess}?"
+    return f"{path} has {', '.join(each.name for each in fields(kind))}"
+
+
 def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
     """Make a dataclass from a mapping, listing every unknown name and wrong type."""
     result = kind()
@@ -357,8 +409,7 @@ def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
     for name, value in values.items():
         where = f"{path}.{name}"
         if name not in hints:
-            known = ", ".join(each.name for each in fields(kind))
-            problems.append(f"{where} is unknown; {path} has {known}")
+            problems.append(f"{where} is unknown; {_find_remedy(kind, path, where, value)}")
         elif is_dataclass(hints[name]):
             setattr(result, name, _build(hints[name], value, where, problems))
         elif not _fits(value, hints[name]) and not _is_path(value, where):

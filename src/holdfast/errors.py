@@ -12,6 +12,8 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- ManagerImportError             (ImportError)      its module cannot be imported
     |-- ManagerNotFoundError           (AttributeError)   its module has no such class
     |-- ManagerShapeError              (TypeError)        it is not a checkpoint manager
+    |-- WrongArgumentError             (TypeError)        an argument of the wrong kind, by name
+    |-- ConcurrentUseError             (RuntimeError)     a call while another is in the manager
     |-- CheckpointNotFoundError        (FileNotFoundError) what was asked for is not there
     |-- CorruptCheckpointError         (ValueError)       bytes differ from the manifest
     |-- FormatTooNewError              (ValueError)       written by a later version of holdfast
@@ -42,6 +44,8 @@ import errno as errno_names
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from holdfast.sizes import describe_size
 
 
 class CheckpointError(Exception):
@@ -100,6 +104,21 @@ class ManagerShapeError(CheckpointError, TypeError):
     """The named object is not a class that the training loop could use as a manager."""
 
 
+class WrongArgumentError(CheckpointError, TypeError):
+    """An argument of a manager's method is of the wrong kind; nothing was touched."""
+
+    def __init__(self, method: str, argument: str, found: str, advice: str) -> None:
+        self.method = method
+        """`save`, `load`, `finalize_async_saves`."""
+        self.argument = argument
+        """Its name, or the dotted name of the part that is wrong."""
+        super().__init__(f"{method}: {argument} {found}.\n{advice}")
+
+
+class ConcurrentUseError(CheckpointError, RuntimeError):
+    """A manager was called while another call was inside it; the other call goes on unharmed."""
+
+
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """A checkpoint, store or file that was asked for does not exist."""
 
@@ -113,7 +132,23 @@ class CorruptCheckpointError(CheckpointError, ValueError):
         self.reason = reason
         self.byte_range = byte_range
         """The block concerned, ends included; None: the whole."""
-        super().__init__(f"{path}: {reason}")
+        super().__init__(join_path(path, reason))
+
+
+def join_path(path: str, reason: str) -> str:
+    """Put a path before a reason; of a file in it, which the reason names, the path stands once."""
+    inner = reason_inside(path, reason)
+    if inner == reason:
+        return f"{path}: {reason}"
+    return f"{path}: {inner}" if reason.startswith(f"{path}: ") else f"{path}/{inner}"
+
+
+def reason_inside(path: str, reason: str) -> str:
+    """Return a reason without the path that it begins with, or the last part of that."""
+    for prefix in (f"{path}: ", f"{path}/", f"{path.rpartition('/')[2]}/"):
+        if reason.startswith(prefix):
+            return reason.removeprefix(prefix)
+    return reason
 
 
 class FormatTooNewError(CheckpointError, ValueError):
@@ -165,7 +200,10 @@ class StateMismatchError(CheckpointError, ValueError):
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         different: Sequence[str] = (),
+        *,
+        strict: bool = True,
     ) -> None:
+        """`strict`: whether the load was; else it is no advice to load without."""
         self.path = path
         self.missing = tuple(missing)
         """Names the live state has and the checkpoint lacks."""
@@ -182,11 +220,12 @@ class StateMismatchError(CheckpointError, ValueError):
             )
             if names
         ]
-        super().__init__(
-            f"{path} does not fit the live state: {'; '.join(parts)}.\n"
-            "Build the model and optimizer as they were saved, or set load.strict=false to load "
-            "what fits (shapes must agree either way)."
-        )
+        advice = "Build the model and optimizer as they were saved"
+        if self.different:
+            advice += ": shapes and types must agree whatever load.strict says"
+        elif strict:
+            advice += ", or set load.strict=false to load what fits"
+        super().__init__(f"{path} does not fit the live state: {'; '.join(parts)}.\n{advice}.")
 
 
 class NothingFitsError(StateMismatchError):
@@ -250,10 +289,13 @@ class StoreNotWritableError(CheckpointError, OSError):
         self.path = root
         self.code = errno_names.errorcode.get(cause.errno or 0, type(cause).__name__)
         """The symbol of the errno, `EACCES` say."""
-        where = f" at {cause.filename}" if cause.filename else ""
+        is_elsewhere = cause.filename is not None and str(cause.filename) != root
+        where = f" at {cause.filename}" if is_elsewhere else ""
+        reason = f"{self.code} {cause.strerror or cause}"
+        if cause.errno in (errno_names.EEXIST, errno_names.ENOTDIR):
+            reason = "something that is no directory is in its place"
         super().__init__(
-            f"checkpoint.persistent.directory: {root} cannot be written{where}: {self.code} "
-            f"{cause.strerror or cause}.\n"
+            f"checkpoint.persistent.directory: {root} cannot be written{where}: {reason}.\n"
             "Name a directory that this user may write to, on a file system that all ranks share."
         )
 
@@ -318,10 +360,10 @@ class NotEnoughMemoryError(CheckpointError, MemoryError):
         self.free_bytes = free_bytes
         self.limited_by = limited_by
         super().__init__(
-            f"a snapshot needs {needed_bytes / 2**30:.2f} GiB of host memory, and "
-            f"{free_bytes / 2**30:.2f} GiB are left ({limited_by}).\n"
-            "Give the job more memory, shard the state over more ranks, or save without one: "
-            "checkpoint.async_save=false."
+            f"a snapshot needs {describe_size(needed_bytes)} of host memory, and "
+            f"{describe_size(free_bytes, needed_bytes)} are left ({limited_by}).\n"
+            "Give the job more memory, or shard the state over more ranks. With "
+            "checkpoint.async_save=false a save takes no snapshot."
         )
 
 

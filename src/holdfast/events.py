@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from holdfast.errors import WrongArgumentError
+
 ON_CHECKPOINT_STAGED = "on_checkpoint_staged"
 """The snapshot is taken: training may change every tensor. Context: `CheckpointEvent`."""
 ON_CHECKPOINT_SAVE = "on_checkpoint_save"
@@ -75,6 +77,12 @@ class OverdueEvent:
     """Of a persistent save since that commit."""
 
 
+def _check_callable(callback: Any) -> None:
+    if not callable(callback):
+        found = f"is of type {type(callback).__name__}"
+        raise WrongArgumentError("register", "callback", found, "Pass a function of one event.")
+
+
 class CallbackManager:
     """Call functions when named things happen, in the order in which they were registered."""
 
@@ -86,9 +94,11 @@ class CallbackManager:
 
         Raises:
             ValueError: the name is not one of `EVENT_NAMES`.
+            WrongArgumentError: the callback cannot be called.
         """
         if event_name not in EVENT_NAMES:
             raise ValueError(f"unknown event {event_name!r}; known are {', '.join(EVENT_NAMES)}")
+        _check_callable(callback)
         self._callbacks.setdefault(event_name, []).append(callback)
 
     def fire(self, event_name: str, context: Any) -> None:

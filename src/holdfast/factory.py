@@ -10,13 +10,16 @@ the config answers for it.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
-from holdfast.config import CheckpointConfig
+from holdfast.config import CheckpointConfig, read_config
 from holdfast.errors import (
     ConfigError,
     ManagerImportError,
@@ -58,9 +61,11 @@ LOOP_CALLS = {
 def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
     """Make the manager that a config asks for and check that a training loop can use it.
 
-    The config is a `CheckpointConfig`, which is validated first, or any object with
-    `custom_manager_class` and, if it likes, `custom_manager_allowlist`. The manager's constructor
-    gets that very object; what the constructor raises reaches the caller unchanged.
+    The config is a `CheckpointConfig`, which is validated first, a mapping or DictConfig, of which
+    one is made, or any object with `custom_manager_class` and, if it likes,
+    `custom_manager_allowlist`. The manager's constructor gets that very object; what the
+    constructor raises reaches the caller unchanged. What only a call can show, a method that
+    returns a coroutine or a `load` that returns no pair, is refused at the first call.
 
     Raises:
         ConfigError: the config is impossible, or is no config.
@@ -70,7 +75,8 @@ def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
         ManagerNotFoundError: its module has no such name.
         ManagerShapeError: it is no class, or its constructor or a method cannot be called.
     """
-    if isinstance(checkpoint_config, CheckpointConfig):
+    if checkpoint_config is None or isinstance(checkpoint_config, CheckpointConfig | Mapping):
+        checkpoint_config = read_config(checkpoint_config)
         checkpoint_config.validate()
     path, allowlist = _read_choice(checkpoint_config)
     if path is None:
@@ -83,6 +89,9 @@ def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
     manager = manager_class(checkpoint_config)
     for name in LOOP_CALLS:
         _check_method(path, manager, name)
+    if path != DEFAULT_MANAGER:
+        for name in LOOP_CALLS:
+            _watch_first_call(path, manager, name)
     return cast(CheckpointManager, manager)
 
 
@@ -90,7 +99,8 @@ def _read_choice(checkpoint_config: Any) -> tuple[Any, Sequence[str] | None]:
     if not hasattr(checkpoint_config, "custom_manager_class"):
         problem = (
             f"checkpoint is of type {type(checkpoint_config).__name__} and has no "
-            "custom_manager_class; make it a CheckpointConfig, by CheckpointConfig.from_mapping"
+            "custom_manager_class; pass a CheckpointConfig or a mapping, such as "
+            '{"persistent": {"directory": "checkpoints"}}'
         )
         raise ConfigError([problem])
     allowlist = getattr(checkpoint_config, "custom_manager_allowlist", None)
@@ -192,15 +202,68 @@ def _check_method(path: str, manager: object, name: str) -> None:
         raise refuse(f"which has no method {name!r}")
     if not callable(method):
         raise refuse(f"whose {name!r} is of type {type(method).__name__}, not a method")
+    if _does_nothing_when_called(method):
+        raise refuse(f"whose {name!r} does nothing when called: it is a coroutine or a generator")
+    if not _accepts(method, call.positional, call.keywords):
+        raise refuse(f"whose {name}{_describe_signature(method)} cannot be called so")
+
+
+def _does_nothing_when_called(method: Any) -> bool:
+    """Whether a callable is a coroutine or generator function, or an object that is called so."""
+    while isinstance(method, functools.partial):
+        method = method.func
+    entry = inspect.getattr_static(type(method), "__call__", None)
     kinds = (
         inspect.iscoroutinefunction,
         inspect.isasyncgenfunction,
         inspect.isgeneratorfunction,
     )
-    if any(is_kind(method) for is_kind in kinds):
-        raise refuse(f"whose {name!r} does nothing when called: it is a coroutine or a generator")
-    if not _accepts(method, call.positional, call.keywords):
-        raise refuse(f"whose {name}{_describe_signature(method)} cannot be called so")
+    return any(is_kind(each) for is_kind in kinds for each in (method, entry))
+
+
+def _watch_first_call(path: str, manager: object, name: str) -> None:
+    """Look at what a method returns when it is called first; afterwards it is as it was."""
+    method = getattr(manager, name)
+    attributes = getattr(manager, "__dict__", {})
+    was_own = name in attributes
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if was_own:
+            object.__setattr__(manager, name, method)
+        else:
+            with suppress(AttributeError):  # two threads may come first
+                object.__delattr__(manager, name)
+        result = method(*args, **kwargs)
+        _check_result(path, name, result)
+        return result
+
+    try:
+        # On the object, so that its type stays what the config names; past a __setattr__ of its
+        # own, which could pass it on to somebody else.
+        object.__setattr__(manager, name, functools.wraps(method)(call))
+    except (AttributeError, TypeError):
+        return  # it has slots only: there is no place to look from
+
+
+def _check_result(path: str, name: str, result: Any) -> None:
+    if isinstance(result, Awaitable) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        kind = type(result).__name__
+        if (close := getattr(result, "close", None)) is not None:
+            close()  # or Python warns beside the error that it was never awaited
+        raise ManagerShapeError(
+            f"{FIELD} is {path!r}, whose {name!r} returned a {kind}: nothing was done.\n"
+            f"The training loop calls {LOOP_CALLS[name]} and awaits nothing: make that work."
+        )
+    if name != "load":
+        return
+    is_pair = isinstance(result, tuple | list) and len(result) == 2
+    if not is_pair or not all(isinstance(each, numbers.Real) for each in result):
+        kind = type(result).__name__
+        shown = repr(result) if result is None or is_pair else f"a value of type {kind}"
+        raise ManagerShapeError(
+            f"{FIELD} is {path!r}, whose 'load' returned {shown}.\n"
+            "Return (iteration, floating point operations so far); (0, 0) where nothing is found."
+        )
 
 
 def _is_protocol_body(manager: object, name: str) -> bool:

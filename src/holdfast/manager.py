@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.alarm import Alarm
-from holdfast.config import CheckpointConfig
+from holdfast.arguments import Calls, check_load, check_save, check_state, one_at_a_time
+from holdfast.config import CheckpointConfig, read_config
 from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import (
     ConfigError,
@@ -40,6 +41,7 @@ from holdfast.protocol import (
 )
 from holdfast.restoring import LoadedStates, Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
+from holdfast.sizes import describe_size
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState
 from holdfast.state.overrides import Overrides
@@ -66,7 +68,7 @@ class DefaultCheckpointManager:
 
     def __init__(
         self,
-        checkpoint_config: CheckpointConfig,
+        checkpoint_config: CheckpointConfig | Mapping[str, Any],
         *,
         filesystem: Filesystem | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -79,6 +81,7 @@ class DefaultCheckpointManager:
         Raises:
             ConfigError: with every problem of the configuration.
         """
+        checkpoint_config = read_config(checkpoint_config)
         checkpoint_config.validate()
         self.checkpoint_config = checkpoint_config
         config = self._config = checkpoint_config.with_expanded_paths()
@@ -98,6 +101,7 @@ class DefaultCheckpointManager:
         )
         self._tiers = Tiers(config, self._tier, self._filesystem)
         self._snapshotter = Snapshotter(config, self._tiers)
+        self._overlaps = config.async_save and config.staging == "overlapped"
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
         self._listener: Any | None = None
@@ -105,6 +109,7 @@ class DefaultCheckpointManager:
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
         self._channels: list[Coordinator] | None = None
         self._calls = 0
+        self._calls_inside = Calls()
         self._is_budgeted = False
         self._has_warned_of_data = False
         self._has_loaded = False
@@ -112,16 +117,19 @@ class DefaultCheckpointManager:
 
     # -- save ------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def save(self, ctx: CheckpointSaveContext, callback_manager: Any | None = None) -> None:
         """Save at `ctx.state.train_state.step`; with `async_save` return once the copy is taken.
 
         Raises:
+            WrongArgumentError, ConcurrentUseError: before anything is touched.
             StepRewoundError: the step is below the one last loaded or saved.
             CheckpointOverdueError: `alarm_stops` is set, and nothing durable came for too long.
             CheckpointError: this save could not begin, or the previous one had failed.
         """
         started = time.monotonic()
-        self._calls += 1
+        self._calls += 1  # first: a rank whose call is refused meets the others at the next one
+        check_save(ctx, callback_manager, overlaps=self._overlaps)
         self.wait_staged()
         is_persistent = not ctx.non_persistent_ckpt
         self._saving.wait(self._rank())
@@ -176,6 +184,7 @@ class DefaultCheckpointManager:
         save.event.stall_seconds = time.monotonic() - started
         save.tell(ON_CHECKPOINT_STAGED)
 
+    @one_at_a_time
     def finalize_async_saves(
         self, state: GlobalState, blocking: bool = False, terminate: bool = False
     ) -> None:
@@ -184,8 +193,10 @@ class DefaultCheckpointManager:
         `blocking` waits for the saves in flight; `terminate` does so too, at the end of the run.
 
         Raises:
+            WrongArgumentError, ConcurrentUseError: before anything is touched.
             CheckpointError: a save in flight had failed, and `on_save_failure` is `raise`.
         """
+        check_state("finalize_async_saves", state)
         rank = self._rank()
         if not (blocking or terminate):
             self._saving.poll(rank)
@@ -233,8 +244,8 @@ class DefaultCheckpointManager:
                 seconds = time.monotonic() - save.started
                 far = ""
                 if flight is self._saving and (total := self.progress.total_bytes):
-                    written = self.progress.written_bytes / 2**20
-                    far = f", {written:.1f} of {total / 2**20:.1f} MiB of rank 0's shard written"
+                    written = describe_size(self.progress.written_bytes, total)
+                    far = f", {written} of {describe_size(total)} of rank 0's shard written"
                 return (
                     f"the save of iteration {save.event.iteration} is in flight for "
                     f"{seconds:.0f} s{far}"
@@ -256,10 +267,12 @@ class DefaultCheckpointManager:
 
     # -- load ------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def load(self, ctx: CheckpointLoadContext) -> LoadResult:
         """Restore the newest checkpoint that verifies, or exactly the one that was asked for.
 
         Raises:
+            WrongArgumentError, ConcurrentUseError: before anything is touched.
             CheckpointNotFoundError: what was named is not there, or nothing is and
                 `load.on_missing` is `error`.
             NoLoadableCheckpointError: checkpoints are there and none can be loaded.
@@ -268,6 +281,7 @@ class DefaultCheckpointManager:
             ConfigError: what local checkpoints will take does not fit on some node.
         """
         self._calls += 1
+        check_load(ctx, overlaps=self._overlaps)
         self.wait_staged()
         self._saving.wait(self._rank())
         self._draining.wait(self._rank())

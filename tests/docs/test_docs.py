@@ -44,7 +44,7 @@ def _training() -> dict[str, Any]:
 
 
 def test_the_loop_in_the_readme_runs_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Copied word by word, the example trains, saves, and loads what it saved the second time."""
     monkeypatch.chdir(tmp_path)
@@ -54,6 +54,7 @@ def test_the_loop_in_the_readme_runs_and_resumes(
     again = _training()
     exec(loop, again)
     assert again["state"].train_state.step == 1000
+    assert capsys.readouterr().out == "starting from step 0\nresumed from step 1000\n"
     assert torch.equal(again["model"].weight, names["model"].weight)
 
 
@@ -63,6 +64,7 @@ def test_the_manager_in_the_readme_has_the_right_shape(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(skeleton, names)
     assert issubclass(names["MyManager"], holdfast.CheckpointManager)
+    assert names["MyManager"](CheckpointConfig()).load(None) == (0, 0)
 
 
 def test_the_layout_in_the_readme_is_what_a_save_leaves(
@@ -143,3 +145,11 @@ def test_every_make_target_that_pages_name_exists() -> None:
     for page in PAGES:
         named = set(re.findall(r"`make ([a-z-]+)", page.read_text()))
         assert named <= targets, page.name
+
+
+def test_no_command_needs_a_program_that_make_did_not_install() -> None:
+    """Each command of a page names the program in `.venv`, where `make` puts it."""
+    for page in PAGES:
+        for block in _blocks(page, "sh"):
+            for line in block.splitlines():
+                assert not re.match(r"(python|torchrun|holdfast) ", line), f"{page.name}: {line}"

@@ -137,7 +137,12 @@ def test_no_file_leaves_a_value_to_be_given() -> None:
     [
         (["stepz=1"], ["stepz: there is no such setting", "Did you mean steps?"]),
         (["checkpoint.foo=1"], ["checkpoint.foo: there is no such setting", "async_save"]),
-        (["checkpoint.persistent.keep.lst=1"], ["keep.lst", "Did you mean last?"]),
+        (
+            ["checkpoint.persistent.keep.lst=1"],
+            ["keep.lst", "Did you mean checkpoint.persistent.keep.last?"],
+        ),
+        (["checkpoint.keep.last=3"], ["Did you mean checkpoint.persistent.keep.last?"]),
+        (["learning_rate=3"], ["Did you mean optim.learning_rate?"]),
         (["checkpoint.options.x=1"], ["write +checkpoint.options.x=..."]),
         (["steps=soon"], ["steps: Value 'soon'"]),
         (["checkpoint.load.strict=maybe"], ["checkpoint.load.strict: Value 'maybe'"]),

@@ -18,7 +18,7 @@ from holdfast import CheckpointEvent, CheckpointSaveContext, GlobalState, TrainS
 from holdfast.events import ON_CHECKPOINT_SAVE, ON_CHECKPOINT_SAVE_FAILED
 from losses import LOSSES_NAME, LossCurve, LossLog, read_losses
 from run_config import ModelConfig, RecipeError
-from saving import MeasuredSaves, describe_size
+from saving import MeasuredSaves
 
 
 def test_rows_beyond_the_resumed_step_are_void(tmp_path: Path) -> None:
@@ -125,14 +125,6 @@ def test_any_manager_gives_a_table(
     assert all(record.waited_seconds > 0 for record in saves.records)
     assert manager.finalized == [(False, False)] * 3 + [(True, True)]
     assert len(told) == (3 if fires else 0)
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "described"), [(999, "999 B"), (2_500, "2.5 kB"), (7_000_000_000, "7.0 GB")]
-)
-def test_sizes_read_as_people_say_them(size_bytes: int, described: str) -> None:
-    """Decimal units, one digit."""
-    assert describe_size(size_bytes) == described
 
 
 def test_a_model_knows_nothing_at_first_and_never_looks_ahead() -> None:

@@ -99,6 +99,8 @@ def test_a_run_begins_with_the_weights_of_another(pretrain: Pretrain) -> None:
     first = read_losses(Path("tuned")).training[1]
     assert first != read_losses(Path("runs/pretrain")).training[1]
     assert "already complete: 3 of 3 steps" in _printed(pretrain(*overrides))
+    shorter = _printed(pretrain(*overrides, "steps=2"))
+    assert "already complete: 3 steps are done, and steps=2 asks for fewer" in shorter
 
 
 def test_a_run_that_saves_nothing_says_so(pretrain: Pretrain) -> None:

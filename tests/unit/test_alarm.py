@@ -262,7 +262,7 @@ def test_a_save_in_flight_is_told_with_how_far_it_came(
     run.filesystem.gate.set()
     (message,) = _warnings(caplog)
     assert "the save of iteration 2 is in flight for" in message
-    assert re.search(r"(\d\.\d) of \1 MiB of rank 0's shard written", message)
+    assert re.search(r"([\d.]+ \w+) of \1 of rank 0's shard written", message)
     run.end()
 
 

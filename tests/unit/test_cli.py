@@ -49,7 +49,7 @@ def test_ls_lists_a_store_newest_first(root: Path, capsys: pytest.CaptureFixture
     assert (code, err) == (0, "")
     assert lines[0] == f"{root}  run run"
     assert [line.split()[0] for line in lines[1:]] == ["iteration", "20", "10"]
-    assert "3 MiB" in lines[2]
+    assert "3.0 MiB" in lines[2]
     assert lines[2].endswith("<- tracker")
     assert not lines[3].endswith("tracker")
 
@@ -194,3 +194,33 @@ def test_the_command_runs_without_torch(root: Path) -> None:
             or "sound" in finished.stdout
             or (finished.stdout.strip() == f"holdfast {__version__}")
         )
+
+
+def test_damage_outside_of_checkpoints_is_damage(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A store whose run.json is no JSON is exit code 1 and not a wrong question."""
+    (root / "attempt_0000001.json").write_text("{}")
+    (root / "run.json").write_text("{")
+    assert main(["ls", str(root)]) == 1
+    assert f"holdfast: {root}/run.json: is not JSON" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named_without_a_traceback(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A question that could not be answered is exit code 2 and one line with path and reason."""
+    (root / "run.json").unlink()
+    (root / "run.json").mkdir()
+    assert main(["ls", str(root)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"holdfast: {root}/run.json: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_a_broken_checkpoint_is_named_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the line of a checkpoint its path is not repeated."""
+    (newest, *_) = sorted(root.glob("iter_*"), reverse=True)
+    (newest / "manifest.json").unlink()
+    assert main(["verify", str(newest)]) == 1
+    assert capsys.readouterr().out.count(str(newest)) == 1

@@ -228,6 +228,31 @@ def test_an_unknown_field_lists_the_known_ones(path: str, known: type[Any]) -> N
     assert problem.endswith(" has " + ", ".join(each.name for each in fields(known)))
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"keep": {"last": 3}}, "keep is unknown; did you mean checkpoint.persistent.keep.last?"),
+        ({"keep": 3}, "keep is unknown; did you mean checkpoint.persistent.keep.last?"),
+        ({"replication": {"factor": 2}}, "did you mean checkpoint.local.replication.factor?"),
+        ({"persistent": {"keep_last": 3}}, "did you mean checkpoint.persistent.keep.last?"),
+        ({"persistent": {"dir": "x"}}, "checkpoint.persistent has directory, save_interval"),
+        ({"persistent": {"facter": 2}}, "did you mean checkpoint.local.replication.factor?"),
+        ({"load": {"stric": True}}, "did you mean checkpoint.load.strict?"),
+        ({"async": True}, "checkpoint has custom_manager_class,"),
+        ({"asyncsave": True}, "did you mean checkpoint.async_save?"),
+        ({"verify": "first"}, "did you mean checkpoint.load.verify?"),
+        ({"persistent.keep.last": 3}, 'nest it: {"persistent": {"keep": {"last": ...}}}'),
+    ],
+)
+def test_an_unknown_field_is_answered_with_the_one_that_was_meant(
+    values: dict[str, Any], told: str
+) -> None:
+    """A section left out, another separator, a letter too few: the dotted path is shown."""
+    with pytest.raises(ConfigError) as caught:
+        CheckpointConfig.from_mapping(values)
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize("values", [None, "checkpoint.yaml", [("staging", "blocking")]])
 def test_what_is_no_mapping_is_refused(values: Any) -> None:
     """Only a mapping is taken for a configuration."""

@@ -14,6 +14,7 @@ from holdfast.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointOverdueError,
+    ConcurrentUseError,
     ConfigError,
     CorruptCheckpointError,
     DataReshardError,
@@ -41,6 +42,7 @@ from holdfast.errors import (
     StoreNotWritableError,
     SupersededAttemptError,
     UnsupportedStateError,
+    WrongArgumentError,
 )
 
 _FAILURES = (
@@ -110,6 +112,12 @@ EXAMPLES: list[tuple[CheckpointError, tuple[type[BaseException], ...], dict[str,
         {"seconds": 930.0, "iteration": 40, "reason": "the disk is full"},
     ),
     (NoFileFreeError("a"), (TimeoutError,), {}),
+    (
+        WrongArgumentError("load", "model", "is None", "Pass the nn.Module itself."),
+        (TypeError,),
+        {"method": "load", "argument": "model"},
+    ),
+    (ConcurrentUseError("a"), (RuntimeError,), {}),
     (
         NotEnoughMemoryError(3 << 30, 1 << 30, "the machine's available memory"),
         (MemoryError,),
@@ -228,3 +236,36 @@ def test_a_mismatch_names_only_what_differs() -> None:
     message = str(StateMismatchError("iter_0000040", missing=["model.a", "model.b"]))
     assert "missing from the checkpoint: model.a, model.b" in message
     assert "unexpected" not in message
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("is missing", "/s/iter_2: is missing"),
+        ("/s/iter_2/a: is missing", "/s/iter_2/a: is missing"),
+        ("iter_2/a: is missing", "/s/iter_2/a: is missing"),
+        ("/s/iter_2: is missing", "/s/iter_2: is missing"),
+        ("iter_20/a: is missing", "/s/iter_2: iter_20/a: is missing"),
+    ],
+)
+def test_a_message_states_a_path_once(reason: str, message: str) -> None:
+    """A reason that names a file in the damaged directory does not make the path stand twice."""
+    assert str(CorruptCheckpointError("/s/iter_2", reason)) == message
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(errno.EEXIST, "something that is no directory is in its place"), (errno.EROFS, "EROFS")],
+)
+def test_a_store_that_cannot_be_written_is_named_once(code: int, told: str) -> None:
+    """The path is not repeated where it is the store itself, and EEXIST is said in words."""
+    message = str(StoreNotWritableError("/store", OSError(code, "x", "/store")))
+    assert message.count("/store") == 1
+    assert told in message
+
+
+def test_no_advice_is_given_that_was_followed() -> None:
+    """A load that was not strict is not told to be less strict, nor is one whose shapes differ."""
+    assert "strict=false" in str(StateMismatchError("/a", ["x"]))
+    assert "strict=false" not in str(StateMismatchError("/a", ["x"], strict=False))
+    assert "strict=false" not in str(StateMismatchError("/a", ["x"], different=["y"]))

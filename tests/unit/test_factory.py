@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 import holdfast.factory
 from holdfast.config import CheckpointConfig
@@ -96,11 +97,113 @@ def test_a_config_object_is_validated_first() -> None:
         create_checkpoint_manager(CheckpointConfig(custom_manager_class=5))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", [None, {"custom_manager_class": "a.B"}, object()])
+@pytest.mark.parametrize("config", [None, "checkpoints", object(), 5])
 def test_what_is_no_config_is_refused(config: Any) -> None:
-    """A plain dict would silently mean the default manager; it is an error that says what to do."""
-    with pytest.raises(ConfigError, match=r"CheckpointConfig\.from_mapping"):
+    """What is neither a config nor a mapping is an error that says what to pass."""
+    with pytest.raises(ConfigError, match=r"pass a CheckpointConfig or a mapping"):
         create_checkpoint_manager(config)
+
+
+@pytest.mark.parametrize("make", [dict, OmegaConf.create])
+def test_a_mapping_is_taken_for_the_config_it_describes(
+    write_module: Write, make: Callable[[Any], Any]
+) -> None:
+    """A dict or a DictConfig with interpolations becomes a CheckpointConfig for the manager."""
+    path = write_module(MANAGER) + ".Manager"
+    values = {
+        "custom_manager_class": path,
+        "custom_manager_allowlist": ["written_manager"],
+        "persistent": {"directory": "here", "save_interval": 5},
+        "local": {"directory": None},
+    }
+    given = make(values)
+    if make is not dict:
+        given.run_id = "${persistent.directory}"
+    manager: Any = create_checkpoint_manager(given)
+    assert type(manager.config) is CheckpointConfig
+    assert manager.config.persistent.save_interval == 5
+    assert manager.config.run_id == (None if make is dict else "here")
+    with pytest.raises(ConfigError, match=r"checkpoint\.persistant is unknown"):
+        create_checkpoint_manager(make({"persistant": {}}))
+
+
+def test_a_dict_config_with_a_missing_value_names_it() -> None:
+    """What OmegaConf calls missing is a problem with the path of its field."""
+    config = OmegaConf.create({"persistent": {"directory": "???"}})
+    with pytest.raises(ConfigError, match=r"^checkpoint\.persistent\.directory cannot be read"):
+        create_checkpoint_manager(config)
+
+
+# What only a call can show.
+
+
+@pytest.mark.parametrize("name", ["save", "load", "finalize_async_saves"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "def {name}(self, *rest, **others): return asyncio.sleep(0)",
+        "{name} = lambda self, *rest, **others: (each for each in ())",
+    ],
+)
+def test_a_method_that_returns_a_coroutine_is_refused_at_the_first_call(
+    write_module: Write, name: str, line: str
+) -> None:
+    """A result that somebody would have to await or iterate means that nothing was done."""
+    source = _with(**{name: line.format(name=name)})
+    manager: Any = create_checkpoint_manager(_config(write_module(source) + ".Manager"))
+    with pytest.raises(ManagerShapeError, match=f"whose '{name}' returned a .*: nothing was done"):
+        getattr(manager, name)(None, *([None] if name == "save" else []))
+
+
+@pytest.mark.parametrize("name", ["save", "load", "finalize_async_saves"])
+def test_an_object_with_an_async_call_is_refused(write_module: Write, name: str) -> None:
+    """A callable object whose `__call__` is a coroutine function does nothing when called."""
+    called = "class Called:\n    async def __call__(self, *rest, **others): ...\n"
+    source = called + _with(**{name: f"{name} = Called()"})
+    message = _refusal(ManagerShapeError, _config(write_module(source) + ".Manager"))
+    assert "a coroutine or a generator" in message
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        ("None", "None"),
+        ("5", "a value of type int"),
+        ("(1, 2, 3)", "a value of type tuple"),
+        ("(None, None)", "(None, None)"),
+    ],
+)
+def test_a_load_that_returns_no_pair_is_refused_at_the_first_call(
+    write_module: Write, result: str, shown: str
+) -> None:
+    """The loop reads two numbers: anything else is named with what to return."""
+    source = _with(load=f"def load(self, ctx): return {result}")
+    manager = create_checkpoint_manager(_config(write_module(source) + ".Manager"))
+    with pytest.raises(ManagerShapeError) as caught:
+        manager.load(None)  # type: ignore[arg-type]
+    assert f"whose 'load' returned {shown}." in str(caught.value)
+    assert "(0, 0)" in str(caught.value)
+
+
+def test_a_manager_is_what_it_was_after_its_first_calls(write_module: Write) -> None:
+    """Nothing of the look at the first results stays on the manager; its type is never another."""
+    path = write_module(_with("def __init__(self, config): self.load = lambda ctx: (7, 8)"))
+    manager: Any = create_checkpoint_manager(_config(path + ".Manager"))
+    own = type(manager)
+    assert own.__name__ == "Manager"
+    assert manager.load(None) == (7, 8)
+    manager.save(None, None)
+    manager.finalize_async_saves(None)
+    assert list(vars(manager)) == ["load"]
+    assert manager.load.__name__ == "<lambda>"
+    assert manager.save.__func__ is own.save
+
+
+def test_a_manager_with_slots_is_taken_as_it_is(write_module: Write) -> None:
+    """Where there is no room on the object, the manager still works."""
+    source = _with("__slots__ = ()\n    def __init__(self, config): ...")
+    manager = create_checkpoint_manager(_config(write_module(source) + ".Manager"))
+    assert manager.load(None) == (0, 0)  # type: ignore[arg-type]
 
 
 # The allow-list.

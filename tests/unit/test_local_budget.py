@@ -87,7 +87,7 @@ def test_the_sum_is_told_at_the_load_and_holds_at_the_first_save(
     start.close()
     _, at_save = _lines(caplog)
     assert _numbers(told) == _numbers(at_save)
-    assert "own shards 3.6 MiB, copies for others 0.0 MiB" in told
+    assert "own shards 3.6 MiB, copies for others 0 B" in told
     assert re.search(r", and in memory 1\.2 MiB of .* left$", told), "the disk needs an arena"
     assert "planning anew" not in caplog.text, "the plan was made in vain"
 
@@ -164,7 +164,9 @@ def test_what_is_not_counted_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def _mebibytes(line: str) -> list[float]:
-    return [float(each.removesuffix(" MiB")) for each in _numbers(line)[1:]]
+    factors = {"B": 2.0**-20, "KiB": 2.0**-10, "MiB": 1.0}
+    sizes = [each.split() for each in _numbers(line)[1:]]
+    return [float(number) * factors[unit] for number, unit in sizes]
 
 
 # -- refused -----------------------------------------------------------------------------------

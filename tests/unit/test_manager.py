@@ -314,8 +314,8 @@ def test_an_empty_store_is_what_the_config_says(tmp_path: Path, policy: str, the
 
 def test_a_store_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
     """A fresh start whose first save would fail hours later fails at once, naming the setting."""
-    (tmp_path / "file").write_text("")
     manager, live = manager_of(tmp_path / "file" / "store"), linear()
+    (tmp_path / "file").write_text("")  # else the manager would not have been made
     with pytest.raises(StoreNotWritableError, match=r"checkpoint\.persistent\.directory") as caught:
         live.load(manager)
     assert isinstance(caught.value, OSError)
@@ -498,10 +498,11 @@ def test_a_local_save_without_a_local_tier_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
-    """A store whose path runs through a file fails at the save, naming the path."""
+    """A store whose path runs through a file since the manager was made fails at the save."""
+    manager = manager_of(tmp_path / "file/store")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(SaveFailedError, match="file"):
-        linear().save(manager_of(tmp_path / "file/store"), 1)
+        linear().save(manager, 1)
     assert tree(tmp_path) == {"file": b""}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +55,9 @@ CONFIGS = [
      {"a": "${x}", "b": "\\${", "c": "\\${x:\\${", "d": "???"}),
     ({"a": "yes", "b": "1e3", "c": "null", "d": "x: y\n# z", "e": "\u00e9\U0001f600"},
      {"a": "yes", "b": "1e3", "c": "null", "d": "x: y\n# z", "e": "\u00e9\U0001f600"}),
+    ({"a": SimpleNamespace(b=argparse.Namespace(c=1), d=[SimpleNamespace(e=None)])},
+     {"a": {"b": {"c": 1}, "d": [{"e": None}]}}),
+    (SimpleNamespace(seed=1), {"seed": 1}),
     ([1, 2], {"config": [1, 2]}),
     (7, {"config": 7}),
     (_Custom(), {"config": "custom"}),

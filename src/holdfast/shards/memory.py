@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import NotEnoughMemoryError
+from holdfast.sizes import describe_size
 
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, since Linux 5.14; Python does not name it."""
@@ -237,7 +238,7 @@ def _group_room(group: Path, limit_name: str, usage_name: str) -> Iterator[Room]
     )
     limit_bytes = int(limits[0])
     free_bytes = max(limit_bytes - int(usages[0]) + cached, 0)
-    yield Room(free_bytes, f"the limit of {limit_bytes} bytes of control group {group}")
+    yield Room(free_bytes, f"the limit of {describe_size(limit_bytes)} of control group {group}")
 
 
 def _lines(path: Path) -> list[str]:

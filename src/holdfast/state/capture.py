@@ -22,8 +22,6 @@ from torch.distributed.checkpoint._traverse import set_element  # undoes DCP's f
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -33,6 +31,7 @@ from holdfast.errors import UnsupportedStateError
 from holdfast.protocol import Stateful
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.comparing import Differences, SavedTensors, compare_model, is_extra
+from holdfast.state.getters import OptimizerView, ask_model, ask_optimizers
 from holdfast.state.landed import finish_optimizers, has_landed
 from holdfast.state.plain import model_state, optimizer_state
 from holdfast.state.rank_state import Place, apply_data, check_data
@@ -57,30 +56,6 @@ class Captured:
     """Where the leaves live, for the next capture. None: they cannot be looked up."""
 
 
-class _OptimizerView:
-    """Shows an optimizer to DCP as one that has state, so that DCP takes no step to make some."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self.param_groups = optimizer.param_groups
-        self.state = {"present": True}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state_dict)
-        # torch casts state to its parameter's dtype: 32-bit moments of a 16-bit parameter would
-        # come back rounded.
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, name in zip(group["params"], saved["params"], strict=True):
-                live = self._optimizer.state[parameter] if name in state_dict["state"] else {}
-                for key, value in state_dict["state"].get(name, {}).items():
-                    cast = live.get(key)
-                    if isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
-                        live[key] = value.to(cast.device)
-
-
 class AppState:
     """The live objects of a run, by the names they have in a checkpoint."""
 
@@ -102,7 +77,7 @@ class AppState:
         else:
             optimizers = [optimizer]
         self.optimizers = optimizers
-        self._optimizers = [_OptimizerView(each) for each in optimizers]
+        self._optimizers = [OptimizerView(each) for each in optimizers]
         self._scheduler = scheduler
         self._given_data = data
         self._data = data if isinstance(data, Stateful) else None
@@ -395,12 +370,11 @@ class AppState:
         return self._optimizer_state()
 
     def _model_state(self) -> dict[str, Any]:
-        return model_state(self._model) or get_model_state_dict(self._model)
+        return model_state(self._model) or ask_model(self._model)
 
     def _optimizer_state(self) -> dict[str, Any]:
-        views: Any = self._optimizers
         state = optimizer_state(self._model, self.optimizers)
-        return get_optimizer_state_dict(self._model, views) if state is None else state
+        return ask_optimizers(self._model, self._optimizers) if state is None else state
 
     @cached_property
     def _parameter_names(self) -> set[str]:

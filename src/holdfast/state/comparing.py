@@ -81,7 +81,9 @@ class Differences:
             StateMismatchError: shapes differ, or `strict` and anything else does.
         """
         if self.different or (strict and (self.missing or self.unexpected)):
-            raise StateMismatchError(path, self.missing, self.unexpected, self.different)
+            raise StateMismatchError(
+                path, self.missing, self.unexpected, self.different, strict=strict
+            )
 
     def summary(self) -> str | None:
         """Return one sentence about what is loaded only in part; None: everything is."""

@@ -1,15 +1,18 @@
 """The composed config of a run as YAML for people.
 
-Owns turning whatever a loop calls its config into plain containers. Promises to save something
+Owns turning whatever a loop calls its config into plain containers: dataclasses, mappings and
+namespaces become mappings at any depth. Promises to save something
 readable for any config and to fail for none: a value that YAML does not know is written as text.
 Never read back by holdfast.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import enum
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -35,6 +38,8 @@ def _to_plain(value: Any, around: tuple[int, ...]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [each.name for each in dataclasses.fields(value)]
         return {name: _to_plain(getattr(value, name, None), inside) for name in names}
+    if isinstance(value, SimpleNamespace | argparse.Namespace):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {_to_text(key): _to_plain(each, inside) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,12 +1,15 @@
-"""Refuse directories in which checkpoints would damage one another.
+"""Refuse directories that cannot be used, or in which checkpoints would damage one another.
 
-Owns two rules, held when a manager is made, before anything is created: the directories of the two
-tiers lie apart, and neither lies inside a committed checkpoint. Paths are compared as the system
-sees them: links, relative paths, `..`, `~` and mounts of the same directory make no difference.
+Owns three rules, held when a manager is made, before anything is created: the directories of the
+two tiers lie apart, neither lies inside a committed checkpoint, and no path leads through a file, a
+circle of links or a directory that this user may not enter. Paths are compared as the system sees
+them: links, relative paths, `..`, `~` and mounts of the same directory make no difference.
 """
 
 from __future__ import annotations
 
+import errno
+import stat
 from pathlib import Path
 
 from holdfast.config import CheckpointConfig
@@ -16,6 +19,9 @@ from holdfast.manifest import MANIFEST_NAME
 from holdfast.shards.inventory import METADATA_NAME
 from holdfast.store import parse_checkpoint_name
 
+LASTING = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+"""What no waiting changes."""
+
 
 def check_directories(config: CheckpointConfig, filesystem: Filesystem) -> None:
     """Check the directories that checkpoints would be written to.
@@ -23,15 +29,19 @@ def check_directories(config: CheckpointConfig, filesystem: Filesystem) -> None:
     Raises:
         ConfigError: with every problem.
     """
-    named = {
-        field: _resolve(directory)
-        for field, directory in (
-            ("checkpoint.persistent.directory", config.persistent.directory),
-            ("checkpoint.local.directory", config.local.directory),
-        )
-        if directory is not None
+    given = {
+        "checkpoint.persistent.directory": config.persistent.directory,
+        "checkpoint.local.directory": config.local.directory,
     }
-    problems = []
+    directories = {field: each for field, each in given.items() if each is not None}
+    problems = [
+        f"{field}: {obstacle}"
+        for field, each in directories.items()
+        if (obstacle := find_obstacle(Path(each).absolute())) is not None
+    ]
+    if problems:
+        raise ConfigError(problems)
+    named = {field: _resolve(each) for field, each in directories.items()}
     for field, path in named.items():
         outer = _find_checkpoint_around(path, filesystem)
         if outer is not None:
@@ -50,6 +60,29 @@ def check_directories(config: CheckpointConfig, filesystem: Filesystem) -> None:
             )
     if problems:
         raise ConfigError(problems)
+
+
+def find_obstacle(path: Path) -> str | None:
+    """Say why no directory can be, or be made, at a path; None: nothing is in the way."""
+    for each in (path, *path.parents):
+        try:
+            mode = each.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # may come to be; if a file is in the way, that is one of the parents
+        except ValueError:
+            return f"{str(path)!r} is no path: it holds a null character"
+        except OSError as error:
+            if error.errno not in LASTING:
+                return None  # a fault that may pass: whoever opens it reports it
+            return (
+                f"{each} cannot be reached: {errno.errorcode[error.errno or 0]} {error.strerror}; "
+                "name a directory that this user may write to"
+            )
+        if stat.S_ISDIR(mode):
+            return None
+        where = "" if each == path else f", so that {path} cannot be made"
+        return f"{each} is a file{where}; name a directory"
+    return None
 
 
 def _resolve(directory: str) -> Path:

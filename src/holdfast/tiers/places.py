@@ -7,6 +7,7 @@ Promises to write nothing and to read no tensors. Decides nothing about which ch
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from holdfast.filesystem import DirectoryEntry, Filesystem, read_bytes
 from holdfast.manifest import MANIFEST_NAME
 from holdfast.store import TRACKER_NAME, parse_checkpoint_name
+from holdfast.tiers.directories import LASTING
 from holdfast.tiers.foreign import is_foreign
 from holdfast.tiers.local.files import parse_shard_name
 
@@ -37,8 +39,13 @@ class Place:
 
 
 def find_place(path: Path, filesystem: Filesystem) -> Place | None:
-    """Return what a path names; None: nothing that holds a checkpoint."""
-    start = _find_start(path, filesystem)
+    """Return what a path names; None: nothing that holds a checkpoint, or can be reached."""
+    try:
+        start = _find_start(path, filesystem)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in LASTING:
+            raise  # a fault that may pass does not say that nothing is there
+        return None
     if start is None:
         return None
     if (place := _look_at(start, filesystem)) is not None:
@@ -52,17 +59,22 @@ def find_place(path: Path, filesystem: Filesystem) -> Place | None:
 
 def is_same_directory(first: Path, second: Path) -> bool:
     """Whether two paths lead to one directory, however they are spelled or mounted."""
-    if first.resolve() == second.resolve():
-        return True
     try:
-        return first.samefile(second)
-    except OSError:
+        return first.resolve() == second.resolve() or first.samefile(second)
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or no path at all
         return False
 
 
 def describe(path: Path, filesystem: Filesystem) -> str:
     """Say what is at a path that holds no checkpoint, and where nearby one is."""
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        return f"{path} cannot be reached: {code} {error.strerror}."
+    if not exists and path.is_symlink():
+        return f"{path} is a link that leads nowhere."
+    if not exists:
         present = next(each for each in path.absolute().parents if each.exists())
         told = [f"{path} does not exist."]
         if near := _find_near(present, filesystem, levels=1):

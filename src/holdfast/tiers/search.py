@@ -23,6 +23,7 @@ from holdfast.errors import (
     CorruptCheckpointError,
     OwnCheckpointsExistError,
     StatePartlyLoadedError,
+    reason_inside,
 )
 from holdfast.filesystem import Filesystem
 from holdfast.identity import Parent
@@ -181,7 +182,8 @@ class Search:
             self._places[selected.action] = replace(survey, commits=commits)
         self._tried.append(replace(commit, condition=Condition.DAMAGED, reason=reason))
         if self._coordinator.rank == 0 and effective_step(self._asked) is None:
-            logger.warning("%s cannot be loaded and is passed over: %s", commit.path, reason)
+            told = reason_inside(commit.path, reason)
+            logger.warning("%s cannot be loaded and is passed over: %s", commit.path, told)
 
     def skipped(self, selected: Selected) -> tuple[SkippedCheckpoint, ...]:
         """Return what was tried in vain, and what belongs to a later iteration, largest first."""

@@ -21,6 +21,7 @@ from holdfast.errors import (
     FormatTooNewError,
     NoLoadableCheckpointError,
     StoreIdentityError,
+    join_path,
 )
 from holdfast.filesystem import Filesystem, read_bytes
 from holdfast.identity import Attempt, RunIdentity
@@ -179,7 +180,7 @@ def list_iterations(commits: Sequence[Commit]) -> str:
 def list_reasons(commits: Sequence[Commit]) -> list[str]:
     """Return why each of them was not loaded, newest first."""
     ordered = sorted(commits, key=lambda each: each.iteration or 0, reverse=True)
-    return [f"{each.path}: {each.reason}" for each in ordered if each.reason]
+    return [join_path(each.path, each.reason) for each in ordered if each.reason]
 
 
 def as_skipped(commit: Commit) -> SkippedCheckpoint:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from holdfast.config import expand_path
+from holdfast.errors import WrongArgumentError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.shards.lazy import LazyTensors
 from holdfast.tiers.foreign import ForeignCheckpoint
@@ -34,10 +36,12 @@ def open_tensors(
     tensor in it is first asked for.
 
     Raises:
+        WrongArgumentError: `path` is no path.
         CheckpointNotFoundError: there is nothing of that name, or nothing in the store.
         CorruptCheckpointError: a file is missing or is not what it should be.
         NoLoadableCheckpointError: the store holds checkpoints, and none can be loaded.
     """
+    _check_path(path)
     filesystem = LocalFilesystem()
     survey = survey_place(Path(expand_path(path)), filesystem, step)
     asked = Asked(names_other_place=True, step=step)
@@ -48,3 +52,9 @@ def open_tensors(
     has_digests = not isinstance(checkpoint, ForeignCheckpoint)
     reader = open_shards(checkpoint, filesystem)
     return LazyTensors(reader, prefix, verify=verify and has_digests)
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        found, advice = f"is of type {type(path).__name__}", "Pass the directory of a checkpoint."
+        raise WrongArgumentError("open_tensors", "path", found, advice)

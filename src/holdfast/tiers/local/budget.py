@@ -21,14 +21,13 @@ from holdfast.coordination import Coordinator
 from holdfast.errors import ConfigError
 from holdfast.filesystem import Filesystem, make_durable_directory
 from holdfast.shards.memory import Room, find_room
+from holdfast.sizes import describe_size
 from holdfast.tiers.local.device import device_of
 from holdfast.tiers.local.files import check_owned, is_memory
 from holdfast.tiers.local.nodes import Seat, Topology, assign_holders, node_name
 from holdfast.tiers.local.package import import_engine
 
 logger = logging.getLogger(__name__)
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,17 @@ class Budget:
     @property
     def line(self) -> str:
         """The sum in words."""
-        room = "" if self.room is None else f" of {_size(self.room.free_bytes)} free"
-        beside = ""
+        needed, room, beside = self.needed_bytes, "", ""
+        if self.room is not None:
+            room = f" of {describe_size(self.room.free_bytes, needed)} free"
         if self.arena_bytes:
-            left = "" if self.memory is None else f" of {_size(self.memory.free_bytes)} left"
-            beside = f", and in memory {_size(self.arena_bytes)}{left}"
+            beside = f", and in memory {describe_size(self.arena_bytes)}"
+            if self.memory is not None:
+                beside += f" of {describe_size(self.memory.free_bytes, self.arena_bytes)} left"
         return (
-            f"local tier at {self.directory}: {_size(self.needed_bytes)}{room} "
-            f"({self.turns} files in turn: own shards {_size(self.own_bytes)}, copies "
-            f"for others {_size(self.copy_bytes)}){beside}{self.note}"
+            f"local tier at {self.directory}: {describe_size(needed)}{room} "
+            f"({self.turns} files in turn: own shards {describe_size(self.own_bytes)}, copies "
+            f"for others {describe_size(self.copy_bytes)}){beside}{self.note}"
         )
 
     @property
@@ -102,12 +103,6 @@ def _part_of(needed_bytes: int, room: Room | None) -> float:
     if room is None or needed_bytes <= 0:
         return 0.0
     return needed_bytes / room.free_bytes if room.free_bytes > 0 else math.inf
-
-
-def _size(size_bytes: int) -> str:
-    if size_bytes >= _GIB:
-        return f"{size_bytes / _GIB:.2f} GiB"
-    return f"{size_bytes / 2**20:.1f} MiB"
 
 
 def find_budget(
@@ -249,7 +244,8 @@ def _find_useless_copies(
     return (
         f"checkpoint.local.replication.factor is {factor}, but all {world_size} ranks are on one "
         f"node ({topology.seats[0].node}): its copies protect against nothing, since they are lost "
-        f"together with what they copy, and take {_size(cost)} there ({turns} files in turn).\n"
+        f"together with what they copy, and take {describe_size(cost)} there "
+        f"({turns} files in turn).\n"
         "Set local.replication.factor=1; or, where host names do not tell nodes apart, name them "
         "with HOLDFAST_NODE or local.replication.jump."
     )

@@ -29,6 +29,7 @@ from holdfast.filesystem import (
     read_bytes,
     replace,
 )
+from holdfast.sizes import describe_size
 from holdfast.tiers.local.tail import ShardRecord, Tail, read_tail
 
 STORE_NAME = "store.txt"
@@ -283,5 +284,6 @@ def as_problem(error: OSError, size_bytes: int) -> OSError:
         return error
     free = os.statvfs(Path(error.filename).parent)
     free_bytes = free.f_bavail * free.f_frsize
-    reason = f"{error.strerror}: {size_bytes} bytes are needed, {free_bytes} are free"
+    needed, left = describe_size(size_bytes), describe_size(free_bytes, size_bytes)
+    reason = f"{error.strerror}: {needed} are needed, {left} are free"
     return OSError(error.errno, reason, error.filename)

@@ -1,0 +1,290 @@
+"""Check what a caller hands to a manager, before anything is touched.
+
+Owns the checks of contexts, states and listeners, and the rule that one call at a time is inside a
+manager. Promises that a wrong argument is refused at the first call, by name, with what to pass
+instead, and that a second call, from another thread or from inside a callback, raises at once and
+never waits. Accepts any object with the attributes that are read, so that the contexts and states
+of other trainers pass. Looks at no tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from holdfast.errors import ConcurrentUseError, UnsupportedStateError, WrongArgumentError
+from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext, Stateful
+
+_COMMON = ("state", "model", "optimizer", "opt_param_scheduler", "pg_collection")
+_OF_SAVE = (
+    *_COMMON,
+    "num_floating_point_operations_so_far",
+    "train_data_iterator",
+    "non_persistent_ckpt",
+)
+_OF_LOAD = (*_COMMON, "strict", "skip_load_to_model_and_opt", "train_data_iterator")
+_STATE_ADVICE = "Pass a holdfast.GlobalState(), whose train_state has the counters."
+_MODEL_ADVICE = "Pass the nn.Module itself, or a list of modules."
+_OPTIMIZER_ADVICE = "Pass the torch.optim.Optimizer, a list of optimizers, or None."
+_SCHEDULER_ADVICE = "Pass one object with state_dict and load_state_dict, or None."
+_ORDER = "The order is (state, model, optimizer, opt_param_scheduler)."
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def check_save(ctx: Any, callback_manager: Any | None, *, overlaps: bool) -> None:
+    """Check the arguments of `save`; `overlaps`: whether steps wait for what is still copied.
+
+    Raises:
+        WrongArgumentError: naming the first argument that is wrong.
+        UnsupportedStateError: `overlaps`, and the step of an optimizer cannot be made to wait.
+    """
+    _check_context("save", ctx, CheckpointSaveContext, CheckpointLoadContext, _OF_SAVE)
+    if overlaps:
+        _check_hooks(ctx.optimizer)
+    operations = ctx.num_floating_point_operations_so_far
+    if isinstance(operations, bool) or not isinstance(operations, int | float):
+        raise WrongArgumentError(
+            "save",
+            "num_floating_point_operations_so_far",
+            f"is {_describe(operations)}",
+            "Pass a plain number.",
+        )
+    if callback_manager is not None and (
+        isinstance(callback_manager, type) or not callable(getattr(callback_manager, "fire", None))
+    ):
+        raise WrongArgumentError(
+            "save",
+            "callback_manager",
+            f"is {_describe(callback_manager)}, which has no fire(name, event)",
+            "Pass a holdfast.CallbackManager() on which callbacks are registered, or None.",
+        )
+
+
+def check_load(ctx: Any, *, overlaps: bool) -> None:
+    """Check the arguments of `load`; raises as `check_save`."""
+    _check_context("load", ctx, CheckpointLoadContext, CheckpointSaveContext, _OF_LOAD)
+    if overlaps:
+        _check_hooks(ctx.optimizer)
+
+
+def check_state(method: str, state: Any) -> None:
+    """Check that a state has counters with a step; raises as `check_save`."""
+    if isinstance(state, type):
+        raise WrongArgumentError(method, "state", f"is {_describe(state)}", _STATE_ADVICE)
+    if not hasattr(state, "train_state"):
+        found = f"is {_describe(state)}"
+        if isinstance(state, CheckpointSaveContext | CheckpointLoadContext):
+            raise WrongArgumentError(method, "state", found, "Pass the context's state.")
+        if hasattr(state, "step"):
+            advice = "Pass a holdfast.GlobalState(train_state=...) with these counters inside."
+            raise WrongArgumentError(method, "state", found, advice)
+        raise WrongArgumentError(
+            method, "state", f"{found}, which has no train_state", _STATE_ADVICE
+        )
+    if isinstance(state.train_state, type) or not hasattr(state.train_state, "step"):
+        raise WrongArgumentError(
+            method,
+            "state.train_state",
+            f"is {_describe(state.train_state)}, which has no step",
+            "Use a holdfast.TrainState() or another object with a step.",
+        )
+
+
+def _check_context(
+    method: str, ctx: Any, wanted: type[Any], other: type[Any], names: Sequence[str]
+) -> None:
+    advice = (
+        f"Pass holdfast.{wanted.__name__}(state, model, optimizer, scheduler) to manager.{method}."
+    )
+    if isinstance(ctx, type | other):
+        raise WrongArgumentError(method, "ctx", f"is {_describe(ctx)}", advice)
+    lacking = [name for name in names if not hasattr(ctx, name)]
+    if lacking:
+        found = f"is {_describe(ctx)}, which has no {', '.join(lacking[:3])}"
+        raise WrongArgumentError(method, "ctx", found, advice)
+    check_state(method, ctx.state)
+    _check_model(method, ctx.model)
+    _check_optimizer(method, ctx.optimizer)
+    _check_scheduler(method, ctx.opt_param_scheduler)
+
+
+def _check_model(method: str, model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    found, advice = f"is {_describe(model)}", _MODEL_ADVICE
+    if isinstance(model, list | tuple):
+        wrong = [number for number, each in enumerate(model) if not isinstance(each, nn.Module)]
+        if not wrong:
+            return
+        found = f"is {_describe(model)} whose item {wrong[0]} is {_describe(model[wrong[0]])}"
+    elif isinstance(model, Mapping):
+        values = list(model.values())
+        if any(isinstance(each, nn.Module) for each in values):
+            found = f"is {_describe(model)} of modules"
+            advice = "Pass list(models.values()) in an order that stays, or one nn.ModuleDict."
+        elif any(isinstance(each, torch.Tensor) for each in values):
+            found = f"is {_describe(model)} of tensors, as model.state_dict() returns"
+    elif _is_optimizer(model) or isinstance(model, LRScheduler):
+        advice += f" {_ORDER}"
+    raise WrongArgumentError(method, "model", found, advice)
+
+
+def _check_optimizer(method: str, optimizer: Any) -> None:
+    if optimizer is None or _is_optimizer(optimizer):
+        return
+    found, advice = f"is {_describe(optimizer)}", _OPTIMIZER_ADVICE
+    if isinstance(optimizer, list | tuple):
+        wrong = [number for number, each in enumerate(optimizer) if not _is_optimizer(each)]
+        if not wrong:
+            return
+        item = _describe(optimizer[wrong[0]])
+        found = f"is {_describe(optimizer)} whose item {wrong[0]} is {item}"
+    elif isinstance(optimizer, Mapping) and "param_groups" in optimizer:
+        found += ", as optimizer.state_dict() returns"
+    elif isinstance(optimizer, Mapping) and any(map(_is_optimizer, optimizer.values())):
+        found += " of optimizers"
+        advice = "Pass list(optimizers.values()) in an order that stays."
+    elif isinstance(optimizer, LRScheduler | nn.Module):
+        kind = "a module" if isinstance(optimizer, nn.Module) else "a scheduler"
+        found += f", {kind}"
+        advice += f" {_ORDER}"
+    raise WrongArgumentError(method, "optimizer", found, advice)
+
+
+def _check_scheduler(method: str, scheduler: Any) -> None:
+    if scheduler is None:
+        return
+    found = f"is {_describe(scheduler)}"
+    if _is_optimizer(scheduler) or isinstance(scheduler, nn.Module):
+        kind = "a module" if isinstance(scheduler, nn.Module) else "an optimizer"
+        raise WrongArgumentError(
+            method, "opt_param_scheduler", f"{found}, {kind}", f"{_SCHEDULER_ADVICE} {_ORDER}"
+        )
+    if isinstance(scheduler, type) or not isinstance(scheduler, Stateful):
+        found += ", which has no state_dict and load_state_dict"
+        raise WrongArgumentError(method, "opt_param_scheduler", found, _SCHEDULER_ADVICE)
+
+
+def _check_hooks(optimizer: Any) -> None:
+    for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+        if each is not None and not callable(getattr(each, "register_step_pre_hook", None)):
+            raise UnsupportedStateError(
+                f"checkpoint.staging=overlapped: {_describe(each)} has no register_step_pre_hook, "
+                "and its step could not wait for the copy.\n"
+                "Use checkpoint.staging=blocking, or pass the torch optimizer inside it."
+            )
+
+
+def _is_optimizer(value: Any) -> bool:
+    """Whether a value is an optimizer, or looks like one as wrappers of optimizers do."""
+    if isinstance(value, Optimizer):
+        return True
+    return (
+        not isinstance(value, type | nn.Module)
+        and hasattr(value, "param_groups")
+        and hasattr(value, "state")
+        and isinstance(value, Stateful)
+    )
+
+
+def _describe(value: Any) -> str:
+    """Say what a value is, briefly: no tensor or dict is ever printed."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not an object of it"
+    if isinstance(value, bool | int | float | str) and len(str(value)) <= 40:
+        return f"{value!r}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+# -- one call at a time --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A call that is inside a manager."""
+
+    method: str
+    thread: threading.Thread
+
+
+class Calls:
+    """The call that is inside a manager, if there is one."""
+
+    def __init__(self) -> None:
+        self.inside: dict[str, _Call] = {}
+        """At most one entry. A dict, since `setdefault` lets exactly one thread in."""
+
+
+class _HasCalls(Protocol):
+    @property
+    def _calls_inside(self) -> Calls: ...
+
+
+M = TypeVar("M", bound=_HasCalls)
+
+
+def one_at_a_time(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """Refuse a call of the method while another call is inside the same manager.
+
+    The manager keeps its `Calls` in `_calls_inside`. The decorated method raises
+    ConcurrentUseError at once, whether the other call is of another thread or of this one.
+    """
+    name = method.__name__
+
+    @functools.wraps(method)
+    def enter(manager: M, *args: P.args, **kwargs: P.kwargs) -> R:
+        inside = manager._calls_inside.inside
+        this_call = _Call(name, threading.current_thread())
+        try:
+            other = inside.setdefault("call", this_call)
+            if other is not this_call:
+                if _is_running(other):
+                    raise _word_conflict(name, other, this_call.thread)
+                inside["call"] = this_call  # an interrupt kept the other from signing out
+            return method(manager, *args, **kwargs)
+        finally:
+            # No function is called here: an interrupt would come between a call and the next line.
+            if "call" in inside and inside["call"] is this_call:
+                del inside["call"]
+
+    return cast(Callable[Concatenate[M, P], R], enter)
+
+
+def _is_running(call: _Call) -> bool:
+    """Whether a call is still on the stack of its thread; asked by the entry of another call."""
+    entry = sys._getframe(1).f_code  # all entries share their code
+    frame: FrameType | None = sys._current_frames().get(call.thread.ident or 0)
+    while frame is not None:
+        if frame.f_code is entry and frame.f_locals.get("this_call") is call:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _word_conflict(name: str, other: _Call, thread: threading.Thread) -> ConcurrentUseError:
+    if other.thread is thread:
+        return ConcurrentUseError(
+            f"manager.{name} was called from inside manager.{other.method}, by a callback, a hook "
+            "or a signal handler.\n"
+            "Note there what is to be done, and call the manager after that call has returned."
+        )
+    return ConcurrentUseError(
+        f"manager.{name} was called on thread {thread.name} while manager.{other.method} runs on "
+        f"thread {other.thread.name}.\n"
+        "Call a manager from one thread at a time: saves run in the background by themselves."
+    )
