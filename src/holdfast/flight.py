@@ -44,6 +44,11 @@ class Save:
     started: float
     """By `time.monotonic`."""
 
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return f"the save of iteration {self.event.iteration}"
+
     def tell(self, event_name: str) -> None:
         """Fire an event at the listener of this save, where it has one that knows it."""
         # Other callback managers than ours know Megatron-Bridge's event only.
@@ -131,7 +136,7 @@ class Flight:
     ) -> None:
         """Do the work on a thread; `landed` hears of what it committed before anybody else."""
         self._save, self._landed = save, landed
-        self._background.start(work, coordinator)
+        self._background.start(work, coordinator, save.name)
 
     def run(self, save: Save, work: Callable[[], Committed], rank: int) -> None:
         """Do the work here and tell of it.
@@ -156,9 +161,13 @@ class Flight:
         """Wait for the save in flight, if there is one, and tell of it; raises as `run`."""
         self._tell(self._background.wait(), rank)
 
-    def poll(self, rank: int) -> None:
-        """Tell of the save in flight at the step at which all ranks do; raises as `run`."""
-        self._tell(self._background.poll(), rank)
+    def count_step(self) -> bool:
+        """Count one training step; return whether `tell_if_due` has something to look at."""
+        return self._background.count_step()
+
+    def tell_if_due(self, rank: int) -> None:
+        """Tell of the save in flight if this is the step at which all ranks do; raises as `run`."""
+        self._tell(self._background.take_if_due(), rank)
 
     def _tell(self, outcome: Outcome[Committed] | None, rank: int) -> None:
         save, landed = self._save, self._landed

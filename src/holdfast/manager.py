@@ -11,17 +11,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from holdfast.alarm import Alarm
+from holdfast.caller import Call, Caller, CallerLeftError, Gate
 from holdfast.config import CheckpointConfig
 from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import (
+    CheckpointError,
     ConfigError,
     CorruptCheckpointError,
+    LoadIncompleteError,
     NothingLoadedError,
+    SaveAbandonedError,
     StageFailedError,
 )
 from holdfast.events import (
@@ -58,7 +63,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_PATIENCE_SECONDS = 10.0
+"""How long an interrupted save goes on waiting for its copy: by then it is over, or ranks hang."""
 
 
 class DefaultCheckpointManager:
@@ -108,6 +114,9 @@ class DefaultCheckpointManager:
         self._is_budgeted = False
         self._has_warned_of_data = False
         self._has_loaded = False
+        self._is_torn = False
+        """Whether live state holds parts of a checkpoint, from a load that did not complete."""
+        self._caller = Caller()
         self._loaded: LoadedStates | None = None
 
     # -- save ------------------------------------------------------------------------------------
@@ -115,12 +124,23 @@ class DefaultCheckpointManager:
     def save(self, ctx: CheckpointSaveContext, callback_manager: Any | None = None) -> None:
         """Save at `ctx.state.train_state.step`; with `async_save` return once the copy is taken.
 
+        An interrupt is raised when the copy is complete: the save goes on, and is told of later.
+
         Raises:
             StepRewoundError: the step is below the one last loaded or saved.
             CheckpointOverdueError: `alarm_stops` is set, and nothing durable came for too long.
+            LoadIncompleteError: the last load began to overwrite live state and did not complete.
+            ConcurrentUseError: a call of this manager is under way.
             CheckpointError: this save could not begin, or the previous one had failed.
         """
-        started = time.monotonic()
+        save = _describe(ctx, callback_manager, time.monotonic())
+        self._caller.run(
+            f"the save of iteration {save.event.iteration}",
+            lambda call: self._save(ctx, save, call),
+            patience_seconds=_PATIENCE_SECONDS,
+        )
+
+    def _save(self, ctx: CheckpointSaveContext, save: Save, call: Call[None]) -> None:
         self._calls += 1
         self.wait_staged()
         is_persistent = not ctx.non_persistent_ckpt
@@ -129,13 +149,14 @@ class DefaultCheckpointManager:
             self._draining.wait(self._rank())
         self._tiers.wait_restored(self._rank())
         control, writer, drainer = self._begin_call()
-        save = _describe(ctx, callback_manager, started)
-        if callback_manager is not None:
-            self._listener = callback_manager
+        if save.callback_manager is not None:
+            self._listener = save.callback_manager
         self._alarm.note_save(is_persistent=is_persistent)
         self._warn_if_overdue(control.rank)
 
         def check() -> None:  # on rank 0 at admission, and on each rank when it captures
+            if self._is_torn:
+                raise LoadIncompleteError
             self._steps.check(ctx.state.train_state.step)
 
         def check_first() -> None:
@@ -144,15 +165,17 @@ class DefaultCheckpointManager:
 
         if control.rank == 0 and not self._has_warned_of_data:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
+        config = self._config
+        gate = Gate()
+        confirm = gate.wait if config.async_save else lambda: _confirm(call, save)
         try:
             self._tiers.admit(control, check_first, to_local=not is_persistent)
             with collection_put_off():
                 app = _app_state(ctx, control)
-                snapshot, to_local = self._snapshotter.take(ctx, app, control, check)
+                snapshot, to_local = self._snapshotter.take(ctx, app, control, check, confirm)
         except StageFailedError as error:
             self._saving.fail(save, error, control.rank)
             return
-        config = self._config
         drains = is_persistent and to_local and config.async_save and self._tiers.can_drain
 
         def write() -> Committed:
@@ -166,14 +189,23 @@ class DefaultCheckpointManager:
             promote = self._tiers.hold(snapshot, drainer)
             # The loop has gone on: the event is of the iteration that was saved.
             event = replace(save.event, tier=TIER_NAME)
-            self._draining.start(Save(callback_manager, event, started), promote, drainer)
+            self._draining.start(Save(save.callback_manager, event, save.started), promote, drainer)
 
         if not config.async_save:
             self._saving.run(save, write, control.rank)
             return
         self._saving.start(save, write, writer, drain if drains else None)
-        self._snapshotter.finish(snapshot)  # while the thread prepares to write
-        save.event.stall_seconds = time.monotonic() - started
+        try:
+            self._snapshotter.finish(snapshot)  # while the thread prepares to write
+            _confirm(call, save)
+        except SaveAbandonedError as error:
+            gate.fail(error)  # and is told with the outcome
+            return
+        except BaseException:
+            gate.fail(SaveAbandonedError(save.name))
+            raise
+        gate.open()  # from here on training may change everything
+        save.event.stall_seconds = time.monotonic() - save.started
         save.tell(ON_CHECKPOINT_STAGED)
 
     def finalize_async_saves(
@@ -181,22 +213,38 @@ class DefaultCheckpointManager:
     ) -> None:
         """Act on a finished save, at the same step on every rank; call once per step.
 
-        `blocking` waits for the saves in flight; `terminate` does so too, at the end of the run.
+        `blocking` waits for the saves in flight; `terminate` does so too, at the end of the run. An
+        interrupt is raised at once; saves go on, and the next call waits for them.
 
         Raises:
             CheckpointError: a save in flight had failed, and `on_save_failure` is `raise`.
         """
+        if not (blocking or terminate):
+            flights = (self._saving, self._draining, self._tiers)
+            is_due = [each.count_step() for each in flights]
+            if not (any(is_due) or self._alarm.is_due()) and self._caller.is_idle:
+                return
+        self._caller.run(
+            "the wait for saves" if blocking or terminate else "the look at saves",
+            lambda _: self._finalize(blocking=blocking, terminate=terminate),
+            patience_seconds=0.0,
+        )
+
+    def _finalize(self, *, blocking: bool, terminate: bool) -> None:
         rank = self._rank()
         if not (blocking or terminate):
-            self._saving.poll(rank)
-            self._draining.poll(rank)
-            self._tiers.poll_restored(rank)
+            self._saving.tell_if_due(rank)
+            self._draining.tell_if_due(rank)
+            self._tiers.tell_restored_if_due(rank)
             self._warn_if_overdue(rank)
             return
+        failures: list[CheckpointError] = []
         try:
-            self._saving.wait(rank)
-            self._draining.wait(rank)
-            self._tiers.wait_restored(rank)
+            for wait in (self._saving.wait, self._draining.wait, self._tiers.wait_restored):
+                try:
+                    wait(rank)
+                except CheckpointError as error:
+                    failures.append(error)
             self._warn_if_overdue(rank)
         finally:
             if terminate:
@@ -204,6 +252,10 @@ class DefaultCheckpointManager:
                 self._listener = None
                 self._snapshotter.release()
                 self._tiers.close()
+        if failures:
+            for other in failures[1:]:
+                failures[0].add_note(f"and: {other}")
+            raise failures[0]
 
     def _warn_if_overdue(self, rank: int) -> None:
         """Warn on rank 0 that nothing durable came for too long; nearly free."""
@@ -267,6 +319,14 @@ class DefaultCheckpointManager:
             StoreNotWritableError: nothing was found, and a first save could not be written either.
             ConfigError: what local checkpoints will take does not fit on some node.
         """
+        return self._caller.run(
+            "the load",
+            lambda call: self._load(ctx, call),
+            patience_seconds=0.0,
+            outlives_program=False,
+        )
+
+    def _load(self, ctx: CheckpointLoadContext, call: Call[LoadResult]) -> LoadResult:
         self._calls += 1
         self.wait_staged()
         self._saving.wait(self._rank())
@@ -284,7 +344,7 @@ class DefaultCheckpointManager:
                 with collection_put_off():
                     opened = self._open(selected, ctx, control)
                     restoration = self._compare(ctx, selected, opened, control)
-                    touched = True
+                    touched = self._is_torn = True
                     restoration.fill(control)
             except CorruptCheckpointError as error:
                 search.pass_over(selected, error)
@@ -294,13 +354,22 @@ class DefaultCheckpointManager:
             if selected.commit.tier == LOCAL:
                 self._tiers.finish_load(writer)
             search.warn(selected)
-            return self._finish_load(selected, opened, restoration, search)
+            result = self._finish_load(selected, opened, restoration, search)
+            self._end_load(call)
+            return result
         self._foretell(ctx, None, control)
         self._has_loaded, self._loaded = True, None
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         self._steps.note_load(None)
         self._alarm.begin()
+        self._end_load(call)
         return LoadResult()
+
+    def _end_load(self, call: Call[LoadResult]) -> None:
+        """Note that live state is whole, unless whoever asked for it has gone on meanwhile."""
+        with suppress(CallerLeftError):
+            call.confirm()
+            self._is_torn = False
 
     def restore_rng(self) -> None:
         """Give the random number generators the state that the last load found, again.
@@ -427,6 +496,18 @@ class DefaultCheckpointManager:
 
     def _rank(self) -> int:
         return self._coordinators()[0].rank
+
+
+def _confirm(call: Call[None], save: Save) -> None:
+    """Return if whoever saves has kept away from live state until now.
+
+    Raises:
+        SaveAbandonedError: it may not have.
+    """
+    try:
+        call.confirm()
+    except CallerLeftError:
+        raise SaveAbandonedError(save.name) from None
 
 
 def _bytes_per_second(config: CheckpointConfig) -> float | None:

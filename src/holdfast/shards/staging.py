@@ -9,6 +9,7 @@ what is copied nor where to.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import itertools
 import sys
@@ -21,6 +22,8 @@ import torch
 _LARGE_BYTES = 256 << 10
 """From here a copy is worth a call of its own, shared between threads."""
 _PIECE_BYTES = 8 << 20
+_TICK_SECONDS = 0.05
+"""A wake-up that an interrupt swallowed costs who waits no more than this."""
 _EVERYWHERE = sys.maxsize
 """Beyond every address."""
 
@@ -42,6 +45,9 @@ class Copying:
         self._is_taken = not pairs
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._is_over = self._is_taken
+        self._over = _thread.allocate_lock()
+        self._over.acquire()
         if self._is_taken:
             self._front.finish()
 
@@ -54,9 +60,13 @@ class Copying:
     def hold(self) -> None:
         """Keep training from changing the sources before they are copied.
 
-        The host waits for what it copies itself; for a GPU's copy the GPU's stream waits.
+        The host waits for what it copies itself; for a GPU's copy the GPU's stream waits. An
+        interrupt leaves nothing behind: whoever was interrupted calls it again.
         """
-        self._finish_on_host()
+        if self._thread is None:
+            self._finish_on_host()
+        while not self._is_over:  # with a lock of C, which is never left half taken
+            self._over.acquire(timeout=_TICK_SECONDS)
         for device, copied in self._copied.items():
             torch.cuda.current_stream(device).wait_event(copied)
 
@@ -110,6 +120,8 @@ class Copying:
         finally:
             self._pairs = ()
             self._front.finish()
+            self._is_over = True
+            self._over.release()
 
 
 class _Front:
