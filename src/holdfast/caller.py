@@ -21,7 +21,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
@@ -36,7 +35,7 @@ T = TypeVar("T")
 _TICK_SECONDS = 0.05
 """A wake-up that an interrupt swallowed costs who waits no more than this."""
 
-_unfinished: weakref.WeakSet[Call[Any]] = weakref.WeakSet()
+_unfinished: set[Call[Any]] = set()
 
 
 class CallerLeftError(Exception):
@@ -124,6 +123,7 @@ class Call(Generic[T]):
             self.error = error
         finally:
             del work
+            _unfinished.discard(self)
             self.is_done = True
             _release(self._caller_wakes)
 
@@ -147,6 +147,7 @@ class Call(Generic[T]):
         _release(self._thread_wakes)
         if self.claim():  # it was interrupted before its thread was started
             self.error = CallerLeftError("it was interrupted before it began")
+            _unfinished.discard(self)
             self.is_done = True
         while not self.is_done:
             self._caller_wakes.acquire(timeout=_TICK_SECONDS)
