@@ -8,12 +8,16 @@ differ, so one of them decides. A training step costs at most one reading of the
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from holdfast.errors import CheckpointOverdueError
-from holdfast.events import OverdueEvent
+from holdfast.events import ON_CHECKPOINT_OVERDUE, CallbackManager, OverdueEvent
+
+logger = logging.getLogger(__name__)
 
 INTERVALS = 3
 """Without a configured limit: so many of the intervals between saves."""
@@ -55,6 +59,8 @@ class Alarm:
         self._warnings = 0
         self._due = math.inf
         """When the next warning is due."""
+        self.listener: Any | None = None
+        """The callback manager of the latest save that had one."""
 
     def begin(self, iteration: int | None = None) -> None:
         """Watch from now on; `iteration` is that of the newest durable checkpoint, if known."""
@@ -66,6 +72,7 @@ class Alarm:
     def end(self) -> None:
         """Stop watching, until the next load or save."""
         self._since, self._due = None, math.inf
+        self.listener = None
 
     def note_save(self, *, is_persistent: bool) -> None:
         """Note that a save was asked for, after earlier ones have ended."""
@@ -104,6 +111,28 @@ class Alarm:
             self._warnings += 1
             self._set_due()
         return event
+
+    def warn(self, in_flight: str | None, store: str, rank: int) -> None:
+        """Warn if that is due, on rank 0, and fire the event at whoever listens."""
+        if not self.is_due():
+            return
+        event = self.describe(in_flight)
+        if rank != 0:
+            return
+        last = "none since the load" if event.iteration is None else f"iteration {event.iteration}"
+        logger.warning(
+            "No checkpoint was committed to %s for %.0f s (the last: %s), and it may take %.0f s: "
+            "%s.\nThis is repeated after twice the time%s. checkpoint.alarm_after_seconds sets the "
+            "limit; inf turns the alarm off.",
+            store,
+            event.seconds,
+            last,
+            event.limit_seconds,
+            event.reason,
+            ", and the next save stops the run" if self._stops else "",
+        )
+        if isinstance(self.listener, CallbackManager):
+            self.listener.fire(ON_CHECKPOINT_OVERDUE, event)
 
     def check(self, in_flight: str | None, *, is_persistent: bool) -> None:
         """Refuse the save that is asked for, where the run is to stop.

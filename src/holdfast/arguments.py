@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from holdfast.caller import THREAD_NAME
 from holdfast.errors import ConcurrentUseError, UnsupportedStateError, WrongArgumentError
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext, Stateful
 
@@ -277,7 +278,7 @@ def _is_running(call: _Call) -> bool:
 
 
 def _word_conflict(name: str, other: _Call, thread: threading.Thread) -> ConcurrentUseError:
-    if other.thread is thread:
+    if other.thread is thread or thread.name == THREAD_NAME:
         return ConcurrentUseError(
             f"manager.{name} was called from inside manager.{other.method}, by a callback, a hook "
             "or a signal handler.\n"

@@ -31,6 +31,8 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
     |-- StoreNotWritableError          (OSError)          the store cannot be written at all
     |-- CheckpointOverdueError         (TimeoutError)     nothing durable for too long
+    |-- SaveAbandonedError             (RuntimeError)     a save that was interrupted too early
+    |-- LoadIncompleteError            (RuntimeError)     a save after a load that did not complete
     |-- NotEnoughMemoryError           (MemoryError)      a snapshot that would not fit
     |-- NoFileFreeError                (TimeoutError)     every local file was being read
     `-- StageFailedError               (RuntimeError)     a stage failed, on which ranks and why
@@ -350,6 +352,29 @@ class RankFailure:
     def __str__(self) -> str:
         where = f" ({self.path})" if self.path and self.path not in self.reason else ""
         return f"rank {self.rank}: {self.error}: {self.reason}{where}"
+
+
+class SaveAbandonedError(CheckpointError, RuntimeError):
+    """A save was given up because its caller left before the copy was complete."""
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        """Which save it was."""
+        super().__init__(
+            f"{call} was abandoned: it was interrupted before its copy was complete.\n"
+            "Earlier checkpoints are untouched; save again."
+        )
+
+
+class LoadIncompleteError(CheckpointError, RuntimeError):
+    """A save was refused: the last load had begun to overwrite live state and did not complete."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the last load was interrupted, or failed, after it had begun to overwrite model and "
+            "optimizer: they hold parts of a checkpoint.\nCall load again before saving; a load "
+            "that completes makes them whole."
+        )
 
 
 class NotEnoughMemoryError(CheckpointError, MemoryError):

@@ -30,7 +30,9 @@ from holdfast.events import (
     CallbackManager,
     CheckpointEvent,
 )
-from holdfast.tiers.persistent import Committed
+from holdfast.shards.writer import Progress
+from holdfast.sizes import describe_size
+from holdfast.tiers.persistent import TIER_NAME, Committed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,11 @@ class Save:
     event: CheckpointEvent
     started: float
     """By `time.monotonic`."""
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return f"the save of iteration {self.event.iteration}"
 
     def tell(self, event_name: str) -> None:
         """Fire an event at the listener of this save, where it has one that knows it."""
@@ -122,6 +129,20 @@ class Flight:
         """The save in flight; None: there is none."""
         return self._save
 
+    def describe(self, progress: Progress | None) -> str | None:
+        """Say how long a persistent save has been in flight, and how far it came; None: it is not.
+
+        `progress`: of rank 0's shard, where that is known.
+        """
+        save = self._save
+        if save is None or save.event.tier != TIER_NAME:
+            return None
+        far = ""
+        if progress is not None and (total := progress.total_bytes):
+            written = describe_size(progress.written_bytes, total)
+            far = f", {written} of {describe_size(total)} of rank 0's shard written"
+        return f"{save.name} is in flight for {time.monotonic() - save.started:.0f} s{far}"
+
     def start(
         self,
         save: Save,
@@ -131,7 +152,7 @@ class Flight:
     ) -> None:
         """Do the work on a thread; `landed` hears of what it committed before anybody else."""
         self._save, self._landed = save, landed
-        self._background.start(work, coordinator)
+        self._background.start(work, coordinator, save.name)
 
     def run(self, save: Save, work: Callable[[], Committed], rank: int) -> None:
         """Do the work here and tell of it.
@@ -156,9 +177,13 @@ class Flight:
         """Wait for the save in flight, if there is one, and tell of it; raises as `run`."""
         self._tell(self._background.wait(), rank)
 
-    def poll(self, rank: int) -> None:
-        """Tell of the save in flight at the step at which all ranks do; raises as `run`."""
-        self._tell(self._background.poll(), rank)
+    def count_step(self) -> bool:
+        """Count one training step; return whether `tell_if_due` has something to look at."""
+        return self._background.count_step()
+
+    def tell_if_due(self, rank: int) -> None:
+        """Tell of the save in flight if this is the step at which all ranks do; raises as `run`."""
+        self._tell(self._background.take_if_due(), rank)
 
     def _tell(self, outcome: Outcome[Committed] | None, rank: int) -> None:
         save, landed = self._save, self._landed

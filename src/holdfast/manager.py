@@ -11,24 +11,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from holdfast.alarm import Alarm
 from holdfast.arguments import Calls, check_load, check_save, check_state, one_at_a_time
+from holdfast.caller import Call, Caller, CallerLeftError, Gate
 from holdfast.config import CheckpointConfig, read_config
 from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import (
+    CheckpointError,
     ConfigError,
     CorruptCheckpointError,
+    LoadIncompleteError,
     NothingLoadedError,
+    SaveAbandonedError,
     StageFailedError,
 )
 from holdfast.events import (
-    ON_CHECKPOINT_OVERDUE,
     ON_CHECKPOINT_STAGED,
-    CallbackManager,
     CheckpointEvent,
 )
 from holdfast.filesystem import Filesystem, LocalFilesystem
@@ -41,7 +44,6 @@ from holdfast.protocol import (
 )
 from holdfast.restoring import LoadedStates, Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
-from holdfast.sizes import describe_size
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState
 from holdfast.state.overrides import Overrides
@@ -60,7 +62,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_PATIENCE_SECONDS = 10.0
+"""How long an interrupted save goes on waiting for its copy: by then it is over, or ranks hang."""
 
 
 class DefaultCheckpointManager:
@@ -104,7 +107,6 @@ class DefaultCheckpointManager:
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
-        self._listener: Any | None = None
         rule, watchers = FailureRule(config), (self._steps, self._alarm)
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
         self._channels: list[Coordinator] | None = None
@@ -113,6 +115,9 @@ class DefaultCheckpointManager:
         self._is_budgeted = False
         self._has_warned_of_data = False
         self._has_loaded = False
+        self._is_torn = False
+        """Whether live state holds parts of a checkpoint, from a load that did not complete."""
+        self._caller = Caller()
         self._loaded: LoadedStates | None = None
 
     # -- save ------------------------------------------------------------------------------------
@@ -121,15 +126,25 @@ class DefaultCheckpointManager:
     def save(self, ctx: CheckpointSaveContext, callback_manager: Any | None = None) -> None:
         """Save at `ctx.state.train_state.step`; with `async_save` return once the copy is taken.
 
+        An interrupt is raised when the copy is complete: the save goes on, and is told of later.
+
         Raises:
             WrongArgumentError, ConcurrentUseError: before anything is touched.
             StepRewoundError: the step is below the one last loaded or saved.
             CheckpointOverdueError: `alarm_stops` is set, and nothing durable came for too long.
+            LoadIncompleteError: the last load began to overwrite live state and did not complete.
             CheckpointError: this save could not begin, or the previous one had failed.
         """
-        started = time.monotonic()
         self._calls += 1  # first: a rank whose call is refused meets the others at the next one
         check_save(ctx, callback_manager, overlaps=self._overlaps)
+        save = _describe(ctx, callback_manager, time.monotonic())
+        self._caller.run(
+            save.name,
+            lambda call: self._save(ctx, save, call),
+            patience_seconds=_PATIENCE_SECONDS,
+        )
+
+    def _save(self, ctx: CheckpointSaveContext, save: Save, call: Call[None]) -> None:
         self.wait_staged()
         is_persistent = not ctx.non_persistent_ckpt
         self._saving.wait(self._rank())
@@ -137,13 +152,14 @@ class DefaultCheckpointManager:
             self._draining.wait(self._rank())
         self._tiers.wait_restored(self._rank())
         control, writer, drainer = self._begin_call()
-        save = _describe(ctx, callback_manager, started)
-        if callback_manager is not None:
-            self._listener = callback_manager
+        if save.callback_manager is not None:
+            self._alarm.listener = save.callback_manager
         self._alarm.note_save(is_persistent=is_persistent)
         self._warn_if_overdue(control.rank)
 
         def check() -> None:  # on rank 0 at admission, and on each rank when it captures
+            if self._is_torn:
+                raise LoadIncompleteError
             self._steps.check(ctx.state.train_state.step)
 
         def check_first() -> None:
@@ -152,15 +168,17 @@ class DefaultCheckpointManager:
 
         if control.rank == 0 and not self._has_warned_of_data:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
+        config = self._config
+        gate = Gate()
+        confirm = gate.wait if config.async_save else lambda: _confirm(call, save)
         try:
             self._tiers.admit(control, check_first, to_local=not is_persistent)
             with collection_put_off():
                 app = _app_state(ctx, control)
-                snapshot, to_local = self._snapshotter.take(ctx, app, control, check)
+                snapshot, to_local = self._snapshotter.take(ctx, app, control, check, confirm)
         except StageFailedError as error:
             self._saving.fail(save, error, control.rank)
             return
-        config = self._config
         drains = is_persistent and to_local and config.async_save and self._tiers.can_drain
 
         def write() -> Committed:
@@ -174,14 +192,23 @@ class DefaultCheckpointManager:
             promote = self._tiers.hold(snapshot, drainer)
             # The loop has gone on: the event is of the iteration that was saved.
             event = replace(save.event, tier=TIER_NAME)
-            self._draining.start(Save(callback_manager, event, started), promote, drainer)
+            self._draining.start(Save(save.callback_manager, event, save.started), promote, drainer)
 
         if not config.async_save:
             self._saving.run(save, write, control.rank)
             return
         self._saving.start(save, write, writer, drain if drains else None)
-        self._snapshotter.finish(snapshot)  # while the thread prepares to write
-        save.event.stall_seconds = time.monotonic() - started
+        try:
+            self._snapshotter.finish(snapshot)  # while the thread prepares to write
+            _confirm(call, save)
+        except SaveAbandonedError as error:
+            gate.fail(error)  # and is told with the outcome
+            return
+        except BaseException:
+            gate.fail(SaveAbandonedError(save.name))
+            raise
+        gate.open()  # from here on training may change everything
+        save.event.stall_seconds = time.monotonic() - save.started
         save.tell(ON_CHECKPOINT_STAGED)
 
     @one_at_a_time
@@ -190,67 +217,57 @@ class DefaultCheckpointManager:
     ) -> None:
         """Act on a finished save, at the same step on every rank; call once per step.
 
-        `blocking` waits for the saves in flight; `terminate` does so too, at the end of the run.
+        `blocking` waits for the saves in flight; `terminate` does so too, at the end of the run. An
+        interrupt is raised at once; saves go on, and the next call waits for them.
 
         Raises:
             WrongArgumentError, ConcurrentUseError: before anything is touched.
             CheckpointError: a save in flight had failed, and `on_save_failure` is `raise`.
         """
         check_state("finalize_async_saves", state)
+        if not (blocking or terminate):
+            flights = (self._saving, self._draining, self._tiers)
+            is_due = [each.count_step() for each in flights]
+            if not (any(is_due) or self._alarm.is_due()) and self._caller.is_idle:
+                return
+        self._caller.run(
+            "the wait for saves" if blocking or terminate else "the look at saves",
+            lambda _: self._finalize(blocking=blocking, terminate=terminate),
+            patience_seconds=0.0,
+        )
+
+    def _finalize(self, *, blocking: bool, terminate: bool) -> None:
         rank = self._rank()
         if not (blocking or terminate):
-            self._saving.poll(rank)
-            self._draining.poll(rank)
-            self._tiers.poll_restored(rank)
+            self._saving.tell_if_due(rank)
+            self._draining.tell_if_due(rank)
+            self._tiers.tell_restored_if_due(rank)
             self._warn_if_overdue(rank)
             return
+        failures: list[CheckpointError] = []
         try:
-            self._saving.wait(rank)
-            self._draining.wait(rank)
-            self._tiers.wait_restored(rank)
+            for wait in (self._saving.wait, self._draining.wait, self._tiers.wait_restored):
+                try:
+                    wait(rank)
+                except CheckpointError as error:
+                    failures.append(error)
             self._warn_if_overdue(rank)
         finally:
             if terminate:
                 self._alarm.end()
-                self._listener = None
                 self._snapshotter.release()
                 self._tiers.close()
+        if failures:
+            for other in failures[1:]:
+                failures[0].add_note(f"and: {other}")
+            raise failures[0]
 
     def _warn_if_overdue(self, rank: int) -> None:
-        """Warn on rank 0 that nothing durable came for too long; nearly free."""
-        if rank != 0 or not self._alarm.is_due():
-            return
-        event = self._alarm.describe(self._describe_flight())
-        last = "none since the load" if event.iteration is None else f"iteration {event.iteration}"
-        logger.warning(
-            "No checkpoint was committed to %s for %.0f s (the last: %s), and it may take %.0f s: "
-            "%s.\nThis is repeated after twice the time%s. checkpoint.alarm_after_seconds sets the "
-            "limit; inf turns the alarm off.",
-            self._tier.store.root,
-            event.seconds,
-            last,
-            event.limit_seconds,
-            event.reason,
-            ", and the next save stops the run" if self.checkpoint_config.alarm_stops else "",
-        )
-        if isinstance(self._listener, CallbackManager):
-            self._listener.fire(ON_CHECKPOINT_OVERDUE, event)
+        self._alarm.warn(self._describe_flight(), str(self._tier.store.root), rank)
 
     def _describe_flight(self) -> str | None:
         """Say how long the persistent save in flight has taken, and how far it came."""
-        for flight in (self._saving, self._draining):
-            save = flight.save
-            if save is not None and save.event.tier == TIER_NAME:
-                seconds = time.monotonic() - save.started
-                far = ""
-                if flight is self._saving and (total := self.progress.total_bytes):
-                    written = describe_size(self.progress.written_bytes, total)
-                    far = f", {written} of {describe_size(total)} of rank 0's shard written"
-                return (
-                    f"the save of iteration {save.event.iteration} is in flight for "
-                    f"{seconds:.0f} s{far}"
-                )
-        return None
+        return self._saving.describe(self.progress) or self._draining.describe(None)
 
     def wait_staged(self) -> None:
         """Return when the last save no longer reads live tensors.
@@ -282,6 +299,14 @@ class DefaultCheckpointManager:
         """
         self._calls += 1
         check_load(ctx, overlaps=self._overlaps)
+        return self._caller.run(
+            "the load",
+            lambda call: self._load(ctx, call),
+            patience_seconds=0.0,
+            outlives_program=False,
+        )
+
+    def _load(self, ctx: CheckpointLoadContext, call: Call[LoadResult]) -> LoadResult:
         self.wait_staged()
         self._saving.wait(self._rank())
         self._draining.wait(self._rank())
@@ -298,7 +323,7 @@ class DefaultCheckpointManager:
                 with collection_put_off():
                     opened = self._open(selected, ctx, control)
                     restoration = self._compare(ctx, selected, opened, control)
-                    touched = True
+                    touched = self._is_torn = True
                     restoration.fill(control)
             except CorruptCheckpointError as error:
                 search.pass_over(selected, error)
@@ -308,13 +333,22 @@ class DefaultCheckpointManager:
             if selected.commit.tier == LOCAL:
                 self._tiers.finish_load(writer)
             search.warn(selected)
-            return self._finish_load(selected, opened, restoration, search)
+            result = self._finish_load(selected, opened, restoration, search)
+            self._end_load(call)
+            return result
         self._foretell(ctx, None, control)
         self._has_loaded, self._loaded = True, None
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         self._steps.note_load(None)
         self._alarm.begin()
+        self._end_load(call)
         return LoadResult()
+
+    def _end_load(self, call: Call[LoadResult]) -> None:
+        """Note that live state is whole, unless whoever asked for it has gone on meanwhile."""
+        with suppress(CallerLeftError):
+            call.confirm()
+            self._is_torn = False
 
     def restore_rng(self) -> None:
         """Give the random number generators the state that the last load found, again.
@@ -441,6 +475,18 @@ class DefaultCheckpointManager:
 
     def _rank(self) -> int:
         return self._coordinators()[0].rank
+
+
+def _confirm(call: Call[None], save: Save) -> None:
+    """Return if whoever saves has kept away from live state until now.
+
+    Raises:
+        SaveAbandonedError: it may not have.
+    """
+    try:
+        call.confirm()
+    except CallerLeftError:
+        raise SaveAbandonedError(save.name) from None
 
 
 def _bytes_per_second(config: CheckpointConfig) -> float | None:

@@ -90,11 +90,13 @@ class Snapshotter:
         app: AppState,
         control: Coordinator,
         check: Callable[[], None],
+        confirm: Callable[[], None],
     ) -> tuple[Snapshot, bool]:
         """Take what is there at this step, and say whether it can go to the local tier.
 
         Large tensors are copied when `finish` has returned, or the next optimizer step begins.
-        `check` may refuse the save on this rank, and thereby on all of them.
+        `check` may refuse the save on this rank, and thereby on all of them. `confirm`: see
+        `Snapshot`.
 
         Raises:
             CheckpointError: on every rank.
@@ -123,6 +125,7 @@ class Snapshotter:
                 encode(captured.shared),
                 counters,
                 to_yaml(ctx.state.cfg),
+                confirm,
             )
             copying = snapshot.shard.copying
             if copying is not None and self._overlaps:

@@ -185,7 +185,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         each.getMessage()
         for each in caplog.records
-        if each.levelname == "WARNING" and each.name == "holdfast.manager"
+        if each.levelname == "WARNING" and each.name == "holdfast.alarm"
     ]
 
 

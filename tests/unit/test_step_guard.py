@@ -77,18 +77,22 @@ def test_leaving_holds_what_is_in_hand() -> None:
     assert held == [1, 2]
 
 
-def test_a_failed_hold_stops_one_step() -> None:
-    """What `hold` raises reaches the step that waited, which changes nothing, and no later one."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_wait_is_waited_for_again(error: type[BaseException]) -> None:
+    """What a signal handler raises reaches the step that waited; no step goes past the wait."""
     guard, optimizer = StepGuard(), _optimizer()
     (parameter,) = optimizer.param_groups[0]["params"]
+    interrupts = [error("as planned"), error("as planned")]
 
-    def fail() -> None:
-        raise RuntimeError("as planned")
+    def hold() -> None:
+        if interrupts:
+            raise interrupts.pop()
 
-    guard.watch([optimizer], fail)
-    with pytest.raises(RuntimeError, match="as planned"):
-        optimizer.step()
-    assert parameter.item() == 0.0
+    guard.watch([optimizer], hold)
+    for _ in range(2):
+        with pytest.raises(error, match="as planned"):
+            optimizer.step()
+        assert parameter.item() == 0.0
     optimizer.step()
     assert parameter.item() == -1.0
 

@@ -9,6 +9,7 @@ what is copied nor where to.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import itertools
 import sys
@@ -23,6 +24,8 @@ from holdfast.shards.items import Source
 _LARGE_BYTES = 256 << 10
 """From here a copy is worth a call of its own, shared between threads."""
 _PIECE_BYTES = 8 << 20
+_TICK_SECONDS = 0.05
+"""A wake-up that an interrupt swallowed costs who waits no more than this."""
 _EVERYWHERE = sys.maxsize
 """Beyond every address."""
 
@@ -44,6 +47,9 @@ class Copying:
         self._is_taken = not pairs
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._is_over = self._is_taken
+        self._over = _thread.allocate_lock()
+        self._over.acquire()
         if self._is_taken:
             self._front.finish()
 
@@ -57,9 +63,13 @@ class Copying:
         """Keep training from changing the sources before they are copied.
 
         The host waits for what it copies itself; for a GPU's copy the GPU's streams wait: the
-        caller's and the default one, on which training may go on after the caller's.
+        caller's and the default one, on which training may go on after the caller's. An interrupt
+        leaves nothing behind: whoever was interrupted calls it again.
         """
-        self._finish_on_host()
+        if self._thread is None:
+            self._finish_on_host()
+        while not self._is_over:  # with a lock of C, which is never left half taken
+            self._over.acquire(timeout=_TICK_SECONDS)
         for device, copied in self._copied.items():
             for stream in _streams_of(device):
                 stream.wait_event(copied)
@@ -114,6 +124,8 @@ class Copying:
         finally:
             self._pairs = ()
             self._front.finish()
+            self._is_over = True
+            self._over.release()
 
 
 class _Front:

@@ -29,10 +29,14 @@ class StepGuard:
                 self._hooked[each] = each.register_step_pre_hook(self._before_step)
 
     def settle(self) -> None:
-        """Hold now what a step would hold; free where there is nothing."""
-        hold, self._hold = self._hold, None
+        """Run the pending wait; no-op without a pending copy.
+
+        It stays pending until it has returned: one that was interrupted is waited for again.
+        """
+        hold = self._hold
         if hold is not None:
             hold()
+            self._hold = None
 
     def leave(self) -> None:
         """Take every hook off again."""

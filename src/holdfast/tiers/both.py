@@ -226,6 +226,7 @@ class Tiers:
         plan, arena = snapshot.shard.plan, snapshot.shard.arena
         assert arena is not None
         snapshot.shard.wait()
+        snapshot.confirm()
         local = LocalSnapshot(
             snapshot.iteration,
             arena,
@@ -261,9 +262,13 @@ class Tiers:
         """
         self._tell_restored(self._restoring.wait(), rank)
 
-    def poll_restored(self, rank: int) -> None:
+    def count_step(self) -> bool:
+        """Count one training step; return whether `tell_restored_if_due` has work to do."""
+        return self._restoring.count_step()
+
+    def tell_restored_if_due(self, rank: int) -> None:
         """As `wait_restored`, at the step at which all ranks do, without waiting for it."""
-        self._tell_restored(self._restoring.poll(), rank)
+        self._tell_restored(self._restoring.take_if_due(), rank)
 
     def _tell_restored(self, outcome: Outcome[None] | None, rank: int) -> None:
         if outcome is None or outcome.error is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -60,6 +60,9 @@ class Snapshot:
     """The same on every rank, as the two below; rank 0 writes it."""
     train_state: bytes
     run_config: bytes
+    confirm: Callable[[], None] = lambda: None
+    """Called when all of it has been read, before anything may count: returns if training has kept
+    away until then, and raises if it may not have."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,7 @@ class PersistentTier:
             if not snapshot.shard.is_empty:
                 record = snapshot.shard.write(self._filesystem, pending, self._bytes_per_second)
                 records.append(record)
+            snapshot.confirm()
             state_name = rank_state_name(rank)
             records.append(self.store.write_file(pending, state_name, snapshot.rank_state))
         return records
