@@ -284,8 +284,11 @@ class CheckpointConfig:
             )
         return found
 
-    def with_expanded_paths(self) -> CheckpointConfig:
-        """Return a copy in which every path is a text with `~` and $VARIABLES replaced."""
+    def with_expanded_paths(self, base: str) -> CheckpointConfig:
+        """Return a copy in which every path is absolute, `~` and $VARIABLES replaced.
+
+        `base`: what relative ones are relative to, whatever the working directory is later.
+        """
         expanded = copy.copy(self)
         expanded.persistent = copy.copy(self.persistent)
         expanded.local = copy.copy(self.local)
@@ -295,7 +298,8 @@ class CheckpointConfig:
             directory = _read_field(expanded, path)
             if directory is not None:
                 *parents, name = path.split(".")
-                setattr(_read_field(expanded, ".".join(parents)), name, expand_path(directory))
+                absolute = os.path.join(base, expand_path(directory))
+                setattr(_read_field(expanded, ".".join(parents)), name, absolute)
         return expanded
 
     def warn_without_effect(self) -> None:

@@ -93,13 +93,9 @@ class FailureRule:
                 f"checkpoint.save_failure_limit is {self._limit}."
             )
             raise error from cause
-        logger.warning(
-            "%s (%s tier: failure %d in a row, the run ends at %s)",
-            error,
-            tier,
-            count,
-            self._limit if self._limit is not None else "none",
-        )
+        limit = "without a limit" if self._limit is None else f"the run ends at {self._limit}"
+        first_line = str(error).splitlines()[0]  # the others advise what is set already
+        logger.warning("%s (%s tier: failure %d in a row, %s)", first_line, tier, count, limit)
 
 
 class Watcher(Protocol):

@@ -87,7 +87,9 @@ class DefaultCheckpointManager:
         checkpoint_config = read_config(checkpoint_config)
         checkpoint_config.validate()
         self.checkpoint_config = checkpoint_config
-        config = self._config = checkpoint_config.with_expanded_paths()
+        self._base = str(Path.cwd())
+        """What relative paths of the configuration are relative to."""
+        config = self._config = checkpoint_config.with_expanded_paths(self._base)
         directory = config.persistent.directory
         if directory is None:
             raise ConfigError(
@@ -312,7 +314,9 @@ class DefaultCheckpointManager:
         self._draining.wait(self._rank())
         self._tiers.wait_restored(self._rank())
         control, writer, _ = self._begin_call()
-        self._config = self.checkpoint_config.with_expanded_paths()  # what to load may be set late
+        self._config = self.checkpoint_config.with_expanded_paths(
+            self._base
+        )  # what to load may be set late
         search = Search(self._config, self._tiers, self._filesystem, control)
         if control.rank == 0:
             warn_of_living_attempt(self._tier.store.root, self._filesystem)

@@ -69,16 +69,15 @@ class Manifest:
             CorruptCheckpointError: torn, altered, or with paths that leave the checkpoint.
             FormatTooNewError: of a later format, or it requires a feature of a later version.
         """
-        body = unseal(content, path)
+        try:
+            body = unseal(content, path)
+        except CorruptCheckpointError:
+            _check_unsealed(content, path)
+            raise
         try:
             values = json.loads(body)
             check_format(values, FORMAT, path)
-            files = tuple(
-                FileRecord(
-                    **{**known_fields(FileRecord, each), "blocks": _as_tuple(each["blocks"])}
-                )
-                for each in values["files"]
-            )
+            files = tuple(map(_read_record, values["files"]))
             manifest = cls(**{**known_fields(cls, values), "files": files})
             _check_types(manifest)
         except FormatTooNewError:
@@ -113,6 +112,22 @@ def check_format(values: Mapping[str, Any], known: int, path: str) -> None:
         features = ", ".join(map(repr, unknown))
         what = f"format {found} and requires {features}"
         raise FormatTooNewError(path, what, f"format {known} without", place)
+
+
+def _check_unsealed(content: bytes, path: str) -> None:
+    """Refuse a whole record of a later format that is sealed in another way, or not at all.
+
+    A record of this format ends with its digest, and is no JSON as a whole, whatever was damaged.
+
+    Raises:
+        FormatTooNewError: it is of a later version.
+    """
+    try:
+        check_format(json.loads(content), FORMAT, path)
+    except FormatTooNewError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
 
 
 def known_fields(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

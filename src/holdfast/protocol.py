@@ -8,6 +8,7 @@ signature.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ def set_fields(counters: Any, values: Mapping[str, Any]) -> None:
 def fit_fields(counters: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return what each field of a dataclass would become, and what could not be taken over."""
     live = {each.name: getattr(counters, each.name) for each in fields(counters)}
-    optional = {each.name for each in fields(counters) if "None" in str(each.type)}
+    optional = {
+        each.name for each in fields(counters) if re.search("None|Optional", str(each.type))
+    }
     fitting: dict[str, Any] = {}
     problems: list[str] = []
     extra = values.get("extra", live.get("extra"))

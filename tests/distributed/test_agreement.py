@@ -177,7 +177,7 @@ def _stop_when_overdue(root: Path) -> list[Any]:
     warned: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("holdfast.manager").addHandler(handler)
+    logging.getLogger("holdfast.alarm").addHandler(handler)
     now = [0.0]
     config = CheckpointConfig.from_mapping(
         {

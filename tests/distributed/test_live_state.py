@@ -209,7 +209,7 @@ def test_the_trainers_groups_are_left_alone(tmp_path: Path) -> None:
         assert found.pop("the meter") == 3
         for name, count in found.items():
             if name.endswith("threads"):
-                assert count == {"MainThread", "holdfast-writer"}
+                assert count == {"holdfast-call", "holdfast-writer"}
             elif name.endswith("in training"):
                 assert count > 0, f"{name} does not move"
             elif name.endswith("of load"):

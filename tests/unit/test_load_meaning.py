@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import (
@@ -445,3 +446,88 @@ def test_a_step_that_is_damaged_is_the_damage(base: Live, tmp_path: Path) -> Non
     for load in ({"step": 20}, {"directory": str(tmp_path / "base/iter_0000020")}):
         with pytest.raises(CorruptCheckpointError, match=r"state/shared\.pt: has 0 bytes"):
             _trained(5).load(manager_of(tmp_path / "base", load=load))
+
+
+def test_a_relative_path_means_one_directory_for_good(
+    base: Live, tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A working directory that changes after the manager was made moves neither tier."""
+    (tmp_path / "elsewhere").mkdir()
+    for expected, iteration in ((20, 25), (25, 26)):
+        monkeypatch.chdir(tmp_path)
+        settings: dict[str, Any] = {"local": {"directory": "memory"}, "load": {"directory": "base"}}
+        live, manager = _trained(5), manager_of(Path("base"), **settings)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert live.load(manager).iteration == expected
+        live.save(manager, iteration, non_persistent_ckpt=True)
+        manager.finalize_async_saves(live.state, terminate=True)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_an_own_checkpoint_that_is_gone_or_archived_is_own(base: Live, tmp_path: Path) -> None:
+    """Named by its place in the store it is that iteration, pruned, linked back or never there."""
+    root = tmp_path / "base"
+    (root / "iter_0000010").rename(tmp_path / "archive")
+    (root / "iter_0000010").symlink_to(tmp_path / "archive")
+    load = {"directory": str(root / "iter_0000010")}
+    live, manager = _trained(5), manager_of(root, load=load, persistent={"keep": {"last": 1}})
+    assert live.load(manager).iteration == 10
+    live.save(manager, 11)
+    assert _iterations(root) == ["iter_0000011"]
+    assert live.load(manager_of(root, load=load)).iteration == 11
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint of iteration 12; it has: 11"):
+        live.load(manager_of(root, load={"directory": str(root / "iter_0000012")}))
+
+
+@pytest.mark.parametrize("name", ["latest", "latest_checkpointed_iteration.txt", "iter_0000005"])
+def test_names_in_the_own_store_count_in_memory_too(tmp_path: Path, local: Path, name: str) -> None:
+    """Where all there is lies in memory, what the store would have of it stands for the run."""
+    settings: dict[str, Any] = {"local": {"directory": str(local)}}
+    live, manager = _trained(5), manager_of(tmp_path / "own", **settings)
+    live.load(manager)
+    live.save(manager, 5, non_persistent_ckpt=True)
+    manager.finalize_async_saves(live.state, terminate=True)
+    settings["load"] = {"directory": str(tmp_path / "own" / name)}
+    manager = manager_of(tmp_path / "own", **settings)
+    result = _trained(6).load(manager)
+    assert (result.iteration, result.tier) == (5, "local")
+    manager.finalize_async_saves(live.state, terminate=True)
+
+
+def test_an_emptied_store_beside_local_checkpoints_is_told(
+    base: Live, tmp_path: Path, local: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty directory in place of the store, as an unmounted disk leaves it, is no store."""
+    settings: dict[str, Any] = {"local": {"directory": str(local)}, "run_id": "r1"}
+    live, manager = _trained(5), manager_of(tmp_path / "own", **settings)
+    live.load(manager)
+    live.save(manager, 5, non_persistent_ckpt=True)
+    manager.finalize_async_saves(live.state, terminate=True)
+    caplog.clear()
+    for lost in (False, True):
+        if lost:
+            shutil.rmtree(tmp_path / "own")
+            (tmp_path / "own").mkdir()
+        manager = manager_of(tmp_path / "own", **settings)
+        assert _trained(6).load(manager).iteration == 5
+        manager.finalize_async_saves(live.state, terminate=True)
+        told = [each for each in _warnings(caplog) if "holds nothing of this run" in each]
+        assert len(told) == lost
+
+
+def test_a_checkpoint_of_torch_in_the_store_says_how_to_go_on(tmp_path: Path) -> None:
+    """The advice in the error leads on: moved out of the store, a run starts from it."""
+    live = _trained(1)
+    assert isinstance(live.model, torch.nn.Module)
+    path = tmp_path / "own/iter_0000005"
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"model": live.model.state_dict()}, checkpoint_id=path)
+    with pytest.raises(NoLoadableCheckpointError, match="move it out of this store"):
+        _trained(5).load(manager_of(tmp_path / "own"))
+    path.rename(tmp_path / "moved")
+    pretrained = {"pretrained": {"directory": str(tmp_path / "moved")}}
+    other, manager = _trained(5), manager_of(tmp_path / "own", load=pretrained)
+    assert other.load(manager).is_pretrained
+    assert torch.equal(other.model.weight, live.model.weight)  # type: ignore[union-attr,arg-type]
+    other.save(manager, 1)
+    assert other.load(manager_of(tmp_path / "own", load=pretrained)).iteration == 1

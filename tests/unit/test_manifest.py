@@ -112,6 +112,16 @@ def test_a_record_of_a_later_version_is_no_damage(values: object, reason: str) -
     assert caught.value.sequence == MANIFEST.sequence
 
 
+def test_a_later_record_may_be_sealed_in_another_way() -> None:
+    """A whole record of a later format is no damage, whatever it ends with; ours always is."""
+    for content in (json.dumps(_values(format=2)).encode(), json.dumps({"format": 3}).encode()):
+        with pytest.raises(FormatTooNewError):
+            Manifest.from_bytes(content, "m")
+    for content in (json.dumps(_values()).encode(), b"{}", b'{"format": "2"}', b"[2]"):
+        with pytest.raises(CorruptCheckpointError, match="digest in its last line"):
+            Manifest.from_bytes(content, "m")
+
+
 def test_fields_of_a_later_version_are_ignored() -> None:
     """A field that this version does not know, of the record or of a file in it, is left out."""
     files = [{**each, "colour": "red"} for each in _values()["files"]]  # type: ignore[attr-defined]

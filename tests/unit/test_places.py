@@ -131,3 +131,20 @@ def test_one_directory_has_many_names(root: Path) -> None:
     assert not is_same_directory(root / "x", root / "titan")
     assert not is_same_directory(root / "x", root / "absent")
     assert is_same_directory(root / "absent", root / "titan/../absent")
+
+
+def test_a_store_that_is_called_latest_is_itself(root: Path) -> None:
+    """A directory of that name that is no link means what it holds, beside a store or not."""
+    store = Store(root / "x/checkpoints/latest", FILESYSTEM)
+    store.root.mkdir()
+    commit(store, 90)
+    assert find_place(store.root, FILESYSTEM) == Place(store.root)
+
+
+def test_what_was_never_committed_is_no_place(root: Path) -> None:
+    """A pending directory is neither loaded nor suggested."""
+    pending = root / "empty/iter_0000001.pending-01234567"
+    pending.mkdir()
+    (pending / ".metadata").write_bytes(b"half")
+    assert find_place(pending, FILESYSTEM) is None
+    assert "Did you mean" not in describe(root / "empty", FILESYSTEM)

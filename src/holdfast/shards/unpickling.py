@@ -48,6 +48,10 @@ _INERT = ("torch.distributed.", "megatron.")
 """Where names come from that may stand in the file and that no load needs."""
 
 
+_MEGATRON_METADATA = "MCoreMetadata"
+"""Metadata with a field more, which is not looked at."""
+
+
 class _Inert:
     """Takes the place of an object whose type is not looked up: holds nothing, does nothing."""
 
@@ -81,6 +85,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return PurePath if module == "pathlib" else super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
+        if module.startswith("megatron.") and name == _MEGATRON_METADATA:
+            return type(name, (Metadata,), {"__module__": module})
         if f"{module}.".startswith(_INERT):
             return type(name.rpartition(".")[2], (_Inert,), {"__module__": module})
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
@@ -101,8 +107,10 @@ def read_metadata(content: bytes, *, derive_keys: bool = False) -> Metadata | No
     described = fields.get("state_dict_metadata")
     if not isinstance(described, dict) or not all(map(_is_described, described.items())):
         return None
-    if derive_keys and fields.get("planner_data") is None:  # as Megatron-Core leaves it
-        fields["planner_data"] = {name: key_path_of(name) for name in described}
+    if derive_keys:
+        known = fields.get("planner_data")  # None, as Megatron-Core leaves it, or incomplete
+        known = known if isinstance(known, dict) else {}
+        fields["planner_data"] = {name: _complete(name, known.get(name)) for name in described}
     if not all(isinstance(fields.get(each), dict) for each in ("planner_data", "storage_data")):
         return None
     if fields.get("storage_meta") is None:
@@ -116,6 +124,15 @@ def _is_described(entry: tuple[Any, Any]) -> bool:
     return isinstance(name, str) and isinstance(
         described, TensorStorageMetadata | BytesStorageMetadata
     )
+
+
+def _complete(name: str, path: Any) -> tuple[str | int, ...]:
+    """Return nested keys as a load expects them: a model's names are flat, whoever nested them."""
+    if not isinstance(path, tuple) or len(path) < 2:
+        return key_path_of(name)
+    if path[0] == "model" and len(path) > 2 and not str(path[1]).endswith("_extra_state"):
+        return ("model", ".".join(map(str, path[1:])))
+    return path
 
 
 def key_path_of(name: str) -> tuple[str | int, ...]:

@@ -7,6 +7,7 @@ there is one, resharded by the iterator itself where it can, refused otherwise. 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def apply_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place
         return _reshard_data(data, states, place)
     if reader["data"] is None:
         return False
-    data.load_state_dict(reader["data"])
+    data.load_state_dict(copy.deepcopy(reader["data"]))  # it may be asked for again
     return True
 
 
@@ -132,7 +133,7 @@ def _reshard_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Pl
         return False
     reshards = isinstance(data, ReshardableData)
     if isinstance(data, ReshardableData):
-        data.load_resharded_state(ordered)
+        data.load_resharded_state(copy.deepcopy(ordered))
     if place.rank == 0:
         logger.warning(
             "data of %d data-parallel ranks, now %d: %s",

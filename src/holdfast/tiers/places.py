@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.filesystem import DirectoryEntry, Filesystem, read_bytes
+from holdfast.filesystem import PENDING_MARK, DirectoryEntry, Filesystem, read_bytes
 from holdfast.manifest import MANIFEST_NAME
 from holdfast.store import TRACKER_NAME, parse_checkpoint_name
 from holdfast.tiers.directories import LASTING
@@ -103,7 +103,7 @@ def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
     parent = path.parent.resolve()
     if path.name == TRACKER_NAME:
         return parent
-    if path.name == LATEST_NAME:
+    if path.name == LATEST_NAME and not (path.is_dir() and not path.is_symlink()):
         if _is_store(parent, filesystem) or not path.exists():
             return parent  # the newest, whatever a link of this name was last set to
         if path.is_file():
@@ -119,8 +119,8 @@ def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
 
 
 def _look_at(directory: Path, filesystem: Filesystem) -> Place | None:
-    if not directory.is_dir():
-        return None
+    if not directory.is_dir() or PENDING_MARK in directory.name:
+        return None  # what was never committed is nothing to load from
     if is_checkpoint(directory, filesystem) or is_foreign(directory, filesystem):
         return Place(directory.parent, directory)
     return Place(directory) if _is_store(directory, filesystem) else None

@@ -4,7 +4,8 @@ Owns how the facts for that choice come together on all ranks (rank 0 surveys di
 tier's ranks agree on what they hold), what is remembered of candidates that turned out to be
 damaged, and the error or the warning in which a choice is told. Promises that every rank is given
 the same candidate, and that nothing of a place is looked at that the choice does not ask for.
-Decides nothing: every rule is in `select`.
+Decides only which place a path names, and whether it is the run's own: all
+else is in `select`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from holdfast.errors import (
     reason_inside,
 )
 from holdfast.filesystem import Filesystem
-from holdfast.identity import Parent
+from holdfast.identity import RUN_NAME, Parent
 from holdfast.protocol import SkippedCheckpoint
-from holdfast.store import Checkpoint
+from holdfast.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.foreign import is_foreign
 from holdfast.tiers.local.files import find_orphans
-from holdfast.tiers.places import find_place, is_same_directory
+from holdfast.tiers.places import LATEST_NAME, find_place, is_same_directory
 from holdfast.tiers.select import (
     LOCAL,
     Action,
@@ -181,7 +182,8 @@ class Search:
             commits = mark_damaged(survey.commits, commit, reason, error)
             self._places[selected.action] = replace(survey, commits=commits)
         self._tried.append(replace(commit, condition=Condition.DAMAGED, reason=reason))
-        if self._coordinator.rank == 0 and effective_step(self._asked) is None:
+        is_one = effective_step(self._asked) is not None or self._places[selected.action].is_one
+        if self._coordinator.rank == 0 and not is_one:
             told = reason_inside(commit.path, reason)
             logger.warning("%s cannot be loaded and is passed over: %s", commit.path, told)
 
@@ -219,7 +221,7 @@ class Search:
                 "; ".join(list_reasons(damaged)[:3]),
             )
         own = self._places[Action.LOAD]
-        if selected.commit.tier == LOCAL and own.run_id is None and not own.commits:
+        if selected.commit.tier == LOCAL and not own.has_record and not own.commits:
             logger.warning(
                 "%s holds nothing of this run; iteration %d is loaded from the local tier alone.\n"
                 "If the store was lost, save persistently soon: memory does not survive a power "
@@ -276,6 +278,15 @@ class Search:
         path = Path(load.directory)
         if is_same_directory(path, self._root):
             return False, load.step
+        if is_same_directory(path.parent, self._root) and not self._is_other_inside(path):
+            iteration = parse_checkpoint_name(path.name)
+            if iteration is None:
+                return False, load.step
+            if load.step not in (None, iteration):
+                found = f"iteration {iteration}: {path}"
+                problem = f"checkpoint.load.step is {load.step}, but load.directory is {found}"
+                raise ConfigError([problem])
+            return False, iteration
         place = find_place(path, self._filesystem)
         if place is None or not is_same_directory(place.store, self._root):
             return True, load.step
@@ -289,6 +300,18 @@ class Search:
             choice = Choice(Action.REFUSE, refusal=Refusal.NOT_THERE, step=load.step)
             raise make_refusal(choice, survey, "load.directory", self._filesystem)
         return False, commit.iteration
+
+    def _is_other_inside(self, path: Path) -> bool:
+        """Whether an entry of the own store is something else than a part of the run.
+
+        Its checkpoints are known by their names, also where they have been removed meanwhile or are
+        links to an archive; files, and `latest`, stand for the store.
+        """
+        if parse_checkpoint_name(path.name) is not None:
+            return path.is_dir() and is_foreign(path, self._filesystem)
+        if path.name in (LATEST_NAME, TRACKER_NAME, RUN_NAME):
+            return path.is_dir() and not path.is_symlink()
+        return not path.is_file()
 
     def _look_at(self, action: Action, directory: str | None) -> None:
         assert directory is not None

@@ -49,6 +49,8 @@ class Survey:
     """Those whose record could be read."""
     is_one: bool = False
     """Whether one checkpoint was named, and not a store."""
+    has_record: bool = False
+    """Whether a record of the run is there: it has saved here before."""
     run_id: str | None = None
     """Whose checkpoints count; None: nobody's are there, or one was named."""
     attempts: tuple[Attempt, ...] = ()
@@ -78,6 +80,7 @@ def survey_store(
     store, identity = Store(root, filesystem), RunIdentity(root, filesystem)
     listing = store.listing()
     found_id = identity.read_run_id()
+    has_record = found_id is not None
     if found_id is not None and is_own:
         identity.check_run_id(run_id, found_id)
     if found_id is None and not (step is not None and run_id is None):
@@ -90,8 +93,15 @@ def survey_store(
     commits += [_describe_broken(each, filesystem) for each in listing.broken]
     commits += [_describe_too_new(each) for each in listing.too_new]
     commits.sort(key=lambda each: each.iteration or 0, reverse=True)
-    _warn_of_tracker(store, listing.checkpoints)
-    return Survey(root, tuple(commits), checkpoints, run_id=found_id, attempts=tuple(attempts))
+    _warn_of_tracker(store, commits)
+    return Survey(
+        root,
+        tuple(commits),
+        checkpoints,
+        has_record=has_record,
+        run_id=found_id,
+        attempts=tuple(attempts),
+    )
 
 
 def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) -> Survey:
@@ -223,8 +233,11 @@ def _describe_checkpoint(
 
 def _describe_broken(found: Broken, filesystem: Filesystem) -> Commit:
     path, reason = str(found.path), found.reason
-    if found.path.is_dir() and is_foreign(found.path, filesystem):
-        reason = f"was written without holdfast; load.directory={path} loads it"
+    if _was_written_by_torch(found.path, filesystem):
+        reason = (
+            "was written without holdfast, and is of no run: move it out of this store, and start "
+            "from it with load.pretrained.directory"
+        )
         return Commit(FOREIGN, found.iteration, None, Condition.OTHER_RUN, reason, path)
     reason = reason.removeprefix(f"{path}: ")
     error = CorruptCheckpointError(path, reason)
@@ -276,19 +289,33 @@ def _only_run_id(
     return found[0] if found else None
 
 
-def _warn_of_tracker(store: Store, checkpoints: Sequence[Checkpoint]) -> None:
-    """Say where the tracker is not what a load follows: the manifests decide."""
-    if not checkpoints:
+def _was_written_by_torch(path: Path, filesystem: Filesystem) -> bool:
+    try:
+        return is_foreign(path, filesystem)
+    except OSError:  # it cannot be read: whatever it is, it is damaged
+        return False
+
+
+def _warn_of_tracker(store: Store, commits: Sequence[Commit]) -> None:
+    """Say where the tracker does not name the checkpoint that a load would take."""
+    newest = max(
+        (each for each in commits if each.condition is Condition.SOUND),
+        key=lambda each: each.order,
+        default=None,
+    )
+    if newest is None:
         return
-    newest = checkpoints[0].iteration
     iteration, problem = store.read_tracker()
-    if iteration is not None and iteration != newest:
-        present = iteration in {each.iteration for each in checkpoints}
-        problem = f"names iteration {iteration}, " + (
-            f"and the newest commit is of iteration {newest}" if present else "which is not there"
-        )
-        if present:
-            problem += f" (load.step={iteration} loads the other)"
+    if iteration is not None and iteration != newest.iteration:
+        named = [each for each in commits if each.iteration == iteration]
+        if named and named[0].condition not in (Condition.SOUND, Condition.SUPERSEDED):
+            return  # what is wrong with it is told as such
+        problem = f"names iteration {iteration}, which is not there"
+        if named:
+            problem = (
+                f"names iteration {iteration}, and the newest commit is of iteration "
+                f"{newest.iteration} (load.step={iteration} loads the other)"
+            )
     if problem:
         logger.warning(
             "%s: the tracker is not followed, the manifests decide: it %s",
