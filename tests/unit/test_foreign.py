@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -241,6 +242,61 @@ class _Runs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_write_all_tensors_for_dtensor_save, ("ran",))
+
+
+def _flat(state: dict[str, Any]) -> dict[str, Any]:
+    return {f"model.{name}": each for name, each in state.items()}
+
+
+def _nested(state: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {"model": {}}
+    for name, each in state.items():
+        *parents, last = name.split(".")
+        node = nested["model"]
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = each
+    return nested
+
+
+@pytest.mark.parametrize("shape", [_flat, _nested, lambda state: {"model": state}])
+@pytest.mark.parametrize("keys", ["kept", "none", "empty"])
+def test_a_model_is_found_however_its_names_were_nested(
+    tmp_path: Path, shape: Any, keys: str
+) -> None:
+    """Flat names, nested ones, and metadata that says nothing of nesting mean the same tensors."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2)))
+    path = tmp_path / "plain"
+    save(shape(dict(model.state_dict())), checkpoint_id=path, no_dist=True)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    if keys != "kept":
+        metadata.planner_data = None if keys == "none" else {}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    other = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2)))
+    result = Live(other).load(manager_of(tmp_path / "own", load={"directory": str(path)}))
+    assert result.restored["model"].tensors == 4
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+
+
+def test_metadata_of_megatron_is_metadata(trained: Live, tmp_path: Path) -> None:
+    """Its subclass with a field more is read as what it is, and nothing of Megatron is imported."""
+    path = _write(tmp_path / "plain", trained)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    content = pickle.dumps(_MegatronMetadata(**vars(metadata)), protocol=2)
+    renamed = content.replace(
+        f"c{__name__}\n_MegatronMetadata\n".encode(),
+        b"cmegatron.core.dist_checkpointing.strategies.checkpointable\nMCoreMetadata\n",
+    )
+    assert renamed != content
+    (path / ".metadata").write_bytes(renamed)
+    live = linear(1)
+    live.load(manager_of(tmp_path / "own", load={"directory": str(path)}))
+    assert live.digests()["model.0.weight"] == trained.digests()["model.0.weight"]
+
+
+class _MegatronMetadata(Metadata):
+    """Pickled under a name that nothing here can import."""
 
 
 def _write_all_tensors_for_dtensor_save(name: str) -> None:

@@ -446,6 +446,38 @@ def test_a_later_iterator_is_given_its_position(tmp_path: Path) -> None:
         manager.restore_data(iter([1]))
 
 
+class _Keeps:
+    """An iterator whose state is the very dict that it was given, and changes as it goes on."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"position": 9, "seen": [1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+        self.state["position"] += 3
+        self.state["seen"].append(2)
+
+    def load_resharded_state(self, states: list[dict[str, Any]]) -> None:
+        self.load_state_dict(states[0])
+
+
+def test_a_position_is_given_as_it_was_saved_every_time(tmp_path: Path) -> None:
+    """What an iterator makes of the dict that it was given changes nothing for the next one."""
+    saved = linear()
+    saved.data = _Keeps()
+    saved.save(manager_of(tmp_path), 1)
+    manager, live = manager_of(tmp_path), linear(1)
+    live.data = _Keeps()
+    live.load(manager)
+    for _ in range(2):
+        later = _Keeps()
+        manager.restore_data(later)
+        assert later.state == live.data.state == {"position": 12, "seen": [1, 2]}
+
+
 def test_a_checkpoint_without_a_position_has_none_to_give(tmp_path: Path) -> None:
     """The error names the checkpoint and what it was saved without."""
     linear().save(manager_of(tmp_path), 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -18,7 +21,7 @@ from holdfast.errors import (
     FormatTooNewError,
     StoreIdentityError,
 )
-from holdfast.filesystem import LocalFilesystem
+from holdfast.filesystem import DirectoryEntry, LocalFilesystem
 from holdfast.identity import RunIdentity
 from holdfast.manifest import MANIFEST_NAME
 from holdfast.store import TRACKER_NAME, Store
@@ -335,3 +338,35 @@ def test_what_torch_wrote_into_the_store_is_nobodys(store: Store) -> None:
     (other,) = decision.skipped
     assert other.condition is Condition.OTHER_RUN
     assert "move it out of this store" in other.reason
+
+
+def test_a_tracker_of_a_damaged_checkpoint_is_not_told_twice(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is wrong with the checkpoint it names is told as such; another run's is no newest."""
+    (store.root / TRACKER_NAME).write_bytes(b"30")
+    commit(store, 90, sequence=900, run_id="theirs")
+    with caplog.at_level(logging.WARNING):
+        _resolve(store)
+        _lose_manifest(store.root / "iter_0000030")
+        _resolve(store)
+    assert caplog.records == []
+
+
+def test_a_checkpoint_that_cannot_be_looked_into_is_damaged(store: Store) -> None:
+    """A directory whose very listing fails is passed over like any other damage."""
+
+    class Blind(LocalFilesystem):
+        def list_directory(self, path: Path) -> list[DirectoryEntry]:
+            if path.name == "iter_0000030":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return super().list_directory(path)
+
+        def open_existing(self, path: Path) -> BinaryIO:
+            if path.parent.name == "iter_0000030":
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return super().open_existing(path)
+
+    survey = survey_store(store.root, Blind(), is_own=True)
+    conditions = {each.iteration: each.condition for each in survey.commits}
+    assert conditions == {30: Condition.DAMAGED, 20: Condition.SOUND, 10: Condition.SOUND}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -21,6 +21,12 @@ from tests.support.stores import reseal
 @dataclass
 class _Mine(TrainState):
     epochs: int = 0
+
+
+@dataclass
+class _Scored(TrainState):
+    best: Optional[float] = 1.0  # noqa: UP045  # as people write it
+    worst: float | None = 1.0
 
 
 @dataclass
@@ -214,3 +220,14 @@ def test_a_step_that_load_state_dict_forgets_is_set_or_refused(tmp_path: Path) -
     assert _load(tmp_path, _Plain()).step == 5
     with pytest.raises(UnsupportedStateError, match="restore it there"):
         _load(tmp_path, _Forgets())
+
+
+def test_a_field_that_may_be_none_is_none_again(tmp_path: Path) -> None:
+    """However its type says so, a counter that was saved as None comes back as None."""
+    live = linear()
+    live.state = GlobalState(train_state=_Scored(step=1, best=None, worst=None))
+    live.save(manager_of(tmp_path), 1)
+    again = linear()
+    again.state = GlobalState(train_state=_Scored())
+    again.load(manager_of(tmp_path))
+    assert (again.state.train_state.best, again.state.train_state.worst) == (None, None)
