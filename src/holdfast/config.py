@@ -60,6 +60,11 @@ class PersistentConfig:
     write_mib_per_second: float | None = None
     """How fast each rank writes at most, to leave others their share. None: as fast as it goes."""
 
+    @property
+    def write_bytes_per_second(self) -> float | None:
+        """The same limit in bytes."""
+        return None if self.write_mib_per_second is None else self.write_mib_per_second * 2**20
+
 
 @dataclass
 class LocalKeepConfig:

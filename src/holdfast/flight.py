@@ -30,9 +30,11 @@ from holdfast.events import (
     CallbackManager,
     CheckpointEvent,
 )
+from holdfast.protocol import CheckpointSaveContext
 from holdfast.shards.writer import Progress
 from holdfast.sizes import describe_size
 from holdfast.tiers.persistent import TIER_NAME, Committed
+from holdfast.tiers.select import LOCAL
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,19 @@ class Save:
     event: CheckpointEvent
     started: float
     """By `time.monotonic`."""
+
+    @classmethod
+    def of(cls, ctx: CheckpointSaveContext, callback_manager: Any | None) -> Save:
+        """Return the save that a context asks for, which starts now."""
+        event = CheckpointEvent(
+            iteration=ctx.state.train_state.step,
+            tier=LOCAL if ctx.non_persistent_ckpt else TIER_NAME,
+            state=ctx.state,
+            model=ctx.model,
+            optimizer=ctx.optimizer,
+            scheduler=ctx.opt_param_scheduler,
+        )
+        return cls(callback_manager, event, time.monotonic())
 
     @property
     def name(self) -> str:

@@ -26,13 +26,11 @@ from holdfast.errors import (
     ConfigError,
     CorruptCheckpointError,
     LoadIncompleteError,
-    NothingLoadedError,
     SaveAbandonedError,
     StageFailedError,
 )
 from holdfast.events import (
     ON_CHECKPOINT_STAGED,
-    CheckpointEvent,
 )
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.flight import FailureRule, Flight, Save
@@ -42,7 +40,7 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
 )
-from holdfast.restoring import LoadedStates, Opened, Restoration, open_local, open_verified
+from holdfast.restoring import LastLoad, Opened, Restoration, open_local, open_verified
 from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.capture import AppState
@@ -102,7 +100,7 @@ class DefaultCheckpointManager:
             self._filesystem,
             config.run_id,
             config.persistent.keep.last,
-            _bytes_per_second(config),
+            config.persistent.write_bytes_per_second,
         )
         self._tiers = Tiers(config, self._tier, self._filesystem)
         self._snapshotter = Snapshotter(config, self._tiers)
@@ -116,11 +114,10 @@ class DefaultCheckpointManager:
         self._calls_inside = Calls()
         self._is_budgeted = False
         self._has_warned_of_data = False
-        self._has_loaded = False
+        self._last_load = LastLoad()
         self._is_torn = False
         """Whether live state holds parts of a checkpoint, from a load that did not complete."""
         self._caller = Caller()
-        self._loaded: LoadedStates | None = None
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -139,7 +136,7 @@ class DefaultCheckpointManager:
         """
         self._calls += 1  # first: a rank whose call is refused meets the others at the next one
         check_save(ctx, callback_manager, overlaps=self._overlaps)
-        save = _describe(ctx, callback_manager, time.monotonic())
+        save = Save.of(ctx, callback_manager)
         self._caller.run(
             save.name,
             lambda call: self._save(ctx, save, call),
@@ -333,7 +330,7 @@ class DefaultCheckpointManager:
                 search.pass_over(selected, error)
                 continue
             control.together("apply", restoration.apply)
-            self._has_loaded, self._loaded = True, restoration.loaded
+            self._last_load.note(restoration.loaded)
             if selected.commit.tier == LOCAL:
                 self._tiers.finish_load(writer)
             search.warn(selected)
@@ -341,7 +338,7 @@ class DefaultCheckpointManager:
             self._end_load(call)
             return result
         self._foretell(ctx, None, control)
-        self._has_loaded, self._loaded = True, None
+        self._last_load.note(None)
         control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
         self._steps.note_load(None)
         self._alarm.begin()
@@ -363,9 +360,7 @@ class DefaultCheckpointManager:
         Raises:
             NothingLoadedError: `load` has not been called.
         """
-        self._check_loaded("restore_rng")
-        if self._loaded is not None:
-            self._loaded.restore_rng()
+        self._last_load.restore_rng()
 
     def restore_data(self, iterator: Any) -> None:
         """Give an iterator that is built after `load` the data position that the load found.
@@ -375,16 +370,7 @@ class DefaultCheckpointManager:
             UnsupportedStateError: the iterator has no `load_state_dict`.
             DataReshardError: as for `load`.
         """
-        self._check_loaded("restore_data")
-        if self._loaded is None:
-            raise NothingLoadedError(
-                "restore_data: the last load found no checkpoint. Ask its result for `found` first."
-            )
-        self._loaded.restore_data(iterator, self._config.load.accept_data_restart)
-
-    def _check_loaded(self, method: str) -> None:
-        if not self._has_loaded:
-            raise NothingLoadedError(f"{method} gives back what a load has found: call load first.")
+        self._last_load.restore_data(iterator, self._config.load.accept_data_restart)
 
     def _foretell(
         self,
@@ -491,23 +477,6 @@ def _confirm(call: Call[None], save: Save) -> None:
         call.confirm()
     except CallerLeftError:
         raise SaveAbandonedError(save.name) from None
-
-
-def _bytes_per_second(config: CheckpointConfig) -> float | None:
-    limit = config.persistent.write_mib_per_second
-    return limit * 2**20 if limit is not None else None
-
-
-def _describe(ctx: CheckpointSaveContext, callback_manager: Any | None, started: float) -> Save:
-    event = CheckpointEvent(
-        iteration=ctx.state.train_state.step,
-        tier=LOCAL if ctx.non_persistent_ckpt else TIER_NAME,
-        state=ctx.state,
-        model=ctx.model,
-        optimizer=ctx.optimizer,
-        scheduler=ctx.opt_param_scheduler,
-    )
-    return Save(callback_manager, event, started)
 
 
 def _app_state(

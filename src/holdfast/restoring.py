@@ -249,6 +249,37 @@ class LoadedStates:
         apply_data(data, self.states, self.place)
 
 
+class LastLoad:
+    """What can be asked for again of the last load of a manager."""
+
+    def __init__(self) -> None:
+        self._has_loaded = False
+        self._states: LoadedStates | None = None
+
+    def note(self, states: LoadedStates | None) -> None:
+        """Keep what a load has found; None: it found no checkpoint."""
+        self._has_loaded, self._states = True, states
+
+    def restore_rng(self) -> None:
+        """Give the generators their state again; raises as `DefaultCheckpointManager` says."""
+        self._check("restore_rng")
+        if self._states is not None:
+            self._states.restore_rng()
+
+    def restore_data(self, iterator: Any, accept_restart: bool) -> None:
+        """Give an iterator the saved position; raises as `DefaultCheckpointManager` says."""
+        self._check("restore_data")
+        if self._states is None:
+            raise NothingLoadedError(
+                "restore_data: the last load found no checkpoint. Ask its result for `found` first."
+            )
+        self._states.restore_data(iterator, accept_restart)
+
+    def _check(self, method: str) -> None:
+        if not self._has_loaded:
+            raise NothingLoadedError(f"{method} gives back what a load has found: call load first.")
+
+
 class Restoration:
     """An opened checkpoint and the live state that it is to fill."""
 
