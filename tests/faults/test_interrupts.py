@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 import holdfast.manager as manager_module
 from holdfast.errors import CheckpointError, LoadIncompleteError, StoreNotLoadedError
@@ -31,12 +31,14 @@ from holdfast.manager import DefaultCheckpointManager
 from holdfast.store import Store
 from tests.faults.report import record
 from tests.support.managers import Live, manager_of
+from tests.support.ranks import run_ranks
 
 FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
 STORMS = int(os.environ.get("HOLDFAST_STORMS", "5000" if FULL else "60"))
 LINES = 40
 """At so many of the lines, spread evenly; at all of them in full."""
 SEED = 11
+RANK_SAVES = 40 if FULL else 6
 ELEMENTS = 150_000
 """Of each of four tensors: more than a copy takes between two looks at signals."""
 MODES = {
@@ -358,3 +360,57 @@ def test_a_wait_that_is_interrupted_goes_on(tmp_path: Path) -> None:
         run.end()
         names = sorted(each.name for each in (run.root / "store").glob("iter_*"))
         assert names == ["iter_0000001", "iter_0000002"]
+
+
+def _interrupted_rank(root: Path, odd: int, mode: str) -> list[Any]:
+    """Save on every rank, while one of them (-1: each) gets an interrupt in many of its calls."""
+    rank = distributed.get_rank()
+    rng = random.Random(f"{SEED} {odd} {mode} {rank}")
+    settings = {**MODES[mode], "timeout_seconds": 20.0, "persistent": {"keep": {"last": None}}}
+    run = _Run(root, settings)
+    logging.getLogger("holdfast").addHandler(run.told)
+
+    @contextmanager
+    def once() -> Iterator[None]:
+        with _storm(rng, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0005, 0.03))
+            yield
+
+    for _ in range(RANK_SAVES):
+        run.weather = once if odd in (rank, -1) else nullcontext
+        run.train()
+        run.save()
+        run.train()
+        run.finalize()
+        run.weather = nullcontext
+        run.finalize(blocking=True)
+    run.train()
+    for _ in range(3):
+        if run.iteration not in run.asked:
+            run.save()
+    run.finalize(blocking=True, terminate=True)
+    distributed.barrier()
+    return [run.asked, run.told.text + run.raised]
+
+
+@pytest.mark.parametrize("odd", [1, 0, -1])
+@pytest.mark.parametrize("mode", ["blocking", "overlapped"])
+def test_an_interrupt_on_some_rank_loses_and_mixes_nothing(
+    odd: int, mode: str, tmp_path: Path
+) -> None:
+    """Ranks meet again at the next call; what counts is whole on all of them, the rest is named."""
+    found = run_ranks(_interrupted_rank, 2, tmp_path, odd, mode)
+    listing = Store(tmp_path / "store", LocalFilesystem()).listing()
+    assert listing.broken == ()
+    committed = {each.iteration for each in listing.checkpoints}
+    assert found[0][0][-1] in committed, "the last save, in calm weather"
+    reader = _Run(tmp_path, MODES["sync"])
+    for iteration in committed:
+        manager = reader.make_manager()
+        manager.checkpoint_config.load.step = iteration
+        reader.live.load(manager)
+        assert _values(reader.model) == {float(iteration)}
+    for asked, named in found:
+        for iteration in set(asked) - committed:
+            assert f"iteration {iteration}" in named, f"{iteration} was lost in silence: {named}"
+    record("interrupts on some rank", 2 * RANK_SAVES)
