@@ -206,8 +206,8 @@ def test_the_drill_reads_what_the_load_has_told() -> None:
         for each in files
     ]
     assert read_origins("\n".join(["resumed", *lines, "step 1"])) == [
-        Origin(0, "7.0 MB", "persistent tier"),
-        Origin(1, "2.5 kB", "peer: rank 0 on node0"),
+        Origin(0, "6.7 MiB", "persistent tier"),
+        Origin(1, "2.4 KiB", "peer: rank 0 on node0"),
         Origin(1, "10 B", "own file"),
         Origin(1, "10 B", "own copy for rank 0"),
     ]
