@@ -37,6 +37,7 @@ from holdfast.shards.writer import Progress
 from holdfast.state.bindings import Bindings
 from holdfast.state.capture import AppState, Captured
 from holdfast.state.foreseen import foresee
+from holdfast.state.reachable import check_reachable
 from holdfast.state.run_config import to_yaml
 from holdfast.state.safety import encode
 from holdfast.state.step_guard import StepGuard
@@ -111,7 +112,8 @@ class Snapshotter:
             self._bindings = captured.bindings
             taken.append((captured, counters))
             leaves = captured.leaves
-            return iteration, self._itemizer.describe(leaves.values, leaves.paths)
+            inventory = self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
+            return iteration, inventory
 
         plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
         memory = self._take_memory(ctx, plan, inventory, control)

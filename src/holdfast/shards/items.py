@@ -12,7 +12,7 @@ import io
 import operator
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,9 +61,15 @@ class Itemizer:
         self._structure = b""
 
     def describe(
-        self, leaves: Mapping[str, Any], paths: Mapping[str, tuple[str | int, ...]]
+        self,
+        leaves: Mapping[str, Any],
+        paths: Mapping[str, tuple[str | int, ...]],
+        check: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> Inventory:
         """Return the items of a flat state, in its order; `paths` are the nested keys of each name.
+
+        `check` may refuse leaves; it is asked when one is of another kind, size or place than last
+        time.
 
         Raises:
             UnsupportedStateError: a tensor type that cannot be taken apart.
@@ -72,6 +78,7 @@ class Itemizer:
             self._forget_moved(leaves, paths)
         if (repeated := self._repeat(leaves)) is not None:
             return repeated
+        check(leaves)
         items: list[Item] = []
         sources: list[Source] = []
         addresses: list[int] = []

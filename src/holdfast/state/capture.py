@@ -119,7 +119,6 @@ class AppState:
             leaves = self.gather_leaves()
             bindings = Bindings.bind(self._model, self.optimizers, leaves)
         else:
-            check_reachable(leaves.values)
             for name, value in leaves.values.items():
                 if not isinstance(value, torch.Tensor):
                     check_plain(value, name)
