@@ -42,6 +42,20 @@ class CallerLeftError(Exception):
     """Whoever made a call was interrupted and no longer waits for it."""
 
 
+_current: contextvars.ContextVar[Call[Any] | None] = contextvars.ContextVar("call", default=None)
+
+
+def stop_if_left() -> None:
+    """End long work that nobody waits for any more; called now and then by what a load does.
+
+    Raises:
+        CallerLeftError: the next call, or the end of the program, waits for this one to end.
+    """
+    call = _current.get()
+    if call is not None and call.is_given_up:
+        raise CallerLeftError("nobody waits for it any more")
+
+
 class Gate:
     """What the thread of a call lets the threads of its work know; they wait for it."""
 
@@ -69,18 +83,16 @@ class Gate:
 class Call(Generic[T]):
     """One call, shared by its thread and whoever waits for it."""
 
-    def __init__(self, name: str, work: Callable[[Call[T]], T], *, outlives_program: bool) -> None:
-        """`outlives_program`: whether the end of the program waits for it."""
+    def __init__(self, name: str, work: Callable[[Call[T]], T]) -> None:
         self.name = name
         self.is_done = False
         self.error: BaseException | None = None
-        self.outlives_program = outlives_program
         self.process = os.getpid()
         self._work: Callable[[Call[T]], T] | None = work
         self._value: T | None = None
         self._asks = False
         self._is_answered = False
-        self._is_given_up = False
+        self.is_given_up = False
         self._context = contextvars.copy_context()
         self._on_device = _devices_of_caller()
         # Locks of C: an interrupt finds each taken or not, and never in between.
@@ -101,7 +113,7 @@ class Call(Generic[T]):
         self._asks = True
         _release(self._caller_wakes)
         while not self._is_answered:
-            if self._is_given_up:
+            if self.is_given_up:
                 raise CallerLeftError
             self._thread_wakes.acquire(timeout=_TICK_SECONDS)
 
@@ -113,6 +125,7 @@ class Call(Generic[T]):
         assert work is not None
         try:
             with self._on_device():
+                self._context.run(_current.set, self)
                 self._value = self._context.run(work, self)
         except BaseException as error:  # noqa: BLE001  # raised where the caller waits
             self.error = error
@@ -138,7 +151,7 @@ class Call(Generic[T]):
 
     def give_up(self) -> None:
         """Say that whoever called has left, and wait for the end."""
-        self._is_given_up = True
+        self.is_given_up = True
         _release(self._thread_wakes)
         if self.claim():  # it was interrupted before its thread was started
             self.error = CallerLeftError("it was interrupted before it began")
@@ -175,7 +188,6 @@ class Caller:
         work: Callable[[Call[T]], T],
         *,
         patience_seconds: float,
-        outlives_program: bool = True,
     ) -> T:
         """Carry out a call and return what it returns, or raise what it raises.
 
@@ -186,7 +198,7 @@ class Caller:
         """
         if self._last is not None:
             self._settle(self._last)
-        call = Call(name, work, outlives_program=outlives_program)
+        call = Call(name, work)
         self._last = call
         _unfinished.add(call)
         _wait_at_the_end()
@@ -269,9 +281,14 @@ def _wait_at_the_end() -> None:
 
 
 def end_calls() -> None:
-    """Let every call end whose caller has left; the program is ending."""
+    """Let every call end whose caller has left; the program is ending. Ctrl-C ends the wait."""
     for call in list(_unfinished):
-        if not call.is_done and call.outlives_program and call.process == os.getpid():
+        if call.is_done or call.process != os.getpid():
+            continue
+        try:
             call.give_up()
-            if call.error is not None and not call.was_told():
-                logger.error("%s did not succeed, and was interrupted: %s", call.name, call.error)
+        except KeyboardInterrupt:
+            logger.error("%s was abandoned at the end of the program", call.name)
+            return
+        if call.error is not None and not call.was_told():
+            logger.error("%s did not succeed, and was interrupted: %s", call.name, call.error)

@@ -302,7 +302,6 @@ class DefaultCheckpointManager:
             "the load",
             lambda call: self._load(ctx, call),
             patience_seconds=0.0,
-            outlives_program=False,
         )
 
     def _load(self, ctx: CheckpointLoadContext, call: Call[LoadResult]) -> LoadResult:

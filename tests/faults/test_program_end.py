@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,38 @@ def test_what_is_in_flight_at_the_end_is_committed(tmp_path: Path, tier: str) ->
         assert len(list(local.glob("*/0/iter_0000001_0_local.pt"))) == 1
     committed = (tmp_path / "iter_0000001/manifest.json").exists()
     assert committed == (tier == "persistent")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from holdfast.filesystem import LocalFilesystem
+from tests.support.managers import linear, manager_of
+
+class Interrupting(LocalFilesystem):
+    # Sends the program an interrupt when the n-th file is opened.
+    opened = 0
+    def open_existing(self, path):
+        self.opened += 1
+        if self.opened == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().open_existing(path)
+
+root = Path(sys.argv[1])
+live = linear(width=1 << 20)
+live.save(manager_of(root), 1)
+manager = manager_of(root, Interrupting())
+while True:
+    live.load(manager)
+"""
+
+
+@pytest.mark.parametrize("opened", [1, 3, 6, 7, 9])
+def test_a_load_that_is_interrupted_ends_with_the_program(tmp_path: Path, opened: int) -> None:
+    """Ctrl-C in a load ends the program as it ends any other: no abort, no hang, nothing else."""
+    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(tmp_path), str(opened)]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ended.returncode == -signal.SIGINT, ended.stderr
+    assert ended.stderr.rstrip().endswith("KeyboardInterrupt") or "the load did" in ended.stderr

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
+from holdfast.caller import stop_if_left
 from holdfast.digests import FileRecord
 from holdfast.errors import CheckpointError, CorruptCheckpointError
 from holdfast.failures import is_process_failure
@@ -239,6 +240,7 @@ class ShardReader:
             CorruptCheckpointError: as `read_tensors`.
         """
         for name, wanted in plan.items():
+            stop_if_left()
             self._read_from(name, wanted)
             self.taken[name] = self.taken.get(name, 0) + wanted.size_bytes
 
@@ -282,6 +284,7 @@ class ShardReader:
     def _read_from(self, name: str, wanted: Wanted) -> None:
         foreign = [region for region, _ in wanted.foreign]
         for wave in waves(wanted.landings):
+            stop_if_left()
             parts = [part for landing in wave for part in landing.open()]
             self._read_parts(name, parts, [landing.whole for landing in wave])
             foreign += [landing.region for landing in wave if not landing.close()]

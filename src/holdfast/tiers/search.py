@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from holdfast.caller import stop_if_left
 from holdfast.config import CheckpointConfig
 from holdfast.coordination import Coordinator
 from holdfast.errors import (
@@ -143,6 +144,7 @@ class Search:
             FormatTooNewError: a later version of holdfast wrote what would be loaded.
             OwnCheckpointsExistError: another place is named, and the run has its own checkpoints.
         """
+        stop_if_left()
         local, found = self._look_at_local()
         while True:
             choice = choose(self._asked, self._seen(local))
