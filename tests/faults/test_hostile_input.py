@@ -274,22 +274,40 @@ def test_a_link_out_of_the_checkpoint_is_refused(
     _expect_refusal(folder, sound[1], Path(name).name)
 
 
-def test_a_linked_directory_is_no_checkpoint(
+def test_what_a_linked_checkpoint_leads_to_is_only_read(
     folder: Path, sound: tuple[Path, Digests], tmp_path: Path
 ) -> None:
-    """A link with a checkpoint's name is not listed, loaded, swept or removed."""
+    """A link to a moved checkpoint is loaded, verified; pruning takes the link and no more."""
     shutil.copytree(folder, tmp_path / "elsewhere")
     shutil.rmtree(folder)
     folder.symlink_to(tmp_path / "elsewhere")
     before = tree(tmp_path / "elsewhere")
     job = Job(folder.parent)
-    assert job.load().iteration == OLDER
-    assert job.digests() == sound[1][OLDER]
+    assert job.load().iteration == NEWEST
+    assert job.digests() == sound[1][NEWEST]
     for _ in range(5):
         job.train_to(job.step + 3)
         job.save()
-    assert folder.is_symlink()
+    assert not folder.is_symlink()
     assert tree(tmp_path / "elsewhere") == before
+
+
+def test_a_link_to_what_is_no_checkpoint_is_passed_over(
+    folder: Path, sound: tuple[Path, Digests], tmp_path: Path
+) -> None:
+    """A link with a checkpoint's name to anything else is not loaded, and nothing behind it is."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    (elsewhere / "manifest.json").unlink()
+    shutil.rmtree(folder)
+    folder.symlink_to(elsewhere)
+    before = tree(elsewhere)
+    job = Job(folder.parent)
+    assert job.load().iteration == OLDER
+    assert job.digests() == sound[1][OLDER]
+    job.train_to(job.step + 3)
+    job.save()
+    assert tree(elsewhere) == before
 
 
 def test_what_is_removed_is_removed_inside_the_store(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.caller import THREAD_NAME
 from holdfast.errors import SaveFailedError
 from tests.faults.jobs import Job
 from tests.faults.local_crashes import check_is_tidy
@@ -31,8 +32,14 @@ from tests.support.states import MODELS
 pytest.importorskip("nvidia_resiliency_ext")
 
 
+def _is_beside_training() -> bool:
+    """Whether this thread works while training goes on: all do but those that it waits for."""
+    thread = threading.current_thread()
+    return thread is not threading.main_thread() and thread.name != THREAD_NAME
+
+
 class _Gate:
-    """Keeps every thread but the training one from changing anything on the node."""
+    """Keeps every thread that works beside training from changing anything on the node."""
 
     def __init__(self, base: Path) -> None:
         self.calls = KernelCalls(base / "local")
@@ -40,10 +47,9 @@ class _Gate:
         self.calls.before = self._wait
         self._is_open = threading.Event()
         self._somebody_waits = threading.Event()
-        self._training = threading.current_thread()
 
     def _wait(self, call: Call) -> None:
-        if threading.current_thread() is not self._training and call.changes:
+        if _is_beside_training() and call.changes:
             self._somebody_waits.set()
             assert self._is_open.wait(60), "nobody opened the gate"
 
@@ -105,7 +111,7 @@ def test_a_failure_of_the_writer_is_told_once(base: Path) -> None:
 
         def fails(call: Call, number: int = number) -> None:
             nonlocal seen
-            if threading.current_thread() is not threading.main_thread():
+            if _is_beside_training():
                 seen += 1
                 refuse_with(errno.EIO if seen > number else None, call)
 

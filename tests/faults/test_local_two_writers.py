@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.caller import THREAD_NAME
 from holdfast.errors import CheckpointError, SaveFailedError, SupersededAttemptError
 from tests.faults.jobs import Job
 from tests.faults.local_crashes import check_is_tidy
@@ -77,7 +78,9 @@ def _race(base: Path, number: int) -> Call | None:
     told: list[BaseException] = []
 
     def wait(call: Call) -> None:
-        if threading.current_thread() is thread and call.changes:
+        # Of the older one's call, which is alone until it has arrived.
+        is_older = threading.current_thread().name == THREAD_NAME and not arrived.is_set()
+        if is_older and call.changes:
             seen.append(call)
             if len(seen) == number:
                 arrived.set()
