@@ -69,6 +69,7 @@ class Interrupting(LocalFilesystem):
             os.kill(os.getpid(), signal.SIGINT)
         return super().open_existing(path)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 root = Path(sys.argv[1])
 live = linear(width=1 << 20)
 live.save(manager_of(root), 1)
