@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed
-from torch.overrides import TorchFunctionMode
 
 from holdfast.errors import CheckpointError, StageFailedError
 from holdfast.events import (
@@ -197,21 +196,24 @@ def test_a_failure_in_any_stage_of_a_save_is_told_to_all(
         assert result[-1]["newest"] == f"iter_{result[-1]['earlier']:07d}"
 
 
-class _NoCopies(TorchFunctionMode):
-    """Fails every copy of tensors into the memory of a save, as a lost device does."""
+@contextmanager
+def _no_copies() -> Iterator[None]:
+    """Fail every copy of tensors into the memory of a save, as a lost device does."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: Any = (), named: Any = None
-    ) -> Any:
-        if "foreach_copy" in getattr(function, "__name__", ""):
-            raise RuntimeError("cannot be copied")
-        return function(*arguments, **(named or {}))
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("cannot be copied")
+
+    copy, torch._foreach_copy_ = torch._foreach_copy_, refuse
+    try:
+        yield
+    finally:
+        torch._foreach_copy_ = copy
 
 
 def _fail_while_staging(directory: Path) -> list[Any]:
     fault = Fault()
     run = _faulty_run(fault, directory)
-    with _NoCopies() if run.rank == 1 else nullcontext():
+    with _no_copies() if run.rank == 1 else nullcontext():
         run.save()
     _, error = _attempt(lambda: run.finalize(blocking=True))
     run.save()
@@ -346,7 +348,7 @@ def test_warn_trains_on_until_the_limit(tmp_path: Path) -> None:
 # -- a rank raises while loading -----------------------------------------------------------------
 
 PASSED_OVER = [("verify", 1), ("open", 0), ("open", 1), ("read", 0), ("read", 1)]
-RAISED = [("resolve", 0), ("compare", 0), ("compare", 1), ("apply", 1)]
+RAISED = [("survey", 0), ("compare", 0), ("compare", 1), ("apply", 1)]
 
 
 def _fail_while_loading(directory: Path) -> list[dict[str, Any]]:
@@ -424,7 +426,7 @@ SAVE_PLACES = [
     ("retain", 0),
 ]
 LOAD_PLACES = [
-    ("resolve", 0),
+    ("survey", 0),
     ("verify", 1),
     ("open", 1),
     ("compare", 1),
@@ -524,7 +526,7 @@ HANGS = [
     ("save", "write", 1),
     ("save", "commit", 0),
     ("save", "retain", 0),
-    ("load", "resolve", 0),
+    ("load", "survey", 0),
     ("load", "verify", 1),
     ("load", "read", 0),
     ("load", "read", 1),
