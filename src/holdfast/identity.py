@@ -69,7 +69,7 @@ class Attempt:
     """The iteration of this store that it loaded; None: it started fresh or from another store."""
     resumed_path: str | None = None
     """The checkpoint that was loaded, in whatever store."""
-    asked_step: int | None = None
+    asked_step: int | None = field(default=None, compare=False)
     """What `load.step` was at that load."""
     parent: Parent | None = None
     """What the run began from; None: it began from nothing, or this attempt loaded its own."""

@@ -161,7 +161,7 @@ class Runs(RuleBasedStateMachine):
 
 
 Runs.TestCase.settings = settings(
-    max_examples=300 if FULL else 8,
+    max_examples=300 if FULL else 25,
     stateful_step_count=25 if FULL else 14,
     derandomize=not FULL,
     deadline=None,
