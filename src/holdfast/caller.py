@@ -81,7 +81,7 @@ class Gate:
 
 
 class Call(Generic[T]):
-    """One call, shared by its thread and whoever waits for it."""
+    """One call, shared by its thread and its caller."""
 
     def __init__(self, name: str, work: Callable[[Call[T]], T]) -> None:
         self.name = name
@@ -150,7 +150,7 @@ class Call(Generic[T]):
         return self._claim.acquire(blocking=False)
 
     def give_up(self) -> None:
-        """Say that whoever called has left, and wait for the end."""
+        """Record that the caller has left, and wait for the end."""
         self.is_given_up = True
         _release(self._thread_wakes)
         if self.claim():  # it was interrupted before its thread was started
@@ -166,7 +166,7 @@ class Call(Generic[T]):
         return self._value  # type: ignore[return-value]  # it is done, and raised nothing
 
     def was_told(self) -> bool:
-        """Whether its error was raised to whoever called."""
+        """Whether its error was raised to the caller."""
         trace = self.error.__traceback__ if self.error is not None else None
         while trace is not None:
             if trace.tb_frame.f_code is _RUN:

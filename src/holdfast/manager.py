@@ -201,7 +201,7 @@ class DefaultCheckpointManager:
             self._snapshotter.finish(snapshot)  # while the thread prepares to write
             _confirm(call, save)
         except SaveAbandonedError as error:
-            gate.fail(error)  # and is told with the outcome
+            gate.fail(error)  # and is reported with the outcome
             return
         except BaseException:
             gate.fail(SaveAbandonedError(save.name))
@@ -345,7 +345,7 @@ class DefaultCheckpointManager:
         return LoadResult()
 
     def _end_load(self, call: Call[LoadResult]) -> None:
-        """Note that live state is whole, unless whoever asked for it has gone on meanwhile."""
+        """Note that live state is whole, unless its caller has gone on meanwhile."""
         with suppress(CallerLeftError):
             call.confirm()
             self._is_torn = False

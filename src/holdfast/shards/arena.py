@@ -234,7 +234,7 @@ def pin(tensor: torch.Tensor) -> Callable[[], None]:
     try:
         cuda.check_error(cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
     except RuntimeError:
-        # CUDA repeats the error to whoever launches the next kernel; that must not be training.
+        # CUDA repeats the error at the next kernel launch; that must not be training.
         with suppress(RuntimeError):
             torch.ones(1, device="cuda")
         raise

@@ -64,7 +64,7 @@ class Copying:
 
         The host waits for what it copies itself; for a GPU's copy the GPU's streams wait: the
         caller's and the default one, on which training may go on after the caller's. An interrupt
-        leaves nothing behind: whoever was interrupted calls it again.
+        leaves nothing behind: an interrupted caller calls it again.
         """
         if self._thread is None:
             self._finish_on_host()

@@ -33,7 +33,7 @@ class Leaves:
     values: Mapping[str, Any]
     """Tensors and plain values by DCP's flat name."""
     paths: Mapping[str, KeyPath]
-    """The nested keys of each name: texts for mappings, numbers for lists."""
+    """The nested keys of each name: strings for mappings, integers for lists."""
     changed_by_steps: frozenset[str]
     """Names that nothing but an optimizer step changes: trainable parameters, optimizer state."""
     hollow: tuple[tuple[str, ...], ...] = ()

@@ -30,7 +30,7 @@ class SavedTensors:
     values: Mapping[str, Any]
     """Everything that is no tensor."""
     key_paths: Mapping[str, Sequence[Any]]
-    """The nested keys of each flat name: texts for mappings, numbers for lists."""
+    """The nested keys of each flat name: strings for mappings, integers for lists."""
     hollow: Sequence[Sequence[str]]
     """The nested keys of mappings without a leaf, which DCP does not write."""
     held: Collection[str] = ()

@@ -73,7 +73,7 @@ def find_obstacle(path: Path) -> str | None:
             return f"{str(path)!r} is no path: it holds a null character"
         except OSError as error:
             if error.errno not in LASTING:
-                return None  # a fault that may pass: whoever opens it reports it
+                return None  # a fault that may pass: opening it reports it
             return (
                 f"{each} cannot be reached: {errno.errorcode[error.errno or 0]} {error.strerror}; "
                 "name a directory that this user may write to"
@@ -89,7 +89,7 @@ def _resolve(directory: str) -> Path:
     path = Path(directory)
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # links in a circle: whoever opens it will say so
+    except (OSError, RuntimeError):  # links in a circle: opening it reports so
         return path.absolute()
 
 

@@ -309,7 +309,7 @@ def _warn_of_tracker(store: Store, commits: Sequence[Commit]) -> None:
     if iteration is not None and iteration != newest.iteration:
         named = [each for each in commits if each.iteration == iteration]
         if named and named[0].condition not in (Condition.SOUND, Condition.SUPERSEDED):
-            return  # what is wrong with it is told as such
+            return  # what is wrong with it is reported as such
         problem = f"names iteration {iteration}, which is not there"
         if named:
             problem = (
