@@ -13,6 +13,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -327,7 +328,9 @@ def _outlast_a_stop(root: Path, numbers: Sequence[int]) -> list[tuple[str, float
             nonlocal seen
             seen += call.changes
             if seen == number and call.changes:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                # To this thread: sent to the process, it may reach another thread first, and this
+                # one would answer before all are stopped.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
         if rank == 1:
             calls.before = stop
