@@ -14,7 +14,7 @@ import itertools
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,9 @@ R = TypeVar("R")
 
 _FOLLOWER_GRACE_SECONDS = 5.0
 """Followers wait this much longer than the leader, so that its verdict names who is missing."""
+
+_CALLS_KEPT = 4
+"""A rank that misses this many calls in a row is not met again; the others waited in each."""
 
 _instances = itertools.count()
 """Every rank opens its channels in the same order, so equal numbers mean the same channel."""
@@ -44,11 +47,23 @@ class Coordinator(Protocol):
         """How long any rank is waited for."""
         ...
 
-    def begin(self, conversation: str) -> None:
-        """Leave whatever was said before: from here on ranks meet in this conversation only.
+    def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
+        """Meet the other ranks in a new call, wherever each of them left the calls before.
 
-        A rank that was late and found the others gone meets them again in the next one.
+        A rank that was late and found the others gone, or that missed whole calls of theirs, meets
+        them again here. `enter` runs on every rank and says which call this is, or refuses it;
+        where all say the same, `admit` runs on rank 0. `stage`: how errors name this.
+
+        Returns:
+            The number of the call, which rank 0 counts, and what `admit` returned.
+
+        Raises:
+            StageFailedError: ranks are in different calls; otherwise as `settle`.
         """
+        ...
+
+    def follow(self, call: int) -> None:
+        """Leave whatever was said before: from here on ranks meet in this call only."""
         ...
 
     def together(self, stage: str, work: Callable[[], T]) -> list[T]:
@@ -82,7 +97,12 @@ class SingleProcess:
     world_size = 1
     timeout_seconds = float("inf")
 
-    def begin(self, conversation: str) -> None:
+    def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
+        """Enter here: nobody can be late."""
+        self.lead(stage, enter)
+        return 0, self.lead(stage, admit)
+
+    def follow(self, call: int) -> None:
         """Nobody can be late."""
 
     def together(self, stage: str, work: Callable[[], T]) -> list[T]:
@@ -126,13 +146,44 @@ class StoreCoordinator:
         self._store = store
         self.timeout_seconds = timeout_seconds
         self._channel = channel
-        self._conversation = ""
+        self._call = 0
         self._turns: Counter[str] = Counter()
         self._spent_keys: list[str] = []
 
-    def begin(self, conversation: str) -> None:
+    def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
+        """Meet where rank 0 is now, at a key that is the same for all calls; errors as `together`.
+
+        Raises:
+            StageFailedError: ranks are in different calls.
+        """
+        self.follow(self._next_call(stage))
+
+        def judge(calls: list[str]) -> R:
+            _check_same_call(stage, calls)
+            return admit()
+
+        verdict: R = self._meet(
+            stage, enter, lambda calls: [judge(calls)] * self.world_size, place="begin"
+        )
+        return self._call, verdict
+
+    def _next_call(self, stage: str) -> int:
+        """Return the number of the call that rank 0 begins now, or is in."""
+        newest, begun = f"{self._channel}/call", f"{self._channel}/begun"
+        call = self._call + 1
+        if self.rank == 0:
+            self._set(newest, call, stage)
+            self._set(f"{begun}/{call}", call, stage)
+            if call > _CALLS_KEPT:
+                self._spent_keys.append(f"{begun}/{call - _CALLS_KEPT}")
+            return call
+        if not self._wait(f"{begun}/{call}", self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
+            raise StageTimeoutError(stage, [0], self.timeout_seconds)
+        return int(self._get(newest, stage))
+
+    def follow(self, call: int) -> None:
         """Meet at other keys than before."""
-        self._conversation = conversation
+        self._call = call
         self._turns.clear()
 
     def together(self, stage: str, work: Callable[[], T]) -> list[T]:
@@ -176,9 +227,13 @@ class StoreCoordinator:
         stage: str,
         work: Callable[[], T],
         answer: Callable[[list[T]], Sequence[Any]],
+        place: str | None = None,
     ) -> Any:
-        """Post the outcome here, let rank 0 collect all of them, and return its answer."""
-        turn = self._next_turn(stage)
+        """Post the outcome here, let rank 0 collect all of them, and return its answer.
+
+        `place`: where, in this call; None: at the stage.
+        """
+        turn = self._next_turn(place or stage)
         outcome, cause = self._attempt(work)
         if self.rank == 0:
             outcomes = [outcome, *self._collect(stage, turn)]
@@ -193,7 +248,7 @@ class StoreCoordinator:
     def _next_turn(self, stage: str) -> str:
         """Name a turn. By its stage: a rank that left early must not be answered by another one."""
         self._turns[stage] += 1
-        return f"{self._channel}/{self._conversation}/{stage}/{self._turns[stage]}"
+        return f"{self._channel}/{self._call}/{stage}/{self._turns[stage]}"
 
     def _attempt(self, work: Callable[[], T]) -> tuple[tuple[str, Any], BaseException | None]:
         try:
@@ -289,25 +344,39 @@ class StoreCoordinator:
             return False
         return True
 
-    def _set(self, key: str, value: tuple[str, Any], stage: str) -> None:
+    def _set(self, key: str, value: Any, stage: str) -> None:
         content = pickle.dumps(value)
         try:
             self._store.set(key, content)
         except RuntimeError as error:
             raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
 
-    def _get(self, key: str, stage: str) -> tuple[str, Any]:
+    def _get(self, key: str, stage: str) -> Any:
         try:
             content = self._store.get(key)
         except RuntimeError as error:
             raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
-        value: tuple[str, Any] = pickle.loads(content)  # noqa: S301  # written by a rank of this job
-        return value
+        return pickle.loads(content)  # noqa: S301  # written by a rank of this job
 
 
 def _lost_contact(rank: int, error: BaseException) -> RankFailure:
     reason = f"lost contact with the rendezvous store; has rank 0 died? {error}"
     return RankFailure(rank, type(error).__name__, reason)
+
+
+def _check_same_call(stage: str, calls: Sequence[str]) -> None:
+    """Judge whether all ranks are in the same call; `calls`: what each says, by rank.
+
+    Raises:
+        StageFailedError: naming the ranks that are in another one than rank 0.
+    """
+    others = [
+        RankFailure(rank, "OtherCall", f"is in {call}, and rank 0 in {calls[0]}")
+        for rank, call in enumerate(calls)
+        if call != calls[0]
+    ]
+    if others:
+        raise StageFailedError(stage, others)
 
 
 def open_channels(count: int, timeout_seconds: float) -> list[Coordinator]:
@@ -333,3 +402,49 @@ def open_channels(count: int, timeout_seconds: float) -> list[Coordinator]:
         )
         for number in range(count)
     ]
+
+
+class Channels:
+    """The channels of one manager, for its calls and for each thread of its own; opened late.
+
+    torch.distributed may be initialised after the manager is made, and before its first call.
+    """
+
+    def __init__(self, count: int, timeout_seconds: float) -> None:
+        self._count = count
+        self._timeout_seconds = timeout_seconds
+        self._channels: list[Coordinator] = []
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.open()[0].rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.open()[0].world_size
+
+    def open(self) -> list[Coordinator]:
+        """Return the channels: first that of calls."""
+        if not self._channels:
+            self._channels = open_channels(self._count, self._timeout_seconds)
+        return self._channels
+
+    def begin_call(
+        self,
+        stage: str,
+        enter: Callable[[], str],
+        admit: Callable[[], R],
+        in_use: Collection[int] = (),
+    ) -> R:
+        """Meet the other ranks in a new call and return what `admit` did; see `Coordinator.begin`.
+
+        `in_use`: numbers of channels that are still being talked on, and stay in their call.
+        """
+        control, *others = self.open()
+        call, admitted = control.begin(stage, enter, admit)
+        for number, each in enumerate(others, 1):
+            if number not in in_use:
+                each.follow(call)
+        return admitted

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.alarm import Alarm
 from holdfast.arguments import Calls, check_load, check_save, check_state, one_at_a_time
 from holdfast.caller import Call, Caller, CallerLeftError, Gate
 from holdfast.config import CheckpointConfig, read_config
-from holdfast.coordination import Coordinator, open_channels
+from holdfast.coordination import Channels, Coordinator
 from holdfast.errors import (
     CheckpointError,
     ConfigError,
@@ -28,6 +28,7 @@ from holdfast.errors import (
     LoadIncompleteError,
     SaveAbandonedError,
     StageFailedError,
+    StageTimeoutError,
 )
 from holdfast.events import (
     ON_CHECKPOINT_STAGED,
@@ -51,7 +52,7 @@ from holdfast.store import Checkpoint
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.directories import check_directories
 from holdfast.tiers.living import warn_of_living_attempt
-from holdfast.tiers.persistent import TIER_NAME, Committed, PersistentTier
+from holdfast.tiers.persistent import TIER_NAME, Admission, Committed, PersistentTier
 from holdfast.tiers.search import Search, Selected
 from holdfast.tiers.select import LOCAL
 
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from holdfast.tiers.local.vote import Candidate
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _PATIENCE_SECONDS = 10.0
 """How long an interrupted save goes on waiting for its copy: by then it is over, or ranks hang."""
@@ -109,8 +112,7 @@ class DefaultCheckpointManager:
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
         rule, watchers = FailureRule(config), (self._steps, self._alarm)
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
-        self._channels: list[Coordinator] | None = None
-        self._calls = 0
+        self._channels = Channels(3, config.timeout_seconds)
         self._calls_inside = Calls()
         self._is_budgeted = False
         self._has_warned_of_data = False
@@ -134,8 +136,11 @@ class DefaultCheckpointManager:
             LoadIncompleteError: the last load began to overwrite live state and did not complete.
             CheckpointError: this save could not begin, or the previous one had failed.
         """
-        self._calls += 1  # first: a rank whose call is refused meets the others at the next one
-        check_save(ctx, callback_manager, overlaps=self._overlaps)
+        try:
+            check_save(ctx, callback_manager, overlaps=self._overlaps)
+        except CheckpointError as refusal:
+            self._refuse("admit", refusal)
+            raise
         save = Save.of(ctx, callback_manager)
         self._caller.run(
             save.name,
@@ -146,24 +151,26 @@ class DefaultCheckpointManager:
     def _save(self, ctx: CheckpointSaveContext, save: Save, call: Call[None]) -> None:
         self.wait_staged()
         is_persistent = not ctx.non_persistent_ckpt
-        self._saving.wait(self._rank())
+        self._saving.wait(self._channels.rank)
         if is_persistent:
-            self._draining.wait(self._rank())
-        self._tiers.wait_restored(self._rank())
-        control, writer, drainer = self._begin_call()
+            self._draining.wait(self._channels.rank)
+        self._tiers.wait_restored(self._channels.rank)
         if save.callback_manager is not None:
             self._alarm.listener = save.callback_manager
         self._alarm.note_save(is_persistent=is_persistent)
+        control, writer, drainer = self._channels.open()
         self._warn_if_overdue(control.rank)
 
-        def check() -> None:  # on rank 0 at admission, and on each rank when it captures
+        def check_own() -> str:
             if self._is_torn:
                 raise LoadIncompleteError
             self._steps.check(ctx.state.train_state.step)
+            self._tiers.check_save(to_local=not is_persistent)
+            return f"{save.name} ({save.event.tier} tier)"
 
-        def check_first() -> None:
+        def admit() -> Admission:  # on rank 0, whose clock counts
             self._alarm.check(self._describe_flight(), is_persistent=is_persistent)
-            check()
+            return self._tier.admit()
 
         if control.rank == 0 and not self._has_warned_of_data:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
@@ -171,10 +178,11 @@ class DefaultCheckpointManager:
         gate = Gate()
         confirm = gate.wait if config.async_save else lambda: _confirm(call, save)
         try:
-            self._tiers.admit(control, check_first, to_local=not is_persistent)
+            admission = self._begin_call("admit", check_own, admit)
+            self._tiers.follow(admission, control, to_local=not is_persistent)
             with collection_put_off():
                 app = _app_state(ctx, control)
-                snapshot, to_local = self._snapshotter.take(ctx, app, control, check, confirm)
+                snapshot, to_local = self._snapshotter.take(ctx, app, control, confirm)
         except StageFailedError as error:
             self._saving.fail(save, error, control.rank)
             return
@@ -236,7 +244,7 @@ class DefaultCheckpointManager:
         )
 
     def _finalize(self, *, blocking: bool, terminate: bool) -> None:
-        rank = self._rank()
+        rank = self._channels.rank
         if not (blocking or terminate):
             self._saving.tell_if_due(rank)
             self._draining.tell_if_due(rank)
@@ -296,8 +304,11 @@ class DefaultCheckpointManager:
             StoreNotWritableError: nothing was found, and a first save could not be written either.
             ConfigError: what local checkpoints will take does not fit on some node.
         """
-        self._calls += 1
-        check_load(ctx, overlaps=self._overlaps)
+        try:
+            check_load(ctx, overlaps=self._overlaps)
+        except CheckpointError as refusal:
+            self._refuse("arrive", refusal)
+            raise
         return self._caller.run(
             "the load",
             lambda call: self._load(ctx, call),
@@ -306,10 +317,11 @@ class DefaultCheckpointManager:
 
     def _load(self, ctx: CheckpointLoadContext, call: Call[LoadResult]) -> LoadResult:
         self.wait_staged()
-        self._saving.wait(self._rank())
-        self._draining.wait(self._rank())
-        self._tiers.wait_restored(self._rank())
-        control, writer, _ = self._begin_call()
+        self._saving.wait(self._channels.rank)
+        self._draining.wait(self._channels.rank)
+        self._tiers.wait_restored(self._channels.rank)
+        control, writer, _ = self._channels.open()
+        self._begin_call("arrive", lambda: "a load", lambda: None)
         self._config = self.checkpoint_config.with_expanded_paths(
             self._base
         )  # what to load may be set late
@@ -448,22 +460,30 @@ class DefaultCheckpointManager:
 
     # -- ranks -----------------------------------------------------------------------------------
 
-    def _coordinators(self) -> list[Coordinator]:
-        """Return the channels of training thread, writer and drain, opened at first use."""
-        if self._channels is None:
-            self._channels = open_channels(3, self._config.timeout_seconds)
-        return self._channels
+    def _begin_call(self, stage: str, enter: Callable[[], str], admit: Callable[[], T]) -> T:
+        in_use = [2] if self._draining.is_busy else []
+        return self._channels.begin_call(stage, enter, admit, in_use)
 
-    def _begin_call(self) -> list[Coordinator]:
-        """Meet the other ranks anew, in case one of them left the last call in the middle."""
-        channels = self._coordinators()
-        for each in channels[:2] if self._draining.is_busy else channels:
-            # Counted here and not agreed: all ranks make the same calls, however each one ended.
-            each.begin(f"call {self._calls}")
-        return channels
+    def _refuse(self, stage: str, refusal: CheckpointError) -> None:
+        """Let the other ranks know that a call of theirs is refused here: all raise the same.
 
-    def _rank(self) -> int:
-        return self._coordinators()[0].rank
+        Raises:
+            CheckpointError: of another rank, or of a save before.
+        """
+        if self._channels.world_size == 1:
+            return
+        logger.error("%s", refusal)  # at once; the others may not be on their way
+
+        def refuse() -> str:
+            raise refusal
+
+        def meet(_: Call[None]) -> None:
+            self.wait_staged()
+            self._saving.wait(self._channels.rank)
+            with suppress(StageTimeoutError):  # they make no such call
+                self._begin_call(stage, refuse, lambda: None)
+
+        self._caller.run("a refused call", meet, patience_seconds=0.0)
 
 
 def _confirm(call: Call[None], save: Save) -> None:

@@ -338,6 +338,8 @@ class Restoration:
             ConfigError: `load.override` names what is not there, or cannot be kept.
         """
         opened, saved, given = self._opened, self._saved, self._given
+        if saved is not None:
+            self._app.look()
         own = opened.rank_states[0] if opened.rank_states else {}
         path = str(opened.checkpoint.path)
         schedule = opened.shared.get("scheduler")

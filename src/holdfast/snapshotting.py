@@ -37,6 +37,7 @@ from holdfast.shards.writer import Progress
 from holdfast.state.bindings import Bindings
 from holdfast.state.capture import AppState, Captured
 from holdfast.state.foreseen import foresee
+from holdfast.state.getters import run_each
 from holdfast.state.reachable import check_reachable
 from holdfast.state.run_config import to_yaml
 from holdfast.state.safety import encode
@@ -90,14 +91,12 @@ class Snapshotter:
         ctx: CheckpointSaveContext,
         app: AppState,
         control: Coordinator,
-        check: Callable[[], None],
         confirm: Callable[[], None],
     ) -> tuple[Snapshot, bool]:
         """Take what is there at this step, and say whether it can go to the local tier.
 
         Large tensors are copied when `finish` has returned, or the next optimizer step begins.
-        `check` may refuse the save on this rank, and thereby on all of them. `confirm`: see
-        `Snapshot`.
+        `confirm`: see `Snapshot`.
 
         Raises:
             CheckpointError: on every rank.
@@ -106,9 +105,9 @@ class Snapshotter:
         iteration = ctx.state.train_state.step
 
         def capture() -> tuple[int, Inventory]:
-            check()
-            counters = _encode_counters(ctx)
-            captured = app.capture(self._bindings)
+            counters, captured = run_each(
+                lambda: _encode_counters(ctx), lambda: app.capture(self._bindings)
+            )
             self._bindings = captured.bindings
             taken.append((captured, counters))
             leaves = captured.leaves

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from torch import distributed
 
 from holdfast.config import CheckpointConfig
-from holdfast.errors import CheckpointOverdueError, SaveFailedError, StepRewoundError
+from holdfast.errors import (
+    CheckpointError,
+    CheckpointOverdueError,
+    SaveFailedError,
+    StepRewoundError,
+)
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
+from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext
 from tests.distributed.training import Run
+from tests.support.deadlines import DEADLINE_SECONDS
 from tests.support.managers import linear
 from tests.support.ranks import run_ranks
 from tests.support.stores import FaultyFilesystem
@@ -63,6 +73,8 @@ def _disagree_on_the_step(root: Path, asynchronous: bool) -> list[tuple[str, Any
 
 
 def _committed(directory: Path) -> list[str]:
+    if not directory.exists():
+        return []
     return sorted(each for each in os.listdir(directory) if each.startswith("iter_"))
 
 
@@ -73,11 +85,96 @@ def test_ranks_at_different_steps_are_named(asynchronous: bool, tmp_path: Path) 
         (message, failures, committed), (other, others, _), (_, _, after) = found
         assert [each.rank for each in failures] == [2]
         assert "rank 2" in message
-        assert "saves at step 11, rank 0 at step 1" in message
+        assert "is in the save of iteration 11 (persistent tier), and rank 0 in" in message
         assert committed == []
         assert [each.rank for each in others] == [1, 2]
-        assert "saves at step 2, rank 0 at step 12" in other
+        assert "is in the save of iteration 2 (" in other
+        assert "rank 0 in the save of iteration 12 (" in other
         assert after == ["iter_0000002"], "the next save works"
+
+
+def _miss_a_call(root: Path, odd: int) -> list[Any]:
+    """Have one rank miss a save, and then come in other calls than the others."""
+    run = Run("ddp", root / "store", timeout_seconds=DEADLINE_SECONDS)
+    found: list[Any] = []
+
+    def outcome_of(call: Callable[[], Any]) -> str:
+        try:
+            call()
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    run.train(run.step_number + 1)
+    run.save()
+    run.finalize(blocking=True)
+    for wrong in (run.save, run.load):
+        run.train(run.step_number + 1)
+        if run.rank != odd:
+            began = time.monotonic()
+            message = outcome_of(run.save)
+            found.append((message, time.monotonic() - began))
+        else:  # it was interrupted before it came to this save, and goes on with its next call
+            run.state.train_state.step += 1
+            found.append((outcome_of(wrong), 0.0))
+            run.state.train_state.step -= 1
+        for _ in range(2):
+            run.train(run.step_number + 1)
+            found.append((outcome_of(run.save), 0.0))
+            found.append((outcome_of(lambda: run.finalize(blocking=True)), 0.0))
+    return found
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_ranks_that_are_in_different_calls_are_told_and_meet_again(
+    odd: int, tmp_path: Path
+) -> None:
+    """Which call it is is agreed: a rank that missed one is in step again after one refusal."""
+    for found in run_ranks(_miss_a_call, 2, tmp_path, odd):
+        saves, others = found[:5], found[5:]
+        assert "rank 1: OtherCall: is in the save of iteration" in saves[0][0]
+        assert "OtherCall" in others[0][0]
+        assert "a load" in others[0][0]
+        assert max(seconds for _, seconds in found) < DEADLINE_SECONDS / 2, (
+            "and not at the deadline"
+        )
+        assert [message for message, _ in saves[1:] + others[1:]] == [""] * 8
+
+
+def _refuse_on_one_rank(root: Path, odd: int) -> list[tuple[str, str, float]]:
+    """Hand one rank an argument that is wrong, or state that cannot be saved there."""
+    run = Run("ddp", root / "store", timeout_seconds=DEADLINE_SECONDS)
+    found = []
+    wrong = run.rank == odd
+    save = CheckpointSaveContext(run.state, run.model, run.optimizer, run.scheduler)
+    load = CheckpointLoadContext(run.state, run.model, run.optimizer, run.scheduler)
+    calls: list[Callable[[], Any]] = [
+        lambda: run.manager.save(cast("Any", load) if wrong else save),
+        lambda: run.manager.save(save, cast("Any", 5) if wrong else None),
+        lambda: run.manager.load(replace(load, model=cast("Any", {})) if wrong else load),
+        run.save,
+        lambda: run.finalize(blocking=True),
+        run.load,
+    ]
+    for call in calls:
+        began = time.monotonic()
+        kind = message = ""
+        try:
+            call()
+        except CheckpointError as error:
+            kind, message = type(error).__name__, str(error)
+        found.append((kind, message, time.monotonic() - began))
+    return found
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_wrong_argument_on_one_rank_is_told_on_all(odd: int, tmp_path: Path) -> None:
+    """At once, and not at the deadline; the next calls succeed."""
+    told = run_ranks(_refuse_on_one_rank, 2, tmp_path, odd)
+    assert [each[:2] for each in told[0]] == [each[:2] for each in told[1]]
+    kinds = [kind for kind, _, _ in told[0]]
+    assert kinds == ["WrongArgumentError"] * 3 + [""] * 3
+    assert max(seconds for found in told for _, _, seconds in found) < DEADLINE_SECONDS / 2
 
 
 def _save_without_a_shared_disk(root: Path) -> tuple[str, list[int], list[str], list[str]]:
@@ -212,3 +309,53 @@ def test_the_clock_of_rank_0_stops_an_overdue_run_on_all_ranks(tmp_path: Path) -
     assert first[:3] == second[:3]
     assert first[:2] == [100.0, 1]
     assert (first[3], second[3]) == (1, 0), "rank 0 alone warns"
+
+
+class _Meeting:
+    """A scheduler in whose state dict the ranks run a collective, as a hook of the user's may."""
+
+    def state_dict(self) -> dict[str, Any]:
+        total = torch.ones(1)
+        distributed.all_reduce(total)
+        return {"ranks": int(total)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state_dict()
+
+
+def _fail_before_a_collective(root: Path, odd: int) -> list[str]:
+    """Fail on one rank in its model's state, or in its setter, before the ranks meet in another."""
+    run = Run("ddp", root / "store", async_save=False, timeout_seconds=DEADLINE_SECONDS)
+    run.scheduler = cast("Any", _Meeting())
+    register: Any = run.model.register_state_dict_pre_hook
+    failing: set[int] = set()
+
+    def hook(*_: Any) -> None:
+        if run.rank in failing:
+            raise ValueError("of this rank alone")
+
+    register(hook)
+    run.optimizer.register_state_dict_post_hook(lambda *_: _Meeting().state_dict() and None)
+    found = []
+    run.save()
+    for call in (run.save, run.load):
+        for ranks in ([odd], []):
+            failing = set(ranks)
+            began = time.monotonic()
+            try:
+                call()
+                found.append("")
+            except CheckpointError as error:
+                found.append(str(error))
+            found.append("late" if time.monotonic() - began > DEADLINE_SECONDS / 2 else "")
+    return found
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_rank_that_fails_alone_leaves_nobody_in_a_collective(odd: int, tmp_path: Path) -> None:
+    """Torch's getters and hooks may run collectives: they are run on every rank to the last one."""
+    for found in run_ranks(_fail_before_a_collective, 2, tmp_path, odd, timeout_seconds=60.0):
+        save, load = found[0], found[4]
+        assert f"rank {odd}: ValueError: of this rank alone" in save
+        assert f"rank {odd}: ValueError: of this rank alone" in load
+        assert [each for each in found if each not in (save, load)] == [""] * 6

@@ -322,6 +322,70 @@ def test_a_late_rank_is_told_the_verdict_and_goes_on(clients: list[Any]) -> None
     assert found == {rank: ((2,), [0, 1, 2]) for rank in range(RANKS)}
 
 
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_rank_that_missed_calls_meets_the_others_in_their_next(
+    clients: list[Any], late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 counts; whoever was away takes part in the call that rank 0 is in now."""
+    monkeypatch.setattr("holdfast.coordination._FOLLOWER_GRACE_SECONDS", 0.2)
+    waited_in_vain = threading.Barrier(RANKS, timeout=20)
+
+    def enter(ranks: Coordinator, call: str) -> int:
+        number, verdict = ranks.begin("enter", lambda: call, lambda: f"admitted to {call}")
+        assert verdict == f"admitted to {call}"
+        assert ranks.together("s", lambda: number) == [number] * RANKS
+        return number
+
+    def program(ranks: Coordinator) -> Any:
+        met = [enter(ranks, "the first")]
+        if ranks.rank != late:
+            for _ in range(2):
+                with pytest.raises(StageTimeoutError) as caught:
+                    enter(ranks, "one that misses a rank")
+                assert caught.value.missing_ranks == (late,)
+        waited_in_vain.wait()
+        return [*met, enter(ranks, "the last")]
+
+    found = _on_ranks(clients, program, timeout_seconds=1.0)
+    last = 2 if late == 0 else 4
+    assert found == {rank: [1, last] for rank in range(RANKS)}
+
+
+def test_ranks_in_different_calls_are_named(clients: list[Any]) -> None:
+    """At once, and before rank 0 admits anything; the next call meets."""
+    admitted: list[int] = []
+
+    def program(ranks: Coordinator) -> Any:
+        def enter(call: str) -> int:
+            return ranks.begin("enter", lambda: call, lambda: admitted.append(ranks.rank))[0]
+
+        with pytest.raises(StageFailedError) as caught:
+            enter("a load" if ranks.rank == 2 else "a save")
+        (failure,) = caught.value.failures
+        assert (failure.rank, failure.reason) == (2, "is in a load, and rank 0 in a save")
+        assert admitted == []
+        return enter("a save")
+
+    assert _on_ranks(clients, program) == dict.fromkeys(range(RANKS), 2)
+    assert admitted == [0]
+
+
+def test_a_call_that_is_refused_on_one_rank_is_refused_on_all(clients: list[Any]) -> None:
+    """With the error of that rank."""
+
+    def program(ranks: Coordinator) -> Any:
+        def enter() -> str:
+            if ranks.rank == 1:
+                raise CorruptCheckpointError("a/b", "as planned")
+            return "a load"
+
+        with pytest.raises(CorruptCheckpointError, match="as planned"):
+            ranks.begin("enter", enter, lambda: None)
+        return ranks.begin("enter", lambda: "a load", lambda: ranks.rank)
+
+    assert _on_ranks(clients, program) == dict.fromkeys(range(RANKS), (2, 0))
+
+
 def test_keys_are_cleaned_up(clients: list[Any]) -> None:
     """A hundred turns of every kind, failures among them, leave a handful of keys."""
 
@@ -331,6 +395,7 @@ def test_keys_are_cleaned_up(clients: list[Any]) -> None:
 
     def program(ranks: Coordinator) -> None:
         for _ in range(20):
+            ranks.begin("arrive", lambda: "a save", lambda: None)
             ranks.together("a", lambda: 1)
             ranks.gather("b", lambda: 1)
             ranks.settle("s", lambda: 1, len)

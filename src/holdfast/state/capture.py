@@ -31,7 +31,7 @@ from holdfast.errors import UnsupportedStateError
 from holdfast.protocol import Stateful
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.comparing import Differences, SavedTensors, compare_model, is_extra
-from holdfast.state.getters import OptimizerView, ask_model, ask_optimizers
+from holdfast.state.getters import OptimizerView, ask_model, ask_optimizers, run_each
 from holdfast.state.landed import finish_optimizers, has_landed
 from holdfast.state.plain import model_state, optimizer_state
 from holdfast.state.rank_state import Place, apply_data, check_data
@@ -114,21 +114,15 @@ class AppState:
             UnsupportedStateError: some state could not be read back safely.
         """
         rng = capture_rng()  # before anything that might draw
-        leaves = bindings.follow(self._model, self.optimizers) if bindings is not None else None
-        if leaves is None:
-            leaves = self.gather_leaves()
-            bindings = Bindings.bind(self._model, self.optimizers, leaves)
-        else:
-            for name, value in leaves.values.items():
-                if not isinstance(value, torch.Tensor):
-                    check_plain(value, name)
-        shared = {
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "hollow": list(leaves.hollow),
-        }
+        (leaves, bindings), scheduler, data = run_each(
+            lambda: self._find_leaves(bindings),
+            lambda: None if self._scheduler is None else self._scheduler.state_dict(),
+            lambda: None if self._data is None else self._data.state_dict(),
+        )
+        shared = {"scheduler": scheduler, "hollow": list(leaves.hollow)}
         rank = {
             "rng": rng,
-            "data": None if self._data is None else self._data.state_dict(),
+            "data": data,
             "data_rank": self._place.data_rank,
             "data_size": self._place.data_size,
         }
@@ -137,16 +131,31 @@ class AppState:
                 check_plain(value, f"{name}{key}")
         return Captured(leaves, shared, rank, bindings)
 
+    def _find_leaves(self, bindings: Bindings | None) -> tuple[Leaves, Bindings | None]:
+        """Return model and optimizers through bindings while they hold, else anew with new ones."""
+        leaves = bindings.follow(self._model, self.optimizers) if bindings is not None else None
+        if leaves is None:
+            leaves = self.gather_leaves()
+            return leaves, Bindings.bind(self._model, self.optimizers, leaves)
+        for name, value in leaves.values.items():
+            if not isinstance(value, torch.Tensor):
+                check_plain(value, name)
+        return leaves, bindings
+
     def gather_leaves(self) -> Leaves:
         """Take the whole state, from torch's getters where it must be, flat as DCP makes it.
 
         Raises:
             UnsupportedStateError: some state could not be read back safely.
         """
-        check_reachable(self._optimized)
-        tensors: dict[str, Any] = {"model": self._model_state()}
-        if self._optimizers:
-            tensors["optimizer"] = self._optimizer_state()
+        _, model, optimizer = run_each(
+            lambda: check_reachable(self._optimized),
+            self._model_state,
+            lambda: self._optimizer_state() if self._optimizers else None,
+        )
+        tensors: dict[str, Any] = {"model": model}
+        if optimizer is not None:
+            tensors["optimizer"] = optimizer
         for key, value in tensors.items():
             check_plain(value, key)
             _check_keys(value, key)
@@ -171,6 +180,16 @@ class AppState:
         hollow = tuple(_find_hollow(tensors))
         return Leaves(
             flat, {name: tuple(path) for name, path in paths.items()}, changed_by_steps, hollow
+        )
+
+    def look(self) -> None:
+        """Take note of model and optimizers as they are: ranks may meet in it, and later do not.
+
+        Raises:
+            Exception: whatever torch's getters or a hook raised.
+        """
+        run_each(
+            lambda: self._live_model, lambda: self._live_optimizer if self._optimizers else None
         )
 
     def check(
@@ -312,16 +331,23 @@ class AppState:
                 belongs = path[1] != "state" or path[2] in known
             if belongs:
                 set_element(nested, tuple(path), value)
-        restored = {f"model.{name}": value for name, value in nested["model"].items()}
-        if not has_landed(self._model, live, restored):
-            set_model_state_dict(self._model, nested["model"], options=options)
-        if not known & saved.parameter_names():
-            return False
-        if not finish_optimizers(self.optimizers, self._live_optimizer, nested["optimizer"]):
-            self._keep_unknown(nested["optimizer"], known - saved.parameter_names())
-            views: Any = self._optimizers
-            set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
-        return True
+
+        def give_model() -> None:
+            restored = {f"model.{name}": value for name, value in nested["model"].items()}
+            if not has_landed(self._model, live, restored):
+                set_model_state_dict(self._model, nested["model"], options=options)
+
+        def give_optimizers() -> bool:
+            if not known & saved.parameter_names():
+                return False
+            if not finish_optimizers(self.optimizers, self._live_optimizer, nested["optimizer"]):
+                self._keep_unknown(nested["optimizer"], known - saved.parameter_names())
+                views: Any = self._optimizers
+                set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
+            return True
+
+        _, has_optimizer = run_each(give_model, give_optimizers)
+        return bool(has_optimizer)
 
     def _keep_unknown(self, restored: dict[str, Any], unknown: set[str]) -> None:
         """Add the live state of parameters that the checkpoint has none of: an optimizer takes all

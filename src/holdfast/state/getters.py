@@ -4,12 +4,12 @@ Owns the view of an optimizer that keeps torch from taking a step to create stat
 failure inside the getters means. Promises that state of a shape that they do not know is refused by
 name: an entry of a model's state dict that is no attribute, a parameter of an optimizer that is not
 in the model, an optimizer with a state dict of its own making. Whatever else is raised, by a hook
-say, reaches the caller unchanged.
+say, reaches the caller unchanged. `run_each` is for what may run collectives inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,27 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.optim import Optimizer
 
 from holdfast.errors import UnsupportedStateError
+
+
+def run_each(*works: Callable[[], Any]) -> list[Any]:
+    """Run one after the other, also where an earlier one failed; return what each returned.
+
+    Torch's getters and setters (of FSDP1, say) and hooks of the user's may run collectives. A rank
+    that left after the first failure would keep the others waiting in the next one.
+
+    Raises:
+        Exception: the first that was raised, when all have run.
+    """
+    results: list[Any] = []
+    first: Exception | None = None
+    for work in works:
+        try:
+            results.append(work())
+        except Exception as error:  # noqa: BLE001  # raised below
+            first = first or error
+    if first is not None:
+        raise first
+    return results
 
 
 class OptimizerView:

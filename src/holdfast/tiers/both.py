@@ -60,26 +60,24 @@ class Tiers:
 
     # -- save ------------------------------------------------------------------------------------
 
-    def admit(self, coordinator: Coordinator, check: Callable[[], None], *, to_local: bool) -> None:
-        """Take an attempt at this run before its first save; repeated calls are nearly free.
-
-        `check` runs on rank 0 before anything is asked of the store; what it raises, all raise.
+    def check_save(self, *, to_local: bool) -> None:
+        """Refuse a save to a tier that there is not.
 
         Raises:
             ConfigError: a local save is asked for, and there is no local tier.
-            StoreIdentityError: another run's store, or a newer attempt has taken over.
-            StoreNotLoadedError: checkpoints are there and this job loaded none of them.
         """
         if to_local and self._config.local.directory is None:
             raise ConfigError(
                 ["checkpoint.local.directory is null: there is no local tier to save to"]
             )
 
-        def admit() -> Admission:
-            check()
-            return self.persistent.admit()
+    def follow(self, admission: Admission, coordinator: Coordinator, *, to_local: bool) -> None:
+        """Let the local tier follow the persistent one into a save that was admitted there.
 
-        admission = coordinator.lead("admit", admit)
+        Raises:
+            StoreNotLoadedError: checkpoints are there and this job loaded none of them.
+            CheckpointError: on every rank: it was asked for, and cannot be used.
+        """
         if self._config.local.directory is None:
             return
         if admission.is_new:
