@@ -158,7 +158,7 @@ def _measure_dcp(mode: str, ranks: int, tensors: int) -> dict[str, float]:
 def _items(mode: str, ranks: int, rank: int, tensors: int) -> list[Any]:
     import torch
 
-    from holdfast.shards.layout import Item
+    from holdfast.format.layout import Item
 
     return [
         Item(name, tuple(name.split(".")), torch.float32, size, offsets, lengths)
@@ -167,9 +167,9 @@ def _items(mode: str, ranks: int, rank: int, tensors: int) -> list[Any]:
 
 
 def _measure_holdfast(mode: str, ranks: int, tensors: int) -> dict[str, float]:
-    from holdfast.shards.metadata import encode_metadata
-    from holdfast.shards.planning import decide
-    from holdfast.shards.proposals import propose
+    from holdfast.format.dcp import encode_metadata
+    from holdfast.format.plan import decide
+    from holdfast.format.proposals import propose
 
     proposals = [propose(_items(mode, ranks, rank, tensors)) for rank in range(ranks)]
     own = _items(mode, ranks, 0, tensors)
@@ -193,8 +193,8 @@ def _measure_holdfast(mode: str, ranks: int, tensors: int) -> dict[str, float]:
 
 def _measure_steady(mode: str, ranks: int, tensors: int) -> dict[str, float]:
     """A rank finds its structure and says so; the coordinator judges what all said."""
-    from holdfast.shards.proposals import structure_of
-    from holdfast.shards.records import Record, judge
+    from holdfast.format.plan import Record, judge
+    from holdfast.format.proposals import structure_of
 
     own = _items(mode, STEADY_RANKS, 0, tensors)
     structure_of(own)

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from holdfast import CheckpointConfig, CheckpointError
 from holdfast.errors import ConfigError
-from holdfast.suggestions import list_settings, suggest
+from holdfast.messages import list_settings, suggest
 from run_config import RecipeError, RunConfig
 
 PLAIN_ERRORS = (RecipeError, CheckpointError, HydraException, OmegaConfBaseException)

@@ -27,8 +27,8 @@ from rich.table import Table
 
 from due import LOCAL
 from holdfast import CheckpointConfig, LoadResult
+from holdfast.messages import describe_size
 from holdfast.protocol import ShardSource
-from holdfast.sizes import describe_size
 from programs import name_program
 from saving import SaveRecord
 

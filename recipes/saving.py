@@ -23,7 +23,7 @@ from holdfast import (
     GlobalState,
 )
 from holdfast.events import ON_CHECKPOINT_SAVE, ON_CHECKPOINT_SAVE_FAILED
-from holdfast.sizes import describe_size
+from holdfast.messages import describe_size
 
 
 @dataclass

@@ -147,7 +147,7 @@ def _try_all(folder: Path, tests: Sequence[str]) -> Iterator[tuple[str, bool | N
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try every release and print a table; the exit code says whether it was good."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the engine's own tests alone")
+    parser.add_argument("--quick", action="store_true", help="the adapter's own tests alone")
     parser.add_argument(
         "--into", type=Path, default=ROOT / ".venv" / "nvrx", help="where releases are unpacked"
     )

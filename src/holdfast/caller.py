@@ -1,14 +1,18 @@
-"""A manager's calls run on a thread that no signal handler interrupts, while the caller waits.
+"""Run a manager's calls on a thread that no signal handler interrupts, while the caller waits.
 
 Python runs signal handlers on the main thread, between any two instructions: Ctrl-C, or a handler
 that raises, could otherwise leave a save half staged, a lock held or an outcome lost. Owns the
 thread of one call, the wait of its caller, and the question whether the caller is still there.
-Promises that a call which was begun is carried to its end; that an interrupt is raised when the
+Promises that a call which has begun is carried to its end; that an interrupt is raised when the
 call has ended, or after a short patience at once; that a caller who left early is known to have
 left (it never has to say so), so that nothing which needed it to wait is trusted; and that the next
 call begins when the last one has ended. The caller's thread uses no lock that an interrupt could
 leave held. Modes of the caller's thread (autograd, default device) do not reach the call; context
 variables and the CUDA device and streams do.
+
+`in_normal_mode` is for tensors that outlive a call: one made in inference mode can never be changed
+in place outside it. Default dtype, default device, autocast and determinism need no guard: what is
+made here names its own dtype and device and computes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -292,3 +298,12 @@ def end_calls() -> None:
             return
         if call.error is not None and not call.was_told():
             logger.error("%s did not succeed, and was interrupted: %s", call.name, call.error)
+
+
+P = ParamSpec("P")
+
+
+def in_normal_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function outside inference mode, and without gradients."""
+    # Leaving inference mode turns gradients on: they are turned off within.
+    return torch.inference_mode(False)(torch.no_grad()(function))

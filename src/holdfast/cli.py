@@ -17,11 +17,11 @@ from pathlib import Path
 
 from holdfast import __version__
 from holdfast.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import RunIdentity
-from holdfast.sizes import describe_size
-from holdfast.store import Checkpoint, Listing, Store, parse_checkpoint_name
-from holdfast.tiers.damage import name_tensors
+from holdfast.format.inventory import name_tensors
+from holdfast.messages import describe_size
+from holdfast.storage.identity import RunIdentity
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Checkpoint, Listing, Store, parse_checkpoint_name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from holdfast.errors import ConfigError
-from holdfast.suggestions import list_settings, suggest
+from holdfast.messages import list_settings, suggest
 
 STAGINGS = ("blocking", "overlapped")
 FAILURE_POLICIES = ("raise", "warn")

@@ -16,11 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from holdfast.alarm import Alarm
 from holdfast.arguments import Calls, check_load, check_save, check_state, one_at_a_time
 from holdfast.caller import Call, Caller, CallerLeftError, Gate
 from holdfast.config import CheckpointConfig, read_config
-from holdfast.coordination import Channels, Coordinator
 from holdfast.errors import (
     CheckpointError,
     ConfigError,
@@ -33,31 +31,30 @@ from holdfast.errors import (
 from holdfast.events import (
     ON_CHECKPOINT_STAGED,
 )
-from holdfast.filesystem import Filesystem, LocalFilesystem
-from holdfast.flight import FailureRule, Flight, Save
+from holdfast.policies.guards import Alarm, StepOrder
 from holdfast.protocol import (
     CheckpointLoadContext,
     CheckpointSaveContext,
     GlobalState,
     LoadResult,
 )
+from holdfast.ranks.coordinator import Channels, Coordinator
+from holdfast.ranks.job import Committed, FailureRule, Flight, Progress, Save
 from holdfast.restoring import LastLoad, Opened, Restoration, open_local, open_verified
-from holdfast.shards.writer import Progress
 from holdfast.snapshotting import Snapshotter, collection_put_off
-from holdfast.state.capture import AppState
-from holdfast.state.overrides import Overrides
-from holdfast.state.rank_state import Place, warn_of_lost_position
-from holdfast.step_order import StepOrder
-from holdfast.store import Checkpoint
+from holdfast.state.app import AppState
+from holdfast.state.options import Overrides
+from holdfast.state.rank import Place, warn_of_lost_position
+from holdfast.storage.manifest import LOCAL, PERSISTENT
+from holdfast.storage.posix import Filesystem, LocalFilesystem
+from holdfast.storage.store import Checkpoint
 from holdfast.tiers.both import Tiers
-from holdfast.tiers.directories import check_directories
-from holdfast.tiers.living import warn_of_living_attempt
-from holdfast.tiers.persistent import TIER_NAME, Admission, Committed, PersistentTier
+from holdfast.tiers.persistent import Admission, PersistentTier
+from holdfast.tiers.places import check_directories, warn_of_living_attempt
 from holdfast.tiers.search import Search, Selected
-from holdfast.tiers.select import LOCAL
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local.vote import Candidate
+    from holdfast.tiers.local.availability import Candidate
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +195,7 @@ class DefaultCheckpointManager:
                 return  # it had to go to the persistent tier after all
             promote = self._tiers.hold(snapshot, drainer)
             # The loop has gone on: the event is of the iteration that was saved.
-            event = replace(save.event, tier=TIER_NAME)
+            event = replace(save.event, tier=PERSISTENT)
             self._draining.start(Save(save.callback_manager, event, save.started), promote, drainer)
 
         if not config.async_save:

@@ -16,24 +16,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from holdfast.coordination import Coordinator
+from holdfast.caller import in_normal_mode
 from holdfast.errors import (
     CheckpointError,
     CorruptCheckpointError,
     NothingLoadedError,
     RankFailure,
     UnsupportedStateError,
+    is_process_failure,
 )
-from holdfast.failures import is_process_failure
-from holdfast.filesystem import Filesystem
-from holdfast.normal_mode import in_normal_mode
 from holdfast.protocol import Restored, Stateful
-from holdfast.shards.sharing import ReadAlone, Reading, ReadShared
-from holdfast.state.capture import AppState
-from holdfast.state.comparing import SavedTensors
-from holdfast.state.options import describe_differences
-from holdfast.state.overrides import COMPONENTS, LiveOptions, Overrides
-from holdfast.state.rank_state import (
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.shared import ReadAlone, Reading, ReadShared
+from holdfast.state.app import AppState
+from holdfast.state.codec import decode, encode
+from holdfast.state.compare import SavedTensors
+from holdfast.state.counters import (
+    check_counters,
+    read_counters,
+    restore_counters,
+    without_fields,
+)
+from holdfast.state.options import COMPONENTS, LiveOptions, Overrides, describe_differences
+from holdfast.state.rank import (
     Place,
     SavedRun,
     apply_data,
@@ -41,19 +46,13 @@ from holdfast.state.rank_state import (
     check_data,
     own_state,
 )
-from holdfast.state.safety import decode, encode
-from holdfast.state.train_state import (
-    check_counters,
-    read_counters,
-    restore_counters,
-    without_fields,
-)
-from holdfast.store import Checkpoint
-from holdfast.tiers.reading import Contents, open_contents, verify_together
+from holdfast.storage.posix import Filesystem
+from holdfast.storage.store import Checkpoint
+from holdfast.tiers.opening import Contents, open_contents, verify_together
 
 if TYPE_CHECKING:
+    from holdfast.tiers.local.availability import Candidate
     from holdfast.tiers.local.tier import LocalTier
-    from holdfast.tiers.local.vote import Candidate
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,11 @@
-"""The app state on its way out of training's reach.
+"""Copy the app state out of training's reach.
 
 Owns the steps between live objects and a snapshot that threads may write: capture, agree on the
-plan, take memory (the local tier's where it has some), stage. Before a first save it tells what
+plan, take memory (the local tier's where it has some), stage. Before a first save it reports what
 the local tier will need. Promises that all ranks have a snapshot to write or none, that what stays
 in use from save to save is compared with the live state each time, that an optimizer step waits for
-what is still being copied, and that whoever writes is told of a copy that failed. Writes nothing.
+what is still being copied (`StepGuard` hooks the optimizers, each once), and that the writer sees a
+copy that failed. Writes nothing.
 """
 
 from __future__ import annotations
@@ -12,45 +13,75 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.optim import Optimizer
 
 from holdfast.config import CheckpointConfig
-from holdfast.coordination import Coordinator
-from holdfast.errors import (
-    CheckpointError,
-    ConfigError,
-    StageTimeoutError,
-    UnsupportedStateError,
-)
-from holdfast.filesystem import Filesystem
+from holdfast.errors import CheckpointError, ConfigError, StageTimeoutError, UnsupportedStateError
+from holdfast.format.items import Inventory, Itemizer
+from holdfast.format.proposals import structure_of
 from holdfast.protocol import CheckpointSaveContext
-from holdfast.shards.arena import Arena, image_bytes
-from holdfast.shards.items import Inventory, Itemizer
-from holdfast.shards.proposals import structure_of
-from holdfast.shards.saving import ShardPlan, ShardSaver, StagedShard
-from holdfast.shards.writer import Progress
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.job import Progress
+from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
+from holdfast.state.app import AppState, Captured
 from holdfast.state.bindings import Bindings
-from holdfast.state.capture import AppState, Captured
-from holdfast.state.foreseen import foresee
-from holdfast.state.getters import run_each
-from holdfast.state.reachable import check_reachable
-from holdfast.state.run_config import to_yaml
-from holdfast.state.safety import encode
-from holdfast.state.step_guard import StepGuard
-from holdfast.state.train_state import read_counters
+from holdfast.state.codec import encode, to_yaml
+from holdfast.state.counters import read_counters
+from holdfast.state.estimate import foresee
+from holdfast.state.model import check_reachable, run_each
+from holdfast.storage.posix import Filesystem
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.budget import Need, foretell, take_seats
-from holdfast.tiers.local.files import shard_name
+from holdfast.tiers.local.shard_file import shard_name
 from holdfast.tiers.persistent import Snapshot
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local.nodes import Topology
-    from holdfast.tiers.local.vote import Candidate
+    from holdfast.tiers.local.availability import Candidate
+    from holdfast.tiers.local.budget import Topology
+
+
+class StepGuard:
+    """Holds up the steps of every optimizer that it was shown."""
+
+    def __init__(self) -> None:
+        self._hold: Callable[[], None] | None = None
+        self._hooked: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+
+    def watch(self, optimizers: Sequence[Optimizer], hold: Callable[[], None]) -> None:
+        """Let the next step of each optimizer call `hold` first, and any later step not wait."""
+        self._hold = hold
+        for each in optimizers:
+            if each not in self._hooked:
+                self._hooked[each] = each.register_step_pre_hook(self._before_step)
+
+    def settle(self) -> None:
+        """Run the pending wait; no-op without a pending copy.
+
+        It stays pending until it has returned: one that was interrupted is waited for again.
+        """
+        hold = self._hold
+        if hold is not None:
+            hold()
+            self._hold = None
+
+    def leave(self) -> None:
+        """Take every hook off again."""
+        self.settle()
+        for handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
+
+    def _before_step(self, *_: Any) -> None:
+        self.settle()
+
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from holdfast.errors import (
     SaveFailedError,
     StepRewoundError,
 )
-from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext
+from holdfast.storage.posix import Filesystem, LocalFilesystem
 from tests.distributed.training import Run
 from tests.support.deadlines import DEADLINE_SECONDS
 from tests.support.managers import linear
@@ -274,7 +274,7 @@ def _stop_when_overdue(root: Path) -> list[Any]:
     warned: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("holdfast.alarm").addHandler(handler)
+    logging.getLogger("holdfast.policies.guards").addHandler(handler)
     now = [0.0]
     config = CheckpointConfig.from_mapping(
         {

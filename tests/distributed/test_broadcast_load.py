@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from holdfast.coordination import open_channels
-from holdfast.digests import BLOCK_BYTES
 from holdfast.errors import StageFailedError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.groups import own_group
-from holdfast.shards.sharing import ReadShared, divide
+from holdfast.ranks.coordinator import open_channels
+from holdfast.read.shared import ReadShared, divide, own_group
+from holdfast.storage.digests import BLOCK_BYTES
+from holdfast.storage.posix import LocalFilesystem
 from tests.distributed.training import ReshardableData, Run, exact
 from tests.support.managers import Live, manager_of, zero
 from tests.support.ranks import run_ranks

@@ -19,7 +19,7 @@ pytest.importorskip("nvidia_resiliency_ext")
 
 def _imported() -> tuple[str, str]:
     """Return the version, and where the base of the engine's manager was found."""
-    from holdfast.tiers.local.engine import LocalCheckpointManager
+    from holdfast.tiers.local.nvrx import LocalCheckpointManager
 
     return version("nvidia-resiliency-ext"), inspect.getfile(LocalCheckpointManager)
 

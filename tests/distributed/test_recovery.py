@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from holdfast.filesystem import LocalFilesystem
+from holdfast.format.layout import Container, container_of
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import LoadResult
-from holdfast.shards.container import Container, container_of
+from holdfast.storage.posix import LocalFilesystem
 from tests.support.managers import Live, manager_of
 from tests.support.nodes import flip, memory_directory, wait_for_all
 from tests.support.ranks import run_ranks
@@ -281,7 +281,7 @@ def test_state_that_is_sharded_otherwise_now_is_read_from_all_nodes(root: Path) 
 
 
 def _load_with_another_torch(root: Path) -> tuple[LoadResult, list[str]]:
-    from holdfast.shards import reader
+    from holdfast.read import reader
 
     room: Any = reader
     job = _Job(root)

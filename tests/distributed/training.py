@@ -23,7 +23,6 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.config import CheckpointConfig
-from holdfast.filesystem import Filesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -32,6 +31,7 @@ from holdfast.protocol import (
     LoadResult,
     TrainState,
 )
+from holdfast.storage.posix import Filesystem
 
 FEATURES = 7
 SAMPLES = 90

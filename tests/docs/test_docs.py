@@ -15,7 +15,8 @@ import torch
 import holdfast
 from holdfast import errors
 from holdfast.config import CheckpointConfig
-from holdfast.store import Store
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Store
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,7 +76,7 @@ def test_the_layout_in_the_readme_is_what_a_save_leaves(
     loop = next(block for block in _blocks(ROOT / "README.md", "python") if "while " in block)
     exec(loop, _training())
     root = tmp_path / "checkpoints"
-    (newest, *_) = Store(root, holdfast.filesystem.LocalFilesystem()).listing().checkpoints
+    (newest, *_) = Store(root, LocalFilesystem()).listing().checkpoints
     found = {each.name for each in root.iterdir() if not each.name.startswith("iter_")}
     found |= {str(each.relative_to(newest.path)) for each in newest.path.rglob("*")}
     found = {re.sub(r"\d{5,}", "N", name) for name in found} - {"state"}

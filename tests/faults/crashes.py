@@ -21,8 +21,6 @@ import pytest
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import SaveFailedError
-from holdfast.filesystem import Filesystem
-from holdfast.identity import Attempt, RunIdentity
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -30,7 +28,9 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
 )
-from holdfast.store import Store, checkpoint_name
+from holdfast.storage.identity import Attempt, RunIdentity
+from holdfast.storage.posix import Filesystem
+from holdfast.storage.store import Store, checkpoint_name
 from tests.support.crash_filesystem import (
     Aftermath,
     CrashFilesystem,

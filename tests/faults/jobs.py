@@ -15,7 +15,6 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.config import CheckpointConfig
-from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -24,7 +23,8 @@ from holdfast.protocol import (
     LoadResult,
     TrainState,
 )
-from holdfast.store import Store
+from holdfast.storage.posix import Filesystem, LocalFilesystem
+from holdfast.storage.store import Store
 from tests.support.states import make_run
 
 _LEFTOVER = re.compile(r"(?P<place>.*)\.(?P<mark>pending|replaced)-[0-9a-f]{8}")

@@ -33,8 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.events import ON_CHECKPOINT_SAVE, CallbackManager
-from holdfast.tiers.both import LOCAL
-from holdfast.tiers.persistent import TIER_NAME
+from holdfast.storage.manifest import LOCAL, PERSISTENT
 from tests.faults.jobs import Job, damages, job_of_rank, leftovers
 from tests.support.ranks import RanksFailedError, run_ranks
 from tests.support.states import digest
@@ -251,7 +250,7 @@ class Soak:
                 record = next(each for each in records if each.loaded is not None)
                 self.tally.resumes[record.tier] += loaded[0] > 0
                 if loaded[0] < acknowledged:
-                    tiers = LOCAL if acknowledged > persisted else TIER_NAME
+                    tiers = LOCAL if acknowledged > persisted else PERSISTENT
                     self.tally.lost.append(
                         f"{folder.name}: resumed from {loaded[0]}, {acknowledged} was acknowledged "
                         f"({tiers}); passed over: {record.passed or 'nothing'}"
@@ -261,7 +260,7 @@ class Soak:
             acknowledged = max([acknowledged, *(step for step, _ in saved)])
             if saved:
                 empty = set()  # each has its own shard of it and a copy of the other's
-            persisted = max([persisted, *(step for step, tier in saved if tier == TIER_NAME)])
+            persisted = max([persisted, *(step for step, tier in saved if tier == PERSISTENT)])
             for rank, each in enumerate(records):
                 for (kind, step), value in each.facts.items():
                     if known.setdefault((rank, kind, step), value) != value:
@@ -341,7 +340,7 @@ def main() -> int:
     )
     proved = saves > 0 and tally.kills > 0 and resumes > 0
     if arguments.tiered:
-        for tier in (LOCAL, TIER_NAME):
+        for tier in (LOCAL, PERSISTENT):
             lost = sum(f"({tier})" in each for each in tally.lost)
             _say(
                 f"  {tier}: saves: {tally.saves[tier]}, resumes: {tally.resumes[tier]}, "

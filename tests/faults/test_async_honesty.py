@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from holdfast.filesystem import LocalFilesystem
-from holdfast.store import Checkpoint, Store, checkpoint_name
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Checkpoint, Store, checkpoint_name
 from tests.faults.jobs import Job, damages, job_of_rank, leftovers
 from tests.support.ranks import run_ranks
 from tests.support.states import MODELS, digest

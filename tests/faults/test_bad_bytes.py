@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from holdfast.cli import main
-from holdfast.digests import ALIGNMENT_BYTES, BLOCK_BYTES, footer_size
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError, NoLoadableCheckpointError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import MANIFEST_NAME
-from holdfast.store import Store, checkpoint_name
+from holdfast.storage.digests import ALIGNMENT_BYTES, BLOCK_BYTES, footer_size
+from holdfast.storage.manifest import MANIFEST_NAME
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Store, checkpoint_name
 from holdfast.tiers.persistent import PersistentTier
 from holdfast.tiers.select import Condition
 from holdfast.tiers.survey import survey_store

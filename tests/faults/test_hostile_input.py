@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.digests import describe_content
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import MANIFEST_NAME, Manifest, seal
-from holdfast.store import Store, checkpoint_name
+from holdfast.storage.digests import describe_content
+from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Store, checkpoint_name
 from tests.faults.jobs import Job, copy_store, leftovers, make_store
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.stores import tree

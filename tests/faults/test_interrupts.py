@@ -26,9 +26,9 @@ from torch import distributed, nn
 
 import holdfast.manager as manager_module
 from holdfast.errors import CheckpointError, LoadIncompleteError, StoreNotLoadedError
-from holdfast.filesystem import LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.store import Store
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Store
 from tests.faults.report import record
 from tests.support.managers import Live, manager_of
 from tests.support.ranks import run_ranks

@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from holdfast.digests import BLOCK_BYTES, footer_size
 from holdfast.errors import NoLoadableCheckpointError
-from holdfast.tiers.local.tail import PART_NAMES, read_tail
+from holdfast.storage.digests import BLOCK_BYTES, footer_size
+from holdfast.tiers.local.shard_file import PART_NAMES, read_tail
 from tests.faults.jobs import Job
 from tests.faults.local_stories import (
     FULL,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CheckpointError, ConfigError
-from holdfast.tiers.local.tail import PART_NAMES, ShardRecord, Tail, read_tail
+from holdfast.tiers.local.shard_file import PART_NAMES, ShardRecord, Tail, read_tail
 from tests.faults.local_stories import load, place_in_memory, start, state_of, train_to
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.kernel_calls import plant, tree_of

@@ -168,7 +168,7 @@ def _pair(root: Path, **options: Any) -> Job:
     """Start one of two ranks, each on a node of its own, which holds a copy for the other."""
     rank = distributed.get_rank()
     os.environ["HOLDFAST_NODE"] = "ab"[rank]
-    import_module("holdfast.tiers.local.engine")  # seconds on a busy machine, and no fault
+    import_module("holdfast.tiers.local.nvrx")  # seconds on a busy machine, and no fault
     distributed.barrier()
     local = {"directory": str(root / "ab"[rank]), "replication": {"factor": 2}}
     return Job(root / "store", seed=1, rank=rank, ranks=2, local=local, **options)

@@ -25,7 +25,7 @@ from torch import distributed
 
 from holdfast.errors import CheckpointError
 from holdfast.protocol import LoadResult
-from holdfast.store import checkpoint_name
+from holdfast.storage.store import checkpoint_name
 from tests.faults.jobs import Job, copy_store, damages, job_of_rank, leftovers, make_store
 from tests.faults.killing import KillingFilesystem, in_fork
 from tests.faults.report import record

@@ -13,8 +13,8 @@ import pytest
 
 import tests.faults.crashes as crashes
 from holdfast.errors import SaveFailedError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.store import Store
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Store
 from tests.faults.crashes import FULL, ROOT, Job, Story, check, check_is_tidy
 from tests.faults.report import record
 from tests.support.crash_filesystem import CrashFilesystem, Image, Operation

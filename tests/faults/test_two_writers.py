@@ -18,8 +18,8 @@ from holdfast.errors import (
     StoreNotLoadedError,
     SupersededAttemptError,
 )
-from holdfast.filesystem import LocalFilesystem
-from holdfast.store import Store
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Store
 from holdfast.tiers.persistent import PersistentTier
 from tests.faults.jobs import Job, damages, leftovers, make_store
 from tests.support.ranks import run_ranks

@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from holdfast.config import CheckpointConfig
-from holdfast.digests import describe_content, footer_size
-from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import RunIdentity
+from holdfast.storage.digests import describe_content, footer_size
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.identity import RunIdentity
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.manifest import MANIFEST_NAME, Manifest, seal
+from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
 from holdfast.protocol import CheckpointSaveContext, GlobalState, TrainState
 from tests.support.hostile import hostile_torch_file
 from tests.support.ranks import run_ranks

@@ -26,7 +26,7 @@ from holdfast.errors import (
     StatePartlyLoadedError,
 )
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.manifest import FORMAT
+from holdfast.storage.manifest import FORMAT
 from holdfast.protocol import CheckpointLoadContext, GlobalState, LoadResult
 from tests.formats.make import (
     BASE,

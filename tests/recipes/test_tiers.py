@@ -18,8 +18,8 @@ import holdfast
 from display import describe_source
 from due import LOCAL, PERSISTENT, find_due_tier
 from holdfast import CheckpointConfig
+from holdfast.messages import describe_size
 from holdfast.protocol import ShardSource
-from holdfast.sizes import describe_size
 from losses import read_losses
 from lost_node import Origin, ShardFile, find_newest, read_origins
 from tests.recipes.conftest import ROOT, Outcome

@@ -7,7 +7,7 @@ tests, and one that is late by itself would be named in place of the one that di
 
 from __future__ import annotations
 
-from holdfast.coordination import _FOLLOWER_GRACE_SECONDS
+from holdfast.ranks.coordinator import _FOLLOWER_GRACE_SECONDS
 
 DEADLINE_SECONDS = 12.0
 """For a rank's answer; tests wait for it, several at a time."""

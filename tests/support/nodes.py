@@ -28,15 +28,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
-from holdfast.coordination import Coordinator, open_channels
 from holdfast.errors import CheckpointError, CorruptCheckpointError
-from holdfast.filesystem import Filesystem, LocalFilesystem
-from holdfast.identity import CommitIdentity
+from holdfast.format.layout import Item, lay_out
+from holdfast.format.proposals import structure_of
 from holdfast.protocol import TrainState
-from holdfast.shards.arena import Arena
-from holdfast.shards.layout import Item, lay_out
-from holdfast.shards.proposals import structure_of
-from holdfast.tiers.local.sealing import LocalSnapshot
+from holdfast.ranks.coordinator import Coordinator, open_channels
+from holdfast.snapshot.arena import Arena
+from holdfast.storage.identity import CommitIdentity
+from holdfast.storage.posix import Filesystem, LocalFilesystem
+from holdfast.tiers.local.seal import LocalSnapshot
 from holdfast.tiers.local.tier import LocalTier
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def hide_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in [each for each in sys.modules if each.startswith("nvidia_resiliency_ext")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("engine", "replication", "state", "recovery"):
+    for name in ("nvrx", "exchange", "recovery"):
         monkeypatch.delitem(sys.modules, f"holdfast.tiers.local.{name}", raising=False)
         monkeypatch.delattr(holdfast.tiers.local, name, raising=False)
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)

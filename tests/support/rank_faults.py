@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
-from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.storage.posix import Filesystem, LocalFilesystem
 
 Action = Callable[[str], None]
 """Carries out a fault; given the path that is being touched, or a name."""
@@ -31,7 +31,10 @@ def running_stage() -> str | None:
     """Return the stage that the coordinator runs on this thread; None: none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "holdfast.coordination" and "stage" in frame.f_locals:
+        if (
+            frame.f_globals.get("__name__") == "holdfast.ranks.coordinator"
+            and "stage" in frame.f_locals
+        ):
             stage: str = frame.f_locals["stage"]
             return stage
         frame = frame.f_back

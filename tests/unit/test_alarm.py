@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from holdfast.alarm import Alarm, find_limit
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointOverdueError, ConfigError
 from holdfast.events import (
@@ -21,6 +20,7 @@ from holdfast.events import (
     OverdueEvent,
 )
 from holdfast.manager import DefaultCheckpointManager
+from holdfast.policies.guards import Alarm, find_limit
 from holdfast.protocol import CheckpointSaveContext
 from tests.support.managers import linear
 from tests.support.stores import FaultyFilesystem
@@ -185,7 +185,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         each.getMessage()
         for each in caplog.records
-        if each.levelname == "WARNING" and each.name == "holdfast.alarm"
+        if each.levelname == "WARNING" and each.name == "holdfast.policies.guards"
     ]
 
 

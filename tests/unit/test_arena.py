@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.digests import BLOCK_BYTES, footer_size
 from holdfast.errors import NotEnoughMemoryError
-from holdfast.shards.arena import Arena, StreamedShard, image_bytes
-from holdfast.shards.items import Inventory, Itemizer
-from holdfast.shards.layout import Item, Layout, lay_out, read_index
+from holdfast.format.items import Inventory, Itemizer
+from holdfast.format.layout import Item, Layout, lay_out, read_index
+from holdfast.snapshot.arena import Arena, StreamedShard, image_bytes
+from holdfast.storage.digests import BLOCK_BYTES, footer_size
 from tests.support.proc import in_fork, mapping_of
 from tests.support.tensors import DTYPES, SHAPES, VIEWS, Gated, bits, filled
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from holdfast.background import Background, Outcome
-from holdfast.coordination import SingleProcess, StoreCoordinator
 from holdfast.errors import StageFailedError
+from holdfast.ranks.coordinator import SingleProcess, StoreCoordinator
+from holdfast.ranks.job import Background, Outcome
 
 RANKS = 3
 

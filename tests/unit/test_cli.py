@@ -12,9 +12,9 @@ import pytest
 
 from holdfast import __version__
 from holdfast.cli import main
-from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import RunIdentity
-from holdfast.store import Store
+from holdfast.storage.identity import RunIdentity
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import Store
 from tests.support.stores import commit, flip_bit, tree
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast.shards.container import container_of
+from holdfast.format.layout import container_of
 
 DTYPES = [
     torch.float32,

@@ -7,7 +7,7 @@ import io
 import pytest
 import xxhash
 
-from holdfast.digests import (
+from holdfast.storage.digests import (
     ALIGNMENT_BYTES,
     BLOCK_BYTES,
     DIGEST_BYTES,

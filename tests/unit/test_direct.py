@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.digests import BLOCK_BYTES, FileRecord, describe_content
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import LocalFilesystem, read_into
-from holdfast.shards.direct import Part, read_verified
+from holdfast.read.direct import Part, read_verified
+from holdfast.storage.digests import BLOCK_BYTES, FileRecord, describe_content
+from holdfast.storage.posix import LocalFilesystem, read_into
 
 SIZE = 2 * BLOCK_BYTES + 12345
 

@@ -8,7 +8,7 @@ import pytest
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, SupersededAttemptError
-from holdfast.flight import FailureRule
+from holdfast.ranks.job import FailureRule
 
 P, L = "persistent", "local"
 OUTCOMES = [

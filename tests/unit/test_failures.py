@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from holdfast.failures import is_process_failure
+from holdfast.errors import is_process_failure
 
 
 @pytest.mark.parametrize(

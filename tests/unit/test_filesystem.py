@@ -14,17 +14,17 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from holdfast.filesystem import (
+from holdfast.snapshot.memory import allocate
+from holdfast.storage.posix import (
     LocalFilesystem,
     create_once,
     naming,
     read_bytes,
     remove_tree,
-    replace,
+    replace_file,
     write_new,
     writing_past_cache,
 )
-from holdfast.shards.memory import allocate
 from tests.support.stores import FaultyFilesystem, tree
 
 
@@ -39,7 +39,7 @@ def test_a_new_file_must_be_new(tmp_path: Path) -> None:
 def test_replacing_leaves_nothing_aside(tmp_path: Path) -> None:
     """A replaced file holds the new bytes, and no other name is left beside it."""
     for content in (b"one", b"two", b""):
-        replace(LocalFilesystem(), tmp_path / "a", content)
+        replace_file(LocalFilesystem(), tmp_path / "a", content)
         assert tree(tmp_path) == {"a": content}
 
 
@@ -50,7 +50,7 @@ def test_a_failed_replacement_keeps_the_old_bytes(tmp_path: Path, step: str) -> 
     (tmp_path / "a").write_bytes(b"old")
     filesystem.refuses = lambda asked, path: asked == step
     with pytest.raises(OSError, match="Input/output") as caught:
-        replace(filesystem, tmp_path / "a", b"new")
+        replace_file(filesystem, tmp_path / "a", b"new")
     assert caught.value.errno == errno.EIO
     assert str(caught.value.filename).startswith(str(tmp_path / "a"))
     assert tree(tmp_path) == {"a": b"old"}
@@ -86,7 +86,7 @@ def test_a_file_is_synced_through_what_wrote_it(tmp_path: Path, way: str) -> Non
         case "new":
             write_new(filesystem, path, _CONTENT)
         case "replaced":
-            replace(filesystem, path, _CONTENT)
+            replace_file(filesystem, path, _CONTENT)
         case "created":
             create_once(filesystem, path, _CONTENT)
         case "past the cache":

@@ -23,9 +23,9 @@ from holdfast.errors import (
     StateMismatchError,
     StatePartlyLoadedError,
 )
-from holdfast.manifest import MANIFEST_NAME, Manifest
-from holdfast.shards.unpickling import key_path_of
-from holdfast.store import Store
+from holdfast.format.dcp import key_path_of
+from holdfast.storage.manifest import MANIFEST_NAME, Manifest
+from holdfast.storage.store import Store
 from tests.support.hostile import hostile_pickle
 from tests.support.managers import Live, counters, linear, manager_of, step, zero
 from tests.support.stores import tree

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn, optim
 
-from holdfast.shards.items import Itemizer
-from holdfast.shards.layout import Item
-from holdfast.shards.proposals import structure_of
-from holdfast.state.capture import AppState, Place
-from holdfast.state.foreseen import Foreseen, foresee
+from holdfast.format.items import Itemizer
+from holdfast.format.layout import Item
+from holdfast.format.proposals import structure_of
+from holdfast.state.app import AppState, Place
+from holdfast.state.estimate import Foreseen, foresee
 from tests.support.managers import Live, step
 from tests.support.ranks import run_ranks
 from tests.support.states import FEATURES, MODELS, digest

@@ -20,10 +20,9 @@ from holdfast.errors import (
     StoreIdentityError,
     SupersededAttemptError,
 )
-from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import Attempt, Parent, RunIdentity
-from holdfast.manifest import seal, unseal
-from holdfast.processes import find_start_mark
+from holdfast.storage.identity import Attempt, Parent, RunIdentity, find_start_mark
+from holdfast.storage.manifest import seal, unseal
+from holdfast.storage.posix import LocalFilesystem
 from tests.support.stores import tree
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from holdfast.shards.inventory import list_names, names_in
+from holdfast.format.inventory import list_names, names_in
 
 PLACES = {
     MetadataIndex("small"): _StorageInfo("__0_0.distcp", 0, 10),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import UnsupportedStateError
-from holdfast.shards.items import Inventory, Itemizer
-from holdfast.shards.layout import Item
+from holdfast.format.items import Inventory, Itemizer
+from holdfast.format.layout import Item
 from tests.support.tensors import bits
 
 Paths = dict[str, tuple[str | int, ...]]

@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from holdfast.digests import BLOCK_BYTES
-from holdfast.shards.container import container_of
-from holdfast.shards.landing import MOST_PIECES, Intake, Landing, waves
-from holdfast.shards.regions import Region
+from holdfast.format.layout import container_of
+from holdfast.read.requests import MOST_PIECES, Intake, Landing, Region, waves
+from holdfast.storage.digests import BLOCK_BYTES
 
 
 @st.composite

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.shards.container import container_of
-from holdfast.shards.layout import (
+from holdfast.format.layout import (
     TAIL,
     Item,
     Layout,
+    container_of,
     lay_out,
     locate_index,
     parse_index,

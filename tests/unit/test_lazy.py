@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import holdfast
-from holdfast.digests import BLOCK_BYTES
 from holdfast.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     NoLoadableCheckpointError,
 )
+from holdfast.storage.digests import BLOCK_BYTES
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import flip_bit, reseal
 

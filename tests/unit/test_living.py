@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import Attempt, RunIdentity
-from holdfast.manifest import seal, unseal
-from holdfast.processes import Process, find_start_mark, this_process
-from holdfast.tiers.living import find_living_attempt
+from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
+from holdfast.storage.manifest import seal, unseal
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.tiers.places import find_living_attempt
 from tests.support.managers import linear, manager_of
 
 HERE = Process("alpha", 100, "boot/5")
@@ -82,8 +81,8 @@ def test_what_speaks_for_a_living_attempt(
 _SECOND = """
 import sys
 from pathlib import Path
-from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import RunIdentity
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.identity import RunIdentity
 RunIdentity(Path(sys.argv[1]), LocalFilesystem()).claim_attempt("run", 10, "x")
 print("claimed", flush=True)
 sys.stdin.readline()

@@ -26,9 +26,9 @@ from holdfast.errors import (
     StoreNotLoadedError,
 )
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.manifest import MANIFEST_NAME, Manifest
 from holdfast.protocol import LoadResult
-from holdfast.tiers.local.tail import read_tail
+from holdfast.storage.manifest import MANIFEST_NAME, Manifest
+from holdfast.tiers.local.shard_file import read_tail
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import flip_bit, tree
 

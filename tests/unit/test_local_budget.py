@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
-from holdfast.coordination import SingleProcess
 from holdfast.errors import ConfigError
-from holdfast.shards.memory import Room
-from holdfast.tiers.local.budget import Budget, Need, foretell
-from holdfast.tiers.local.nodes import Seat, Topology
+from holdfast.ranks.coordinator import SingleProcess
+from holdfast.snapshot.memory import Room
+from holdfast.tiers.local.budget import Budget, Need, Seat, Topology, foretell
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.mounts import small_memory
 from tests.support.nodes import hide_package

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.arena import Arena
-from holdfast.shards.layout import Entry, Item, lay_out
-from holdfast.shards.reader import ShardReader
-from holdfast.shards.writer import seal_image
+from holdfast.format.layout import Entry, Item, lay_out
+from holdfast.read.reader import ShardReader
+from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.shard import seal_image
+from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.elastic import (
     Chunk,
     Wish,
@@ -23,7 +23,7 @@ from holdfast.tiers.local.elastic import (
     outline,
     read_shard_index,
 )
-from holdfast.tiers.local.tail import ShardRecord
+from holdfast.tiers.local.shard_file import ShardRecord
 from tests.support.nodes import flip
 from tests.unit.test_local_tail import RECORD
 

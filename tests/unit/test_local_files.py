@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import ConfigError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.tiers.local.files import (
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.tiers.local.shard_file import (
     RunDirectory,
     check_owned,
     is_memory,

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from holdfast.digests import BLOCK_BYTES
-from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.landing import Piece
+from holdfast.read.requests import Piece
+from holdfast.storage.digests import BLOCK_BYTES
+from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.elastic import Index
 
 pytest.importorskip("nvidia_resiliency_ext")
 
-from holdfast.tiers.local.loan import (  # needs it
+from holdfast.tiers.local.peers import (  # needs it
     Shard,
     _BlockSource,
     _FileSink,

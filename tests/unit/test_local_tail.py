@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError
-from holdfast.tiers.local.tail import PART_NAMES, ShardRecord, Tail, parse_tail, read_tail
+from holdfast.tiers.local.shard_file import PART_NAMES, ShardRecord, Tail, parse_tail, read_tail
 
 RECORD = ShardRecord(
     run_id="run",
@@ -94,7 +94,7 @@ def test_a_sealed_record_that_makes_no_sense_is_refused(change: dict[str, Any]) 
 
 
 def _sealed_with_image(tail: Tail, image_bytes: int) -> bytes:
-    import holdfast.tiers.local.tail as format_
+    import holdfast.tiers.local.shard_file as format_
 
     rest = tail.to_bytes()[: -format_._END.size]
     end = format_._END.pack(
@@ -105,7 +105,7 @@ def _sealed_with_image(tail: Tail, image_bytes: int) -> bytes:
 
 def _sealed(**changes: Any) -> bytes:
     """Return a file without an image whose record has other fields than this version writes."""
-    import holdfast.tiers.local.tail as format_
+    import holdfast.tiers.local.shard_file as format_
 
     content = Tail(RECORD, PARTS).without_image().to_bytes()
     text, _, states = content[: -format_._END.size].partition(b"\n")

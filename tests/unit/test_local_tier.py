@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from holdfast.config import LocalConfig, LocalKeepConfig
-from holdfast.coordination import SingleProcess
 from holdfast.errors import ConfigError, CorruptCheckpointError, StageFailedError
-from holdfast.filesystem import LocalFilesystem
+from holdfast.ranks.coordinator import SingleProcess
+from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.budget import Budget, find_budget
-from holdfast.tiers.local.tail import ShardRecord
+from holdfast.tiers.local.shard_file import ShardRecord
 from holdfast.tiers.local.tier import LocalTier
 from tests.support.nodes import (
     DAMAGES,
@@ -429,5 +429,5 @@ def test_importing_the_package_warns_of_nothing_new() -> None:
     """Only what torch says about pynvml is silenced."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        import holdfast.tiers.local.engine  # noqa: F401  # to see what it says
+        import holdfast.tiers.local.nvrx  # noqa: F401  # to see what it says
     assert [str(each.message) for each in found] == []

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import NoFileFreeError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.tiers.local.turns import TurnFile, Turns
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.tiers.local.pool import TurnFile, Turns
 from tests.support.nodes import memory_directory
 
 SIZE = 8192

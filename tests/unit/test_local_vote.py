@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.tiers.local.files import Found, shard_name
-from holdfast.tiers.local.tail import ShardRecord
-from holdfast.tiers.local.vote import Inventory, Verdict, judge
+from holdfast.tiers.local.availability import Inventory, Verdict, judge
+from holdfast.tiers.local.shard_file import Found, ShardRecord, shard_name
 from tests.unit.test_local_tail import RECORD
 
 

@@ -33,7 +33,7 @@ from holdfast.events import (
 )
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import CheckpointManager
-from holdfast.store import TRACKER_NAME
+from holdfast.storage.store import TRACKER_NAME
 from tests.support.managers import Live, counters, linear, manager_of, step, zero
 from tests.support.states import MODELS, digest, make_run
 from tests.support.stores import FaultyFilesystem, flip_bit, tree

@@ -9,9 +9,9 @@ import json
 import pytest
 import xxhash
 
-from holdfast.digests import BLOCK_BYTES, FileRecord, describe_content, find_difference
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError
-from holdfast.manifest import Manifest
+from holdfast.storage.digests import BLOCK_BYTES, FileRecord, describe_content, find_difference
+from holdfast.storage.manifest import Manifest
 from tests.support.stores import manifest_of
 
 _FILES = tuple(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CheckpointError, NotEnoughMemoryError
-from holdfast.shards.memory import (
+from holdfast.snapshot.memory import (
     Node,
     Room,
     allocate,

@@ -16,8 +16,8 @@ from holdfast.errors import (
     StoreNotLoadedError,
     SupersededAttemptError,
 )
-from holdfast.filesystem import LocalFilesystem
-from holdfast.identity import Parent, RunIdentity
+from holdfast.storage.identity import Parent, RunIdentity
+from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.persistent import PersistentTier
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import FaultyFilesystem, tree

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.filesystem import LocalFilesystem
-from holdfast.store import TRACKER_NAME, Store
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import TRACKER_NAME, Store
 from holdfast.tiers.places import Place, describe, find_place, is_same_directory
 from tests.support.stores import commit
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from holdfast.state.plain import model_state, optimizer_state
+from holdfast.state.model import model_state, optimizer_state
 
 
 class _Net(nn.Module):

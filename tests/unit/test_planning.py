@@ -28,11 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from holdfast.errors import UnsupportedStateError
-from holdfast.shards.layout import Item, Layout, lay_out, read_index
-from holdfast.shards.metadata import encode_metadata
-from holdfast.shards.planning import Decision, choose, decide, shard_name
-from holdfast.shards.proposals import propose, structure_of
-from holdfast.shards.records import NO_PLAN, Record, judge
+from holdfast.format.dcp import encode_metadata
+from holdfast.format.layout import Item, Layout, lay_out, read_index
+from holdfast.format.plan import NO_PLAN, Decision, Record, choose, decide, judge, shard_name
+from holdfast.format.proposals import propose, structure_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled:UserWarning"  # torch's word on loading without ranks

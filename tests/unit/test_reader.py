@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.digests import describe_content
 from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.reader import ShardReader
+from holdfast.read.reader import ShardReader
+from holdfast.storage.digests import describe_content
+from holdfast.storage.posix import LocalFilesystem
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import reseal

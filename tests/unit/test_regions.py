@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from holdfast.shards.regions import UncoveredError, regions_of
+from holdfast.read.requests import UncoveredError, regions_of
 
 
 def _metadata(

@@ -16,10 +16,10 @@ import torch
 from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.tiers.local.pool import Turns
+from holdfast.tiers.local.shard_file import Tail
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
-from holdfast.tiers.local.tail import Tail
-from holdfast.tiers.local.turns import Turns
 from tests.support.ranks import run_ranks
 from tests.unit.test_local_tail import FILE, PARTS, RECORD
 
@@ -63,7 +63,7 @@ class _Collected:
 
 
 def _own_group(timeout_seconds: float = 20.0) -> Any:
-    from holdfast.tiers.local.replication import OwnGroup
+    from holdfast.tiers.local.exchange import OwnGroup
 
     return OwnGroup(distributed.new_group(backend="gloo"), timeout_seconds)
 
@@ -74,7 +74,7 @@ def _message(sender: int, receiver: int) -> bytes:
 
 def _cross() -> list[bytes]:
     """Everybody sends to everybody, streams of very different length and one of nothing."""
-    from holdfast.tiers.local.replication import Incoming, Outgoing
+    from holdfast.tiers.local.exchange import Incoming, Outgoing
 
     group = _own_group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -98,7 +98,7 @@ def test_streams_cross_in_all_directions() -> None:
 
 def _hear_from_0(group: Any) -> bytes:
     """Return what rank 0 sends to all others now."""
-    from holdfast.tiers.local.replication import Incoming, Outgoing
+    from holdfast.tiers.local.exchange import Incoming, Outgoing
 
     heard = _Collected()
     if distributed.get_rank() == 0:
@@ -110,7 +110,7 @@ def _hear_from_0(group: Any) -> bytes:
 
 def _fail_in_the_middle() -> tuple[str, str, bytes]:
     """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
-    from holdfast.tiers.local.replication import Incoming, Outgoing
+    from holdfast.tiers.local.exchange import Incoming, Outgoing
 
     group = _own_group()
     rank = distributed.get_rank()
@@ -142,7 +142,7 @@ def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
 
 def _lose_one() -> tuple[str, float]:
     """Rank 2 dies instead of sending."""
-    from holdfast.tiers.local.replication import GroupBrokenError, Incoming
+    from holdfast.tiers.local.exchange import GroupBrokenError, Incoming
 
     group = _own_group(8.0)
     distributed.barrier()
@@ -214,7 +214,7 @@ def _cuts(size_bytes: int) -> list[list[int]]:
 
 def _cross_in_pieces() -> list[tuple[bytes, bytes, bool]]:
     """Everybody sends to everybody twice at once: in pieces, and in blocks."""
-    from holdfast.tiers.local.replication import Incoming, Outgoing
+    from holdfast.tiers.local.exchange import Incoming, Outgoing
 
     group = _own_group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -256,7 +256,7 @@ def test_blocks_arrive_in_the_pieces_that_were_asked_for() -> None:
 
 def _fail_in_pieces() -> tuple[str, bytes, set[int], bytes]:
     """Rank 1 has no memory for a block; rank 0 cannot read one that it sends to 2."""
-    from holdfast.tiers.local.replication import Incoming, Outgoing
+    from holdfast.tiers.local.exchange import Incoming, Outgoing
 
     group = _own_group()
     rank = distributed.get_rank()
@@ -303,7 +303,7 @@ class _Deadly(_Bytes):
 
 def _receive_too_late() -> str:
     """Rank 1 dies in the middle; 2 sends once 0 has given up, to where that waited for it."""
-    from holdfast.tiers.local.replication import GroupBrokenError, Incoming, Outgoing
+    from holdfast.tiers.local.exchange import GroupBrokenError, Incoming, Outgoing
 
     group = _own_group(8.0)
     rank = distributed.get_rank()
@@ -341,7 +341,7 @@ class _Work:
 
 def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any]]:
     """Return a group of which a wait fails, and a reference to everything begun in it."""
-    from holdfast.tiers.local.replication import _HEADER, OwnGroup
+    from holdfast.tiers.local.exchange import _HEADER, OwnGroup
 
     begun: list[Any] = []
 
@@ -372,7 +372,7 @@ def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any
 @pytest.mark.parametrize("waits", [1, 2, 3, 5])
 def test_nothing_is_under_way_once_a_transfer_has_ended(failure: Any, waits: int) -> None:
     """However a transfer ends, also by an interrupt, nobody holds what it had begun to receive."""
-    from holdfast.tiers.local.replication import Incoming
+    from holdfast.tiers.local.exchange import Incoming
 
     group, begun = _group_that_fails(failure, waits)
     placed = _Placed(9, [[1, 1, 1]] * 3)
@@ -406,7 +406,7 @@ def _sealed_file() -> tuple[bytes, Tail]:
     """Return a body with its true footer, and a tail that vouches for it."""
     from dataclasses import replace
 
-    from holdfast.shards.writer import seal_image
+    from holdfast.snapshot.shard import seal_image
 
     image = memoryview(bytearray(RECORD.image_bytes))
     image[:5] = b"hello"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.state.rng import apply_rng, capture_rng, reseed
-from holdfast.state.safety import check_plain, decode, encode
+from holdfast.state.codec import check_plain, decode, encode
+from holdfast.state.rank import apply_rng, capture_rng, reseed
 from tests.support.states import draw_from_each_generator, rng_digests, seed_everything
 
 

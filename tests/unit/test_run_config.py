@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from holdfast.config import CheckpointConfig
-from holdfast.state.run_config import to_yaml
+from holdfast.state.codec import to_yaml
 
 
 class _Colour(enum.Enum):

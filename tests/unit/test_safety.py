@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
-from holdfast.state.safety import check_plain, decode, encode
+from holdfast.state.codec import check_plain, decode, encode
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 
 SAFE = [
@@ -125,7 +125,7 @@ _SHORT_OF_MEMORY = """
 import resource
 from pathlib import Path
 import torch
-from holdfast.state.safety import decode, encode
+from holdfast.state.codec import decode, encode
 content = encode(torch.zeros(128 << 20, dtype=torch.uint8))
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + (32 << 20)

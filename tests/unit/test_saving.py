@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in __all__
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from holdfast.coordination import SingleProcess, StoreCoordinator
 from holdfast.errors import NotEnoughMemoryError, StageFailedError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.arena import Arena
-from holdfast.shards.items import Inventory, Itemizer
-from holdfast.shards.saving import ShardPlan, ShardSaver, StagedShard
+from holdfast.format.items import Inventory, Itemizer
+from holdfast.ranks.coordinator import SingleProcess, StoreCoordinator
+from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
+from holdfast.storage.posix import LocalFilesystem
 from tests.support.tensors import bits
 
 MIB = 1 << 20

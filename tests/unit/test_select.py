@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.storage.manifest import LOCAL
 from holdfast.tiers.select import (
-    LOCAL,
     Action,
     Asked,
     Choice,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.sizes import describe_size
+from holdfast.messages import describe_size
 
 SIZES = [
     (0, "0 B"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.shards.staging import Copying, Pairs
+from holdfast.snapshot.copy import Copying, Pairs
 from tests.support.tensors import DTYPES, SHAPES, VIEWS, Gated, bits, filled
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.state.step_guard import StepGuard
+from holdfast.snapshotting import StepGuard
 
 
 def _optimizer(kind: type[torch.optim.Optimizer] = torch.optim.SGD) -> torch.optim.Optimizer:

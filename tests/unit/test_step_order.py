@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CheckpointError, SaveFailedError, StepRewoundError
+from holdfast.policies.guards import StepOrder
 from holdfast.protocol import GlobalState
-from holdfast.step_order import StepOrder
 from tests.support.managers import Live, linear, manager_of
 from tests.support.stores import FaultyFilesystem, tree
 

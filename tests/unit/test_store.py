@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatTooNewError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.manifest import MANIFEST_NAME
-from holdfast.store import TRACKER_NAME, Store, checkpoint_name, parse_checkpoint_name
+from holdfast.storage.manifest import MANIFEST_NAME
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.store import TRACKER_NAME, Store, checkpoint_name, parse_checkpoint_name
 from tests.support.stores import FaultyFilesystem, commit, manifest_of, tree
 
 

@@ -21,10 +21,10 @@ from holdfast.errors import (
     FormatTooNewError,
     StoreIdentityError,
 )
-from holdfast.filesystem import DirectoryEntry, LocalFilesystem
-from holdfast.identity import RunIdentity
-from holdfast.manifest import MANIFEST_NAME
-from holdfast.store import TRACKER_NAME, Store
+from holdfast.storage.identity import RunIdentity
+from holdfast.storage.manifest import MANIFEST_NAME
+from holdfast.storage.posix import DirectoryEntry, LocalFilesystem
+from holdfast.storage.store import TRACKER_NAME, Store
 from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
 from holdfast.tiers.survey import Survey, make_refusal, survey_place, survey_store
 from tests.support.stores import commit

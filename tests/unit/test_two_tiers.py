@@ -25,7 +25,7 @@ from holdfast.events import (
     CheckpointEvent,
 )
 from holdfast.protocol import CheckpointSaveContext
-from holdfast.store import TRACKER_NAME
+from holdfast.storage.store import TRACKER_NAME
 from tests.support.managers import linear, manager_of, step
 from tests.support.mounts import small_memory
 from tests.support.stores import FaultyFilesystem, flip_bit

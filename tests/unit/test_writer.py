@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.digests import BLOCK_BYTES, find_difference, footer_size
-from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.memory import allocate
-from holdfast.shards.writer import Progress, _keep_pace, seal_image, write_shard
+from holdfast.ranks.job import Progress
+from holdfast.snapshot.memory import allocate
+from holdfast.snapshot.shard import _keep_pace, seal_image, write_shard
+from holdfast.storage.digests import BLOCK_BYTES, find_difference, footer_size
+from holdfast.storage.posix import LocalFilesystem
 from tests.support.managers import Live, linear, manager_of
 
 SIZES = [4096, BLOCK_BYTES - 4096, BLOCK_BYTES, BLOCK_BYTES + 4096, 3 * BLOCK_BYTES]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from holdfast.state.plain import is_plain_module, is_plain_optimizer
+from holdfast.state.model import is_plain_module, is_plain_optimizer
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
 """Parts of a name that DCP leaves out: of DDP, torch.compile and activation checkpointing."""

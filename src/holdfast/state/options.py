@@ -1,20 +1,230 @@
-"""Options that the run asks for now and that were others when the checkpoint was saved.
+"""What keeps its live value in a load, and which live options differ from the saved ones.
 
-Owns which options are compared: those that somebody chose, by the arguments of the optimizer's and
-of the scheduler's constructor. Promises one sentence for all of them and no false alarm: what a
-schedule changes as it goes, and how far it has come, is no choice.
+Owns the names that `load.override` knows and how a live value survives a restore. Unknown names and
+schedules that cannot follow are refused before anything is touched. A kept learning rate means what
+people expect beside a restored schedule: the schedule goes on where it was, scaled to the live base
+rate, which is exact only where rates are proportional to the base; other schedulers are refused.
+
+Owns also which live options are compared with the saved ones: those that somebody chose, as
+arguments of the optimizer's and the scheduler's constructors. One sentence reports all of them;
+what a schedule changes as it goes is no choice and is not reported.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from holdfast.state.overrides import Overrides
+from holdfast.errors import ConfigError
+
+COMPONENTS = ("optimizer", "scheduler", "data", "rng", "train_state")
+_PROPORTIONAL = frozenset(
+    {
+        lr_scheduler.LambdaLR,
+        lr_scheduler.MultiplicativeLR,
+        lr_scheduler.StepLR,
+        lr_scheduler.MultiStepLR,
+        lr_scheduler.ConstantLR,
+        lr_scheduler.LinearLR,
+        lr_scheduler.ExponentialLR,
+        lr_scheduler.PolynomialLR,
+        lr_scheduler.CosineAnnealingLR,  # with eta_min=0, like the next
+        lr_scheduler.CosineAnnealingWarmRestarts,
+        lr_scheduler.SequentialLR,
+        lr_scheduler.ChainedScheduler,
+    }
+)
+"""Schedulers whose rates are the base rate times something; subclasses may do anything."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The names in `load.override`, which keep their live values."""
+
+    names: frozenset[str] = field(default_factory=frozenset)
+
+    @classmethod
+    def of(cls, names: Sequence[str], *, rng: bool = True) -> Overrides:
+        """Return what the config says; `rng` false keeps the generators as they are, too."""
+        return cls(frozenset(names) | (frozenset() if rng else {"rng"}))
+
+    def keeps(self, component: str) -> bool:
+        """Return whether a component is left alone altogether."""
+        return component in self.names
+
+    def parts_of(self, component: str) -> set[str]:
+        """Return which options of the optimizer, or fields of the counters, keep their values."""
+        start = f"{component}."
+        return {each.removeprefix(start) for each in self.names if each.startswith(start)}
+
+    def check(
+        self,
+        optimizers: Sequence[Optimizer],
+        scheduler: Any | None,
+        counters: Sequence[str],
+        saved_scheduler: Any | None,
+        saved_groups: int,
+    ) -> None:
+        """Refuse what nothing here is called, and rates that could not be kept.
+
+        `counters`: of the live ones. `saved_groups`: how many groups of parameters were saved.
+
+        Raises:
+            ConfigError: with every name that is not known, and those that are.
+        """
+        groups = [group for each in optimizers for group in each.param_groups]
+        options = sorted({key for group in groups for key in group} - {"params", "initial_lr"})
+        known = [
+            *COMPONENTS,
+            *(f"optimizer.{each}" for each in options),
+            *(f"train_state.{each}" for each in sorted(counters) if each != "step"),
+        ]
+        unknown = set(self.names.difference(known))
+        if not optimizers:  # a load without one may be told the same as the others
+            unknown = {each for each in unknown if not each.startswith("optimizer.")}
+        if unknown:
+            names, there = ", ".join(sorted(unknown)), ", ".join(known)
+            problem = f"checkpoint.load.override: not known here: {names}; known are {there}"
+            raise ConfigError([problem])
+        if not self.rebases or not optimizers or scheduler is None or saved_scheduler is None:
+            return
+        if (reason := _why_not_proportional(scheduler, saved_scheduler)) is not None:
+            raise ConfigError([f"{_BESIDE}: {reason}. {_INSTEAD}"])
+        if self.keeps("optimizer") and saved_groups != len(groups):
+            counts = f"{saved_groups} groups of parameters were saved, here are {len(groups)}"
+            raise ConfigError([f"{_BESIDE}: {counts}. {_INSTEAD}"])
+
+    @property
+    def rebases(self) -> bool:
+        """Whether a restored schedule would go on at another base rate."""
+        is_kept = self.keeps("optimizer") or "lr" in self.parts_of("optimizer")
+        return is_kept and not self.keeps("scheduler")
+
+
+_BESIDE = "checkpoint.load.override cannot keep the learning rate beside the restored scheduler"
+_INSTEAD = "Add scheduler to load.override, which starts the schedule afresh"
+
+
+class LiveOptions:
+    """Options of optimizers, and base rates of schedules, as they were before a restore."""
+
+    def __init__(
+        self, overrides: Overrides, optimizers: Sequence[Optimizer], scheduler: Any | None
+    ) -> None:
+        """Take copies; `scheduler` None: none is restored."""
+        self._overrides = overrides
+        self._optimizers = optimizers
+        self._scheduler = scheduler
+        options = overrides.parts_of("optimizer")
+        if "lr" in options:
+            options.add("initial_lr")
+        self._kept = [
+            {key: _copy(group[key]) for key in options & group.keys()} for group in self._groups
+        ]
+        self._base_rates = [_base_rate(group) for group in self._groups]
+        self._base_lists = [list(each.base_lrs) for each in _walk(scheduler) if _has_bases(each)]
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for each in self._optimizers for group in each.param_groups]
+
+    def put_back(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Give the kept options back; the current rate is the saved one at the live base."""
+        rebases = self._overrides.rebases and self._scheduler is not None
+        if self._overrides.keeps("optimizer"):
+            rated = [(_rate(each), _base_rate(each)) for each in saved_groups]
+        else:
+            rated = [(_rate(group), _base_rate(group)) for group in self._groups]
+        for group, kept in zip(self._groups, self._kept, strict=True):
+            group.update({key: _copy(value) for key, value in kept.items()})
+        if not rebases or not self._groups:
+            return
+        factors = []
+        for group, base, (saved_rate, saved_base) in zip(
+            self._groups, self._base_rates, rated, strict=True
+        ):
+            # Where nothing was scheduled yet, or the base is the same, the numbers are exact.
+            factor = base / saved_base if saved_base else 1.0
+            factors.append(factor)
+            _set(group, "lr", base if saved_rate == saved_base else saved_rate * factor)
+        self._rebase_schedules(factors)
+
+    def _rebase_schedules(self, factors: Sequence[float]) -> None:
+        schedules = list(_walk(self._scheduler))
+        with_bases = [each for each in schedules if _has_bases(each)]
+        for schedule, bases in zip(with_bases, self._base_lists, strict=True):
+            schedule.base_lrs = bases
+        root = self._scheduler
+        assert root is not None
+        if type(root) is lr_scheduler.LambdaLR:  # what its next step would compute, to the bit
+            rates = [
+                base * each(root.last_epoch)
+                for base, each in zip(root.base_lrs, root.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(self._groups, rates, strict=True):
+                _set(group, "lr", float(rate))
+        for schedule in schedules:
+            last = getattr(schedule, "_last_lr", None)
+            if last is not None and len(last) == len(factors):
+                scaled = [float(rate) * each for rate, each in zip(last, factors, strict=True)]
+                schedule._last_lr = scaled
+        root._last_lr = [_rate(group) for group in self._groups]
+
+
+def _why_not_proportional(scheduler: Any, saved: Any) -> str | None:
+    """Say what keeps a schedule from going on at another base rate; None: nothing does."""
+    for each in _walk(scheduler):
+        if type(each) not in _PROPORTIONAL:
+            return f"the rates of a {type(each).__name__} are not known to follow the base rate"
+    for each in _walk_saved(saved):
+        if each.get("eta_min", 0):
+            return f"its rates do not fall below eta_min={each['eta_min']}, whatever the base rate"
+    return None
+
+
+def _walk(scheduler: Any | None) -> Iterator[Any]:
+    if scheduler is not None:
+        yield scheduler
+        for each in getattr(scheduler, "_schedulers", ()):
+            yield from _walk(each)
+
+
+def _walk_saved(state: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(state, Mapping):
+        yield state
+        for each in state.get("_schedulers", ()):
+            yield from _walk_saved(each)
+
+
+def _has_bases(scheduler: Any) -> bool:
+    return isinstance(getattr(scheduler, "base_lrs", None), list)
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    return float(group["lr"])
+
+
+def _base_rate(group: Mapping[str, Any]) -> float:
+    return float(group.get("initial_lr", group.get("lr", 0.0)))
+
+
+def _set(group: dict[str, Any], key: str, value: float) -> None:
+    if isinstance(group[key], torch.Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
 
 _PROGRESS = frozenset({"last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter"})
 _RATES = ("base_lrs", "max_lrs", "min_lrs")

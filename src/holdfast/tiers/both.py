@@ -14,9 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from holdfast.background import Background, Outcome
 from holdfast.config import CheckpointConfig
-from holdfast.coordination import Coordinator
 from holdfast.errors import (
     CheckpointError,
     ConfigError,
@@ -25,12 +23,14 @@ from holdfast.errors import (
     StoreIdentityError,
     StoreNotLoadedError,
 )
-from holdfast.filesystem import Filesystem
-from holdfast.identity import CommitIdentity
-from holdfast.shards.arena import Arena, image_bytes
-from holdfast.shards.saving import ShardPlan
-from holdfast.tiers.persistent import Admission, Committed, PersistentTier, Snapshot
-from holdfast.tiers.select import LOCAL
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.job import Background, Committed, Outcome
+from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.snapshot.shard import ShardPlan
+from holdfast.storage.identity import CommitIdentity
+from holdfast.storage.manifest import LOCAL
+from holdfast.storage.posix import Filesystem
+from holdfast.tiers.persistent import Admission, PersistentTier, Snapshot
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.tier import LocalTier
@@ -218,7 +218,7 @@ class Tiers:
     def _write_local(
         self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator
     ) -> Committed:
-        from holdfast.tiers.local.sealing import LocalSnapshot
+        from holdfast.tiers.local.seal import LocalSnapshot
 
         assert self.local is not None
         plan, arena = snapshot.shard.plan, snapshot.shard.arena

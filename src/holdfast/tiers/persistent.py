@@ -17,22 +17,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from holdfast import __version__
-from holdfast.coordination import Coordinator
-from holdfast.digests import FileRecord
 from holdfast.errors import CheckpointError, StoreNotLoadedError, StoreNotWritableError
-from holdfast.filesystem import Filesystem, make_durable_directory, set_aside, write_new
-from holdfast.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
-from holdfast.manifest import Manifest
+from holdfast.format.inventory import METADATA_NAME
 from holdfast.policies.keeping import Candidate, retain
-from holdfast.shards.inventory import METADATA_NAME
-from holdfast.shards.saving import StagedShard
-from holdfast.store import Checkpoint, Store
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.job import Committed
+from holdfast.snapshot.shard import StagedShard
+from holdfast.storage.digests import FileRecord
+from holdfast.storage.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
+from holdfast.storage.manifest import PERSISTENT, Manifest
+from holdfast.storage.posix import Filesystem, make_durable_directory, set_aside, write_new
+from holdfast.storage.store import Checkpoint, Store
 
 logger = logging.getLogger(__name__)
 
 SEQUENCE_STRIDE = 1_000_000_000
 """More commits than one attempt can make."""
-TIER_NAME = "persistent"
 TRAIN_STATE_NAME = "train_state.json"
 _NOT_SHARED = (
     "rank 0 has created this directory, but it is not here; "
@@ -63,19 +63,6 @@ class Snapshot:
     confirm: Callable[[], None] = lambda: None
     """Called when all of it has been read, before anything may count: returns if training has kept
     away until then, and raises if it may not have."""
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A save that succeeded."""
-
-    path: Path
-    size_bytes: int
-    removed_iterations: tuple[int, ...]
-    """What retention removed afterwards."""
-    tier: str = TIER_NAME
-    copies: tuple[str, ...] = ()
-    """Other tiers that the same save was committed to before."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +321,7 @@ class PersistentTier:
             attempt=identity.attempt,
             sequence=identity.sequence,
             iteration=snapshot.iteration,
-            tier=TIER_NAME,
+            tier=PERSISTENT,
             world_size=coordinator.world_size,
             saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
             files=tuple(sorted(records, key=lambda each: each.path)),

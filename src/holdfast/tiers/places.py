@@ -1,24 +1,154 @@
-"""What a path given to a load names: a store, one checkpoint of it, or nothing that can be loaded.
+"""What a path names, and whether checkpoints may be written there.
 
-Owns how a person may spell it (through links, a file inside a checkpoint, `latest`, the tracker)
-and what to say when there is nothing: what the directory holds, and where nearby a checkpoint is.
-Promises to write nothing and to read no tensors. Decides nothing about which checkpoint to take.
+Owns how a person may spell the place of a load (through links, a file inside a checkpoint,
+`latest`, the tracker), and what to say when nothing is there: what the directory holds, and where
+nearby a checkpoint is. Owns also what is checked when a manager is made: the directories of the two
+tiers are apart, neither is inside a committed checkpoint, and no path leads through a file, a
+circle of links or a directory that this user may not enter. And it warns of an accidental second
+start: the newest attempt at a store may still be running, by its process on the same host, by its
+last checkpoint's age on another. Writes nothing, reads no tensors, and does not decide which
+checkpoint to take.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from holdfast.filesystem import PENDING_MARK, DirectoryEntry, Filesystem, read_bytes
-from holdfast.manifest import MANIFEST_NAME
-from holdfast.store import TRACKER_NAME, parse_checkpoint_name
-from holdfast.tiers.directories import LASTING
-from holdfast.tiers.foreign import is_foreign
-from holdfast.tiers.local.files import parse_shard_name
+from holdfast.config import CheckpointConfig
+from holdfast.errors import CheckpointError, ConfigError
+from holdfast.format.inventory import METADATA_NAME
+from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
+from holdfast.storage.manifest import MANIFEST_NAME
+from holdfast.storage.posix import PENDING_MARK, DirectoryEntry, Filesystem, read_bytes
+from holdfast.storage.store import TRACKER_NAME, Store, parse_checkpoint_name
+from holdfast.tiers.local.shard_file import parse_shard_name
+from holdfast.tiers.opening import is_foreign
+
+LASTING = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+"""What no waiting changes."""
+
+
+def check_directories(config: CheckpointConfig, filesystem: Filesystem) -> None:
+    """Check the directories that checkpoints would be written to.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    given = {
+        "checkpoint.persistent.directory": config.persistent.directory,
+        "checkpoint.local.directory": config.local.directory,
+    }
+    directories = {field: each for field, each in given.items() if each is not None}
+    problems = [
+        f"{field}: {obstacle}"
+        for field, each in directories.items()
+        if (obstacle := find_obstacle(Path(each).absolute())) is not None
+    ]
+    if problems:
+        raise ConfigError(problems)
+    named = {field: _resolve(each) for field, each in directories.items()}
+    for field, path in named.items():
+        outer = _find_checkpoint_around(path, filesystem)
+        if outer is not None:
+            where = "is" if outer == path else f"is inside {outer},"
+            problems.append(
+                f"{field}: {path} {where} a committed checkpoint; name the directory of a store: "
+                f"{outer.parent}, or a new one"
+            )
+    if len(named) == 2:
+        (field, path), (other_field, other) = named.items()
+        relation = _find_relation(other, path)
+        if relation is not None:
+            problems.append(
+                f"{other_field}: {other} is {relation} {field} ({path}); the tiers would remove "
+                "one another's files: name two directories that lie apart"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def find_obstacle(path: Path) -> str | None:
+    """Say why no directory can be, or be made, at a path; None: nothing is in the way."""
+    for each in (path, *path.parents):
+        try:
+            mode = each.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # may come to be; if a file is in the way, that is one of the parents
+        except ValueError:
+            return f"{str(path)!r} is no path: it holds a null character"
+        except OSError as error:
+            if error.errno not in LASTING:
+                return None  # a fault that may pass: opening it reports it
+            return (
+                f"{each} cannot be reached: {errno.errorcode[error.errno or 0]} {error.strerror}; "
+                "name a directory that this user may write to"
+            )
+        if stat.S_ISDIR(mode):
+            return None
+        where = "" if each == path else f", so that {path} cannot be made"
+        return f"{each} is a file{where}; name a directory"
+    return None
+
+
+def _resolve(directory: str) -> Path:
+    path = Path(directory)
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links in a circle: opening it reports so
+        return path.absolute()
+
+
+def _find_checkpoint_around(path: Path, filesystem: Filesystem) -> Path | None:
+    """Return the directory, or the closest one above it, that is a checkpoint; None: none is."""
+    for each in (path, *path.parents):
+        is_named = parse_checkpoint_name(each.name) is not None
+        if is_named and _is_file(each / MANIFEST_NAME, filesystem):
+            return each
+        if _is_file(each / METADATA_NAME, filesystem):  # under whatever name, by whomever written
+            return each
+    return None
+
+
+def _is_file(path: Path, filesystem: Filesystem) -> bool:
+    try:
+        filesystem.size_bytes(path)
+    except OSError:
+        return False
+    return True
+
+
+def _find_relation(one: Path, other: Path) -> str | None:
+    if _holds(one, other) and _holds(other, one):
+        return "the same as"
+    if _holds(other, one):
+        return "inside"
+    return "around" if _holds(one, other) else None
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    """Whether a directory is another one or lies above it, by its path or by what it is."""
+    if inner.is_relative_to(outer):
+        return True
+    identity = _identify(outer)  # one directory may be mounted at two places
+    return identity is not None and any(
+        _identify(each) == identity for each in (inner, *inner.parents)
+    )
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
 
 LATEST_NAME = "latest"
 _LEVELS_UP = 3
@@ -199,3 +329,91 @@ def _entries(directory: Path, filesystem: Filesystem) -> list[DirectoryEntry]:
         return filesystem.list_directory(directory)
     except OSError:
         return []
+
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_living_attempt(root: Path, filesystem: Filesystem) -> None:
+    """Warn if the newest attempt at a store lives; call it on rank 0, at the load.
+
+    What cannot be read is left to the load, which reports it.
+    """
+    try:
+        reason = _find_in_store(root, filesystem)
+    except (CheckpointError, OSError):
+        return
+    if reason is not None:
+        logger.warning(
+            "%s: %s.\nThe first save of this job will stop it: an overtaken attempt may not save. "
+            "If that is not what you want, stop this job, or give it its own "
+            "checkpoint.persistent.directory.",
+            root,
+            reason,
+        )
+
+
+def _find_in_store(root: Path, filesystem: Filesystem) -> str | None:
+    here = this_process()
+    attempts = RunIdentity(root, filesystem).attempts()
+    if not attempts:
+        return None
+    attempt = attempts[-1]
+    commits: list[datetime] = []
+    if attempt.host != here.host:  # only then the manifests are asked
+        for each in Store(root, filesystem).listing().checkpoints:
+            found = _parse_time(each.manifest.saved_at)
+            if each.manifest.attempt == attempt.number and found is not None:
+                commits.append(found)
+    living_mark = find_start_mark(attempt.pid) if attempt.pid is not None else None
+    return find_living_attempt(attempt, commits, here, living_mark, datetime.now(UTC))
+
+
+def find_living_attempt(
+    attempt: Attempt,
+    commits: Sequence[datetime],
+    here: Process,
+    living_mark: str | None,
+    now: datetime,
+) -> str | None:
+    """Say why an attempt seems to be running; None: nothing speaks for it.
+
+    `commits` are the times of its checkpoints, `living_mark` the start mark of the process that has
+    its pid on this host now, None if there is none.
+    """
+    since = f", since {attempt.claimed_at}" if attempt.claimed_at is not None else ""
+    if attempt.host is None:
+        return None  # the claim is of an older version, or damaged
+    if attempt.host == here.host:
+        if attempt.start_mark is None or attempt.start_mark != living_mark:
+            return None  # it has ended, and its pid may be in use again
+        if (attempt.pid, attempt.start_mark) == (here.pid, here.start_mark):
+            return None
+        return (
+            f"attempt {attempt.number} (process {attempt.pid} on this host{since}) is still running"
+        )
+    times = sorted(commits)
+    if not times:
+        return None
+    start = times[-2] if len(times) > 1 else _parse_time(attempt.claimed_at)
+    if start is None:
+        return None
+    interval, age = times[-1] - start, now - times[-1]
+    if age >= interval:
+        return None
+    return (
+        f"attempt {attempt.number} (on host {attempt.host}{since}) may still be running: its last "
+        f"checkpoint is {_seconds(age)} s old, and it took {_seconds(interval)} s to that one"
+    )
+
+
+def _parse_time(value: str | None) -> datetime | None:
+    """Return a time of a manifest or of a claim; None: it is no time."""
+    with suppress(TypeError, ValueError):
+        found = datetime.fromisoformat(value or "")
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+    return None
+
+
+def _seconds(duration: timedelta) -> int:
+    return max(0, round(duration.total_seconds()))  # clocks of two hosts differ

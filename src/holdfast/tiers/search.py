@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from holdfast.caller import stop_if_left
 from holdfast.config import CheckpointConfig
-from holdfast.coordination import Coordinator
 from holdfast.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -27,16 +26,17 @@ from holdfast.errors import (
     StatePartlyLoadedError,
     reason_inside,
 )
-from holdfast.filesystem import Filesystem
-from holdfast.identity import RUN_NAME, Parent
 from holdfast.protocol import SkippedCheckpoint
-from holdfast.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.storage.identity import RUN_NAME, Parent
+from holdfast.storage.manifest import LOCAL
+from holdfast.storage.posix import Filesystem
+from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.both import Tiers
-from holdfast.tiers.foreign import is_foreign
-from holdfast.tiers.local.files import find_orphans
+from holdfast.tiers.local.shard_file import find_orphans
+from holdfast.tiers.opening import is_foreign
 from holdfast.tiers.places import LATEST_NAME, find_place, is_same_directory
 from holdfast.tiers.select import (
-    LOCAL,
     Action,
     Asked,
     Choice,
@@ -60,8 +60,8 @@ from holdfast.tiers.survey import (
 )
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local.tail import ShardRecord
-    from holdfast.tiers.local.vote import Candidate
+    from holdfast.tiers.local.availability import Candidate
+    from holdfast.tiers.local.shard_file import ShardRecord
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from holdfast.errors import CheckpointError
-
-LOCAL = "local"
+from holdfast.storage.manifest import LOCAL
 
 
 class Condition(Enum):

@@ -23,13 +23,12 @@ from holdfast.errors import (
     StoreIdentityError,
     join_path,
 )
-from holdfast.filesystem import Filesystem, read_bytes
-from holdfast.identity import Attempt, RunIdentity
-from holdfast.manifest import MANIFEST_NAME, Manifest
 from holdfast.protocol import SkippedCheckpoint
-from holdfast.store import Broken, Checkpoint, Listing, Store, TooNew, parse_checkpoint_name
-from holdfast.tiers.foreign import TIER_NAME as FOREIGN
-from holdfast.tiers.foreign import ForeignCheckpoint, is_foreign, warn_of_foreign
+from holdfast.storage.identity import Attempt, RunIdentity
+from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
+from holdfast.storage.posix import Filesystem, read_bytes
+from holdfast.storage.store import Broken, Checkpoint, Listing, Store, TooNew, parse_checkpoint_name
+from holdfast.tiers.opening import ForeignCheckpoint, is_foreign, warn_of_foreign
 from holdfast.tiers.places import Place, describe, find_place
 from holdfast.tiers.select import Choice, Commit, Condition, Refusal
 

@@ -13,10 +13,9 @@ from typing import Any
 
 from holdfast.config import expand_path
 from holdfast.errors import WrongArgumentError
-from holdfast.filesystem import LocalFilesystem
-from holdfast.shards.lazy import LazyTensors
-from holdfast.tiers.foreign import ForeignCheckpoint
-from holdfast.tiers.reading import open_shards
+from holdfast.read.lazy import LazyTensors
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.tiers.opening import ForeignCheckpoint, open_shards
 from holdfast.tiers.select import Action, Asked, Seen, choose
 from holdfast.tiers.survey import make_refusal, survey_place
 

@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from holdfast.digests import DifferenceError, read_blocks
 from holdfast.errors import CorruptCheckpointError
-from holdfast.filesystem import Filesystem, naming, read_into
-from holdfast.shards.direct import Part, read_verified
-from holdfast.shards.layout import TAIL, Entry, locate_index, parse_index
-from holdfast.shards.planning import first_untiled
-from holdfast.tiers.local.tail import ShardRecord
+from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
+from holdfast.format.plan import first_untiled
+from holdfast.read.direct import Part, read_verified
+from holdfast.storage.digests import DifferenceError, read_blocks
+from holdfast.storage.posix import Filesystem, naming, read_into
+from holdfast.tiers.local.shard_file import ShardRecord
 
 Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Name, size of the whole, offsets, lengths."""

@@ -19,19 +19,18 @@ from dataclasses import dataclass
 import torch
 
 from holdfast import __version__
-from holdfast.coordination import Coordinator
-from holdfast.errors import CorruptCheckpointError
-from holdfast.failures import is_process_failure
-from holdfast.filesystem import PENDING_MARK, Filesystem
-from holdfast.manifest import Manifest
+from holdfast.errors import CorruptCheckpointError, is_process_failure
 from holdfast.protocol import ShardSource
-from holdfast.store import Checkpoint
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.storage.manifest import LOCAL, Manifest
+from holdfast.storage.posix import PENDING_MARK, Filesystem
+from holdfast.storage.store import Checkpoint
+from holdfast.tiers.local.availability import Candidate
 from holdfast.tiers.local.elastic import Index, read_shard_index, read_shard_values
-from holdfast.tiers.local.engine import ShardManager
-from holdfast.tiers.local.loan import TIER_NAME, Loan, MergedShards, Shard
-from holdfast.tiers.local.tail import Tail
-from holdfast.tiers.local.vote import Candidate
-from holdfast.tiers.reading import Contents
+from holdfast.tiers.local.nvrx import ShardManager
+from holdfast.tiers.local.peers import Loan, MergedShards, Shard
+from holdfast.tiers.local.shard_file import Tail
+from holdfast.tiers.opening import Contents
 
 _COUNT = struct.Struct("<Q")
 _SMALL = ("rank_state", "shared_state", "train_state")
@@ -385,7 +384,7 @@ class Opening:
             attempt=record.attempt,
             sequence=record.sequence,
             iteration=record.iteration,
-            tier=TIER_NAME,
+            tier=LOCAL,
             world_size=record.world_size,
             saved_at="",
             files=(),

@@ -13,16 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from holdfast.coordination import Coordinator
-from holdfast.errors import CorruptCheckpointError
-from holdfast.failures import is_process_failure
-from holdfast.shards.direct import read_verified
-from holdfast.tiers.local.elastic import find_gap, outline
-from holdfast.tiers.local.files import parse_shard_name, shard_name
-from holdfast.tiers.local.replication import ShardReplication
-from holdfast.tiers.local.shards import FileShard
-from holdfast.tiers.local.shelf import Shelf
-from holdfast.tiers.local.vote import (
+from holdfast.errors import CorruptCheckpointError, is_process_failure
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.direct import read_verified
+from holdfast.tiers.local.availability import (
     Candidate,
     Commit,
     Copy,
@@ -32,6 +26,10 @@ from holdfast.tiers.local.vote import (
     judge,
     lacks_cover,
 )
+from holdfast.tiers.local.elastic import find_gap, outline
+from holdfast.tiers.local.exchange import ShardReplication
+from holdfast.tiers.local.shard_file import parse_shard_name, shard_name
+from holdfast.tiers.local.shards import FileShard, Shelf
 
 CkptId = tuple[int, int, str]
 """As nvidia-resiliency-ext has it: iteration, owner, session (here the run id)."""

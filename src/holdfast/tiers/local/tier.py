@@ -19,33 +19,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from holdfast.config import LocalConfig
-from holdfast.coordination import Coordinator
 from holdfast.errors import (
     ConfigError,
     CorruptCheckpointError,
     RankFailure,
     StageFailedError,
     StageTimeoutError,
+    blames_checkpoint,
 )
-from holdfast.failures import blames_checkpoint
-from holdfast.filesystem import Filesystem
-from holdfast.identity import CommitIdentity
-from holdfast.shards.arena import Arena, image_bytes
-from holdfast.shards.layout import Layout
-from holdfast.tiers.local.budget import Budget, find_budget
-from holdfast.tiers.local.device import device_of, new_group
-from holdfast.tiers.local.files import UNREAD, RunDirectory, is_memory, shard_name
-from holdfast.tiers.local.nodes import Seat, Topology, assign_holders, node_name
-from holdfast.tiers.local.package import import_engine
-from holdfast.tiers.local.sealing import LocalSnapshot, lay_out_in, seal
-from holdfast.tiers.local.tail import ShardRecord
-from holdfast.tiers.local.vote import Candidate, Objection, Passed
+from holdfast.format.layout import Layout
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.storage.identity import CommitIdentity
+from holdfast.storage.posix import Filesystem
+from holdfast.tiers.local.availability import Candidate, Objection, Passed
+from holdfast.tiers.local.budget import (
+    Budget,
+    Seat,
+    Topology,
+    assign_holders,
+    find_budget,
+    node_name,
+)
+from holdfast.tiers.local.requirements import device_of, import_adapter, new_group
+from holdfast.tiers.local.seal import LocalSnapshot, lay_out_in, seal
+from holdfast.tiers.local.shard_file import UNREAD, RunDirectory, ShardRecord, is_memory, shard_name
 
 if TYPE_CHECKING:
-    from holdfast.tiers.local.engine import ShardManager
+    from holdfast.tiers.local.nvrx import ShardManager, ShardState
+    from holdfast.tiers.local.pool import TurnFile
     from holdfast.tiers.local.reading import LocalContents
-    from holdfast.tiers.local.state import ShardState
-    from holdfast.tiers.local.turns import TurnFile
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ class LocalTier:
         places = coordinator.together("local prepare", lambda: _prepare(run, rank, node, transport))
         if store is not None:
             run.note_store(store)
-        engine = import_engine()
+        engine = import_adapter()
         self._device = device_of(transport)
         self.topology = Topology(tuple(seat for seat, _ in places))
         factor, jump = config.replication.factor, config.replication.jump
@@ -199,7 +202,7 @@ class LocalTier:
                 published before stands.
         """
         self.manager.coordinator = coordinator
-        engine = import_engine()
+        engine = import_adapter()
         size = image_bytes(snapshot.arena.layout)
         sealed: list[ShardState] = []
         try:
@@ -439,7 +442,7 @@ class LocalTier:
 
 def _prepare(run: RunDirectory, rank: int, node: str | None, transport: str) -> tuple[Seat, bool]:
     """Return where this rank sits, and whether its directory lies in RAM."""
-    import_engine()
+    import_adapter()
     device_of(transport)
     run.prepare(rank)
     found = os.stat(run.root)

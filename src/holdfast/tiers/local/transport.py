@@ -21,14 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import distributed
 
-from holdfast.normal_mode import in_normal_mode
-from holdfast.tiers.local.replication import (
-    GroupBrokenError,
-    Incoming,
-    Outgoing,
-    OwnGroup,
-    bytes_of,
-)
+from holdfast.caller import in_normal_mode
+from holdfast.tiers.local.exchange import GroupBrokenError, Incoming, Outgoing, OwnGroup, bytes_of
 
 _SLOTS = 2
 """Blocks of one stream on the device: one is under way, one is copied."""

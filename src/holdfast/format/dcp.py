@@ -1,0 +1,309 @@
+"""The `.metadata` file of torch.distributed.checkpoint, and torch's reader on our storage.
+
+Owns writing that pickle for a decision (the same bytes for the same decision), reading it without
+running anything in it, and the adapter through which torch's own reader reaches storage, read-only.
+Only the few types that describe tensors are torch's own; names of torch.distributed and of Megatron
+that a load never needs (the plans that Megatron-Core caches in the file, say) become inert objects,
+and any other name is refused. Nested keys that a writer left out are derived from the flat names.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import pickle
+import pickletools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import IOBase
+from pathlib import Path, PurePath
+from typing import Any, Self, cast
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from holdfast.format.plan import Decision, shard_name
+from holdfast.storage.posix import Filesystem, naming
+
+
+def encode_metadata(decision: Decision) -> bytes:
+    """Return `.metadata` as stock torch reads it; the same bytes for the same proposals.
+
+    A large job has an entry per rank and tensor, so the objects that torch would pickle are never
+    made: their pickle is put together from parts. A test holds it against the objects.
+    """
+    catalogue, written = decision.catalogue, decision.written
+    pickled = _Pickled()
+    names = [pickled.text(name) for name in catalogue.numbers]
+    files = [pickled.text(shard_name(rank)) for rank in range(len(decision.shares))]
+    a_chunk = pickled.template(ChunkStorageMetadata, "offsets", "sizes")
+    a_place = pickled.template(_StorageInfo, "relative_path", "offset", "length")
+    a_chunk_index = pickled.template(MetadataIndex, "fqn", "index", "offset")
+    a_value_index = pickled.template(MetadataIndex, "fqn", "index")
+    chunks: list[list[bytes]] = [[] for _ in names]
+    places: list[bytes] = []
+    for number, rank, offsets, lengths, file_offset, slot_bytes in zip(
+        written.name.tolist(),
+        written.rank.tolist(),
+        map(tuple, written.offsets.tolist()),
+        map(tuple, written.lengths.tolist()),
+        written.file_offset.tolist(),
+        written.slot_bytes.tolist(),
+        strict=True,
+    ):
+        if catalogue.dtypes[number] is None:
+            places.append(a_value_index % (names[number], pickle.NONE))
+        else:
+            mine, dimensions = chunks[number], len(catalogue.sizes[number])
+            offset = pickled.size(offsets[:dimensions])
+            places.append(a_chunk_index % (names[number], _integer(len(mine)), offset))
+            mine.append(a_chunk % (offset, pickled.size(lengths[:dimensions])))
+        places.append(a_place % (files[rank], _integer(file_offset), _integer(slot_bytes)))
+
+    a_tensor = pickled.template(TensorStorageMetadata, "properties", "size", "chunks")
+    a_value = pickled.template(BytesStorageMetadata)
+    described: list[bytes] = []
+    for number, (dtype, size) in enumerate(zip(catalogue.dtypes, catalogue.sizes, strict=True)):
+        described.append(names[number])
+        if dtype is None:
+            described.append(a_value)
+        else:
+            listed = b"".join((pickle.EMPTY_LIST, pickle.MARK, *chunks[number], pickle.APPENDS))
+            described.append(a_tensor % (pickled.properties(dtype), pickled.size(size), listed))
+    paths: list[bytes] = []
+    for name, path in zip(names, catalogue.paths, strict=True):
+        paths += (name, pickled.path(path))
+    fields = {name: _plain(default) for name, default in vars(Metadata({})).items()}
+    fields["state_dict_metadata"] = _dictionary(described)
+    fields["planner_data"] = _dictionary(paths)
+    fields["storage_data"] = _dictionary(places)
+    return pickled.finish(pickled.template(Metadata, *fields) % tuple(fields.values()))
+
+
+class _Pickled:
+    """A pickle of protocol 3 in the making: what recurs stands in front and is referred to."""
+
+    def __init__(self) -> None:
+        self._front: list[bytes] = [pickle.PROTO + b"\x03"]
+        self._references: dict[Any, bytes] = {}
+        self._sizes: dict[tuple[int, ...], bytes] = {}
+
+    def finish(self, whole: bytes) -> bytes:
+        """Return the pickle of the object that these parts make."""
+        return b"".join((*self._front, whole, pickle.STOP))
+
+    def text(self, text: str) -> bytes:
+        return self._references.get(text) or self._refer(text, _plain(text))
+
+    def path(self, path: tuple[str | int, ...]) -> bytes:
+        keys = (self.text(key) if isinstance(key, str) else _integer(key) for key in path)
+        return b"".join((pickle.MARK, *keys, pickle.TUPLE))
+
+    def size(self, size: tuple[int, ...]) -> bytes:
+        if (known := self._sizes.get(size)) is None:
+            called = self._global(torch.Size) + _plain(size) + pickle.TUPLE1 + pickle.REDUCE
+            known = self._sizes[size] = self._refer(torch.Size(size), called)
+        return known
+
+    def properties(self, dtype: str) -> bytes:
+        key = getattr(torch, dtype)
+        return self._references.get(key) or self._refer(key, _plain(TensorProperties(key)))
+
+    def template(self, kind: type, *keys: str) -> bytes:
+        """Return the pickle of an object with a %b where the value of each key goes."""
+        new = self._global(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+        if not keys:
+            return new
+        parts = [new + pickle.EMPTY_DICT + pickle.MARK, *map(self.text, keys)]
+        return b"%b".join(
+            part.replace(b"%", b"%%") for part in (parts[0] + parts[1], *parts[2:])
+        ) + (b"%b" + pickle.SETITEMS + pickle.BUILD)
+
+    def _global(self, kind: type) -> bytes:
+        content = pickle.GLOBAL + f"{kind.__module__}\n{kind.__qualname__}\n".encode("ascii")
+        return self._references.get(kind) or self._refer(kind, content)
+
+    def _refer(self, key: Any, content: bytes) -> bytes:
+        number = (len(self._references)).to_bytes(4, "little")
+        self._front.append(content + pickle.LONG_BINPUT + number + pickle.POP)
+        self._references[key] = reference = pickle.LONG_BINGET + number
+        return reference
+
+
+def _plain(value: Any) -> bytes:
+    """Return the pickle of one thing, without beginning and end and without anything remembered."""
+    return pickletools.optimize(pickle.dumps(value, protocol=3))[2:-1]
+
+
+def _integer(number: int) -> bytes:
+    return pickle.dumps(number, protocol=3)[2:-1]
+
+
+def _dictionary(parts: Sequence[bytes]) -> bytes:
+    return b"".join((pickle.EMPTY_DICT, pickle.MARK, *parts, pickle.SETITEMS))
+
+
+_GLOBALS = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._C", "Size"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib", "Path"),
+}
+_INERT = ("torch.distributed.", "megatron.")
+"""Where names come from that may stand in the file and that no load needs."""
+
+
+_MEGATRON_METADATA = "MCoreMetadata"
+"""Metadata with a field more, which is not looked at."""
+
+
+class _Inert:
+    """Takes the place of an object whose type is not looked up: holds nothing, does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        return
+
+    def __setstate__(self, _: Any) -> None:
+        return
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        return
+
+    def append(self, _: Any) -> None:
+        """Drop what the pickle adds to a list."""
+
+    def extend(self, _: Any) -> None:
+        """As `append`."""
+
+    def add(self, _: Any) -> None:
+        """As `append`."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Finds the types of a DCP metadata file and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _GLOBALS:
+            return PurePath if module == "pathlib" else super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
+            return getattr(torch, name)
+        if module.startswith("megatron.") and name == _MEGATRON_METADATA:
+            return type(name, (Metadata,), {"__module__": module})
+        if f"{module}.".startswith(_INERT):
+            return type(name.rpartition(".")[2], (_Inert,), {"__module__": module})
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def read_metadata(content: bytes, *, derive_keys: bool = False) -> Metadata | None:
+    """Return the metadata of a checkpoint, complete; None: the file holds something else.
+
+    `derive_keys`: nested keys that the writer left out follow from the flat names.
+
+    Raises whatever a hostile or torn pickle makes of the unpickler.
+    """
+    metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    if not isinstance(metadata, Metadata):
+        return None
+    fields = vars(metadata)
+    fields.pop("all_local_plans", None)  # of the writer's ranks; large, and of no use here
+    described = fields.get("state_dict_metadata")
+    if not isinstance(described, dict) or not all(map(_is_described, described.items())):
+        return None
+    if derive_keys:
+        known = fields.get("planner_data")  # None, as Megatron-Core leaves it, or incomplete
+        known = known if isinstance(known, dict) else {}
+        fields["planner_data"] = {name: _complete(name, known.get(name)) for name in described}
+    if not all(isinstance(fields.get(each), dict) for each in ("planner_data", "storage_data")):
+        return None
+    if fields.get("storage_meta") is None:
+        fields["storage_meta"] = StorageMeta()
+    return metadata
+
+
+def _is_described(entry: tuple[Any, Any]) -> bool:
+    """Return whether a name stands for a tensor or a value, in torch's own words."""
+    name, described = entry
+    return isinstance(name, str) and isinstance(
+        described, TensorStorageMetadata | BytesStorageMetadata
+    )
+
+
+def _complete(name: str, path: Any) -> tuple[str | int, ...]:
+    """Return nested keys as a load expects them: a model's names are flat, whoever nested them."""
+    if not isinstance(path, tuple) or len(path) < 2:
+        return key_path_of(name)
+    if path[0] == "model" and len(path) > 2 and not str(path[1]).endswith("_extra_state"):
+        return ("model", ".".join(map(str, path[1:])))
+    return path
+
+
+def key_path_of(name: str) -> tuple[str | int, ...]:
+    """Return the nested keys that a flat name of a model or an optimizer stands for.
+
+    A parameter's own name has dots, so only the ends are cut: `model.<name>`,
+    `optimizer.state.<name>.<key>`, `optimizer.param_groups.<number>.<option>`.
+    """
+    root, _, rest = name.partition(".")
+    if root == "model" and rest:
+        return ("model", rest)
+    if root != "optimizer":
+        return (name,)
+    kind, _, rest = rest.partition(".")
+    if kind == "state":
+        owner, _, key = rest.rpartition(".")
+        if owner and key:
+            return ("optimizer", "state", owner, key)
+    if kind == "param_groups":
+        number, _, option = rest.partition(".")
+        if number.isdecimal() and option:
+            return ("optimizer", "param_groups", int(number), option)
+    return (name,)
+
+
+class SeamFileSystem(FileSystem):
+    """What torch calls on a file system, and no more than it calls."""
+
+    def __init__(self, filesystem: Filesystem) -> None:
+        self._filesystem = filesystem
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[IOBase]:
+        if mode != "rb":
+            raise OSError(errno.EROFS, "only for reading", str(path))
+        with naming(Path(path)), self._filesystem.open_existing(Path(path)) as stream:
+            yield cast(IOBase, stream)
+
+    def exists(self, path: Any) -> bool:
+        try:
+            self._filesystem.size_bytes(Path(path))
+        except FileNotFoundError:
+            return False
+        return True

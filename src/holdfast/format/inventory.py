@@ -1,0 +1,96 @@
+"""Which tensors are in which bytes of a shard file, found without torch.
+
+Owns reading `.metadata` for the places of its items alone, and naming the tensors of damaged
+blocks. Runs nothing from the file and imports nothing: every type in it is a stand-in. Metadata
+that cannot be read names no tensors; that is no error here, since damage is reported either way.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from holdfast.storage.posix import Filesystem, read_bytes
+from holdfast.storage.store import Checkpoint, Damage
+
+METADATA_NAME = ".metadata"
+_SHOWN = 3
+
+
+def names_in(metadata_content: bytes, file_name: str, byte_range: tuple[int, int]) -> list[str]:
+    """Return the flat names of the items in a range of bytes, ends included, largest part first."""
+    try:
+        metadata = _InventoryUnpickler(io.BytesIO(metadata_content)).load()
+    except Exception:  # noqa: BLE001  # the metadata itself may be what is damaged
+        return []
+    places = getattr(metadata, "storage_data", None)
+    return names_at(places, file_name, byte_range) if isinstance(places, dict) else []
+
+
+def names_at(places: Mapping[Any, Any], file_name: str, byte_range: tuple[int, int]) -> list[str]:
+    """As `names_in`, from the `storage_data` of metadata that was read already."""
+    first, last = byte_range
+    shares = [
+        (min(info.offset + info.length, last + 1) - max(info.offset, first), index.fqn)
+        for index, info in places.items()
+        if info.relative_path == file_name
+    ]
+    return [name for share, name in sorted(shares, key=lambda each: -each[0]) if share > 0]
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the end of a message that names a few of the tensors concerned; empty for none."""
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f", in {', '.join(names[:_SHOWN])}{more}"
+
+
+class _StandIn:
+    """Takes whatever state a pickle gives to an object of a type that is not looked up."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        slots: Any = None
+        if isinstance(state, tuple) and len(state) == 2:
+            state, slots = state
+        for part in (state, slots):
+            if isinstance(part, dict):
+                self.__dict__.update(part)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class _InventoryUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return _StandIn
+
+
+def name_tensors(
+    checkpoint: Checkpoint, damages: Sequence[Damage], filesystem: Filesystem
+) -> list[Damage]:
+    """Add to every damaged block the tensors that it holds parts of, where that can be told."""
+    return [
+        replace(each, reason=each.reason + _clause(checkpoint, each, filesystem))
+        for each in damages
+    ]
+
+
+def _clause(checkpoint: Checkpoint, damage: Damage, filesystem: Filesystem) -> str:
+    if damage.byte_range is None:
+        return ""
+    try:
+        content = read_bytes(filesystem, checkpoint.path / METADATA_NAME)
+    except OSError:
+        return ""
+    file_name = damage.path.removeprefix(f"{checkpoint.path.name}/")
+    return list_names(names_in(content, file_name, damage.byte_range))

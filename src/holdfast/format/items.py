@@ -1,0 +1,341 @@
+"""Flat named state becomes the items of a shard file, and what has to be copied into each.
+
+Owns how a tensor or value is described: whole or a chunk, dense or only for torch to pickle, alone
+or tied to another name. Promises that the description is of the state as it is now: what is kept
+from save to save is compared with the live tensors each time, never assumed. Refuses tensor types
+that it cannot take apart. Copies nothing but small values.
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner_helpers import _create_write_items
+from torch.distributed.tensor import DTensor
+
+from holdfast.errors import UnsupportedStateError
+from holdfast.format.layout import Item
+from holdfast.format.proposals import structure_of
+from holdfast.storage.digests import round_up
+
+_SLOT_ALIGNMENT = 64
+_LEAST_HEADROOM_BYTES = 256
+_MOST_HEADROOM_BYTES = 32 << 10
+_TOLERATED_BYTES = 60 << 10
+"""Zeros behind a container that torch still reads: it searches the last 64 KiB for its end."""
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+Source = torch.Tensor | bytes
+"""A plain tensor to copy, or bytes that are a container already."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All that this rank could write, and where it is now."""
+
+    items: Sequence[Item]
+    sources: Sequence[Source]
+    """One for each item."""
+    structure: bytes
+    """16 bytes that are equal while the items are."""
+
+
+class Itemizer:
+    """Describes one state again and again; what did not change is not described anew."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+        self._values: dict[str, _Encoded] = {}
+        self._aliased: dict[tuple[str, str], Item] = {}
+        self._last = _Last((), (), (), (), ())
+        self._paths: Mapping[str, tuple[str | int, ...]] = {}
+        self._structure = b""
+
+    def describe(
+        self,
+        leaves: Mapping[str, Any],
+        paths: Mapping[str, tuple[str | int, ...]],
+        check: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> Inventory:
+        """Return the items of a flat state, in its order; `paths` are the nested keys of each name.
+
+        `check` may refuse leaves; it is asked when one is of another kind, size or place than last
+        time.
+
+        Raises:
+            UnsupportedStateError: a tensor type that cannot be taken apart.
+        """
+        if paths is not self._paths:
+            self._forget_moved(leaves, paths)
+        if (repeated := self._repeat(leaves)) is not None:
+            return repeated
+        check(leaves)
+        items: list[Item] = []
+        sources: list[Source] = []
+        addresses: list[int] = []
+        by_address: dict[int, list[tuple[torch.Tensor, str]]] = {}
+        for name, leaf in leaves.items():
+            for item, source in self._describe(name, leaf, paths):
+                address = 0
+                if isinstance(source, torch.Tensor) and source.numel():
+                    address = source.data_ptr()
+                    if address in by_address:
+                        item = self._tie(item, source, by_address[address])
+                    else:
+                        by_address[address] = [(source, name)]
+                items.append(item)
+                sources.append(source)
+                addresses.append(address)
+        if len(items) != len(self._last.items) or not all(
+            map(operator.is_, items, self._last.items)
+        ):
+            self._structure = structure_of(items)
+        # No sources: holding them would keep a model alive that nobody else does.
+        known = [self._known.get(name) for name in leaves]
+        lying = Counter(addresses)
+        shared = [
+            _place_of(source)
+            if address and lying[address] > 1 and isinstance(source, torch.Tensor)
+            else None
+            for source, address in zip(sources, addresses, strict=True)
+        ]
+        self._last = _Last(tuple(leaves), known, items, addresses, shared)
+        return Inventory(items, sources, self._structure)
+
+    def _forget_moved(
+        self, leaves: Mapping[str, Any], paths: Mapping[str, tuple[str | int, ...]]
+    ) -> None:
+        """Know nothing any more of names that stand for other nested keys than they did."""
+        for name in leaves:
+            known, path = self._known.get(name), tuple(paths[name])
+            if known is not None and any(item.path != path for item in known.items):
+                del self._known[name]
+                self._values.pop(name, None)
+                self._last = _Last((), (), (), (), ())
+        self._paths = paths
+
+    def _repeat(self, leaves: Mapping[str, Any]) -> Inventory | None:
+        """Return the items of last time, if every leaf is as it was; None: describe them."""
+        last = self._last
+        if tuple(leaves) != last.names or len(last.items) != len(last.names):
+            return None
+        sources: list[Source] = []
+        for leaf, known, item, address, place in zip(
+            leaves.values(), last.known, last.items, last.addresses, last.shared, strict=True
+        ):
+            if known is None:
+                return None
+            kind = type(leaf)
+            if kind is known.kind:
+                source = leaf
+                if kind is DTensor:
+                    source = leaf._local_tensor
+                    if leaf._spec is not known.spec and leaf._spec != known.spec:
+                        return None
+                if (
+                    source.shape != known.shape
+                    or source.dtype is not known.dtype
+                    or source.layout is not torch.strided
+                    or source.data_ptr() != address
+                    or (place is not None and _place_of(source) != place)
+                ):
+                    return None
+            elif known.kind is bytes and item.dtype is None:
+                encoded = self._values[item.name]
+                if encoded.key != pickle.dumps(leaf):
+                    return None
+                source = encoded.content
+            else:
+                return None
+            sources.append(source)
+        return Inventory(last.items, sources, self._structure)
+
+    def _describe(
+        self, name: str, leaf: Any, paths: Mapping[str, tuple[str | int, ...]]
+    ) -> Sequence[tuple[Item, Source]]:
+        kind = type(leaf)
+        if kind in _PLAIN_TENSORS:
+            known = self._known.get(name)
+            if (
+                known is not None
+                and known.kind is kind
+                and known.shape == leaf.shape
+                and known.dtype is leaf.dtype
+                and leaf.layout is torch.strided
+            ):
+                return ((known.items[0], leaf),)
+        elif kind is DTensor:
+            known = self._known.get(name)
+            local = leaf._local_tensor
+            if (
+                known is not None
+                and known.kind is DTensor
+                and known.shape == local.shape
+                and known.dtype is local.dtype
+                and type(local) in _PLAIN_TENSORS
+                and known.spec == leaf._spec
+            ):
+                return tuple((item, local) for item in known.items)
+        elif not isinstance(leaf, torch.Tensor):
+            return (self._describe_value(name, leaf, paths),)
+        return self._describe_anew(name, leaf, paths)
+
+    def _describe_anew(
+        self, name: str, leaf: Any, paths: Mapping[str, tuple[str | int, ...]]
+    ) -> Sequence[tuple[Item, Source]]:
+        path = tuple(paths[name])
+        found: list[tuple[Item, Source]] = []
+        for written, local in _chunks(name, leaf):
+            data = written.tensor_data
+            assert data is not None
+            chunk = data.chunk
+            assert chunk is not None
+            local = local.detach()
+            item = Item(
+                name,
+                path,
+                local.dtype,
+                tuple(data.size),
+                tuple(chunk.offsets),
+                tuple(chunk.sizes),
+            )
+            if _is_dense(local):
+                found.append((item, local))
+            else:
+                found.append(self._with_room(item, _pickle_tensor(local, name)))
+        kind = type(leaf)
+        if all(isinstance(source, torch.Tensor) for _, source in found):
+            items = [item for item, _ in found]
+            if kind in _PLAIN_TENSORS:
+                self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, items)
+            elif kind is DTensor and found:
+                local = leaf._local_tensor
+                self._known[name] = _Known(DTensor, leaf._spec, local.shape, local.dtype, items)
+        return found
+
+    def _describe_value(
+        self, name: str, value: Any, paths: Mapping[str, tuple[str | int, ...]]
+    ) -> tuple[Item, Source]:
+        key = pickle.dumps(value)
+        encoded = self._values.get(name)
+        if encoded is None or encoded.key != key:
+            stream = io.BytesIO()
+            torch.save(value, stream)
+            item = Item(name, tuple(paths[name]), None, (), (), ())
+            item, content = self._with_room(item, stream.getvalue())
+            encoded = self._values[name] = _Encoded(key, item, content)
+        return encoded.item, encoded.content
+
+    def _with_room(self, item: Item, content: bytes) -> tuple[Item, bytes]:
+        """Give an item the slot it had, where its bytes still go there, or one with headroom."""
+        before = self._known.get(item.name)
+        if before is not None and before.kind is bytes:
+            (slot,) = before.items
+            spare = slot.capacity_bytes - len(content)
+            if (
+                0 <= spare < _TOLERATED_BYTES
+                and replace(item, capacity_bytes=slot.capacity_bytes) == slot
+            ):
+                return slot, content
+        headroom = min(max(len(content) // 4, _LEAST_HEADROOM_BYTES), _MOST_HEADROOM_BYTES)
+        slot = replace(item, capacity_bytes=round_up(len(content) + headroom, _SLOT_ALIGNMENT))
+        self._known[item.name] = _Known(bytes, None, torch.Size(), None, [slot])
+        return slot, content
+
+    def _tie(
+        self, item: Item, source: torch.Tensor, others: list[tuple[torch.Tensor, str]]
+    ) -> Item:
+        """Return the item as the alias of an earlier one with the same bytes, if there is one."""
+        place = _place_of(source)
+        for other, name in others:
+            if _place_of(other) == place:
+                key = (item.name, name)
+                tied = self._aliased.get(key)
+                if tied is None or replace(item, alias_of=name) != tied:
+                    tied = self._aliased[key] = replace(item, alias_of=name)
+                return tied
+        others.append((source, item.name))
+        return item
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a name was when it was described; it is again while all of this is the same."""
+
+    kind: type
+    spec: Any
+    shape: torch.Size
+    dtype: torch.dtype | None
+    items: Sequence[Item]
+
+
+@dataclass(frozen=True)
+class _Last:
+    """One description: names, what each was known as, and the address of its bytes."""
+
+    names: tuple[str, ...]
+    known: Sequence[_Known | None]
+    items: Sequence[Item]
+    addresses: Sequence[int]
+    shared: Sequence[tuple[Any, ...] | None]
+    """How the bytes are looked at, where several names lie at one address."""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    key: bytes
+    item: Item
+    content: bytes
+
+
+def _chunks(name: str, leaf: Any) -> Iterator[tuple[WriteItem, torch.Tensor]]:
+    """Yield what DCP would write of a tensor on this rank, each with the local tensor it is."""
+    if isinstance(leaf, DTensor):
+        if leaf.device_mesh.get_coordinate() is None:
+            return
+        locals_ = [leaf.to_local()]
+    elif isinstance(leaf, ShardedTensor):
+        locals_ = [shard.tensor for shard in leaf.local_shards()]
+    else:
+        locals_ = [leaf]
+    yield from zip(_create_write_items(name, leaf), locals_, strict=True)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in _PLAIN_TENSORS
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+    )
+
+
+def _pickle_tensor(tensor: torch.Tensor, name: str) -> bytes:
+    """Return what torch.save makes of a tensor whose parts only its own type knows."""
+    if type(tensor) not in _PLAIN_TENSORS and not hasattr(tensor, "__tensor_flatten__"):
+        raise UnsupportedStateError(
+            f"{name} is a {type(tensor).__name__}, a tensor type without __tensor_flatten__, which "
+            "cannot be staged; convert it to a plain tensor."
+        )
+    stream = io.BytesIO()
+    torch.save(tensor.cpu(), stream)
+    return stream.getvalue()
+
+
+def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        tensor.device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.is_conj(),  # a lazy conjugate or negative lies where its source does
+        tensor.is_neg(),
+    )

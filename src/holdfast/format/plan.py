@@ -1,0 +1,398 @@
+"""Which rank writes what, and whether the plan of the save before still applies.
+
+Owns the decision that needs every rank's items: each replicated item goes to exactly one of its
+holders, balanced by bytes, tied names to one place where all holders agree on the tie. No item is
+lost or written twice, the chunks of each tensor tile it exactly, and the same proposals give the
+same decision. Owns also the record of fixed size that every rank sends before each save, and the
+judgement of all of them: a plan is used only while every rank has the structure it was made for.
+Pure: no input or output, no communication.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, product
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from holdfast.errors import UnsupportedStateError
+from holdfast.format.layout import SLOT_ALIGNMENT, IntArray, Item, leaders_of, slot_offsets
+from holdfast.format.proposals import Catalogue, Profiles, Rows, profiles_of, rows_of
+
+NO_PLAN = bytes(16)
+"""What a rank without a plan for its present structure sends in the place of one."""
+
+_RECORD = struct.Struct("<8sq16s16s")
+_RECORD_MARK = b"holdfst1"
+_RECORDS = np.dtype(
+    [("mark", "S8"), ("iteration", "<i8"), ("structure", "<u8", 2), ("plan", "<u8", 2)]
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rank says before a save that needs no planning."""
+
+    iteration: int
+    structure: bytes
+    """Of the state it is about to save."""
+    plan: bytes
+    """The plan that it holds for this structure; `NO_PLAN`: none."""
+
+    def pack(self) -> bytes:
+        """Return the record in its fixed size."""
+        return _RECORD.pack(_RECORD_MARK, self.iteration, self.structure, self.plan)
+
+    @classmethod
+    def unpack(cls, content: bytes) -> Record:
+        """Read what `pack` made; `judge` has found it to be a record."""
+        _, iteration, structure, plan = _RECORD.unpack(content)
+        return cls(iteration, structure, plan)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether all ranks may save by the plan that they have."""
+
+    is_current: bool
+    """All ranks save one iteration, each with the structure that the one plan was made for."""
+    changed: tuple[int, ...]
+    """The ranks because of which to plan anew; when plans merely differ, all of them."""
+    iterations: tuple[int, ...]
+    """Of which iteration each record speaks, without repeats; more than one is an error."""
+    reason: str
+    """Empty when current."""
+
+
+def judge(records: Sequence[bytes], structures: Sequence[bytes] | None = None) -> Verdict:
+    """Judge every rank's packed record, in rank order.
+
+    With the structures of the decision at hand, a rank that claims its plan for another structure
+    is found out as well.
+
+    Raises:
+        ValueError: a record is none.
+    """
+    content = b"".join(records)
+    if not records or any(len(record) != _RECORD.size for record in records):
+        raise ValueError(f"not every one of {len(records)} records has {_RECORD.size} bytes")
+    table = np.frombuffer(content, dtype=_RECORDS)
+    if (table["mark"] != _RECORD_MARK).any():
+        raise ValueError("not every record is of this version of holdfast")
+    numbers, holders = np.unique(table["iteration"], return_index=True)
+    iterations = tuple(numbers.tolist())
+    if len(iterations) > 1:
+        named = [f"rank {rank} saves {iterations[at]}" for at, rank in enumerate(holders.tolist())]
+        return Verdict(False, (), iterations, f"the ranks' iterations differ: {few(named)}")
+    stale = (table["plan"] == 0).all(axis=1)
+    if structures is not None:
+        if len(structures) != len(records):
+            everyone = tuple(range(len(records)))
+            reason = f"{len(records)} ranks, where the plan is for {len(structures)}"
+            return Verdict(False, everyone, iterations, reason)
+        planned = np.frombuffer(b"".join(structures), dtype="<u8").reshape(-1, 2)
+        stale |= (table["structure"] != planned).any(axis=1)
+    if not stale.any():
+        stale = (table["plan"] != table["plan"][0]).any(axis=1)
+    changed = tuple(np.flatnonzero(stale).tolist())
+    if not changed:
+        return Verdict(True, (), iterations, "")
+    ranks = few([str(rank) for rank in changed])
+    return Verdict(False, changed, iterations, f"no plan for the present state of ranks {ranks}")
+
+
+_SHOWN = 3
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+def shard_name(rank: int) -> str:
+    """Return the name of a rank's shard file."""
+    return f"__{rank}_0.distcp"
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """Who writes what; equal on every rank that was given the same proposals."""
+
+    shares: list[bytes]
+    """By rank: one bit per proposed item, for `choose`."""
+    structures: list[bytes]
+    """By rank: the structure that its share is for."""
+    plan: bytes
+    """16 bytes that stand for this decision."""
+    body_bytes: list[int]
+    """By rank: of the slots it writes, index not counted."""
+    catalogue: Catalogue
+    written: _Written
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """One row per item written, sorted by name and offsets."""
+
+    name: IntArray
+    """Position in the catalogue."""
+    rank: IntArray
+    offsets: IntArray
+    lengths: IntArray
+    file_offset: IntArray
+    slot_bytes: IntArray
+
+
+def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
+    """Decide which rank writes which item, from what `propose` made on every rank, in rank order.
+
+    `is_whole`: these ranks hold the whole state; else the chunks of a tensor need not tile it.
+
+    Raises:
+        UnsupportedStateError: ranks disagree about a name, or chunks do not tile their tensor.
+    """
+    profiles = profiles_of(proposals)
+    catalogue = Catalogue()
+    rows, counts = rows_of(profiles, catalogue)
+    rows, leader_group, group = _group(rows)
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    _check_replicas(rows, starts[group], profiles, catalogue)
+    if is_whole:
+        _check_tiling(rows, starts, profiles, catalogue)
+    rank = _assign(rows, starts, leader_group, profiles, catalogue)
+    # Rows stand in the order of group and profile, so that a group's row on a rank can be searched.
+    keys = group * len(profiles.ranks) + rows.profile
+    groups = np.arange(len(starts))
+    chosen = rows.take(
+        np.searchsorted(keys, groups * len(profiles.ranks) + profiles.of_rank[rank])
+        if len(starts)
+        else groups
+    )
+    base = np.concatenate(([0], np.cumsum(counts[profiles.of_rank]))).astype(np.int64)
+    flags = np.zeros(int(base[-1]), dtype=np.bool_)
+    flags[base[rank] + chosen.item] = True
+    packed = [
+        np.packbits(flags[first:last]).tobytes()
+        for first, last in zip(base[:-1].tolist(), base[1:].tolist(), strict=True)
+    ]
+    file_offset, body_bytes = _place(chosen, rank, base, flags)
+    plan = xxhash.xxh3_128(b"".join(profiles.structures))
+    plan.update(b"".join(packed))
+    return Decision(
+        shares=packed,
+        structures=profiles.structures,
+        plan=plan.digest(),
+        body_bytes=body_bytes,
+        catalogue=catalogue,
+        written=_Written(
+            chosen.name, rank, chosen.offsets, chosen.lengths, file_offset, chosen.slot_bytes
+        ),
+    )
+
+
+def _group(rows: Rows) -> tuple[Rows, IntArray, IntArray]:
+    """Sort rows so that replicas are neighbours, without those that must not be written.
+
+    Return them with the group of each row's leader (-1: none) and of each row.
+    """
+    empty = (rows.lengths == 0).any(axis=1)
+    moving = [column for column in rows.offsets.T if column.any()]
+    order = np.lexsort((rows.profile, empty, *moving[::-1], rows.name))
+    sorted_ = rows.take(order)
+    differs = np.ones(len(order), dtype=np.bool_)
+    if len(order):
+        differs[1:] = np.diff(sorted_.name) != 0
+        for column in moving:
+            differs[1:] |= np.diff(column[order]) != 0
+    group = np.cumsum(differs) - 1
+    # An item's number in its profile, from where the profile's items began before the sort.
+    first = np.arange(len(order)) - rows.item
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    tied = sorted_.leader >= 0
+    leader_group = np.full(len(order), -1, dtype=np.int64)
+    leader_group[tied] = group[place[first[order][tied] + sorted_.leader[tied]]]
+    # Beside a chunk with bytes, an empty one at the same offsets has nothing to add, and DCP could
+    # not tell the two apart.
+    empty = empty[order]
+    kept = empty == empty[np.flatnonzero(differs)][group]
+    return sorted_.take(kept), leader_group[kept], group[kept]
+
+
+def _check_replicas(rows: Rows, twin: IntArray, profiles: Profiles, catalogue: Catalogue) -> None:
+    """Raise unless replicas are of one size."""
+    names = list(catalogue.numbers)
+    if (unlike := (rows.lengths != rows.lengths[twin]).any(axis=1)).any():
+        row = int(np.flatnonzero(unlike)[0])
+        ranks = profiles.first_rank[rows.profile[[twin[row], row]]].tolist()
+        one, other = rows.lengths[[twin[row], row]].tolist()
+        raise UnsupportedStateError(
+            f"{names[rows.name[row]]}: ranks {ranks[0]} and {ranks[1]} hold chunks of sizes {one} "
+            f"and {other} at the same offsets {rows.offsets[row].tolist()}."
+        )
+
+
+def _check_tiling(rows: Rows, starts: IntArray, profiles: Profiles, catalogue: Catalogue) -> None:
+    """Raise unless the chunks of each tensor tile it."""
+    names = list(catalogue.numbers)
+    chunks = rows.take(starts)
+    sizes = np.ones((len(names), rows.offsets.shape[1]), dtype=np.int64)
+    for number, size in enumerate(catalogue.sizes):
+        sizes[number, : len(size)] = size
+    untiled = first_untiled(chunks.name, chunks.offsets, chunks.lengths, sizes)
+    if untiled is None:
+        return
+    mine = chunks.name == untiled
+    ranks = [str(rank) for rank in np.unique(profiles.first_rank[chunks.profile[mine]])]
+    volume = chunks.lengths[mine].prod(axis=1).sum()
+    raise UnsupportedStateError(
+        f"{names[untiled]}: the {mine.sum()} chunks of ranks {few(ranks)} hold {volume} elements "
+        f"and do not tile its {sizes[untiled].prod()} (size {list(catalogue.sizes[untiled])}): "
+        "they overlap, leave gaps, or reach beyond it."
+    )
+
+
+def first_untiled(
+    name: IntArray, offsets: IntArray, lengths: IntArray, sizes: IntArray
+) -> int | None:
+    """Return the number of a tensor whose chunks do not fill it exactly once; None: all do.
+
+    One row per chunk, `sizes` by tensor; missing dimensions have offset 0 and length 1. Exact: the
+    signed corners of boxes add up to those of the whole if and only if the boxes tile it.
+    """
+    filled = (lengths > 0).all(axis=1)
+    varies = (offsets != 0) | (lengths != sizes[name])
+    pieces = np.bincount(name[filled], minlength=len(sizes))
+    lacking = np.flatnonzero((pieces == 0) & (sizes > 0).all(axis=1))
+    if len(lacking):
+        return int(lacking[0])
+    pattern = np.zeros(len(sizes), dtype=np.int64)
+    bits = varies[filled] @ (1 << np.arange(sizes.shape[1], dtype=np.int64))
+    np.bitwise_or.at(pattern, name[filled], bits)
+    for each in np.unique(pattern[(pieces > 1) | (pattern != 0)]).tolist():
+        tensors = np.flatnonzero((pattern == each) & (pieces > 0))
+        part = filled & (pattern[name] == each)
+        split = [column for column in range(sizes.shape[1]) if each >> column & 1]
+        owner = np.concatenate((name[part], tensors))
+        low = np.concatenate((offsets[part], np.zeros_like(sizes[tensors])))[:, split]
+        high = low + np.concatenate((lengths[part], sizes[tensors]))[:, split]
+        weight = np.repeat([1, -1], [len(owner) - len(tensors), len(tensors)])
+        corners, signs = [], []
+        for ends in product((False, True), repeat=len(split)):
+            corners.append(np.column_stack((owner, np.where(ends, high, low))))
+            signs.append(weight * (-1) ** sum(ends))
+        points, sign = np.concatenate(corners), np.concatenate(signs)
+        order = np.lexsort(points.T[::-1])
+        points = points[order]
+        first = np.flatnonzero(np.append(True, (np.diff(points, axis=0) != 0).any(axis=1)))
+        wrong = np.flatnonzero(np.add.reduceat(sign[order], first))
+        if len(wrong):
+            return int(points[first[wrong[0]], 0])
+    return None
+
+
+def _assign(
+    rows: Rows,
+    starts: IntArray,
+    leader_group: IntArray,
+    profiles: Profiles,
+    catalogue: Catalogue,
+) -> IntArray:
+    """Return the rank that writes each group: to the least loaded holder, the largest first."""
+    if not len(starts):
+        return np.zeros(0, dtype=np.int64)
+    ends = np.append(starts[1:], len(rows.name))
+    multiplicity = np.array([len(ranks) for ranks in profiles.ranks], dtype=np.int64)
+    holders = np.add.reduceat(multiplicity[rows.profile], starts)
+    weight = -(-rows.slot_bytes[starts] // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    # A tie is kept where each holder of one name ties it to the same other, and no one else has it.
+    low = np.minimum.reduceat(leader_group, starts)
+    leader = np.where(low == np.maximum.reduceat(leader_group, starts), low, -2)
+    tied = leader >= 0
+    guess = np.where(tied, leader, 0)
+    tied &= (ends - starts == (ends - starts)[guess]) & (leader[guess] == -1)
+
+    rank = profiles.first_rank[rows.profile[starts]]
+    is_value = np.array([dtype is None for dtype in catalogue.dtypes])[rows.name[starts]]
+    settled = ~tied & ((holders == 1) | is_value)
+    sums = np.zeros(len(profiles.of_rank), dtype=np.int64)
+    np.add.at(sums, rank[settled], weight[settled])
+    free = np.flatnonzero(~tied & ~settled)
+    free = free[np.argsort(-weight[free], kind="stable")]
+    loads: list[int] = sums.tolist()
+    queues: dict[bytes, list[tuple[int, int]]] = {}
+    for group, start, end, size in zip(
+        free.tolist(),
+        starts[free].tolist(),
+        ends[free].tolist(),
+        weight[free].tolist(),
+        strict=True,
+    ):
+        members = rows.profile[start:end]
+        key = members.tobytes()
+        if (queue := queues.get(key)) is None:
+            ranks = chain.from_iterable(profiles.ranks[profile] for profile in members.tolist())
+            queue = queues[key] = [(loads[each], each) for each in ranks]
+            heapq.heapify(queue)
+        # Loads only grow, through other queues too: what is stale is put back where it belongs.
+        while queue[0][0] != loads[queue[0][1]]:
+            heapq.heapreplace(queue, (loads[queue[0][1]], queue[0][1]))
+        chosen = queue[0][1]
+        rank[group] = chosen
+        loads[chosen] += size
+        heapq.heapreplace(queue, (loads[chosen], chosen))
+    rank[tied] = rank[leader[tied]]
+    return rank
+
+
+def _place(
+    chosen: Rows, rank: IntArray, base: IntArray, flags: BoolArray
+) -> tuple[IntArray, list[int]]:
+    """Return where each chosen row lies in its rank's file, as `lay_out` says, and each sum."""
+    ranks = len(base) - 1
+    key = base[rank] + chosen.item
+    order = np.argsort(key)
+    key, rank = key[order], rank[order]
+    leader = chosen.leader[order]
+    leader_key = base[rank] + leader
+    shares_bytes = (leader >= 0) & flags[np.where(leader >= 0, leader_key, 0)]
+    sizes = np.where(shares_bytes, 0, chosen.slot_bytes[order])
+    running = slot_offsets(sizes)
+    total = int(running[-1] + slot_offsets(np.append(sizes[-1:], 0))[-1]) if len(sizes) else 0
+    # Where each rank's first row starts in the running count over all ranks.
+    first = np.append(running, total)[np.searchsorted(rank, np.arange(ranks + 1))]
+    offset = running - first[rank]
+    offset[shares_bytes] = offset[np.searchsorted(key, leader_key[shares_bytes])]
+    file_offset = np.empty_like(offset)
+    file_offset[order] = offset
+    return file_offset, np.diff(first).tolist()
+
+
+def choose(items: Sequence[Item], share: bytes) -> list[Item]:
+    """Return the items of a rank that it writes, from its share of a decision.
+
+    Aliases of an item that another rank writes become items of their own.
+
+    Raises:
+        ValueError: the share is for another number of items.
+    """
+    if len(share) != -(-len(items) // 8):
+        raise ValueError(f"the share is {len(share)} bytes, not one bit for {len(items)} items")
+    mask = np.unpackbits(np.frombuffer(share, dtype=np.uint8), count=len(items)).tolist()
+    chosen = []
+    for item, leader, is_chosen in zip(items, leaders_of(items), mask, strict=True):
+        if not is_chosen:
+            continue
+        if item.alias_of is not None:
+            name = items[leader].name if mask[leader] else None
+            item = item if name == item.alias_of else replace(item, alias_of=name)
+        chosen.append(item)
+    return chosen
+
+
+def few(texts: Sequence[str]) -> str:
+    """List the first of some texts, and say when there are more."""
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")

@@ -1,0 +1,60 @@
+"""How messages state sizes, and which setting an unknown one was meant to be.
+
+Owns the units of sizes (binary, with a decimal or two, so that what is needed and what is free can
+be compared at a glance), and the comparison of a mistyped setting with the dotted paths of a tree
+of dataclasses. Knows no settings: it is given the dataclass, or the paths.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def describe_size(size_bytes: float, beside: float = 0) -> str:
+    """Return a size with its unit, from `512 B` over `3.5 MiB` to `1.50 TiB`.
+
+    `beside`: a size that it is compared with; no smaller unit than that one's is taken.
+    """
+    power = max(_power_of(size_bytes), _power_of(beside))
+    digits = 0 if power == 0 else 1 if power < 3 else 2
+    return f"{size_bytes / 1024**power:.{digits}f} {_UNITS[power]}"
+
+
+def _power_of(size_bytes: float) -> int:
+    power = 0
+    while power < len(_UNITS) - 1 and abs(size_bytes) / 1024**power >= 1023.95:
+        power += 1
+    return power
+
+
+def list_settings(kind: type[Any]) -> list[str]:
+    """Return the dotted path of every setting of a dataclass of dataclasses, in order."""
+    found = []
+    hints = get_type_hints(kind)
+    for each in fields(kind):
+        if is_dataclass(hints[each.name]):
+            found += [f"{each.name}.{inner}" for inner in list_settings(hints[each.name])]
+        else:
+            found.append(each.name)
+    return found
+
+
+def suggest(path: str, known: Sequence[str]) -> str | None:
+    """Return the known path that an unknown one was probably meant to be; None: none is close."""
+    # Its first parts were left out, or its last ones.
+    for each in known:
+        if f".{each}".endswith(f".{path}") or f".{path}." in f".{each}":
+            return each
+    last = path.rpartition(".")[2]
+    for each in difflib.get_close_matches(path, known, n=3, cutoff=0.7):
+        # Paths of one section are alike by their first parts alone.
+        if difflib.SequenceMatcher(None, last, each.rpartition(".")[2]).ratio() > 0.6:
+            return each
+    names = {each.rpartition(".")[2]: each for each in reversed(known)}
+    close = difflib.get_close_matches(last, names, n=1, cutoff=0.8)
+    return names[close[0]] if close else None

@@ -1,0 +1,437 @@
+"""A save that runs beside training, and how its outcome is reported.
+
+`Background` owns the writer thread and the agreement on the step at which every rank looks at the
+outcome: the same step on all ranks, one local look and no communication in a step without an
+outcome, each outcome handed out once. A job in flight is finished when the program ends.
+
+`Flight` owns the listener and the event of one save and the rule by which a failure is raised or
+only logged. An outcome is reported once, on all ranks at the same step: first the event, then the
+error if there is one. Neither knows what the job does.
+"""
+
+from __future__ import annotations
+
+import _thread
+import concurrent.futures.thread  # noqa: F401  # its own end of a program comes after ours
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from holdfast.caller import end_calls
+from holdfast.config import CheckpointConfig
+from holdfast.errors import (
+    CheckpointError,
+    RankFailure,
+    SaveFailedError,
+    StageFailedError,
+    StageTimeoutError,
+    StoreIdentityError,
+)
+from holdfast.events import (
+    ON_CHECKPOINT_SAVE,
+    ON_CHECKPOINT_SAVE_FAILED,
+    CallbackManager,
+    CheckpointEvent,
+)
+from holdfast.messages import describe_size
+from holdfast.protocol import CheckpointSaveContext
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.storage.manifest import LOCAL, PERSISTENT
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_TICK_SECONDS = 0.05
+
+
+class _InFlight:
+    """A job that the end of the program waits for, with a lock of C, which no interrupt breaks."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.process = os.getpid()
+        self.is_over = False
+        self._over = _thread.allocate_lock()
+        self._over.acquire()
+
+    def end(self) -> None:
+        _in_flight.discard(self)
+        self.is_over = True
+        self._over.release()
+
+    def wait_a_little(self) -> None:
+        self._over.acquire(timeout=_TICK_SECONDS)
+
+
+_in_flight: set[_InFlight] = set()
+
+
+@cache
+def _wait_at_the_end() -> None:
+    """Let the end of the program wait for jobs while thread pools still take work.
+
+    Python closes those before it joins threads that are no daemons, and a save needs some.
+    """
+    register: Any = getattr(threading, "_register_atexit", None)
+    with suppress(RuntimeError):  # too late
+        if register is not None:  # else unknown to this Python
+            register(_wait)
+
+
+def _wait() -> None:
+    """Finish what is in flight; one interrupt is told what it waits for, a second one ends it."""
+    end_calls()  # a job may wait for the call that began it
+    warned = False
+    for job in list(_in_flight):
+        while not job.is_over and job.process == os.getpid():
+            try:
+                job.wait_a_little()
+            except KeyboardInterrupt:
+                if warned:
+                    logger.error("%s was abandoned at the end of the program", job.name)
+                    return
+                warned = True
+                logger.warning(
+                    "the program ends when %s is done; interrupt again to abandon it", job.name
+                )
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """How a job ended: with a value, or with an error."""
+
+    value: T | None = None
+    error: BaseException | None = None
+
+
+class Background(Generic[T]):
+    """Runs one job at a time on a thread; every rank starts and polls in the same order."""
+
+    def __init__(self) -> None:
+        self._polls = 0
+        """Written by the training thread alone."""
+        self._is_ending = False
+        """Set before the job's thread looks at `_polls`, so that no step slips past it: this takes
+        the place of a lock, which an interrupt of the training thread could leave held."""
+        self._hold_at = 0
+        self._held = threading.Event()
+        self._act_at = 0
+        self._decided = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome[T] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job was started whose outcome nobody has taken yet."""
+        return self._thread is not None
+
+    def start(self, work: Callable[[], T], coordinator: Coordinator, name: str = "a job") -> None:
+        """Begin a job; the coordinator is its own while it runs, and agrees on its outcome."""
+        assert self._thread is None, "the previous job's outcome was not taken"
+        self._decided.clear()
+        self._held.clear()
+        self._is_ending = False
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(work, coordinator, _InFlight(name)),
+            name="holdfast-writer",
+            daemon=False,  # a save in flight is finished when the program ends
+        )
+        _wait_at_the_end()
+        self._thread.start()
+
+    def count_step(self) -> bool:
+        """Count one training step; return whether an outcome is there to be acted on soon."""
+        self._polls += 1
+        return self._is_ending
+
+    def take_if_due(self) -> Outcome[T] | None:
+        """Return the outcome if the step counted last is the one at which all ranks act."""
+        if not self._is_ending:
+            return None
+        self._held.wait()
+        if self._polls < self._hold_at:
+            return None
+        self._decided.wait()  # the other ranks' threads are naming their steps: no training needed
+        return self._take() if self._polls >= self._act_at else None
+
+    def poll(self) -> Outcome[T] | None:
+        """Count one training step; return the outcome at the step at which all ranks act."""
+        return self.take_if_due() if self.count_step() else None
+
+    def wait(self) -> Outcome[T] | None:
+        """Wait for the job and return its outcome; None: no job. All ranks call it together."""
+        if self._thread is None:
+            return None
+        return self._take()
+
+    def _take(self) -> Outcome[T] | None:
+        assert self._thread is not None
+        self._thread.join()
+        outcome, self._outcome = self._outcome, None
+        self._is_ending = False
+        self._thread = None
+        return outcome
+
+    def _run(self, work: Callable[[], T], coordinator: Coordinator, job: _InFlight) -> None:
+        _in_flight.add(job)
+        try:
+            self._work(work, coordinator)
+        finally:
+            job.end()
+
+    def _work(self, work: Callable[[], T], coordinator: Coordinator) -> None:
+        try:
+            self._outcome = Outcome(value=work())
+        except BaseException as error:  # noqa: BLE001  # handed to the training thread, never lost
+            self._outcome = Outcome(error=error)
+        # From here the training thread stops at the end of the step it is in, until all ranks have
+        # said which step that is.
+        self._is_ending = True
+        in_progress = self._hold_at = self._polls + 1
+        self._held.set()
+        self._act_at = in_progress
+        # Where ranks are missing, all have just waited for them in vain, and know: asking again
+        # would keep the bad news for as long once more.
+        try:
+            if not isinstance(self._outcome.error, StageTimeoutError):
+                with suppress(CheckpointError):  # the others are unreachable: act alone, and soon
+                    self._act_at = max(coordinator.together("outcome", lambda: in_progress))
+        finally:
+            self._decided.set()  # whatever happened: the training thread may be waiting
+
+
+@dataclass
+class Progress:
+    """How far a pass has come; another thread may read it at any time."""
+
+    total_bytes: int = 0
+    written_bytes: int = 0
+    started: float = 0.0
+    """By `time.monotonic`; 0: not yet."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The mean rate since the start; 0 before."""
+        seconds = time.monotonic() - self.started
+        return self.written_bytes / seconds if self.started and seconds > 0 else 0.0
+
+    def begin(self, total_bytes: int) -> None:
+        """Start from nothing."""
+        self.total_bytes, self.written_bytes = total_bytes, 0
+        self.started = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A save that succeeded."""
+
+    path: Path
+    size_bytes: int
+    removed_iterations: tuple[int, ...]
+    """What retention removed afterwards."""
+    tier: str = PERSISTENT
+    copies: tuple[str, ...] = ()
+    """Other tiers that the same save was committed to before."""
+
+
+@dataclass
+class Save:
+    """One save, until its outcome was told."""
+
+    callback_manager: Any | None
+    event: CheckpointEvent
+    started: float
+    """By `time.monotonic`."""
+
+    @classmethod
+    def of(cls, ctx: CheckpointSaveContext, callback_manager: Any | None) -> Save:
+        """Return the save that a context asks for, which starts now."""
+        event = CheckpointEvent(
+            iteration=ctx.state.train_state.step,
+            tier=LOCAL if ctx.non_persistent_ckpt else PERSISTENT,
+            state=ctx.state,
+            model=ctx.model,
+            optimizer=ctx.optimizer,
+            scheduler=ctx.opt_param_scheduler,
+        )
+        return cls(callback_manager, event, time.monotonic())
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return f"the save of iteration {self.event.iteration}"
+
+    def tell(self, event_name: str) -> None:
+        """Fire an event at the listener of this save, where it has one that knows it."""
+        # Other callback managers than ours know Megatron-Bridge's event only.
+        listener = self.callback_manager
+        if isinstance(listener, CallbackManager) or (
+            listener is not None and event_name == ON_CHECKPOINT_SAVE
+        ):
+            listener.fire(event_name, self.event)
+
+
+class FailureRule:
+    """Decide which failure in a row ends the run; each tier has a count of its own.
+
+    Local saves are frequent: if their successes reset the count of persistent failures, a full
+    disk would never end a run that saves to both tiers.
+    """
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self._raises = config.on_save_failure == "raise"
+        self._limit = config.save_failure_limit
+        self._in_a_row: Counter[str] = Counter()
+
+    def note_success(self, tiers: Sequence[str]) -> None:
+        """Reset the counts of the tiers to which a save was committed."""
+        for tier in tiers:
+            self._in_a_row[tier] = 0
+
+    def judge(self, error: CheckpointError, cause: BaseException, tier: str) -> None:
+        """Warn of a failed save to a tier, or raise its error."""
+        self._in_a_row[tier] += 1
+        count = self._in_a_row[tier]
+        spent = self._limit is not None and count >= self._limit
+        overtaken = isinstance(error, StoreIdentityError)  # no later save can succeed
+        if self._raises or overtaken:
+            raise error from cause
+        if spent:
+            separator = "\n" if error.message.count("\n") < 2 else " "  # three lines at most
+            error.message += (
+                f"{separator}This is failure {count} in a row of saves to the {tier} tier; "
+                f"checkpoint.save_failure_limit is {self._limit}."
+            )
+            raise error from cause
+        limit = "without a limit" if self._limit is None else f"the run ends at {self._limit}"
+        first_line = str(error).splitlines()[0]  # the others advise what is set already
+        logger.warning("%s (%s tier: failure %d in a row, %s)", first_line, tier, count, limit)
+
+
+class Watcher(Protocol):
+    """Who is told of every outcome before anybody else is."""
+
+    def note_commit(self, iteration: int, tier: str) -> None: ...
+    def note_failure(self, iteration: int, tier: str, error: BaseException) -> None: ...
+
+
+class Flight:
+    """At most one save whose outcome was not told yet; every rank calls its methods alike."""
+
+    def __init__(self, rule: FailureRule, watchers: Sequence[Watcher] = ()) -> None:
+        self._rule = rule
+        self._watchers = watchers
+        self._background: Background[Committed] = Background()
+        self._save: Save | None = None
+        self._landed: Callable[[Committed], None] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is one."""
+        return self._background.is_busy
+
+    @property
+    def save(self) -> Save | None:
+        """The save in flight; None: there is none."""
+        return self._save
+
+    def describe(self, progress: Progress | None) -> str | None:
+        """Say how long a persistent save has been in flight, and how far it came; None: it is not.
+
+        `progress`: of rank 0's shard, where that is known.
+        """
+        save = self._save
+        if save is None or save.event.tier != PERSISTENT:
+            return None
+        far = ""
+        if progress is not None and (total := progress.total_bytes):
+            written = describe_size(progress.written_bytes, total)
+            far = f", {written} of {describe_size(total)} of rank 0's shard written"
+        return f"{save.name} is in flight for {time.monotonic() - save.started:.0f} s{far}"
+
+    def start(
+        self,
+        save: Save,
+        work: Callable[[], Committed],
+        coordinator: Coordinator,
+        landed: Callable[[Committed], None] | None = None,
+    ) -> None:
+        """Do the work on a thread; `landed` hears of what it committed before anybody else."""
+        self._save, self._landed = save, landed
+        self._background.start(work, coordinator, save.name)
+
+    def run(self, save: Save, work: Callable[[], Committed], rank: int) -> None:
+        """Do the work here and tell of it.
+
+        Raises:
+            CheckpointError: it failed, and the run does not live with that.
+        """
+        self._save, self._landed = save, None
+        try:
+            outcome = Outcome(value=work())
+        except CheckpointError as error:
+            outcome = Outcome(error=error)
+        save.event.stall_seconds = time.monotonic() - save.started
+        self._tell(outcome, rank)
+
+    def fail(self, save: Save, error: CheckpointError, rank: int) -> None:
+        """Tell of a save that did not come as far as its work; raises as `run`."""
+        self._save, self._landed = save, None
+        self._tell(Outcome(error=error), rank)
+
+    def wait(self, rank: int) -> None:
+        """Wait for the save in flight, if there is one, and tell of it; raises as `run`."""
+        self._tell(self._background.wait(), rank)
+
+    def count_step(self) -> bool:
+        """Count one training step; return whether `tell_if_due` has something to look at."""
+        return self._background.count_step()
+
+    def tell_if_due(self, rank: int) -> None:
+        """Tell of the save in flight if this is the step at which all ranks do; raises as `run`."""
+        self._tell(self._background.take_if_due(), rank)
+
+    def _tell(self, outcome: Outcome[Committed] | None, rank: int) -> None:
+        save, landed = self._save, self._landed
+        if outcome is None or save is None:
+            return
+        self._save = self._landed = None
+        event = save.event
+        event.total_seconds = time.monotonic() - save.started
+        if outcome.value is not None:
+            self._rule.note_success((outcome.value.tier, *outcome.value.copies))
+            event.tier = outcome.value.tier
+            for each in self._watchers:
+                each.note_commit(event.iteration, event.tier)
+            event.path = str(outcome.value.path)
+            event.size_bytes = outcome.value.size_bytes
+            event.removed_iterations = outcome.value.removed_iterations
+            if landed is not None:
+                landed(outcome.value)
+            save.tell(ON_CHECKPOINT_SAVE)
+            return
+        assert outcome.error is not None
+        event.error = _as_save_failure(event.iteration, outcome.error, rank)
+        for watcher in self._watchers:
+            watcher.note_failure(event.iteration, event.tier, event.error)
+        save.tell(ON_CHECKPOINT_SAVE_FAILED)
+        self._rule.judge(event.error, outcome.error, event.tier)
+
+
+def _as_save_failure(iteration: int, error: BaseException, rank: int) -> CheckpointError:
+    """Name the save that failed; an error that speaks for itself stays what it is."""
+    if isinstance(error, StageFailedError):
+        return SaveFailedError(iteration, error.stage, error.failures)
+    if isinstance(error, CheckpointError):
+        return error
+    return SaveFailedError(iteration, "write", [RankFailure.of(rank, error)])

@@ -1,0 +1,1 @@
+"""Bytes of a checkpoint on their way into tensors."""

@@ -1,0 +1,227 @@
+"""Parts of a file go straight from disk to where they belong, verified on the way.
+
+Owns the pass over a file that reads and digests at once. Promises that every block of the file that
+any part lies in matched its digest when `read_verified` returns, and that bytes are copied once,
+from the page cache into their target. Several threads share the blocks: reading and digesting both
+let go of the interpreter. Knows bytes, not tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import xxhash
+
+from holdfast.errors import CorruptCheckpointError
+from holdfast.storage.digests import (
+    BLOCK_BYTES,
+    Blocks,
+    Difference,
+    DifferenceError,
+    FileRecord,
+    read_blocks,
+)
+from holdfast.storage.posix import Filesystem, naming, read_into
+
+THREADS = min(4, os.cpu_count() or 1)
+_SCRATCH_BYTES = 256 << 10
+_PIECE_BYTES = 1 << 20
+
+
+class Part(NamedTuple):
+    """Consecutive bytes of a file and the memory they go to."""
+
+    offset: int
+    target: memoryview
+    """Writable, contiguous bytes."""
+
+    @property
+    def end(self) -> int:
+        """The file offset behind the last byte."""
+        return self.offset + len(self.target)
+
+
+def read_verified(
+    filesystem: Filesystem,
+    path: Path,
+    record: FileRecord,
+    parts: Iterable[Part],
+    ranges: Iterable[range] = (),
+) -> None:
+    """Fill every part from a file, verifying each block that a part or a range of bytes touches.
+
+    Parts may overlap. Ranges are bytes that matter though nobody wants them.
+
+    Raises:
+        CorruptCheckpointError: a block does not match its digest; its parts hold wrong bytes.
+        OSError: the file cannot be read.
+    """
+    wanted = blocks_of(ranges)
+    expected = _expect(filesystem, path, record)
+    for layer in _layers(parts) or [[]]:
+        _Pass(filesystem, path, expected, layer).run(wanted)
+        wanted = set()  # once is enough
+
+
+def _expect(filesystem: Filesystem, path: Path, record: FileRecord) -> Blocks:
+    with naming(path), filesystem.open_existing(path) as stream:
+        try:
+            return read_blocks(record, stream)
+        except DifferenceError as error:
+            found = error.difference
+            raise CorruptCheckpointError(str(path), found.reason, found.byte_range) from None
+
+
+def _layers(parts: Iterable[Part]) -> list[list[Part]]:
+    """Sort parts by offset into as few lists without overlaps as one greedy walk finds."""
+    layers: list[list[Part]] = []
+    for part in sorted((each for each in parts if len(each.target)), key=lambda each: each.offset):
+        for layer in layers:
+            if layer[-1].end <= part.offset:
+                layer.append(part)
+                break
+        else:
+            layers.append([part])
+    return layers
+
+
+def blocks_of(ranges: Iterable[range]) -> set[int]:
+    """Return the numbers of all blocks that ranges of bytes touch."""
+    return {
+        number
+        for each in ranges
+        if each
+        for number in range(each.start // BLOCK_BYTES, (each.stop - 1) // BLOCK_BYTES + 1)
+    }
+
+
+class _Pass:
+    """One walk over the blocks of a file that parts without overlaps lie in."""
+
+    def __init__(
+        self, filesystem: Filesystem, path: Path, expected: Blocks, parts: Sequence[Part]
+    ) -> None:
+        self._filesystem = filesystem
+        self._path = path
+        self._expected = expected
+        self._parts = parts
+        self._offsets = [each.offset for each in parts]
+
+    def run(self, also: set[int]) -> None:
+        numbers = sorted(also | blocks_of(range(each.offset, each.end) for each in self._parts))
+        if numbers and numbers[-1] >= len(self._expected.digests):
+            raise CorruptCheckpointError(
+                str(self._path),
+                f"has {self._expected.covered_bytes} bytes, too few for what it should hold",
+            )
+        workers = min(THREADS, len(numbers))
+        if workers <= 1:
+            self._read_blocks(deque(numbers))
+            return
+        # Each thread a stretch of its own: what lies ahead in a file that is read from front to
+        # back is fetched from a cold disk meanwhile, which taking turns over blocks would prevent.
+        shares = [
+            deque(numbers[len(numbers) * each // workers : len(numbers) * (each + 1) // workers])
+            for each in range(workers)
+        ]
+        with ThreadPoolExecutor(workers, thread_name_prefix="holdfast-reader") as pool:
+            try:
+                for done in [pool.submit(self._read_blocks, share) for share in shares]:
+                    done.result()
+            finally:
+                for share in shares:
+                    share.clear()  # after an error, nobody needs the rest
+
+    def _read_blocks(self, waiting: deque[int]) -> None:
+        """Read blocks in file order, until there are none left."""
+        scratch = _Scratch()
+        with naming(self._path), self._filesystem.open_existing(self._path) as stream:
+            while True:
+                try:
+                    number = waiting.popleft()
+                except IndexError:
+                    return
+                self._read_block(stream, number, scratch)
+
+    def _read_block(self, stream: BinaryIO, number: int, scratch: _Scratch) -> None:
+        start = number * BLOCK_BYTES
+        end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
+        views = self._views(start, end, scratch)
+        digest = xxhash.xxh3_128()
+        filled = 0
+        for piece in _pieces(views):
+            filled += read_into(stream, start + filled, piece)
+            for view in piece:
+                digest.update(view)
+        if filled != end - start or digest.hexdigest() != self._expected.digests[number]:
+            found = Difference.in_block(number, start, end - 1)
+            raise CorruptCheckpointError(str(self._path), found.reason, found.byte_range)
+
+    def _views(self, start: int, end: int, scratch: _Scratch) -> list[memoryview]:
+        """Return the memory for one block in file order: targets, and scratch between them."""
+        views: list[memoryview] = []
+        scratch.reset()
+        position = start
+        first = max(bisect_right(self._offsets, start) - 1, 0)
+        for part in self._parts[first:]:
+            if part.offset >= end:
+                break
+            if part.end <= start:
+                continue
+            low, high = max(part.offset, start), min(part.end, end)
+            if low > position:
+                views.append(scratch.take(low - position))
+            views.append(part.target[low - part.offset : high - part.offset])
+            position = high
+        if position < end:
+            views.append(scratch.take(end - position))
+        return views
+
+
+def _pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """Divide memory into pieces that are still in a processor's cache when they are digested."""
+    piece: list[memoryview] = []
+    size_bytes = 0
+    for view in views:
+        rest = view
+        while len(rest):
+            part = rest[: _PIECE_BYTES - size_bytes]
+            piece.append(part)
+            size_bytes += len(part)
+            rest = rest[len(part) :]
+            if size_bytes == _PIECE_BYTES:
+                yield piece
+                piece, size_bytes = [], 0
+    if piece:
+        yield piece
+
+
+class _Scratch:
+    """Memory for bytes that are read only to be digested; grows to what one block needs."""
+
+    def __init__(self) -> None:
+        self._pieces: list[memoryview] = []
+        self._piece = 0
+        self._taken = 0
+
+    def reset(self) -> None:
+        """Give all of it back."""
+        self._piece = self._taken = 0
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return so many bytes that nothing else has since the last reset."""
+        while self._piece < len(self._pieces):
+            piece = self._pieces[self._piece]
+            if self._taken + size_bytes <= len(piece):
+                self._taken += size_bytes
+                return piece[self._taken - size_bytes : self._taken]
+            self._piece, self._taken = self._piece + 1, 0
+        self._pieces.append(memoryview(bytearray(max(size_bytes, _SCRATCH_BYTES))))
+        self._taken = size_bytes
+        return self._pieces[-1][:size_bytes]

@@ -1,0 +1,180 @@
+"""Tensors of a checkpoint as views of its mapped files, read when they are touched.
+
+Owns zero-copy reading for inference. Promises that a tensor which lies in one piece costs no memory
+beyond the page cache, that every block a tensor lies in matched its digest before the tensor is
+handed out, and that files are never written: the mapping is private, so a changed tensor is a copy
+of its pages. A file may be removed while it is mapped, by retention say; its bytes stay until the
+last tensor goes. What changes on disk after a block was verified is not noticed.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from holdfast.errors import CorruptCheckpointError
+from holdfast.format.layout import container_of
+from holdfast.read.reader import ShardReader
+from holdfast.storage.digests import BLOCK_BYTES, Blocks, Difference, DifferenceError, read_blocks
+from holdfast.storage.posix import naming
+
+
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """The tensors of one checkpoint by name; each access makes a new view, or a new copy.
+
+    What lies in one piece is a view of the file; what was saved in several is put together, in
+    memory of its own. Threads may share one of these.
+    """
+
+    def __init__(self, reader: ShardReader, prefix: str = "", *, verify: bool = True) -> None:
+        """`prefix`: only names that begin so, given without it. `verify`: against digests."""
+        self._reader = reader
+        self._described = {
+            name.removeprefix(prefix): (name, each)
+            for name, each in reader.tensors().items()
+            if name.startswith(prefix)
+        }
+        self._verify = verify
+        self._files: dict[str, _MappedFile] = {}
+        self._lock = Lock()
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's directory."""
+        return self._reader.path
+
+    def __len__(self) -> int:
+        return len(self._described)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._described  # without touching the tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor, its blocks verified when they are first touched.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CorruptCheckpointError: naming file, block and tensor.
+        """
+        full_name, described = self._described[name]
+        chunks = [self._chunk(full_name, described, each) for each in described.chunks]
+        if len(chunks) == 1 and chunks[0].size() == described.size:
+            return chunks[0]
+        whole = torch.empty(described.size, dtype=described.properties.dtype, device="cpu")
+        missing = whole.numel()
+        for chunk, stored in zip(chunks, described.chunks, strict=True):
+            region = whole
+            for dimension, (start, length) in enumerate(
+                zip(stored.offsets, stored.sizes, strict=True)
+            ):
+                region = region.narrow(dimension, start, length)
+            region.copy_(chunk)
+            missing -= chunk.numel()
+        if missing > 0:
+            raise CorruptCheckpointError(str(self.path), f"has no place for all of {full_name}")
+        return whole
+
+    def _chunk(self, name: str, described: TensorStorageMetadata, stored: Any) -> torch.Tensor:
+        dtype, size = described.properties.dtype, stored.sizes
+        place = self._reader.place_of(MetadataIndex(name, stored.offsets))
+        file = self._file(place.relative_path)
+        file.verify(range(place.offset, place.offset + place.length), name)
+        content = memoryview(file.content)[place.offset : place.offset + place.length]
+        container = container_of(dtype, size)
+        header = container.header
+        if container.size_bytes != len(content) or content[: len(header)] != header:
+            return _unpickle(content, file.path, name)  # strided, say
+        if not prod(size):
+            return torch.empty(size, dtype=dtype, device="cpu")
+        payload = content[len(header) : len(header) + container.payload_bytes]
+        if (place.offset + len(header)) % dtype.itemsize:  # as files of other writers may have it
+            payload = memoryview(bytearray(payload))
+        return torch.frombuffer(payload, dtype=dtype).view(size)
+
+    def _file(self, name: str) -> _MappedFile:
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = _MappedFile.open(self._reader, name, self._verify)
+            return self._files[name]
+
+
+@dataclass
+class _MappedFile:
+    """One file in memory, and which of its blocks are known to be right."""
+
+    path: Path
+    content: mmap.mmap
+    expected: Blocks | None
+    """None: nothing is held against anything."""
+    _verified: set[int] = field(default_factory=set)
+    _lock: Lock = field(default_factory=Lock)
+
+    @classmethod
+    def open(cls, reader: ShardReader, name: str, verify: bool) -> _MappedFile:
+        path, expected = reader.path / name, None
+        try:
+            with naming(path), reader.filesystem.open_existing(path) as stream:
+                if verify:
+                    expected = read_blocks(reader.records[name], stream)
+                # Not reserved where that can be said: a file may be larger than memory.
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+                access = mmap.PROT_READ | mmap.PROT_WRITE
+                content = mmap.mmap(stream.fileno(), 0, flags=flags, prot=access)
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(str(path), "is missing") from error
+        except DifferenceError as error:
+            found = error.difference
+            raise CorruptCheckpointError(str(path), found.reason, found.byte_range) from None
+        return cls(path, content, expected)
+
+    def verify(self, wanted: range, name: str) -> None:
+        """Hold the blocks that a range lies in against their digests, each only once.
+
+        Raises:
+            CorruptCheckpointError: one does not match, or the file ends before the range does.
+        """
+        if wanted.start < 0 or wanted.stop > len(self.content):
+            raise CorruptCheckpointError(
+                str(self.path), f"has {len(self.content)} bytes, too few for {name}"
+            )
+        if self.expected is None or not wanted:
+            return
+        if wanted.stop > self.expected.covered_bytes:
+            raise CorruptCheckpointError(str(self.path), f"has {name} where no digest covers it")
+        for number in range(wanted.start // BLOCK_BYTES, (wanted.stop - 1) // BLOCK_BYTES + 1):
+            with self._lock:  # whoever waits finds the block verified
+                if number in self._verified:
+                    continue
+                start = number * BLOCK_BYTES
+                end = min(start + BLOCK_BYTES, self.expected.covered_bytes)
+                with memoryview(self.content) as content, content[start:end] as block:
+                    digest = xxhash.xxh3_128_hexdigest(block)
+                if digest != self.expected.digests[number]:
+                    found = Difference.in_block(number, start, end - 1)
+                    raise CorruptCheckpointError(
+                        str(self.path), f"{found.reason}, in {name}", found.byte_range
+                    )
+                self._verified.add(number)
+
+
+def _unpickle(content: memoryview, path: Path, name: str) -> torch.Tensor:
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch says is how to run the code after all
+        raise CorruptCheckpointError(str(path), f"{name} asks for code, or is torn") from error
+    if not isinstance(found, torch.Tensor):
+        raise CorruptCheckpointError(str(path), f"{name} is no tensor")
+    return found

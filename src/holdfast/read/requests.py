@@ -1,0 +1,427 @@
+"""Which bytes of which stored chunk each live tensor needs, and the memory that they go to.
+
+Owns the arithmetic between how a tensor was divided when it was saved and how it is divided here,
+from regions of chunks to byte ranges of their containers. The target memory is the tensor itself
+where its bytes have the same order, host memory of the same shape otherwise (another device, dtype
+or stride, or a region with gaps). Parts of a file are asked for in waves; bytes that arrive from a
+peer are taken in block after block. Promises that regions cover all that is here of a tensor, or
+says that they do not. What is neither a plain tensor nor a DTensor is left to torch's own planner,
+which is slower and knows more types. Reads nothing itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from operator import mul
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.tensor import DTensor
+
+from holdfast.format.layout import Container
+from holdfast.read.direct import Part, blocks_of
+from holdfast.storage.digests import BLOCK_BYTES
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Region(NamedTuple):
+    """One part of one stored chunk, and where it belongs."""
+
+    chunk: MetadataIndex
+    """By which the metadata knows it."""
+    starts: torch.Size
+    """From where in the chunk, by dimension."""
+    lengths: torch.Size
+    chunk_size: torch.Size
+    """Of the whole stored chunk."""
+    target: torch.Tensor
+    """A view of live memory, of the size of the region."""
+
+    def to_item(self) -> ReadItem:
+        """Return it in the words of torch's reader, which does not look at where it goes."""
+        kind, nowhere = LoadItemType.TENSOR, torch.Size([0] * len(self.lengths))
+        return ReadItem(kind, self.chunk, nowhere, self.chunk, self.starts, self.lengths)
+
+
+class UncoveredError(Exception):
+    """The stored chunks leave a part of a tensor without bytes; never leaves a reader."""
+
+
+def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Iterator[Region]:
+    """Yield what has to be read to fill tensors whose names and sizes are known to agree.
+
+    Raises:
+        UncoveredError: naming a tensor that the chunks do not cover.
+    """
+    spans: dict[Any, tuple[Sequence[int], Sequence[int]]] = {}
+    others: dict[str, torch.Tensor] = {}
+    for name, target in targets.items():
+        described = metadata.state_dict_metadata[name]
+        assert isinstance(described, TensorStorageMetadata)
+        if described.size != target.size():
+            raise ValueError(f"{name} is {list(described.size)}, here {list(target.size())}")
+        if type(target) in _PLAIN:
+            yield from _within(name, described, (0,) * target.dim(), target.size(), target.detach())
+        elif type(target) is DTensor and type(target._local_tensor) in _PLAIN:
+            if target.device_mesh.get_coordinate() is None:
+                continue
+            # Equal for all that are divided alike, and slow to compute.
+            if (span := spans.get(target._spec)) is None:
+                (chunk,) = target.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch
+                span = spans[target._spec] = (chunk.offsets, chunk.sizes)
+            yield from _within(name, described, *span, target._local_tensor.detach())
+        else:
+            others[name] = target
+    if others:
+        yield from _by_torch(others, metadata)
+
+
+def _within(
+    name: str,
+    described: TensorStorageMetadata,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    local: torch.Tensor,
+) -> Iterator[Region]:
+    """Yield the parts of stored chunks that lie in one box of the whole tensor."""
+    missing = local.numel()
+    if not missing:
+        return
+    for chunk in described.chunks:  # one that is all of it, and nothing else: nearly always so
+        if chunk.sizes == sizes == local.size() and chunk.offsets == offsets:
+            index, origin = MetadataIndex(name, chunk.offsets), torch.Size((0,) * len(sizes))
+            yield Region(index, origin, chunk.sizes, chunk.sizes, local)
+            return
+    for chunk in described.chunks:
+        lows = [max(pair) for pair in zip(offsets, chunk.offsets, strict=True)]
+        lengths = torch.Size(
+            min(offset + size, chunk_offset + chunk_size) - low
+            for offset, size, chunk_offset, chunk_size, low in zip(
+                offsets, sizes, chunk.offsets, chunk.sizes, lows, strict=True
+            )
+        )
+        if any(length <= 0 for length in lengths):
+            continue
+        here = torch.Size(low - offset for low, offset in zip(lows, offsets, strict=True))
+        there = torch.Size(low - offset for low, offset in zip(lows, chunk.offsets, strict=True))
+        target = local
+        if lengths != local.size():
+            for dimension, (start, length) in enumerate(zip(here, lengths, strict=True)):
+                target = target.narrow(dimension, start, length)
+        missing -= prod(lengths)
+        yield Region(MetadataIndex(name, chunk.offsets), there, lengths, chunk.sizes, target)
+    if missing > 0:
+        raise UncoveredError(f"has no place for all of {name}")
+
+
+def _by_torch(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Iterator[Region]:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
+    for item in planner.finish_plan(planner.create_local_plan()).items:
+        target = planner.resolve_tensor(item).detach()
+        chunk_size = _chunk_size(metadata, item)
+        yield Region(item.storage_index, item.storage_offsets, item.lengths, chunk_size, target)
+
+
+def _chunk_size(metadata: Metadata, item: ReadItem) -> torch.Size:
+    described = metadata.state_dict_metadata[item.storage_index.fqn]
+    assert isinstance(described, TensorStorageMetadata)
+    for chunk in described.chunks:
+        if item.storage_index.offset is None or chunk.offsets == item.storage_index.offset:
+            return chunk.sizes
+    raise ValueError(f"the metadata describes no chunk of {item.storage_index}")
+
+
+_WAVE_BYTES = 256 << 20
+"""Host memory for tensors that cannot be read in place, at one time."""
+_LARGE_BYTES = 64 << 10
+"""From here a copy in memory is worth a call of its own."""
+_ALONE_BYTES = BLOCK_BYTES // 32
+"""From here bytes that arrive are worth a message of their own, which spares that copy."""
+MOST_PIECES = 2 * (BLOCK_BYTES // _ALONE_BYTES) + 1
+"""Of one block: so many messages and what lies between them."""
+
+
+class Landing:
+    """One region of one stored chunk on its way into one target."""
+
+    def __init__(
+        self, region: Region, offset: int, container: Container, dtype: torch.dtype
+    ) -> None:
+        self.region = region
+        self._offset = offset
+        self._container = container
+        self._dtype = dtype
+        target, lengths = region.target, region.lengths
+        self._is_whole = lengths == region.chunk_size
+        dense = self._is_whole or _is_dense(lengths, region.chunk_size)
+        self._in_place = (
+            dense
+            and target.device.type == "cpu"
+            and target.dtype == dtype
+            and target.is_contiguous()
+            and not (target.is_conj() or target.is_neg())  # lazily, their bytes are others
+        )
+        # A region with gaps is read with all of its chunk and cut out afterwards.
+        self._read_size = lengths if dense else region.chunk_size
+        self._first_element = 0
+        if dense and not self._is_whole:
+            strides = _strides(region.chunk_size)
+            self._first_element = sum(map(mul, region.starts, strides))
+
+    @property
+    def whole(self) -> range:
+        """The file's bytes that must be right for this landing to be: all of the container's.
+
+        A region of a chunk needs only the part that it is read from.
+        """
+        return self.container if self._read_size == self.region.chunk_size else range(0)
+
+    @property
+    def container(self) -> range:
+        """Where the container lies, all of it."""
+        return range(self._offset, self._offset + self._container.size_bytes)
+
+    @property
+    def ranges(self) -> list[range]:
+        """The file's bytes that this landing is made of."""
+        if self.whole:
+            return [self.whole]
+        header = range(self._offset, self._offset + len(self._container.header))
+        return [header, self.payload]
+
+    @property
+    def size_bytes(self) -> int:
+        """What is read of the tensor itself."""
+        return prod(self._read_size) * self._dtype.itemsize
+
+    @property
+    def extra_bytes(self) -> int:
+        """Host memory that this landing needs beside its target."""
+        return 0 if self._in_place else self.size_bytes
+
+    @property
+    def payload(self) -> range:
+        """Where the bytes wanted of the tensor lie in the file."""
+        first = self._offset + len(self._container.header)
+        start = first + self._first_element * self._dtype.itemsize
+        return range(start, start + self.size_bytes)
+
+    def open(self) -> list[Part]:
+        """Make the memory and return the parts to read: the header, and the bytes wanted."""
+        if self._in_place:
+            self._landed = self.region.target
+        else:
+            pinned = self.region.target.is_cuda
+            self._landed = torch.empty(
+                self._read_size, dtype=self._dtype, device="cpu", pin_memory=pinned
+            )
+        self._header = bytearray(len(self._container.header))
+        return [
+            Part(self._offset, memoryview(self._header)),
+            Part(self.payload.start, _bytes_of(self._landed)),
+        ]
+
+    def close(self) -> bool:
+        """Deliver what was read; False: the header is another's, the bytes mean something else."""
+        recognised = self._header == self._container.header
+        if recognised and not self._in_place:
+            wanted, region = self._landed, self.region
+            if self._read_size != region.lengths:
+                for dimension, (start, length) in enumerate(
+                    zip(region.starts, region.lengths, strict=True)
+                ):
+                    wanted = wanted.narrow(dimension, start, length)
+            self.region.target.copy_(wanted)
+        del self._landed
+        return recognised
+
+
+@dataclass
+class Wanted:
+    """What is wanted of one file."""
+
+    landings: list[Landing] = field(default_factory=list)
+    foreign: list[tuple[Region, range]] = field(default_factory=list)
+    """What only torch can take out of its container, and where that lies."""
+
+    @property
+    def ranges(self) -> list[range]:
+        """The bytes that must be read, and be right."""
+        return [
+            *(each for landing in self.landings for each in landing.ranges),
+            *(place for _, place in self.foreign),
+        ]
+
+    @property
+    def containers(self) -> list[range]:
+        """The bytes that are needed if only torch can take any of it out of its container."""
+        places = [place for _, place in self.foreign]
+        return [*(each.container for each in self.landings), *places]
+
+    @property
+    def size_bytes(self) -> int:
+        """What is read of tensors."""
+        landed = sum(each.size_bytes for each in self.landings)
+        return landed + sum(len(place) for _, place in self.foreign)
+
+
+class Piece(NamedTuple):
+    """Consecutive bytes of a block, which arrive in one message."""
+
+    place: range
+    """In the file."""
+    landing: Landing | None
+    """Whose payload they are, of which they arrive in place. None: of several, or of none."""
+
+
+class Intake:
+    """Landings of one file that blocks fill as they arrive, in any order and on any thread.
+
+    A block is taken in from memory where it lies whole, or its pieces arrive in memory that was
+    asked for here. Host memory beside the targets is held from the first to the last block of a
+    landing only.
+    """
+
+    def __init__(self, landings: Sequence[Landing]) -> None:
+        self._touched: dict[int, list[Landing]] = {}
+        self._missing: dict[Landing, set[int]] = {}
+        for landing in landings:
+            numbers = blocks_of(landing.ranges)
+            self._missing[landing] = numbers
+            for number in numbers:
+                self._touched.setdefault(number, []).append(landing)
+        self._opened: dict[Landing, list[Part]] = {}
+        self._lock = threading.Lock()
+        self.unrecognised: list[Landing] = []
+        """Whose container is not as expected: their targets hold wrong bytes."""
+
+    @property
+    def blocks(self) -> set[int]:
+        """The numbers of the blocks that are still awaited."""
+        return set().union(*self._missing.values())
+
+    def pieces(self, number: int, size_bytes: int) -> list[Piece]:
+        """Cut a block of so many bytes where large payloads begin and end."""
+        position, end = number * BLOCK_BYTES, number * BLOCK_BYTES + size_bytes
+        large = []
+        for landing in self._touched.get(number, ()):
+            place = landing.payload
+            place = range(max(place.start, position), min(place.stop, end))
+            if len(place) >= _ALONE_BYTES:
+                large.append(Piece(place, landing))
+        pieces = []
+        for piece in sorted(large, key=lambda each: each.place.start):
+            if piece.place.start < position:
+                continue  # the same bytes as another's: copied from where they arrive
+            if piece.place.start > position:
+                pieces.append(Piece(range(position, piece.place.start), None))
+            pieces.append(piece)
+            position = piece.place.stop
+        if position < end:
+            pieces.append(Piece(range(position, end), None))
+        return pieces
+
+    def expect(self, number: int, pieces: Sequence[Piece], spare: memoryview) -> list[memoryview]:
+        """Return where the pieces of a block are to arrive: where they belong, or in `spare`."""
+        self._open(number)
+        found = []
+        for place, landing in pieces:
+            if landing is None:
+                found.append(spare[: len(place)])
+                spare = spare[len(place) :]
+            else:
+                _, payload = self._opened[landing]
+                start = place.start - payload.offset
+                found.append(payload.target[start : start + len(place)])
+        return found
+
+    def take(self, number: int, content: memoryview) -> None:
+        """Put the bytes of one block, known to be right, where they belong."""
+        start = number * BLOCK_BYTES
+        self._open(number)
+        self.take_pieces(number, [Piece(range(start, start + len(content)), None)], [content])
+
+    def take_pieces(
+        self, number: int, pieces: Sequence[Piece], contents: Sequence[memoryview]
+    ) -> None:
+        """Put what has arrived in the memory given by `expect`, known to be right, in place."""
+        touched = self._touched.get(number, ())
+        starts = [each.place.start for each in pieces]
+        for landing in touched:
+            for part in self._opened[landing]:
+                is_payload = part.offset == landing.payload.start
+                first = max(0, bisect_right(starts, part.offset) - 1)
+                for index in range(first, bisect_left(starts, part.end)):
+                    if not (is_payload and pieces[index].landing is landing):
+                        _copy_common(part, starts[index], contents[index])
+        for landing in touched:
+            with self._lock:
+                self._missing[landing].discard(number)
+                if self._missing[landing]:
+                    continue
+                del self._opened[landing]
+            if not landing.close():
+                self.unrecognised.append(landing)
+
+    def _open(self, number: int) -> None:
+        with self._lock:
+            for landing in self._touched.get(number, ()):
+                if landing not in self._opened:
+                    self._opened[landing] = landing.open()
+
+
+def _copy_common(part: Part, start: int, content: memoryview) -> None:
+    """Copy what content of the file, from `start` on, has of a part."""
+    low, high = max(part.offset, start), min(part.end, start + len(content))
+    if low < high:
+        target = part.target[low - part.offset : high - part.offset]
+        _copy(target, content[low - start : high - start])
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    if len(target) < _LARGE_BYTES:
+        target[:] = source
+    else:  # lets go of the interpreter meanwhile
+        np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+
+
+def waves(landings: Sequence[Landing]) -> Iterator[list[Landing]]:
+    """Group landings so that each group needs a bounded amount of extra host memory."""
+    wave: list[Landing] = []
+    extra_bytes = 0
+    for landing in landings:
+        if wave and extra_bytes + landing.extra_bytes > _WAVE_BYTES:
+            yield wave
+            wave, extra_bytes = [], 0
+        wave.append(landing)
+        extra_bytes += landing.extra_bytes
+    if wave:
+        yield wave
+
+
+def _is_dense(lengths: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a region of a row-major array is one run of elements."""
+    outer = next((index for index, length in enumerate(lengths) if length != 1), len(lengths))
+    return all(
+        length == full for length, full in zip(lengths[outer + 1 :], size[outer + 1 :], strict=True)
+    )
+
+
+def _strides(size: Sequence[int]) -> list[int]:
+    return [prod(size[index + 1 :]) for index in range(len(size))]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    array: Any = flat.numpy()
+    return memoryview(array)

@@ -1,0 +1,229 @@
+"""Read tensors that every rank needs in full on one rank each, and broadcast them.
+
+Owns who reads what (equal parts in the order of the files, so that no rank reads a block for the
+sake of a few bytes) and the process groups that are used: one beside each world, made by all ranks
+together on the training thread, never the trainer's own. Promises that nobody enters a broadcast
+before all ranks have read their parts and found them sound, and that a group in which a transfer
+failed is not used again. gloo times out a little before we do; NCCL, which ends the process at its
+timeout, gets a longer one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from torch import distributed
+from torch.distributed.tensor import DTensor
+
+from holdfast.errors import CheckpointError
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.reader import ShardReader
+
+BACKEND_PATIENCE = 10
+"""Times ours: how long NCCL waits for a rank before it takes matters into its own hands."""
+_GLOO_PATIENCE = 0.75
+"""Likewise: who waited in vain must still be in time to tell the other ranks."""
+
+_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""By the world that a group was made beside: a job may end one world and begin another."""
+
+
+def own_group(timeout_seconds: float) -> Any:
+    """Return the group; all ranks together, since the first call makes it."""
+    world = distributed.group.WORLD
+    if (found := _groups.get(world)) is None:
+        only_gloo = distributed.get_backend(world) == distributed.Backend.GLOO
+        patience = timeout_seconds * (_GLOO_PATIENCE if only_gloo else BACKEND_PATIENCE)
+        found = distributed.new_group(timeout=timedelta(seconds=patience))
+        _groups[world] = found
+    return found
+
+
+def forget_group() -> None:
+    """Make another group next time; all ranks together, after a transfer failed on any."""
+    _groups.pop(distributed.group.WORLD, None)
+
+
+def device_types() -> set[str]:
+    """Return the kinds of devices whose memory the group can send from."""
+    world: Any = distributed.group.WORLD
+    found: list[torch.device] = [] if world is None else world._device_types
+    return {each.type for each in found}
+
+
+_BUCKET_BYTES = 32 << 20
+"""Tensors smaller than this travel together, through one buffer of this size."""
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Reading(Protocol):
+    """How the tensors of one checkpoint come into place on this rank."""
+
+    def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill what this rank reads itself."""
+
+    def pass_on(self, coordinator: Coordinator) -> None:
+        """Fill the rest, once every rank has read its part."""
+
+
+class ReadAlone:
+    """The null case: every rank reads all that it needs."""
+
+    def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
+        """Read everything."""
+        reader.read_tensors(targets)
+
+    def pass_on(self, coordinator: Coordinator) -> None:
+        """Nothing is left."""
+
+
+class ReadShared:
+    """Each rank reads its part of what all need, and whatever it needs alone."""
+
+    def __init__(self, rank: int, parts: Sequence[Sequence[str]], group: Any) -> None:
+        self._rank = rank
+        self._group = group
+        self._parts = parts
+        self._steps: list[tuple[int, list[torch.Tensor], torch.Tensor | None]] = []
+
+    @classmethod
+    def agree(
+        cls,
+        find_targets: Callable[[], Mapping[str, torch.Tensor]],
+        reader: ShardReader,
+        coordinator: Coordinator,
+    ) -> ReadShared:
+        """Divide what all ranks need in full, on all ranks alike.
+
+        Raises:
+            StageFailedError: on every rank: some rank has no targets, or the group cannot be made.
+        """
+        mine: dict[str, tuple[str, int]] = {}
+
+        def describe() -> bytes:
+            mine.update(_describe(find_targets()))
+            return xxhash.xxh3_128_digest("\n".join(mine).encode())
+
+        # Nearly always all need the same; only else do the names themselves travel.
+        if not coordinator.settle("share", describe, lambda found: len(set(found)) == 1):
+            common = coordinator.settle(
+                "share names",
+                lambda: list(mine),
+                lambda found: sorted(set(found[0]).intersection(*found[1:])),
+            )
+            mine = {each: mine[each] for each in common}
+        sizes = dict(mine.values())
+        parts = divide(reader.file_order(sizes), sizes, coordinator.world_size)
+        groups: list[Any] = []
+        coordinator.together(
+            "broadcast group", lambda: groups.append(own_group(coordinator.timeout_seconds))
+        )
+        return cls(coordinator.rank, parts, groups[0])
+
+    def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
+        """Read this rank's part and what nobody else needs; get all memory for the rest."""
+        self._steps = list(self._plan_steps(targets))
+        others = {
+            name for rank, part in enumerate(self._parts) if rank != self._rank for name in part
+        }
+        reader.read_tensors({name: each for name, each in targets.items() if name not in others})
+
+    def pass_on(self, coordinator: Coordinator) -> None:
+        """Send this rank's part to the others and receive theirs.
+
+        Raises:
+            StageFailedError: a rank was lost on the way; tensors hold wrong values.
+        """
+        try:
+            coordinator.together("broadcast", self._broadcast)
+        except CheckpointError:
+            forget_group()  # gloo has closed its connections, and NCCL may be anywhere
+            raise
+
+    def _broadcast(self) -> None:
+        for owner, tensors, buffer in self._steps:
+            if buffer is None:
+                distributed.broadcast(tensors[0], owner, self._group)
+                continue
+            sizes = [len(each) for each in tensors]
+            travelling = buffer[: sum(sizes)]
+            pieces = list(torch.split(travelling, sizes))
+            if owner == self._rank:
+                torch._foreach_copy_(pieces, tensors)
+            distributed.broadcast(travelling, owner, self._group)
+            if owner != self._rank:
+                torch._foreach_copy_(tensors, pieces)
+        self._steps = []
+
+    def _plan_steps(
+        self, targets: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor | None]]:
+        """Yield owner, bytes of tensors, and the buffer they travel in; None: they need none."""
+        buffers: dict[torch.device, torch.Tensor] = {}
+        for owner, part in enumerate(self._parts):
+            buckets: dict[torch.device, list[torch.Tensor]] = {}
+            for name in part:
+                flat = _bytes_of(targets[name])
+                if len(flat) >= _BUCKET_BYTES:
+                    yield owner, [flat], None
+                    continue
+                if flat.device not in buffers:
+                    buffers[flat.device] = torch.empty(
+                        _BUCKET_BYTES, dtype=torch.uint8, device=flat.device
+                    )
+                bucket = buckets.setdefault(flat.device, [])
+                if sum(map(len, bucket)) + len(flat) > _BUCKET_BYTES:
+                    yield owner, bucket, buffers[flat.device]
+                    bucket = buckets[flat.device] = []
+                bucket.append(flat)
+            for device, bucket in buckets.items():
+                yield owner, bucket, buffers[device]
+
+
+def divide(names: Sequence[str], sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Cut an order of names into consecutive parts of about equal bytes."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    total = sum(sizes[name] for name in names)
+    position = 0
+    for name in names:
+        # To whom its middle belongs; on the border, to the first of two.
+        middle = (2 * position + sizes[name]) * count
+        parts[max(middle - 1, 0) // max(2 * total, 1)].append(name)
+        position += sizes[name]
+    return parts
+
+
+def _describe(targets: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, int]]:
+    """Return name and bytes of what this rank needs in full, by what must agree between ranks."""
+    supported = device_types()
+    return {
+        f"{name} {target.dtype} {target.device.type}": (name, target.numel() * target.itemsize)
+        for name, target in sorted(targets.items())
+        if _is_whole(target) and target.device.type in supported
+    }
+
+
+def _is_whole(target: torch.Tensor) -> bool:
+    """Whether a rank needs all of a tensor, in memory that can be sent as it is."""
+    if type(target) is DTensor:
+        if target.device_mesh.get_coordinate() is None:
+            return False
+        if not all(each.is_replicate() for each in target.placements):
+            return False
+        target = target._local_tensor
+    return (
+        type(target) in _PLAIN
+        and target.numel() > 0
+        and target.is_contiguous()
+        and not (target.is_conj() or target.is_neg())
+    )
+
+
+def _bytes_of(target: torch.Tensor) -> torch.Tensor:
+    local = target._local_tensor if isinstance(target, DTensor) else target
+    return local.detach().as_strided((local.numel(),), (1,)).view(torch.uint8)

@@ -1,1 +1,0 @@
-"""Tensors to files and back, in the torch.distributed.checkpoint format."""

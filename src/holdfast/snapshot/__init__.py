@@ -1,0 +1,1 @@
+"""The app state on its way to disk."""

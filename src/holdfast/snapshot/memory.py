@@ -1,0 +1,248 @@
+"""Host memory for snapshots: pages that are there before they are needed.
+
+Owns how memory is asked of the kernel: on page boundaries, in huge pages where it gives them (to
+files in RAM too), touched at once, kept from forked children (a data loader's workers would
+otherwise make every page copy-on-write). Promises that a size which does not fit what the machine
+or the container has left is an error with the numbers, and not a process killed hours later, also
+where all ranks of a node allocate at once. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.errors import NotEnoughMemoryError
+from holdfast.messages import describe_size
+
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, since Linux 5.14; Python does not name it."""
+_COLLAPSE = 25
+"""MADV_COLLAPSE, since Linux 6.1; likewise."""
+_FIXED = 0x10
+"""MAP_FIXED, likewise."""
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_CHECKED_BYTES = 64 << 20
+"""Less than that is simply asked for."""
+_SHARED = Path("/dev/shm")  # noqa: S108  # a lock of our own, not followed if it is a link
+"""Where the processes of one node, and nobody else, see the same files."""
+_POLL_SECONDS = 0.01
+_PAGE_BYTES = mmap.PAGESIZE
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory can still be had, and what says so."""
+
+    free_bytes: int
+    limited_by: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """The machine or container whose memory is asked for, shared with other processes."""
+
+    find_room: Callable[[], Room | None]
+    lock: Path
+    """A file that the processes of one node lock while they allocate. Only its lock matters."""
+    processes: int | None
+    """How many may allocate at the same time. None: unknown."""
+    patience_seconds: float = 60.0
+    """How long a process that holds the lock and does not go on is waited for."""
+
+    @classmethod
+    def here(cls) -> Node:
+        """Return the node of this process."""
+        directory = _SHARED if _SHARED.is_dir() else Path(tempfile.gettempdir())
+        local = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+        return cls(
+            find_room,
+            directory / f"holdfast-memory-{os.getuid()}.lock",
+            int(local) if local.isdecimal() else None,
+        )
+
+
+def allocate(size_bytes: int, node: Node | None = None) -> memoryview:
+    """Return so many writable, zero bytes on a page boundary; they are freed with the last view.
+
+    What other processes of the node allocate at the same time is accounted for. `node`: None: the
+    one that this process is on.
+
+    Raises:
+        NotEnoughMemoryError: more than the machine or the container has left.
+    """
+    if size_bytes < _CHECKED_BYTES:
+        return _allocate(size_bytes)
+    node = node or Node.here()
+    if node.processes is not None:
+        # If there is room for as much in every process, they need not wait for one another.
+        with _locked(node, fcntl.LOCK_SH):
+            room = node.find_room()
+            if room is None or size_bytes * node.processes <= room.free_bytes:
+                return _allocate(size_bytes)
+    # Else one after the other, so that each sees what the ones before it have taken.
+    with _locked(node, fcntl.LOCK_EX):
+        if (room := node.find_room()) is not None:
+            check_room(size_bytes, room)
+        return _allocate(size_bytes)
+
+
+@contextmanager
+def _locked(node: Node, operation: int) -> Iterator[None]:
+    """Hold the lock of a node; where it cannot be had, go on without it."""
+    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(node.lock, flags, 0o600)
+    if descriptor is None:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + node.patience_seconds
+        # What is another user's is left alone.
+        while os.fstat(descriptor).st_uid == os.getuid() and time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_POLL_SECONDS)
+                continue
+            except OSError:  # no locks on this file system
+                pass
+            break
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
+        os.close(descriptor)
+
+
+def _allocate(size_bytes: int) -> memoryview:
+    pages = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with suppress(OSError, AttributeError):  # a kernel without them: slower, and still right
+            pages.madvise(getattr(mmap, advice))
+    touch(pages)
+    return memoryview(pages)[:size_bytes]
+
+
+def touch(pages: mmap.mmap) -> None:
+    """Make the kernel find every page of a writable mapping now, without changing a byte."""
+    try:
+        pages.madvise(_POPULATE_WRITE)
+    except OSError:  # an older kernel: write to each page what it holds
+        for start in range(0, len(pages), _PAGE_BYTES):
+            pages[start] = pages[start]
+
+
+def prefer_huge_pages(descriptor: int, size_bytes: int) -> None:
+    """Let a new file in RAM, open for both, have huge pages as far as the kernel gives them.
+
+    What it does not give is left as holes and as single pages: allocate the file afterwards. Such a
+    file is allocated, mapped and read in a fraction of the time. Few mounts give huge pages by
+    themselves; asking for each range by name works at any, unless the system denies them.
+    """
+    huge_bytes = int(next(iter(_lines(_HUGE_PAGES)), "0"))
+    if not huge_bytes or size_bytes < huge_bytes:
+        return
+    whole = size_bytes - size_bytes % huge_bytes
+    with suppress(OSError):  # told by whoever allocates the file
+        os.ftruncate(descriptor, size_bytes)  # a mount may give huge pages within a file's size
+        for start in range(0, whole, huge_bytes):
+            os.pwrite(descriptor, b"\0", start)  # a range of nothing is not collapsed
+        _collapse(descriptor, whole, huge_bytes)
+
+
+def _collapse(descriptor: int, size_bytes: int, huge_bytes: int) -> None:
+    # Through libc: the mapping has to begin on the boundary of a huge page, for which Python's has
+    # no argument. So it is put into a larger one, which keeps its place free.
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    nowhere = ctypes.c_void_p(-1).value
+    length = ctypes.c_size_t(size_bytes + huge_bytes)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    around = libc.mmap(None, length, 0, flags, -1, ctypes.c_long(0))
+    if around == nowhere:
+        return
+    try:
+        start = ctypes.c_void_p(-(-around // huge_bytes) * huge_bytes)
+        size, access = ctypes.c_size_t(size_bytes), mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_SHARED | _FIXED
+        if libc.mmap(start, size, access, flags, descriptor, ctypes.c_long(0)) != nowhere:
+            libc.madvise(start, size, _COLLAPSE)  # as far as it goes
+    finally:
+        libc.munmap(ctypes.c_void_p(around), length)
+
+
+def check_room(size_bytes: int, room: Room) -> None:
+    """Refuse a size that does not fit.
+
+    Raises:
+        NotEnoughMemoryError: with the numbers.
+    """
+    if size_bytes > room.free_bytes:
+        raise NotEnoughMemoryError(size_bytes, room.free_bytes, room.limited_by)
+
+
+def find_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room | None:
+    """Return the tightest limit on new memory: the machine's, or a control group's.
+
+    None: the system does not say.
+    """
+    rooms = [*_machine_room(proc), *_group_rooms(proc, groups)]
+    return min(rooms, key=lambda each: each.free_bytes, default=None)
+
+
+def _machine_room(proc: Path) -> Iterator[Room]:
+    for line in _lines(proc / "meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield Room(int(line.split()[1]) << 10, "the machine's available memory")
+
+
+def _group_rooms(proc: Path, groups: Path) -> Iterator[Room]:
+    """Yield the room in every control group around this process, of either version."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = groups, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = groups / "memory", *_VERSION_1
+        else:
+            continue
+        group = root / name.lstrip("/")
+        while group == root or root in group.parents:
+            yield from _group_room(group, limit, usage)
+            group = group.parent
+
+
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _group_room(group: Path, limit_name: str, usage_name: str) -> Iterator[Room]:
+    limits, usages = _lines(group / limit_name), _lines(group / usage_name)
+    if not limits or not usages or not limits[0].isdigit():  # "max": no limit
+        return
+    # The page cache counts as used, and is given up when memory is asked for. Version 1 tells that
+    # of the groups within as a total of its own; version 2 tells nothing else.
+    counts = dict(line.split()[:2] for line in _lines(group / "memory.stat"))
+    cached = sum(
+        int(counts.get(f"total_{name}", counts.get(name, 0)))
+        for name in ("inactive_file", "active_file")
+    )
+    limit_bytes = int(limits[0])
+    free_bytes = max(limit_bytes - int(usages[0]) + cached, 0)
+    yield Room(free_bytes, f"the limit of {describe_size(limit_bytes)} of control group {group}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

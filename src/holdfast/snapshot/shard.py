@@ -1,0 +1,454 @@
+"""One rank's shard on its way out: planned, staged, written.
+
+Owns what is kept between saves (the plan of who writes what, and the arena laid out for it) and the
+pass that writes a shard file: stretches of 8 MiB blocks, past the page cache where the file system
+takes that, each block digested while others are written, the footer last. Promises that a plan is
+used only while every rank's structure is the one it was made for, that a replicated tensor is
+copied and written by one rank, that digests are of the bytes in memory and not of what a disk made
+of them, and that the bytes are durable when `write` returns. Ranks communicate through the
+coordinator alone. Knows neither where files go nor when to save.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import xxhash
+
+from holdfast.errors import RankFailure, StageFailedError
+from holdfast.format.dcp import encode_metadata
+from holdfast.format.items import Inventory, Source
+from holdfast.format.layout import Item, Layout, lay_out
+from holdfast.format.plan import (
+    NO_PLAN,
+    Decision,
+    Record,
+    Verdict,
+    choose,
+    decide,
+    judge,
+    shard_name,
+)
+from holdfast.format.proposals import propose
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.job import Progress
+from holdfast.snapshot.arena import Arena, StreamedShard, image_bytes
+from holdfast.snapshot.copy import Copying, mark_streams
+from holdfast.snapshot.memory import allocate
+from holdfast.storage.digests import (
+    BLOCK_BYTES,
+    FileRecord,
+    describe_body,
+    footer_size,
+    make_footer,
+)
+from holdfast.storage.posix import Filesystem, writing_past_cache
+
+_DIGESTERS = 2
+"""Threads over an image in memory: one alone reads memory at half the speed it can be read at."""
+
+
+class Image(Protocol):
+    """The body of a shard file, to be had piece by piece and in order."""
+
+    @property
+    def body_bytes(self) -> int:
+        """A multiple of 4096."""
+        ...
+
+    @property
+    def keeps_stretches(self) -> bool:
+        """Whether each stretch stays as it is; else until the one after the next is asked for."""
+        ...
+
+    def stretches(self) -> Iterator[memoryview]:
+        """Yield the body in stretches of whole 8 MiB blocks, on pages of memory.
+
+        The last block may be shorter.
+        """
+        ...
+
+
+def write_shard(
+    filesystem: Filesystem,
+    path: Path,
+    name: str,
+    image: Image,
+    progress: Progress | None = None,
+    bytes_per_second: float | None = None,
+) -> FileRecord:
+    """Write a new file, body and footer, and return its record under a relative name.
+
+    `bytes_per_second`: no faster than that, over the whole file. None: as fast as it goes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    progress = progress or Progress()
+    progress.begin(image.body_bytes + footer_size(image.body_bytes))
+    digests: list[Future[bytes]] = []
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="holdfast-digest") as digesting,
+        ThreadPoolExecutor(1, thread_name_prefix="holdfast-stretch") as preparing,
+        writing_past_cache(filesystem, path) as append,
+    ):
+        # Making the next stretch, digesting this one and writing it let go of the interpreter, and
+        # run side by side.
+        stretches = image.stretches()
+        stretch = next(stretches, None)
+        while stretch is not None:
+            blocks = _cut(stretch, BLOCK_BYTES)
+            digests += [digesting.submit(xxhash.xxh3_128_digest, each) for each in blocks]
+            following = preparing.submit(next, stretches, None)
+            for part in [stretch] if bytes_per_second is None else blocks:
+                _keep_pace(progress, bytes_per_second)
+                append(part)
+                progress.written_bytes += len(part)
+            if not image.keeps_stretches:
+                wait(digests[-len(blocks) :])
+            stretch = following.result()
+        results = [each.result() for each in digests]
+        footer = allocate(footer_size(image.body_bytes))
+        footer[:] = make_footer(image.body_bytes, results)
+        _keep_pace(progress, bytes_per_second)
+        append(footer)
+        progress.written_bytes += len(footer)
+    return describe_body(name, image.body_bytes, results)
+
+
+def seal_image(memory: memoryview, body_bytes: int, name: str) -> FileRecord:
+    """Put the footer behind a body in memory, and return the record of the file that they are."""
+    with ThreadPoolExecutor(_DIGESTERS, thread_name_prefix="holdfast-digester") as pool:
+        blocks = _cut(memory[:body_bytes], BLOCK_BYTES)
+        digests = list(pool.map(xxhash.xxh3_128_digest, blocks))
+    memory[body_bytes : body_bytes + footer_size(body_bytes)] = make_footer(body_bytes, digests)
+    return describe_body(name, body_bytes, digests)
+
+
+def _cut(memory: memoryview, size_bytes: int) -> list[memoryview]:
+    """Cut memory into pieces of one size; the last may be shorter."""
+    return [memory[start : start + size_bytes] for start in range(0, len(memory), size_bytes)]
+
+
+def _keep_pace(
+    progress: Progress,
+    bytes_per_second: float | None,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait until the bytes written so far are no more than the rate allows."""
+    if bytes_per_second is None:
+        return
+    early = progress.written_bytes / bytes_per_second - (time.monotonic() - progress.started)
+    if early > 0:
+        pause(early)
+
+
+logger = logging.getLogger(__name__)
+
+
+class _Metadata:
+    """The content of `.metadata`, made when it is first needed and kept."""
+
+    def __init__(self, decision: Decision) -> None:
+        self._decision = decision
+        self._content: bytes | None = None
+
+    def content(self) -> bytes:
+        if self._content is None:
+            self._content = encode_metadata(self._decision)
+        return self._content
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of its items a rank writes into one file, and where they lie there."""
+
+    layout: Layout
+    positions: Sequence[int]
+    """For each slot of the layout, the item of the inventory that goes into it."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Who stages and writes what, as this rank needs to know it."""
+
+    identity: bytes
+    """16 bytes, equal on all ranks."""
+    structure: bytes
+    """Of this rank's state, which it was made for."""
+    staged: Share
+    """What this rank copies: replicas are divided among the ranks of a node, or of the job."""
+    written: Share
+    """What of that goes into the file that all ranks' files complete; the same where there is
+    nothing else to divide."""
+    name: str
+    """Of that file."""
+    state_names: int
+    """Different names in the whole state."""
+    structures: Sequence[bytes] | None = None
+    """On rank 0: of every rank."""
+    metadata: _Metadata | None = None
+    """On rank 0."""
+
+
+@dataclass(frozen=True)
+class StagedShard:
+    """The bytes of one shard file, out of training's reach or about to be."""
+
+    plan: ShardPlan
+    image: Arena | StreamedShard
+    """Of the file that this rank writes."""
+    arena: Arena | None
+    """All that it staged; None: nothing, the live tensors are read."""
+    copying: Copying | None
+    """Of what is not there yet; None: nothing is to be copied."""
+    progress: Progress
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this rank has nothing to write."""
+        return not self.plan.written.layout.slots
+
+    def wait(self) -> None:
+        """Wait until all of it is there; raise what kept it from coming."""
+        if self.copying is not None:
+            self.copying.wait()
+
+    def write(
+        self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
+    ) -> FileRecord:
+        """Write the file into a directory, as it is being staged; its name is the caller's.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self.image is not self.arena:
+            self.wait()
+        name = self.plan.name
+        return write_shard(
+            filesystem, directory / name, name, self.image, self.progress, bytes_per_second
+        )
+
+    def metadata(self) -> bytes:
+        """Return the content of `.metadata`, on rank 0."""
+        assert self.plan.metadata is not None
+        return self.plan.metadata.content()
+
+
+class ShardSaver:
+    """Settles and stages one shard after another; each overwrites the one before."""
+
+    def __init__(self) -> None:
+        self._plan: ShardPlan | None = None
+        self._arena: Arena | None = None
+        self.progress = Progress()
+        """Of the file being written, or of the last one."""
+
+    def settle(
+        self,
+        take: Callable[[], tuple[int, Inventory]],
+        coordinator: Coordinator,
+        nodes: Sequence[int] | None = None,
+    ) -> tuple[ShardPlan, Inventory]:
+        """Agree with all ranks on the plan for a state; `take` returns its iteration and items.
+
+        `nodes`: by rank, the node that it is on, where each node is to stage the whole state.
+        None: the job stages it once.
+
+        Raises:
+            CheckpointError: raised by `take` on some rank; on every rank.
+            StageFailedError: the ranks save different iterations, or planning failed.
+        """
+        taken: list[Inventory] = []
+        plan = self._plan
+
+        def describe() -> bytes:
+            iteration, inventory = take()
+            taken.append(inventory)
+            fits = plan is not None and plan.structure == inventory.structure
+            identity = plan.identity if plan is not None and fits else NO_PLAN
+            return Record(iteration, inventory.structure, identity).pack()
+
+        structures = plan.structures if plan is not None else None
+        verdict = coordinator.settle(
+            "capture", describe, lambda records: _judge(records, structures)
+        )
+        if plan is None or not verdict.is_current:
+            if plan is not None and coordinator.rank == 0:
+                logger.info("planning anew: %s", verdict.reason)
+            plan = self._plan = _make_plan(taken[0], coordinator, nodes)
+        return plan, taken[0]
+
+    def stage(
+        self,
+        plan: ShardPlan,
+        inventory: Inventory,
+        *,
+        arena: Arena | None = None,
+        pinned: bool = False,
+        later: frozenset[str] | None = None,
+    ) -> StagedShard:
+        """Stage what this rank stages into an arena, which nobody may be reading any more.
+
+        The returned shard's `copying` is yet to be made. `arena`: laid out for `plan.staged`. None:
+        one of our own. `later`: names that are left to it. None: all tensors are.
+
+        Raises:
+            NotEnoughMemoryError: our own does not fit what is left.
+        """
+        staged = plan.staged
+        if arena is None:
+            arena = self._arena_for(staged.layout, pinned=pinned)
+        names = [slot.item.name for slot in staged.layout.slots]
+        waits = None if later is None else [name in later for name in names]
+        copying = arena.stage(_sources(staged, inventory), waits)
+        image: Arena | StreamedShard = arena
+        if plan.written is not staged:
+            places = {position: slot for slot, position in enumerate(staged.positions)}
+            chosen = [arena.content(places[position]) for position in plan.written.positions]
+            image = StreamedShard(plan.written.layout, chosen)
+        return StagedShard(plan, image, arena, copying, self.progress)
+
+    def stream(self, plan: ShardPlan, inventory: Inventory) -> StagedShard:
+        """Return the shard as it is to be read from the live tensors, with nothing copied yet."""
+        sources = _sources(plan.written, inventory)
+        computed = [event for events in mark_streams(sources).values() for event in events]
+        image = StreamedShard(plan.written.layout, sources, computed)
+        return StagedShard(plan, image, None, None, self.progress)
+
+    def release(self) -> None:
+        """Give the arena's memory back; the next save takes it anew."""
+        if self._arena is not None:
+            self._arena.release()
+        self._arena = None
+
+    def _arena_for(self, layout: Layout, *, pinned: bool) -> Arena:
+        arena = self._arena
+        if arena is not None and arena.layout is layout:
+            return arena
+        size_bytes = image_bytes(layout)
+        memory = arena.memory if arena is not None else None
+        self.release()  # before the next one: both need not fit
+        del arena
+        if memory is not None and len(memory) // 2 <= size_bytes <= len(memory):
+            memory = memory[:size_bytes]
+            torch.frombuffer(memory, dtype=torch.uint8).zero_()
+        else:
+            memory = None
+        self._arena = Arena(layout, memory, pinned=pinned)
+        return self._arena
+
+
+def _make_plan(
+    inventory: Inventory, coordinator: Coordinator, nodes: Sequence[int] | None
+) -> ShardPlan:
+    items = inventory.items
+    world = [[*range(coordinator.world_size)]]
+    groups = world if nodes is None else _ranks_of_nodes(nodes)
+    deal = _deal(items, coordinator, groups)
+    staged = written = _share(items, choose(items, deal.share))
+    identity, structures = deal.identity, deal.structures
+    if len(groups) > 1:
+        # What several nodes have staged, one of them writes: from what it has staged.
+        staged_items = choose(items, deal.share)
+        deal = _deal(staged_items, coordinator, world)
+        written_items = choose(staged_items, deal.share)
+        if written_items != staged_items:
+            written = _share(items, written_items)
+        identity = xxhash.xxh3_128_digest(identity + deal.identity)
+    return ShardPlan(
+        identity,
+        inventory.structure,
+        staged,
+        written,
+        shard_name(coordinator.rank),
+        deal.state_names,
+        structures,
+        _Metadata(deal.decisions[0]) if deal.decisions else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """What one round of dealing items gave this rank."""
+
+    identity: bytes
+    state_names: int
+    share: bytes
+    structures: Sequence[bytes] | None
+    """On rank 0: of what each rank proposed."""
+    decisions: Sequence[Decision]
+    """On rank 0: one for each group."""
+
+
+def _deal(
+    items: Sequence[Item], coordinator: Coordinator, groups: Sequence[Sequence[int]]
+) -> _Deal:
+    """Divide replicas within each group of ranks; every rank is in one."""
+    proposals = coordinator.gather("plan", lambda: propose(items))
+    decisions: list[Decision] = []
+    structures = [b""] * coordinator.world_size
+
+    def decide_all() -> list[tuple[bytes, int, bytes]]:
+        assert proposals is not None
+        shares = [b""] * len(proposals)
+        for ranks in groups:
+            decision = decide([proposals[rank] for rank in ranks], is_whole=len(groups) == 1)
+            decisions.append(decision)
+            for rank, share, structure in zip(
+                ranks, decision.shares, decision.structures, strict=True
+            ):
+                shares[rank], structures[rank] = share, structure
+        identity = xxhash.xxh3_128_digest(b"".join(each.plan for each in decisions))
+        names = max(len(each.catalogue.numbers) for each in decisions)
+        return [(identity, names, share) for share in shares]
+
+    identity, names, share = coordinator.scatter("plan", decide_all)
+    leads = coordinator.rank == 0
+    return _Deal(identity, names, share, structures if leads else None, decisions)
+
+
+def _ranks_of_nodes(nodes: Sequence[int]) -> list[list[int]]:
+    return [
+        [rank for rank, each in enumerate(nodes) if each == node] for node in sorted(set(nodes))
+    ]
+
+
+def _share(items: Sequence[Item], chosen: Sequence[Item]) -> Share:
+    places = {_key(item): position for position, item in enumerate(items)}
+    layout = lay_out(chosen)
+    return Share(layout, [places[_key(slot.item)] for slot in layout.slots])
+
+
+def _sources(share: Share, inventory: Inventory) -> list[Source]:
+    return [inventory.sources[position] for position in share.positions]
+
+
+def _judge(records: Sequence[bytes], structures: Sequence[bytes] | None) -> Verdict:
+    verdict = judge(records, structures)
+    if len(verdict.iterations) > 1:
+        spoken = [Record.unpack(each).iteration for each in records]
+        raise StageFailedError(
+            "capture",
+            [
+                RankFailure(
+                    rank,
+                    "Disagreement",
+                    f"saves at step {iteration}, rank 0 at step {spoken[0]}",
+                )
+                for rank, iteration in enumerate(spoken)
+                if iteration != spoken[0]
+            ],
+        )
+    return verdict
+
+
+def _key(item: Item) -> tuple[str, tuple[int, ...]]:
+    return item.name, item.offsets

@@ -1,0 +1,1 @@
+"""Bytes of a store: names, durable writes, the commit."""

@@ -1,0 +1,366 @@
+"""Whose checkpoints a store holds: the run id and the attempts at that run.
+
+Owns run.json and the attempt_*.json claims beside it. A run id is made by the first job that uses
+an empty store; each start of the run that saves takes the next attempt number by exclusive creation
+of its claim, so two jobs never hold one number, without locks, clocks or cleaning up. The claims
+are the truth, each with its digest; run.json repeats them for people, and for a claim that was
+damaged since. Refuses another run's id and an attempt that has been overtaken. Fields that this
+version does not know are ignored; a format above its own is an error and never damage.
+
+A claim also records the process that made it: host, pid, and the boot and start time that tell two
+processes with the same pid apart. Nothing but a warning depends on that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import (
+    CorruptCheckpointError,
+    FormatTooNewError,
+    StoreIdentityError,
+    SupersededAttemptError,
+)
+from holdfast.storage.manifest import check_format, seal, unseal
+from holdfast.storage.posix import Filesystem, create_once, read_bytes, replace_file
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of one host."""
+
+    host: str
+    pid: int
+    start_mark: str | None
+    """None: the system does not say."""
+
+
+def this_process() -> Process:
+    """Return the process that calls; not cached, since a fork is another one."""
+    pid = os.getpid()
+    return Process(socket.gethostname(), pid, find_start_mark(pid))
+
+
+def find_start_mark(pid: int) -> str | None:
+    """Return boot and start time of a process of this host; None: it has ended, or no /proc."""
+    try:
+        content = Path(f"/proc/{pid}/stat").read_bytes()
+        boot = _BOOT_ID.read_text().strip()
+    except OSError:
+        return None
+    # The name of the program stands in brackets and may contain anything: count from the last one.
+    fields = content[content.rfind(b")") + 1 :].split()
+    if len(fields) < 20 or fields[0] in (b"Z", b"X", b"x"):
+        return None  # ended, and its parent has not asked for its exit code yet
+    return f"{boot}/{fields[19].decode()}"  # field 22 of proc(5), in ticks since the boot
+
+
+RUN_NAME = "run.json"
+FORMAT = 1
+"""Of run.json and of each claim. Every version seals a claim and numbers its format like this."""
+_TRIES = 5
+"""A sweep comes once a save: more of them in a row than this are something else."""
+_CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
+
+
+@dataclass(frozen=True)
+class CommitIdentity:
+    """What a commit is given by whoever admits saves."""
+
+    attempt: int
+    sequence: int
+    """Larger than that of any commit of the run before, in either tier."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint of another run that a run began from."""
+
+    path: str
+    run_id: str | None
+    """None: it names no run."""
+    iteration: int | None
+    what: str
+    """`weights` or `everything`."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run that has saved, or is about to."""
+
+    number: int
+    """From 1; the largest is the one that may commit."""
+    resumed_from: int | None = None
+    """The iteration of this store that it loaded; None: it started fresh or from another store."""
+    resumed_path: str | None = None
+    """The checkpoint that was loaded, in whatever store."""
+    asked_step: int | None = field(default=None, compare=False)
+    """What `load.step` was at that load."""
+    parent: Parent | None = None
+    """What the run began from; None: it began from nothing, or this attempt loaded its own."""
+    # Who made the claim and when. Warnings name it; it decides nothing, so it does not compare.
+    host: str | None = field(default=None, compare=False)
+    pid: int | None = field(default=None, compare=False)
+    """Of rank 0."""
+    start_mark: str | None = field(default=None, compare=False)
+    """Tells that process from a later one with its pid; None: the system did not say."""
+    claimed_at: str | None = field(default=None, compare=False)
+    """UTC, ISO 8601."""
+
+
+class RunIdentity:
+    """The run id and the attempts recorded at the root of one store."""
+
+    def __init__(self, root: Path, filesystem: Filesystem) -> None:
+        self._root = root
+        self._filesystem = filesystem
+
+    def read_run_id(self) -> str | None:
+        """Return the run id; None: no job has saved here yet.
+
+        Raises:
+            CorruptCheckpointError: run.json is there and cannot be read.
+            FormatTooNewError: a newer holdfast wrote it.
+        """
+        path = self._root / RUN_NAME
+        try:
+            content = read_bytes(self._filesystem, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            run_id = _parse_known(content, path).get("run_id")
+            if not isinstance(run_id, str) or not run_id:
+                raise CorruptCheckpointError(
+                    str(path), "names no run_id; restore it from any manifest"
+                )
+        except CorruptCheckpointError:
+            if self._claims():
+                raise
+            return None  # torn by a crash before anybody could claim an attempt under it
+        return run_id
+
+    def attempts(self) -> list[Attempt]:
+        """Return every attempt claimed so far, oldest first.
+
+        Raises:
+            FormatTooNewError: a newer holdfast made one of the claims.
+        """
+        found = []
+        for number, name in self._claims():
+            claim = self._read_claim(self._root / name)
+            if claim is None or claim.number != number:
+                # The number is taken by the name alone. Where run.json does not know it either, a
+                # crash tore the claim before it could matter.
+                claim = self._repeated_in_run_json().get(number, Attempt(number))
+            found.append(claim)
+        return found
+
+    def _read_claim(self, path: Path) -> Attempt | None:
+        try:
+            content = read_bytes(self._filesystem, path)
+            try:
+                text = unseal(content, str(path))
+            except CorruptCheckpointError:
+                _parse_known(content, path)  # whole, and of a newer format that seals differently?
+                raise
+            return _attempt_of(_parse_known(text, path))
+        except (CorruptCheckpointError, KeyError, TypeError):
+            return None
+
+    def _repeated_in_run_json(self) -> dict[int, Attempt]:
+        path = self._root / RUN_NAME
+        try:
+            listed = _parse_known(read_bytes(self._filesystem, path), path)["attempts"]
+            return {each.number: each for each in map(_attempt_of, listed)}
+        except (OSError, CorruptCheckpointError, KeyError, TypeError):
+            return {}
+
+    def agree_run_id(self, configured: str | None) -> str:
+        """Return the store's run id, making one for an empty store.
+
+        Raises:
+            StoreIdentityError: another run id is configured than the store has.
+        """
+        run_id = self.read_run_id()
+        if run_id is None:
+            fresh = {"format": FORMAT, "run_id": configured or secrets.token_hex(8), "attempts": []}
+            # Its name is synced with the first claim, before anything is saved under it.
+            with suppress(FileExistsError):  # another job was first: its id is the store's
+                self._despite_sweeps(create_once, RUN_NAME, _encode(fresh))
+            run_id = self.read_run_id()
+            if run_id is None:
+                replace_file(self._filesystem, self._root / RUN_NAME, _encode(fresh))  # it was torn
+                run_id = self.read_run_id()
+            assert run_id is not None
+        self.check_run_id(configured, run_id)
+        return run_id
+
+    def check_run_id(self, configured: str | None, found: str) -> None:
+        """Refuse a store of another run than the one configured.
+
+        Raises:
+            StoreIdentityError: the two differ.
+        """
+        if configured is not None and configured != found:
+            raise StoreIdentityError(
+                f"{self._root} belongs to run {found!r}, but checkpoint.run_id is {configured!r}.\n"
+                "Name another checkpoint.persistent.directory, or set checkpoint.run_id=null to go "
+                "on with the store's run."
+            )
+
+    def claim_attempt(
+        self,
+        run_id: str,
+        resumed_from: int | None,
+        path: str | None,
+        *,
+        asked_step: int | None = None,
+        parent: Parent | None = None,
+    ) -> Attempt:
+        """Take the next attempt number; every earlier attempt may no longer commit.
+
+        Raises:
+            FormatTooNewError: a newer holdfast made one of the claims; nothing was written.
+        """
+        self.attempts()  # before a claim of ours supersedes what this version cannot read
+        process = this_process()
+        while True:
+            claims = self._claims()
+            number = claims[-1][0] + 1 if claims else 1
+            attempt = Attempt(
+                number,
+                resumed_from,
+                path,
+                asked_step,
+                parent,
+                process.host,
+                process.pid,
+                process.start_mark,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            try:
+                claim = seal(_encode({"format": FORMAT, **asdict(attempt)}))
+                self._despite_sweeps(create_once, _claim_name(number), claim)
+            except FileExistsError:
+                continue  # a twin took this number between the listing and the claim
+            # For people; a twin's later version may win, and is rebuilt from the claims as well.
+            summary = [asdict(each) for each in self.attempts()]
+            shown = {"format": FORMAT, "run_id": run_id, "attempts": summary}
+            self._despite_sweeps(replace_file, RUN_NAME, _encode(shown))
+            # Before any checkpoint can be seen that is of this attempt: the number is then taken
+            # for good, and so is what the attempt supersedes.
+            self._filesystem.sync_directory(self._root)
+            return attempt
+
+    def check_newest(self, attempt: Attempt) -> None:
+        """Refuse to go on for an attempt that has been overtaken.
+
+        Raises:
+            SupersededAttemptError: a newer attempt of this run has begun to save.
+        """
+        claims = self._claims()
+        if claims and claims[-1][0] > attempt.number:
+            raise SupersededAttemptError(
+                f"{self._root}: attempt {claims[-1][0]} of this run has taken over from attempt "
+                f"{attempt.number}, which may no longer save here.\n"
+                "Stop this job: another one is running, or give it its own "
+                "checkpoint.persistent.directory."
+            )
+
+    def _despite_sweeps(
+        self, write: Callable[[Filesystem, Path, bytes], None], name: str, content: bytes
+    ) -> None:
+        """Write a file again if a twin's sweep has taken its pending form for a leftover."""
+        for tried in range(1, _TRIES + 1):
+            try:
+                write(self._filesystem, self._root / name, content)
+                break
+            except FileNotFoundError:
+                if tried == _TRIES:
+                    raise
+
+    def _claims(self) -> list[tuple[int, str]]:
+        try:
+            entries = self._filesystem.list_directory(self._root)
+        except FileNotFoundError:
+            return []
+        return sorted(
+            (int(match[1]), each.name)
+            for each in entries
+            if each.is_file and (match := _CLAIM_NAME.fullmatch(each.name))
+        )
+
+
+def _claim_name(number: int) -> str:
+    return f"attempt_{number:07d}.json"
+
+
+def _encode(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _attempt_of(values: dict[str, Any]) -> Attempt:
+    """Read what a claim says; fields that older versions did not write are None.
+
+    Raises:
+        KeyError, TypeError: it is no attempt.
+    """
+    parent = values.get("parent")
+    attempt = Attempt(
+        values["number"],
+        values["resumed_from"],
+        values["resumed_path"],
+        values.get("asked_step"),
+        None
+        if parent is None
+        else Parent(**{each.name: parent[each.name] for each in fields(Parent)}),
+        **{name: values.get(name) for name in ("host", "pid", "start_mark", "claimed_at")},
+    )
+    if type(attempt.number) is not int:
+        raise TypeError("an attempt's number is whole")
+    for number in (attempt.resumed_from, attempt.asked_step, attempt.pid):
+        if type(number) not in (int, type(None)):
+            raise TypeError("an attempt's numbers are whole")
+    for name in (attempt.host, attempt.start_mark, attempt.claimed_at):
+        if type(name) not in (str, type(None)):
+            raise TypeError("who made an attempt is told in strings")
+    return attempt
+
+
+def _parse_known(content: bytes, path: Path) -> dict[str, Any]:
+    """Parse what this version can read.
+
+    Raises:
+        CorruptCheckpointError: it is no JSON object.
+        FormatTooNewError: its format is above the one that this version writes.
+    """
+    values = _parse(content, path)
+    try:
+        check_format({"format": FORMAT, **values}, FORMAT, str(path))  # claims had none at first
+    except FormatTooNewError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CorruptCheckpointError(str(path), f"is of no format: {error}") from error
+    return values
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(str(path), f"is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CorruptCheckpointError(str(path), "is not a JSON object")
+    return values

@@ -1,0 +1,196 @@
+"""The commit record of a checkpoint: on-disk format 1.
+
+Owns the JSON of manifest.json. Promises that a manifest is read back exactly or refused with a
+reason; its last line is the xxh3-128 of all bytes before it. Refuses paths that leave the
+checkpoint. Knows no file system.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import PurePosixPath
+from typing import Any
+
+import xxhash
+
+from holdfast.errors import CorruptCheckpointError, FormatTooNewError
+from holdfast.storage.digests import FileRecord
+
+PERSISTENT, LOCAL, FOREIGN = "persistent", "local", "foreign"
+"""Tiers; a foreign checkpoint was written by torch alone."""
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+FEATURES: frozenset[str] = frozenset()
+"""What a file may list under `requires` and this version understands."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was committed, by whom, and in which order."""
+
+    run_id: str
+    attempt: int
+    """Which start of the run wrote it, from 1."""
+    sequence: int
+    """The order of commits in a run, over all tiers; larger is newer."""
+    iteration: int
+    tier: str
+    world_size: int
+    """Ranks that wrote it."""
+    saved_at: str
+    """UTC, ISO 8601. For people: nothing is decided by a clock."""
+    files: tuple[FileRecord, ...]
+    """Every file but the manifest itself, by path."""
+    written_by: str = "holdfast"
+    """Name and version of the writer."""
+    parent: dict[str, Any] | None = None
+    """The checkpoint of another run that this one began from; None: it began from nothing."""
+    format: int = FORMAT
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together, the manifest not counted."""
+        return sum(each.size_bytes for each in self.files)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of manifest.json."""
+        values = asdict(self)
+        if self.parent is None:
+            del values["parent"]
+        return seal(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: str) -> Manifest:
+        """Read the content of manifest.json; `path` is for messages.
+
+        Fields that this version does not know are ignored: a later one may add some.
+
+        Raises:
+            CorruptCheckpointError: torn, altered, or with paths that leave the checkpoint.
+            FormatTooNewError: of a later format, or it requires a feature of a later version.
+        """
+        try:
+            body = unseal(content, path)
+        except CorruptCheckpointError:
+            _check_unsealed(content, path)
+            raise
+        try:
+            values = json.loads(body)
+            check_format(values, FORMAT, path)
+            files = tuple(map(_read_record, values["files"]))
+            manifest = cls(**{**known_fields(cls, values), "files": files})
+            _check_types(manifest)
+        except FormatTooNewError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptCheckpointError(path, f"is not a manifest: {error}") from error
+        for each in files:
+            if not _stays_inside(each.path):
+                raise CorruptCheckpointError(path, f"lists {each.path!r}, outside the checkpoint")
+        return manifest
+
+
+def check_format(values: Mapping[str, Any], known: int, path: str) -> None:
+    """Refuse a record whose format, or a feature that it requires, this version does not know.
+
+    `values`: as read from JSON. `known`: the latest format of such records.
+
+    Raises:
+        FormatTooNewError: it is of a later version.
+        ValueError: its format is no number, or one that never was.
+    """
+    found, sequence = values["format"], values.get("sequence")
+    place = sequence if type(sequence) is int else None
+    if type(found) is not int or found < 1:
+        raise ValueError(f"format is {found!r}")
+    if found > known:
+        raise FormatTooNewError(path, f"format {found}", f"up to format {known}", place)
+    requires = values.get("requires", [])
+    if not isinstance(requires, list):
+        raise ValueError(f"requires is {requires!r}")
+    if unknown := sorted(str(each) for each in requires if each not in FEATURES):
+        features = ", ".join(map(repr, unknown))
+        what = f"format {found} and requires {features}"
+        raise FormatTooNewError(path, what, f"format {known} without", place)
+
+
+def _check_unsealed(content: bytes, path: str) -> None:
+    """Refuse a whole record of a later format that is sealed in another way, or not at all.
+
+    A record of this format ends with its digest, and is no JSON as a whole, whatever was damaged.
+
+    Raises:
+        FormatTooNewError: it is of a later version.
+    """
+    try:
+        check_format(json.loads(content), FORMAT, path)
+    except FormatTooNewError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+
+
+def known_fields(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a dataclass has a field for."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _read_record(values: Mapping[str, Any]) -> FileRecord:
+    known = known_fields(FileRecord, values)
+    return FileRecord(**{**known, "blocks": _as_tuple(values["blocks"])})
+
+
+def seal(text: bytes) -> bytes:
+    """Return a text that ends with a newline and, as one more line, the digest of it."""
+    return text + xxhash.xxh3_128_hexdigest(text).encode() + b"\n"
+
+
+def unseal(content: bytes, path: str) -> bytes:
+    """Return the text that `seal` was given; `path` is for messages.
+
+    Raises:
+        CorruptCheckpointError: torn or altered, by as little as the last newline.
+    """
+    text = content[: content.rfind(b"\n", 0, -1) + 1]
+    if seal(text) != content:
+        raise CorruptCheckpointError(path, "does not match the digest in its last line")
+    return text
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Refuse what would fail far from here: decisions compare these numbers and join these texts.
+
+    Raises:
+        TypeError: naming the first field of the wrong type.
+        ValueError: a digest is not hexadecimal, or no rank wrote the checkpoint.
+    """
+    records: list[Manifest | FileRecord] = [manifest, *manifest.files]
+    for record in records:
+        for each in fields(record):
+            kind = _FIELD_TYPES.get(str(each.type))
+            if kind is not None and type(getattr(record, each.name)) is not kind:
+                raise TypeError(f"{each.name} is no {each.type}")
+    for file in manifest.files:
+        for digest in (file.digest, *(file.blocks or ())):
+            bytes.fromhex(digest)
+    if manifest.parent is not None and not isinstance(manifest.parent, dict):
+        raise TypeError("parent is no mapping")
+    if manifest.world_size < 1:
+        raise ValueError(f"world_size is {manifest.world_size}")
+
+
+_FIELD_TYPES: dict[str, type] = {"str": str, "int": int}
+
+
+def _as_tuple(blocks: list[str] | None) -> tuple[str, ...] | None:
+    return None if blocks is None else tuple(blocks)
+
+
+def _stays_inside(path: str) -> bool:
+    if not path or "\\" in path or not path.isprintable():  # a name that a message can show
+        return False
+    parts = PurePosixPath(path)
+    return not parts.is_absolute() and ".." not in parts.parts and str(parts) == path

@@ -1,0 +1,317 @@
+"""Every durable step on a disk, one method each: the seam at which faults are injected.
+
+Owns the calls that change or read a file system, and the few compositions of them that make a small
+file appear whole or not at all. Promises that whatever a method reports as synced survives power
+loss, that files are written in full or an OSError with errno and path is raised, and that no
+symbolic link is followed out of a directory. Knows nothing of checkpoints. Importing this module
+does not import torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+PENDING_MARK = ".pending-"
+"""Between a name and a nonce: not committed, never listed, swept by the next save."""
+
+
+@dataclass(frozen=True)
+class DirectoryEntry:
+    """One name in a directory; a symbolic link is neither a file nor a directory."""
+
+    name: str
+    is_file: bool
+    is_directory: bool
+    is_link: bool = False
+
+
+class Filesystem(Protocol):
+    """The primitive steps. Every method raises OSError with errno and path, or succeeds."""
+
+    def make_directory(self, path: Path) -> None: ...
+    def open_new(self, path: Path) -> BinaryIO: ...
+    def sync_file(self, path: Path, stream: Any) -> None: ...
+    def sync_directory(self, path: Path) -> None: ...
+    def rename(self, source: Path, target: Path) -> None: ...
+    def link(self, source: Path, target: Path) -> None: ...
+    def remove_file(self, path: Path) -> None: ...
+    def remove_directory(self, path: Path) -> None: ...
+    def list_directory(self, path: Path) -> list[DirectoryEntry]: ...
+    def open_existing(self, path: Path) -> BinaryIO: ...
+    def size_bytes(self, path: Path) -> int: ...
+    def is_directory(self, path: Path) -> bool: ...
+
+
+class LocalFilesystem:
+    """A mounted POSIX file system."""
+
+    def __init__(self, *, private: bool = True) -> None:
+        """Choose who may read what is created: `private`: its owner alone; else as umask says."""
+        self._file_mode = 0o600 if private else 0o666
+        self._directory_mode = 0o700 if private else 0o777
+
+    def make_directory(self, path: Path) -> None:
+        """Create one directory, with its parents where they are missing; present is fine."""
+        if not path.parent.exists():
+            self.make_directory(path.parent)
+        path.mkdir(self._directory_mode, exist_ok=True)
+
+    def open_new(self, path: Path) -> BinaryIO:
+        """Open a file that must not exist yet, for writing and reading back."""
+        descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._file_mode
+        )
+        return os.fdopen(descriptor, "w+b")
+
+    def sync_file(self, path: Path, stream: Any) -> None:
+        """Make the bytes and the size of a file durable, through the stream that wrote them.
+
+        Of an error in writing back, the system need not tell a descriptor that was opened later.
+        """
+        with naming(path):
+            os.fsync(stream.fileno())
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            with naming(path):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or directory another name at once, over an existing file."""
+        source.rename(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name that must not exist yet."""
+        os.link(source, target, follow_symlinks=False)
+
+    def remove_file(self, path: Path) -> None:
+        """Remove a file or a link; the link's target stays."""
+        path.unlink()
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
+
+    def list_directory(self, path: Path) -> list[DirectoryEntry]:
+        """Return the entries by name."""
+        with os.scandir(path) as entries:
+            found = [
+                DirectoryEntry(
+                    each.name,
+                    is_file=each.is_file(follow_symlinks=False),
+                    is_directory=each.is_dir(follow_symlinks=False),
+                    is_link=each.is_symlink(),
+                )
+                for each in entries
+            ]
+        return sorted(found, key=lambda each: each.name)
+
+    def open_existing(self, path: Path) -> BinaryIO:
+        """Open a regular file for reading; a link is refused (ELOOP), as is all else (EINVAL)."""
+        # Not blocking: a pipe in the place of a file would otherwise wait for a writer for ever.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+
+    def size_bytes(self, path: Path) -> int:
+        """Return the size of a regular file; anything else is an error."""
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return found.st_size
+
+    def is_directory(self, path: Path) -> bool:
+        """Whether a directory, not a link to one, is there."""
+        try:
+            return stat.S_ISDIR(path.lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
+def make_durable_directory(filesystem: Filesystem, path: Path) -> None:
+    """Create a directory with its missing parents, each durable under its name."""
+    chain = [path]
+    while not filesystem.is_directory(chain[-1]) and chain[-1] != chain[-1].parent:
+        chain.append(chain[-1].parent)
+    present = chain.pop() if filesystem.is_directory(chain[-1]) else None
+    if present is not None:
+        # A killed process may have made it a moment ago. One that we may not read is not ours.
+        with suppress(PermissionError):
+            filesystem.sync_directory(present.parent)
+    for each in reversed(chain):
+        filesystem.make_directory(each)
+        filesystem.sync_directory(each.parent)  # or a power cut takes it with all that is in it
+
+
+def write_new(filesystem: Filesystem, path: Path, content: bytes) -> None:
+    """Write a file that must not exist yet and make its bytes durable; its name is the caller's."""
+    with naming(path), filesystem.open_new(path) as stream:
+        stream.write(content)
+        stream.flush()  # a short write is continued
+        filesystem.sync_file(path, stream)
+
+
+@contextmanager
+def writing_past_cache(
+    filesystem: Filesystem, path: Path
+) -> Iterator[Callable[[memoryview], None]]:
+    """Open a file that must not exist yet; yield a function that appends a block to it.
+
+    Blocks go past the page cache where the file system takes that, if they start on a page of
+    memory and are whole pages; elsewhere through it. They are durable at the end; the name is the
+    caller's.
+    """
+    with naming(path):
+        buffered: Any = filesystem.open_new(path)
+        with buffered.detach() as raw:
+            bypassed = _set_direct(raw, wanted=True)
+
+            def write(block: memoryview) -> None:
+                nonlocal bypassed
+                while len(block):
+                    try:
+                        count = raw.write(block)
+                    except OSError as error:
+                        # Some refuse only now, or what is left of a block that was cut short.
+                        if error.errno != errno.EINVAL or not bypassed:
+                            raise
+                        bypassed = _set_direct(raw, wanted=False)
+                        continue
+                    block = block[count:]
+
+            yield write
+            filesystem.sync_file(path, raw)
+
+
+def _set_direct(raw: Any, *, wanted: bool) -> bool:
+    """Switch O_DIRECT on or off where there is such a thing; return whether it is on."""
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        flags = fcntl.fcntl(raw.fileno(), fcntl.F_GETFL)
+        fcntl.fcntl(raw.fileno(), fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
+    except OSError:  # refused (tmpfs did for long), or a file in memory
+        return False
+    return wanted and flag != 0
+
+
+def replace_file(filesystem: Filesystem, path: Path, content: bytes) -> None:
+    """Give a small file new content at once: at any crash it holds the old bytes or the new.
+
+    Which of the two is settled when the caller has synced the directory.
+    """
+    aside = set_aside(path)
+    try:
+        write_new(filesystem, aside, content)  # durable before it has the name
+        filesystem.rename(aside, path)  # visible from here
+    except OSError:
+        _discard(filesystem, aside)
+        raise
+
+
+def create_once(filesystem: Filesystem, path: Path, content: bytes) -> None:
+    """Create a small file whole, as the first to do so; its name is the caller's to sync.
+
+    Raises:
+        FileExistsError: somebody else was first; nothing was changed.
+    """
+    aside = set_aside(path)
+    try:
+        write_new(filesystem, aside, content)
+        filesystem.link(aside, path)  # fails where the name exists; the bytes are already durable
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links here: exclusive creation is still atomic as to who is first, but a crash
+        # may leave the name with torn bytes, which its readers must bear.
+        write_new(filesystem, path, content)
+    finally:
+        _discard(filesystem, aside)
+
+
+def read_bytes(filesystem: Filesystem, path: Path) -> bytes:
+    """Return the whole content of a small file."""
+    with naming(path), filesystem.open_existing(path) as stream:
+        return stream.read()
+
+
+_VECTOR_LIMIT = 1024
+"""Buffers in one call of preadv; Linux's IOV_MAX."""
+
+
+def read_into(stream: BinaryIO, offset: int, views: Sequence[memoryview]) -> int:
+    """Fill buffers in order from a file offset; return the bytes filled before the file ended."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # a stream in memory
+        stream.seek(offset)
+        return sum(stream.readinto(view) for view in views)  # type: ignore[attr-defined]  # is raw
+    filled = 0
+    rest = list(views)
+    first = 0
+    while first < len(rest):
+        count = os.preadv(descriptor, rest[first : first + _VECTOR_LIMIT], offset + filled)
+        if count == 0:
+            break
+        filled += count
+        while first < len(rest) and count >= len(rest[first]):
+            count -= len(rest[first])
+            first += 1
+        if count:  # the call ended inside a buffer
+            rest[first] = rest[first][count:]
+    return filled
+
+
+def remove_tree(filesystem: Filesystem, path: Path) -> None:
+    """Remove a directory and all in it, following no link; absent is fine."""
+    try:
+        entries = filesystem.list_directory(path)
+    except FileNotFoundError:
+        return
+    for each in entries:
+        if each.is_directory:
+            remove_tree(filesystem, path / each.name)
+        else:
+            filesystem.remove_file(path / each.name)
+    filesystem.remove_directory(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Return a fresh pending name beside a path."""
+    return path.with_name(f"{path.name}{PENDING_MARK}{secrets.token_hex(4)}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file (a failed write or read) the path it happened on."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _discard(filesystem: Filesystem, path: Path) -> None:
+    """Remove a leftover where that is possible; the next save sweeps it otherwise."""
+    try:
+        filesystem.remove_file(path)
+    except OSError:
+        return

@@ -1,0 +1,204 @@
+"""Which local commit all ranks can load, judged from what each of them sees; with reasons.
+
+Owns the grouping of shard files into commits and the decision which of these is whole. Promises one
+verdict for all ranks, newest commit first, that names everything it passed over and why; files of
+one commit are never mixed with another's, even of the same iteration. A commit that lacks shards is
+given back as one whose rest may still cover the state: who can read the files must say. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from holdfast.errors import FormatTooNewError
+from holdfast.tiers.local.shard_file import Found, ShardRecord
+from holdfast.tiers.select import Condition
+
+Commit = tuple[int, int, int]
+"""Sequence, attempt, iteration: larger is newer."""
+Objection = Callable[[ShardRecord], str | None]
+"""Why a sound commit must not be loaded; None: it may be."""
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What one rank sees, of the directories that fall to it."""
+
+    found: tuple[Found, ...]
+    damaged: frozenset[tuple[int, str, int]] = frozenset()
+    """Files that were found damaged when read: the rank that lists them, path, sequence."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One file that holds a shard, or its small states."""
+
+    rank: int
+    """That lists it, and can read it; so can every rank at its place."""
+    path: str
+    """Relative to the run's directory."""
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One commit, and where its shards are."""
+
+    record: ShardRecord
+    """Of any of its files: what they all have in common holds for the commit."""
+    copies: tuple[tuple[Copy, ...], ...]
+    """By owner."""
+
+    @property
+    def commit(self) -> Commit:
+        """Its place in the order of commits."""
+        return self.record.commit
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """Owners whose shard is nowhere."""
+        return tuple(
+            owner
+            for owner, copies in enumerate(self.copies)
+            if not any(each.is_whole for each in copies)
+        )
+
+    @property
+    def mute(self) -> tuple[int, ...]:
+        """Owners of whom not even the small states are anywhere."""
+        return tuple(owner for owner, copies in enumerate(self.copies) if not copies)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A commit, or a file, that was passed over."""
+
+    path: str
+    iteration: int
+    sequence: int
+    reason: str
+    condition: Condition = Condition.DAMAGED
+    too_new: FormatTooNewError | None = None
+    """Set where a later version of holdfast wrote it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks are told."""
+
+    candidate: Candidate | None
+    """The newest that may be loaded; None: there is none."""
+    passed: tuple[Passed, ...]
+    whole: tuple[Commit, ...]
+    """Commits with every shard, newest first."""
+    newest_sequence: int
+    """Over everything found, whatever became of it."""
+
+
+def judge(
+    inventories: Sequence[Inventory],
+    objection: Objection,
+    rejected: dict[Commit, str],
+    covered: Collection[Commit] = (),
+) -> Verdict:
+    """Choose the newest commit that all ranks can load, or whose rest may cover the state.
+
+    `rejected`: commits that cannot be loaded after all, with reasons. `covered`: commits known to
+    be loadable without the shards they lack.
+    """
+    damaged = frozenset().union(*(each.damaged for each in inventories))
+    candidates, passed = _group(inventories, damaged)
+    chosen = None
+    whole = []
+    for candidate in candidates:
+        reason = objection(candidate.record)
+        if reason is not None:
+            passed.append(_pass_over(candidate, reason, Condition.SUPERSEDED))
+            continue
+        reason = rejected.get(candidate.commit)
+        if reason is None and candidate.commit not in covered:
+            reason = _lack(candidate)
+        if reason is not None:
+            passed.append(_pass_over(candidate, reason))
+            continue
+        if not candidate.lost:
+            whole.append(candidate.commit)
+        chosen = chosen or candidate
+    found = [each for part in inventories for each in part.found]
+    sequences = [each.record.sequence for each in found if each.record]
+    sequences += [each.too_new.sequence or 0 for each in found if each.too_new]
+    passed.sort(key=lambda each: (each.sequence, each.iteration, each.path), reverse=True)
+    return Verdict(chosen, tuple(passed), tuple(whole), max(sequences, default=0))
+
+
+def _group(
+    inventories: Sequence[Inventory], damaged: frozenset[tuple[int, str, int]]
+) -> tuple[list[Candidate], list[Passed]]:
+    groups: dict[tuple[object, ...], tuple[ShardRecord, list[list[Copy]]]] = {}
+    passed = []
+    for rank, inventory in enumerate(inventories):
+        for each in inventory.found:
+            record = each.record
+            if each.too_new is not None:
+                sequence = each.too_new.sequence or 0
+                passed.append(
+                    Passed(
+                        each.path,
+                        each.iteration,
+                        sequence,
+                        each.too_new.summary,
+                        Condition.TOO_NEW,
+                        each.too_new,
+                    )
+                )
+            elif record is None:
+                passed.append(Passed(each.path, each.iteration, 0, each.reason or "is no shard"))
+            elif (rank, each.path, record.sequence) in damaged:
+                reason = "was found damaged when it was read"
+                passed.append(Passed(each.path, each.iteration, record.sequence, reason))
+            else:
+                common = (record.world_size, record.nodes, record.plan, record.state_names)
+                _, copies = groups.setdefault(
+                    (record.commit, *common), (record, [[] for _ in range(record.world_size)])
+                )
+                copies[record.owner].append(Copy(rank, each.path, record.is_whole))
+    candidates = [
+        Candidate(record, tuple(tuple(each) for each in copies))
+        for record, copies in groups.values()
+    ]
+    return sorted(candidates, key=lambda each: each.commit, reverse=True), passed
+
+
+def _lack(candidate: Candidate) -> str | None:
+    """Say what keeps a commit from being loaded at all; None: nothing that is known already."""
+    if mute := candidate.mute:
+        return f"nothing is left of {_ranks(mute, candidate)}"
+    lost = candidate.lost
+    if not lost:
+        return None
+    if len(lost) == len(candidate.copies):
+        return "no shard is left of it"
+    if candidate.record.state_names is None:
+        return f"no shard is left of {_ranks(lost, candidate)}"
+    return None  # what is left may cover the state
+
+
+def lacks_cover(candidate: Candidate, gap: str) -> str:
+    """Say that what is left of a commit does not cover the state."""
+    return f"no shard is left of {_ranks(candidate.lost, candidate)}, and {gap}"
+
+
+def _ranks(ranks: Sequence[int], candidate: Candidate) -> str:
+    shown = ", ".join(str(each) for each in ranks[:_SHOWN])
+    more = ", ..." if len(ranks) > _SHOWN else ""
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{more} of {len(candidate.copies)}"
+
+
+def _pass_over(
+    candidate: Candidate, reason: str, condition: Condition = Condition.DAMAGED
+) -> Passed:
+    record = candidate.record
+    name = f"iter_{record.iteration:07d}"
+    return Passed(name, record.iteration, record.sequence, reason, condition)

@@ -1,0 +1,349 @@
+"""Files that take turns: what is kept of the last saves, and the one that the next save fills.
+
+Owns the files of one rank in a directory that lies in RAM, where a snapshot's memory is the file
+itself. Promises that every byte of a file has been allocated before anybody writes to it, so that a
+full directory is an error and never a signal; that a file is out of every reader's sight before it
+is filled again; and that no more than `limit` of them exist, or one more while it is read. A save
+that finds none free waits for whoever holds one, and says so. Knows no format.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from holdfast.errors import NoFileFreeError
+from holdfast.snapshot.memory import prefer_huge_pages
+from holdfast.storage.posix import Filesystem, naming
+from holdfast.tiers.local.shard_file import as_problem, pending_name, reserve
+
+logger = logging.getLogger(__name__)
+
+
+class Laid(Protocol):
+    """What somebody has laid out in the memory of a file."""
+
+    def release(self) -> None: ...
+
+
+class TurnFile:
+    """One file, open; if it is to be an arena, mapped, with all of its bytes allocated."""
+
+    def __init__(
+        self,
+        path: Path,
+        size_bytes: int,
+        filesystem: Filesystem,
+        *,
+        mapped: bool,
+        in_memory: bool,
+    ) -> None:
+        """Create it, and allocate what is mapped: all else is told by the write that has no room.
+
+        `in_memory`: whether the directory lies in RAM, as one must where files are mapped; what
+        huge pages there are for the file are its own at once.
+
+        Raises:
+            OSError: there is no room.
+        """
+        self.path = path
+        self.size_bytes = size_bytes
+        """Of the image; a tail may follow."""
+        self.content: Laid | None = None
+        """What its user has laid out in its memory, to be found again at the next turn."""
+        self.holders = 0
+        self.is_retired = False
+        """Free as soon as its last holder lets go."""
+        self._filesystem = filesystem
+        with naming(path), filesystem.open_new(path) as stream:
+            self._descriptor = os.dup(stream.fileno())
+        # Also where nobody closes it: a manager has no end of its own.
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._memory: memoryview | None = None
+        try:
+            if in_memory:
+                prefer_huge_pages(self._descriptor, size_bytes)
+            if mapped and size_bytes:
+                reserve(self._descriptor, size_bytes, path)
+                flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+                with naming(path):
+                    pages = mmap.mmap(self._descriptor, size_bytes, flags=flags)
+                with suppress(OSError, AttributeError):
+                    pages.madvise(mmap.MADV_DONTFORK)
+                self._memory = memoryview(pages)
+        except OSError as error:
+            self.remove()
+            raise as_problem(error, size_bytes) from error
+
+    @property
+    def memory(self) -> memoryview:
+        """The bytes of the image, writable."""
+        assert self._memory is not None, "this file was not to be mapped"
+        return self._memory
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its name still leads to it: a directory may have been wiped meanwhile."""
+        try:
+            found = self.path.lstat()
+        except OSError:
+            return False
+        return found.st_ino == os.fstat(self._descriptor).st_ino
+
+    def write_at(self, offset: int, content: bytes | memoryview) -> None:
+        """Write all of it.
+
+        Raises:
+            OSError: there is no room, say.
+        """
+        rest = memoryview(content)
+        try:
+            while len(rest):
+                count = os.pwrite(self._descriptor, rest, offset)
+                rest, offset = rest[count:], offset + count
+        except OSError as error:
+            raise as_problem(
+                OSError(error.errno, error.strerror, str(self.path)), len(content)
+            ) from error
+
+    def cut(self, size_bytes: int) -> None:
+        """End the file here.
+
+        Raises:
+            OSError: it cannot be changed.
+        """
+        with naming(self.path):
+            os.ftruncate(self._descriptor, size_bytes)
+
+    def sync(self) -> None:
+        """Make the bytes durable; for a file in RAM there is nothing to do.
+
+        Raises:
+            OSError: they are not.
+        """
+        with naming(self.path):
+            os.fsync(self._descriptor)
+
+    def rename(self, path: Path) -> None:
+        """Give it another name, over an existing file."""
+        self._filesystem.rename(self.path, path)
+        self.path = path
+
+    def close(self) -> None:
+        """Let go of it; whoever still views its memory keeps that alive."""
+        self._close()
+        self._memory = None
+        if self.content is not None:
+            self.content.release()
+            self.content = None
+
+    def remove(self) -> None:
+        """Remove it and let go of it."""
+        with suppress(FileNotFoundError):
+            self._filesystem.remove_file(self.path)
+        self.close()
+
+
+class Turns:
+    """The files of one rank for one purpose."""
+
+    def __init__(
+        self,
+        directory: Path,
+        filesystem: Filesystem,
+        *,
+        limit: int | None = None,
+        spares: int,
+        mapped: bool,
+        in_memory: bool,
+    ) -> None:
+        """`limit`: of files in all; None: no limit. `spares`: of files kept for another turn.
+
+        `mapped`, `in_memory`: of each file.
+        """
+        self._directory = directory
+        self._limit = limit
+        self._spares = spares
+        self._filesystem = filesystem
+        self._mapped, self._in_memory = mapped, in_memory
+        self._free: list[TurnFile] = []
+        self._published: dict[Path, TurnFile] = {}
+        self._taken: set[TurnFile] = set()
+        self._changed = threading.Condition()
+
+    def take(self, size_bytes: int, timeout_seconds: float) -> TurnFile:
+        """Return a file of this size that nobody reads, under a pending name.
+
+        Raises:
+            NoFileFreeError: all of them are held, and stayed so.
+            OSError: there is no room for another one.
+        """
+        with self._changed:
+            if not self._has_turn():
+                logger.warning(
+                    "%s: the save waits: a reader holds the file whose turn it is",
+                    self._directory,
+                )
+                if not self._changed.wait_for(self._has_turn, timeout_seconds):
+                    raise NoFileFreeError(
+                        f"{self._directory}: no file became free within {timeout_seconds:g} s; "
+                        f"all {self._limit} are held by a reader."
+                    )
+            file = self._pick(size_bytes)
+            self._taken.add(file)
+            return file
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether a file can be taken at once."""
+        with self._changed:
+            return self._has_turn()
+
+    def _has_turn(self) -> bool:
+        return bool(self._free) or self._may_create()
+
+    def _may_create(self) -> bool:
+        return self._limit is None or self._count() < self._limit
+
+    def _count(self) -> int:
+        """Return how many files exist, but one that only its reader still needs: a drain takes
+        longer than a save, and should not keep the next one waiting.
+        """
+        count = len(self._free) + len(self._published) + len(self._taken)
+        return count - any(each.is_retired for each in self._published.values())
+
+    def _pick(self, size_bytes: int) -> TurnFile:
+        for file in [each for each in self._free if not each.is_there]:
+            self._free.remove(file)
+            file.close()
+        for file in self._free:
+            if file.size_bytes == size_bytes:
+                file.cut(size_bytes)  # its tail, without which it is no shard
+                self._free.remove(file)
+                return file
+        while self._free:  # of another size: their room is needed
+            self._free[-1].remove()
+            self._free.pop()
+        return self._create(size_bytes)
+
+    def _create(self, size_bytes: int) -> TurnFile:
+        self._filesystem.make_directory(self._directory)
+        path = self._directory / pending_name("spare")
+        return TurnFile(
+            path, size_bytes, self._filesystem, mapped=self._mapped, in_memory=self._in_memory
+        )
+
+    def top_up(self, size_bytes: int) -> None:
+        """Allocate now what the next save would have to.
+
+        Raises:
+            OSError: there is no room; the files that are there stand.
+        """
+        with self._changed:
+            if not self._free and self._may_create():
+                self._free.append(self._create(size_bytes))
+
+    def published_as(self, file: TurnFile, path: Path) -> None:
+        """Note that a taken file has got its name."""
+        with self._changed:
+            self._taken.discard(file)
+            file.path = path
+            self._published[path] = file
+
+    def renamed(self, path: Path, target: Path) -> None:
+        """Note that a published file has got another name that counts."""
+        with self._changed:
+            if (file := self._published.pop(path, None)) is not None:
+                file.path = target
+                self._published[target] = file
+
+    def has(self, path: Path) -> bool:
+        """Whether this is a file that was published here, by this process."""
+        with self._changed:
+            return path in self._published
+
+    def give_back(self, file: TurnFile) -> None:
+        """Return a taken file whose content is of no use."""
+        with self._changed:
+            if file in self._taken:
+                self._taken.discard(file)
+                self._keep_or_remove(file)
+
+    def retire(self, path: Path) -> None:
+        """Take a published file out of sight: free for another turn, or removed if not one of ours.
+
+        Raises:
+            OSError: it cannot be renamed or removed.
+        """
+        with self._changed:
+            file = self._published.get(path)
+            if file is None:  # written by an earlier process
+                with suppress(FileNotFoundError):
+                    self._filesystem.remove_file(path)
+            elif file.holders:
+                file.is_retired = True
+            else:
+                self._put_away(file)
+
+    def _put_away(self, file: TurnFile) -> None:
+        self._published.pop(file.path, None)
+        file.is_retired = False
+        if not file.is_there:  # somebody has removed it
+            file.close()
+            return
+        file.rename(self._directory / pending_name("spare"))
+        self._keep_or_remove(file)
+
+    def _keep_or_remove(self, file: TurnFile) -> None:
+        if len(self._free) < self._spares and self._may_create():
+            self._free.append(file)
+        else:
+            file.remove()
+        self._changed.notify_all()
+
+    @contextmanager
+    def keep(self, path: Path) -> Iterator[None]:
+        """Keep the bytes of a published file as they are meanwhile; nothing of that can fail."""
+        with self._changed:
+            file = self._published.get(path)
+            if file is not None:
+                file.holders += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                if file is not None:
+                    file.holders -= 1
+                    if file.is_retired and not file.holders:
+                        try:
+                            self._put_away(file)
+                        except OSError as error:  # the next pruning finds it by its name
+                            logger.warning("%s is left behind: %s", path, error)
+
+    @contextmanager
+    def hold(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a published file and keep its bytes as they are while somebody reads it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        with self.keep(path), self._filesystem.open_existing(path) as stream:
+            yield stream
+
+    def close(self) -> None:
+        """Remove what is free, and let go of the rest."""
+        with self._changed:
+            for file in (*self._free, *self._taken):
+                file.remove()
+            for file in self._published.values():
+                file.close()
+            self._free.clear()
+            self._taken.clear()
+            self._published.clear()

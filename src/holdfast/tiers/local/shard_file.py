@@ -1,0 +1,471 @@
+"""A shard file of the local tier: its name, its directory, and the trailer that makes it whole.
+
+Names are `<directory>/<run id>/<rank>/iter_<N>_<owner>_local.pt`, which is the grammar of
+nvidia-resiliency-ext, with any number of digits. Nothing outside it is touched or counted,
+leftovers never stand in the way of a save, and a shard is published under its name only when it is
+whole: a predecessor of the same iteration stays beside it under a name that still counts, until the
+new commit is agreed.
+
+The trailer is the record (identity, sizes, digest of the image), this rank's and the shared small
+states, and a sealed end that says where all this is. A file without a sound trailer is none of
+ours. A trailer is read back exactly or refused with a reason, and nothing in it is unpickled here.
+Part of on-disk format 1 of the local tier. Knows no tensors and no other rank.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import stat
+import struct
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from holdfast.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    FormatTooNewError,
+    is_process_failure,
+)
+from holdfast.messages import describe_size
+from holdfast.storage.digests import FileRecord, footer_size
+from holdfast.storage.manifest import check_format, known_fields
+from holdfast.storage.posix import (
+    PENDING_MARK,
+    Filesystem,
+    make_durable_directory,
+    naming,
+    read_bytes,
+    replace_file,
+)
+
+FORMAT = 1
+PART_NAMES = ("rank_state", "shared_state", "train_state", "run_config")
+"""The small states, in this order behind the record."""
+
+_MARK = b"holdfast local 1"
+_END = struct.Struct("<16sQQ16s")
+"""The mark, the bytes of the image, those of the rest before this end, and the digest of that."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What one shard file says of itself; those of one commit agree in all but the last fields."""
+
+    run_id: str
+    attempt: int
+    sequence: int
+    """The order of commits in a run, over both tiers; larger is newer."""
+    iteration: int
+    world_size: int
+    """Ranks that wrote the commit."""
+    nodes: tuple[int, ...]
+    """The node that each of them sat on, numbered in the order of first ranks."""
+    plan: str
+    """Hexadecimal; of the decision which rank writes what."""
+    state_names: int | None
+    """Different names in the whole state; None: not known, so that no shard can be done without."""
+    owner: int
+    """The rank whose shard this is."""
+    structure: str
+    """Hexadecimal; of what this rank had live, by name, type, size and part."""
+    body_bytes: int
+    digest: str
+    """Of the image: of its block digests, which stand in its footer."""
+    is_whole: bool = True
+    """Whether the image is here; a copy of the small states alone has none."""
+    written_by: str = "holdfast"
+    format: int = FORMAT
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the image, body and footer, in a file that is whole."""
+        return self.body_bytes + footer_size(self.body_bytes)
+
+    @property
+    def commit(self) -> tuple[int, int, int]:
+        """What all files of one commit share: sequence, attempt, iteration."""
+        return self.sequence, self.attempt, self.iteration
+
+    def image_record(self, path: str) -> FileRecord:
+        """Return the record of the image as the shard reader takes it."""
+        return FileRecord(path, self.image_bytes, self.digest, None)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Everything of a shard file but its image."""
+
+    record: ShardRecord
+    parts: Mapping[str, bytes]
+    """By `PART_NAMES`."""
+
+    def without_image(self) -> Tail:
+        """Return the tail of a copy that holds the small states alone."""
+        return replace(self, record=replace(self.record, is_whole=False))
+
+    def to_bytes(self) -> bytes:
+        """Return what follows the image in the file."""
+        sizes = {name: len(self.parts[name]) for name in PART_NAMES}
+        text = json.dumps({**asdict(self.record), "parts": sizes}, sort_keys=True).encode()
+        rest = b"".join([text + b"\n", *(self.parts[name] for name in PART_NAMES)])
+        image_bytes = self.record.image_bytes if self.record.is_whole else 0
+        digest = _digest(image_bytes, rest)
+        return rest + _END.pack(_MARK, image_bytes, len(rest), digest)
+
+
+def read_tail(stream: BinaryIO, size_bytes: int, path: str) -> Tail:
+    """Read the tail of a file of so many bytes; `path` is for messages.
+
+    Raises:
+        CorruptCheckpointError: torn or altered.
+        FormatTooNewError: a later version of holdfast wrote it.
+        OSError: it cannot be read.
+    """
+    if size_bytes < _END.size:
+        raise CorruptCheckpointError(path, f"has {size_bytes} bytes, too few for a shard file")
+    stream.seek(size_bytes - _END.size)
+    end = stream.read(_END.size)
+    if len(end) != _END.size:
+        raise CorruptCheckpointError(path, "ends before its tail: it was torn")
+    mark, image_bytes, rest_bytes, _ = _END.unpack(end)
+    if mark != _MARK or image_bytes + rest_bytes + _END.size != size_bytes:
+        raise CorruptCheckpointError(path, "does not end as a shard file does: it was torn")
+    stream.seek(image_bytes)
+    rest = stream.read(rest_bytes)
+    return parse_tail(rest + end, path)
+
+
+def parse_tail(content: bytes, path: str) -> Tail:
+    """Understand what `Tail.to_bytes` made; `path` is for messages.
+
+    Raises:
+        CorruptCheckpointError: as `read_tail`.
+    """
+    if len(content) < _END.size:
+        raise CorruptCheckpointError(path, "ends before its tail: it was torn")
+    rest, end = content[: -_END.size], content[-_END.size :]
+    mark, image_bytes, rest_bytes, digest = _END.unpack(end)
+    if mark != _MARK or rest_bytes != len(rest) or digest != _digest(image_bytes, rest):
+        raise CorruptCheckpointError(path, "the tail does not match its digest")
+    text, _, states = rest.partition(b"\n")
+    try:
+        values = json.loads(text)
+        check_format(values, FORMAT, path)
+        known = known_fields(ShardRecord, values)
+        record = ShardRecord(**{**known, "nodes": tuple(values["nodes"])})
+        _check(record, image_bytes)
+        parts = _split(states, values["parts"])
+    except FormatTooNewError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"has no sound record: {error}") from error
+    return Tail(record, parts)
+
+
+def _digest(image_bytes: int, rest: bytes) -> bytes:
+    hasher = xxhash.xxh3_128(struct.pack("<Q", image_bytes))
+    hasher.update(rest)
+    return hasher.digest()
+
+
+_COUNTS = ("attempt", "sequence", "iteration", "world_size", "owner", "body_bytes")
+
+
+def _check(record: ShardRecord, image_bytes: int) -> None:
+    """Refuse what would fail far from here: decisions compare these numbers.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    for name in _COUNTS:
+        value = getattr(record, name)
+        if type(value) is not int or value < 0:
+            raise TypeError(f"{name} is {value!r}")
+    for each in fields(record):
+        if each.type == "str" and type(getattr(record, each.name)) is not str:
+            raise TypeError(f"{each.name} is no text")
+    for name, kinds in (("is_whole", (bool,)), ("state_names", (int, type(None)))):
+        if type(getattr(record, name)) not in kinds:
+            raise TypeError(f"{name} is of another type")
+    if len(record.nodes) != record.world_size or not all(type(x) is int for x in record.nodes):
+        raise ValueError("nodes does not name one node for each rank")
+    if record.owner >= record.world_size:
+        raise ValueError(f"owner {record.owner} is not among {record.world_size} ranks")
+    if image_bytes != (record.image_bytes if record.is_whole else 0):
+        raise ValueError("body_bytes is not the size of the image")
+
+
+def _split(states: bytes, sizes: Any) -> dict[str, bytes]:
+    """Return the parts by name; those that a later version may add lie behind them."""
+    if not set(sizes) >= set(PART_NAMES) or sum(sizes.values()) != len(states):
+        raise ValueError("the small states are not those of this format")
+    parts = {}
+    for name in PART_NAMES:
+        parts[name], states = states[: sizes[name]], states[sizes[name] :]
+    return parts
+
+
+STORE_NAME = "store.txt"
+"""In a run's directory: the path of the store that holds its persistent checkpoints."""
+REPLACED_MARK = ".replaced-"
+_NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"
+_SHARD = re.compile(
+    rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.pt({re.escape(REPLACED_MARK)}[0-9a-f]{{8}})?"
+)
+_PENDING = re.compile(rf"[a-z0-9_]+(\.pt)?{re.escape(PENDING_MARK)}[0-9a-f]{{8}}")
+_STOCK_PENDING = re.compile(rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.dirty\.pt")
+_RANK = re.compile("0|[1-9][0-9]*")
+_MEMORY_TYPES = ("tmpfs", "ramfs")
+UNREAD = "cannot be read"
+"""How the reason begins of a file that may be sound: the system kept us from seeing it."""
+
+
+def shard_name(iteration: int, owner: int) -> str:
+    """Return the name of a rank's shard."""
+    return f"iter_{iteration:07d}_{owner}_local.pt"
+
+
+def parse_shard_name(name: str) -> tuple[int, int] | None:
+    """Return the iteration and the owner that a shard's name stands for; None: not such a name."""
+    match = _SHARD.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def pending_name(stem: str) -> str:
+    """Return a fresh name for something that does not count yet, or no more."""
+    return f"{stem}{PENDING_MARK}{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One published file: its record, or why it has none."""
+
+    path: str
+    """Relative to the run's directory: `<rank>/<name>`."""
+    iteration: int
+    owner: int
+    record: ShardRecord | None
+    reason: str | None = None
+    too_new: FormatTooNewError | None = None
+    """Set where a later version of holdfast wrote it."""
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether nothing is known of it but its name."""
+        return self.reason is not None and self.reason.startswith(UNREAD)
+
+
+class RunDirectory:
+    """What one place keeps of one run."""
+
+    def __init__(self, directory: Path, run_id: str, filesystem: Filesystem) -> None:
+        self.root = directory / run_id
+        self.run_id = run_id
+        self.filesystem = filesystem
+        self._directory = directory
+
+    def prepare(self, rank: int) -> None:
+        """Create this rank's directory; what is there already must be this user's alone.
+
+        Raises:
+            ConfigError: a directory on the way belongs to somebody else, or others may write to it.
+            OSError: it cannot be created.
+        """
+        for path in (self._directory, self.root, self.root / str(rank)):
+            make_durable_directory(self.filesystem, path)
+            check_owned(path)
+
+    def note_store(self, store: Path) -> None:
+        """Write beside the shards which store this run has, for when that store is lost.
+
+        Best effort: nothing that counts depends on it.
+        """
+        path, content = self.root / STORE_NAME, f"{store}\n".encode()
+        with suppress(OSError):
+            if _read_or_nothing(self.filesystem, path) != content:
+                replace_file(self.filesystem, path, content)
+
+    def rank_directory(self, rank: int) -> Path:
+        """Return the directory of a rank."""
+        return self.root / str(rank)
+
+    def ranks(self) -> list[int]:
+        """Return every rank that has a directory here, whether or not it still exists."""
+        try:
+            entries = self.filesystem.list_directory(self.root)
+        except FileNotFoundError:  # wiped under our feet: nothing is here
+            return []
+        return sorted(
+            int(each.name) for each in entries if each.is_directory and _RANK.fullmatch(each.name)
+        )
+
+    def published(self, rank: int) -> list[str]:
+        """Return the paths of one rank's published files, relative to the run's directory."""
+        return [
+            f"{rank}/{name}" for name in self._names(rank) if parse_shard_name(name) is not None
+        ]
+
+    def _names(self, rank: int) -> list[str]:
+        try:
+            entries = self.filesystem.list_directory(self.rank_directory(rank))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [each.name for each in entries if each.is_file]
+
+    def scan(self, ranks: Iterable[int]) -> list[Found]:
+        """Read the record of every published file in the directories of these ranks."""
+        return [self._look_at(path) for rank in ranks for path in self.published(rank)]
+
+    def _look_at(self, path: str) -> Found:
+        parsed = parse_shard_name(path.partition("/")[2])
+        assert parsed is not None
+        iteration, owner = parsed
+        try:
+            record = self.read_tail(path).record
+        except CorruptCheckpointError as error:
+            return Found(path, iteration, owner, None, error.reason)
+        except FormatTooNewError as error:
+            return Found(path, iteration, owner, None, error.summary, error)
+        except OSError as error:
+            if is_process_failure(error):
+                raise
+            return Found(path, iteration, owner, None, f"{UNREAD}: {error.strerror}")
+        if (record.iteration, record.owner) != parsed:
+            reason = f"is the shard of rank {record.owner} of iteration {record.iteration}"
+            return Found(path, iteration, owner, None, reason)
+        if record.run_id != self.run_id:
+            return Found(path, iteration, owner, None, f"belongs to run {record.run_id!r}")
+        return Found(path, iteration, owner, record)
+
+    def read_tail(self, path: str) -> Tail:
+        """Return the tail of a published file.
+
+        Raises:
+            CorruptCheckpointError: it has no sound one.
+            OSError: it cannot be read.
+        """
+        full = self.root / path
+        with naming(full), self.filesystem.open_existing(full) as stream:
+            return read_tail(stream, os.fstat(stream.fileno()).st_size, str(full))
+
+    def publish(
+        self, pending: Path, rank: int, iteration: int, owner: int
+    ) -> tuple[Path, Path | None]:
+        """Give a whole, synced file its name in a rank's directory.
+
+        Return its path, and that of a predecessor of the same name: it counts until it is removed.
+        """
+        final = self.rank_directory(rank) / shard_name(iteration, owner)
+        replaced = None
+        if final.name in self._names(rank):
+            replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
+            self.filesystem.rename(final, replaced)
+        self.filesystem.rename(pending, final)  # visible from here
+        return final, replaced
+
+    def sweep(self, ranks: Iterable[int]) -> None:
+        """Remove what killed processes left behind; only while nobody saves."""
+        for rank in ranks:
+            for name in self._names(rank):
+                if _PENDING.fullmatch(name) or _STOCK_PENDING.fullmatch(name):
+                    with suppress(FileNotFoundError):
+                        self.filesystem.remove_file(self.rank_directory(rank) / name)
+
+    def remove_empty(self, ranks: Collection[int]) -> None:
+        """Remove directories with nothing in them, of ranks that are no more."""
+        for rank in ranks:
+            with suppress(OSError):  # somebody else's file is in it, or it is gone
+                self.filesystem.remove_directory(self.rank_directory(rank))
+
+
+def find_orphans(directory: Path, store: Path, filesystem: Filesystem) -> list[tuple[str, int]]:
+    """Return the runs whose local checkpoints lie here and whose store was the given one.
+
+    Each with its newest iteration. It is for the owner of the store to say that it is gone.
+    """
+    found = []
+    with suppress(OSError):
+        for each in filesystem.list_directory(directory):
+            if not each.is_directory:
+                continue
+            run = RunDirectory(directory, each.name, filesystem)
+            noted = _read_or_nothing(filesystem, run.root / STORE_NAME).decode(errors="replace")
+            if not noted.strip() or Path(noted.strip()) != store:
+                continue
+            iterations = [each.iteration for each in run.scan(run.ranks()) if each.record]
+            if iterations:
+                found.append((each.name, max(iterations)))
+    return found
+
+
+def _read_or_nothing(filesystem: Filesystem, path: Path) -> bytes:
+    try:
+        return read_bytes(filesystem, path)
+    except OSError:
+        return b""
+
+
+def check_owned(path: Path) -> None:
+    """Refuse a directory in which somebody else could put, or take away, what this job trusts.
+
+    Raises:
+        ConfigError: it is another user's, or others may write to it.
+    """
+    found = path.lstat()
+    problem = None
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is no directory"
+    elif found.st_uid != os.geteuid():
+        problem = f"belongs to user {found.st_uid}, this job runs as user {os.geteuid()}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        problem = f"can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+    if problem is not None:
+        advice = "name one that this job makes itself, such as /dev/shm/holdfast-<user>"
+        raise ConfigError([f"checkpoint.local.directory: {path} {problem}; {advice}"])
+
+
+def is_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether files under an existing directory lie in RAM."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        if after and before.split()[2] == wanted:
+            return after.split()[0] in _MEMORY_TYPES
+    return False
+
+
+def reserve(descriptor: int, size_bytes: int, path: Path) -> None:
+    """Take room for so many bytes: a sparse file in a full memory file system kills who maps it.
+
+    Raises:
+        OSError: there is no such room (ENOSPC), with the path.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, max(size_bytes, 1))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def as_problem(error: OSError, size_bytes: int) -> OSError:
+    """Say with the numbers what a full directory means."""
+    if error.errno != errno.ENOSPC or error.filename is None:
+        return error
+    free = os.statvfs(Path(error.filename).parent)
+    free_bytes = free.f_bavail * free.f_frsize
+    needed, left = describe_size(size_bytes), describe_size(free_bytes, size_bytes)
+    reason = f"{error.strerror}: {needed} are needed, {left} are free"
+    return OSError(error.errno, reason, error.filename)
