@@ -327,7 +327,7 @@ class DefaultCheckpointManager:
             warn_of_living_attempt(self._tier.store.root, self._filesystem)
         touched = False
         while (selected := search.next(touched=touched)) is not None:
-            self._foretell(ctx, selected.candidate, control)
+            self._report_budget(ctx, selected.candidate, control)
             try:
                 with collection_put_off():
                     opened = self._open(selected, ctx, control)
@@ -337,7 +337,7 @@ class DefaultCheckpointManager:
             except CorruptCheckpointError as error:
                 search.pass_over(selected, error)
                 continue
-            control.together("apply", restoration.apply)
+            control.all_gather("apply", restoration.apply)
             self._last_load.note(restoration.loaded)
             if selected.commit.tier == LOCAL:
                 self._tiers.finish_load(writer)
@@ -345,9 +345,11 @@ class DefaultCheckpointManager:
             result = self._finish_load(selected, opened, restoration, search)
             self._end_load(call)
             return result
-        self._foretell(ctx, None, control)
+        self._report_budget(ctx, None, control)
         self._last_load.note(None)
-        control.lead("probe", self._tier.prove_writable)  # now, not at the first save hours away
+        control.broadcast(
+            "probe", self._tier.prove_writable
+        )  # now, not at the first save hours away
         self._steps.note_load(None)
         self._alarm.begin()
         self._end_load(call)
@@ -380,7 +382,7 @@ class DefaultCheckpointManager:
         """
         self._last_load.restore_data(iterator, self._config.load.accept_data_restart)
 
-    def _foretell(
+    def _report_budget(
         self,
         ctx: CheckpointLoadContext,
         candidate: Checkpoint | Candidate | None,
@@ -392,7 +394,9 @@ class DefaultCheckpointManager:
             return
         resumed = None if isinstance(candidate, Checkpoint) else candidate
         with collection_put_off():
-            self._snapshotter.foretell(_app_state(ctx, control), resumed, self._filesystem, control)
+            self._snapshotter.report_budget(
+                _app_state(ctx, control), resumed, self._filesystem, control
+            )
         self._is_budgeted = True
 
     def _open(self, selected: Selected, ctx: CheckpointLoadContext, control: Coordinator) -> Opened:
@@ -427,7 +431,7 @@ class DefaultCheckpointManager:
             broadcast=load.broadcast and opened.checkpoint.manifest.tier != LOCAL,
         )
         strict = load.strict if ctx.strict is None else ctx.strict
-        control.together("compare", lambda: restoration.compare(strict, load.accept_data_restart))
+        control.all_gather("compare", lambda: restoration.compare(strict, load.accept_data_restart))
         return restoration
 
     def _finish_load(

@@ -192,7 +192,7 @@ def _read_together(
             return CorruptCheckpointError(failure.path or str(checkpoint.path), reason)
         return None
 
-    found = coordinator.together(stage, find_damage)
+    found = coordinator.all_gather(stage, find_damage)
     # Ranks that read the same file say the same of it.
     damages = list({str(each): each for each in found if each is not None}.values())
     if len(damages) == 1:
@@ -374,7 +374,7 @@ class Restoration:
             targets.update(self._app.targets(saved))
 
         # Before reading: what a hook of the user's raises is not damage of a file.
-        coordinator.settle("targets", find_targets, lambda _: None)
+        coordinator.all_reduce("targets", find_targets, lambda _: None)
         self._opened.contents.bring(lambda: targets, coordinator)
         reading: Reading = ReadAlone()
         if self._broadcast and coordinator.world_size > 1:

@@ -35,11 +35,11 @@ from holdfast.state.app import AppState, Captured
 from holdfast.state.bindings import Bindings
 from holdfast.state.codec import encode, to_yaml
 from holdfast.state.counters import read_counters
-from holdfast.state.estimate import foresee
+from holdfast.state.estimate import estimate
 from holdfast.state.model import check_reachable, run_each
 from holdfast.storage.posix import Filesystem
 from holdfast.tiers.both import Tiers
-from holdfast.tiers.local.budget import Need, foretell, take_seats
+from holdfast.tiers.local.budget import Need, report_budget, take_seats
 from holdfast.tiers.local.shard_file import shard_name
 from holdfast.tiers.persistent import Snapshot
 
@@ -176,7 +176,7 @@ class Snapshotter:
         if snapshot.shard.copying is not None and not self._overlaps:
             snapshot.shard.copying.finish()
 
-    def foretell(
+    def report_budget(
         self,
         app: AppState,
         resumed: Candidate | None,
@@ -203,10 +203,10 @@ class Snapshotter:
         if tiers.local is not None:
             run_id: str | None = tiers.local.run_id
         else:  # nothing of this run was looked for, which is not to say that nothing is there
-            found = control.lead("run id", tiers.persistent.identity.read_run_id)
+            found = control.broadcast("run id", tiers.persistent.identity.read_run_id)
             run_id = found or self._config.run_id
         drains = self._config.persistent.from_local
-        foretell(config, topology, run_id, need, control, drains=drains)
+        report_budget(config, topology, run_id, need, control, drains=drains)
 
     def _foresee(self, app: AppState, topology: Topology, control: Coordinator) -> Need:
         """Return what a save will stage on this rank once every optimizer has taken a step."""
@@ -215,7 +215,7 @@ class Snapshotter:
         def describe() -> tuple[int, Inventory]:
             leaves = app.gather_leaves()
             now = self._itemizer.describe(leaves.values, leaves.paths)
-            then = foresee(app.optimizers, leaves, now.items)
+            then = estimate(app.optimizers, leaves, now.items)
             uncounted.extend(then.uncounted)
             return 0, Inventory(then.items, now.sources, structure_of(then.items))
 
@@ -297,7 +297,7 @@ def collection_put_off() -> Iterator[None]:
 def _keep_own(coordinator: Coordinator, stage: str, work: Callable[[], T]) -> T:
     """Run work on every rank, and keep the result here: all succeed or all fail."""
     results: list[T] = []
-    coordinator.settle(stage, lambda: results.append(work()), lambda _: None)
+    coordinator.all_reduce(stage, lambda: results.append(work()), lambda _: None)
     return results[0]
 
 

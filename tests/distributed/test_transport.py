@@ -288,14 +288,14 @@ def _replicate(folder: Path) -> bytes:
     """Send a shard of several blocks from memory to the next rank, which writes it to a file."""
     from holdfast.storage.posix import LocalFilesystem
     from holdfast.tiers.local.exchange import Incoming, Outgoing
-    from holdfast.tiers.local.pool import Turns
+    from holdfast.tiers.local.pool import BufferPool
     from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
 
     group = _group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
     directory = folder / str(rank)
     directory.mkdir()
-    turns = Turns(directory, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
+    turns = BufferPool(directory, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
     sink = ReceivedShard(lambda size_bytes: turns.take(size_bytes, 0.0))
     image = memoryview(bytearray([rank + 1]) * (20 << 20))
     source = MemoryShard(image, 20 << 20, b"tail")

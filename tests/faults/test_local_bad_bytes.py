@@ -23,7 +23,7 @@ from torch import distributed, nn
 
 from holdfast.errors import NoLoadableCheckpointError
 from holdfast.storage.digests import BLOCK_BYTES, footer_size
-from holdfast.tiers.local.shard_file import PART_NAMES, read_tail
+from holdfast.tiers.local.shard_file import PART_NAMES, read_trailer
 from tests.faults.jobs import Job
 from tests.faults.local_stories import (
     FULL,
@@ -84,7 +84,7 @@ def regions(path: Path) -> dict[str, range]:
     """Return every region of a shard file, in order, none left out."""
     size_bytes = path.stat().st_size
     with path.open("rb") as stream:
-        tail = read_tail(stream, size_bytes, str(path))
+        tail = read_trailer(stream, size_bytes, str(path))
         stream.seek(tail.record.image_bytes)
         text = stream.readline()
     body = tail.record.body_bytes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CheckpointError, ConfigError
-from holdfast.tiers.local.shard_file import PART_NAMES, ShardRecord, Tail, read_tail
+from holdfast.tiers.local.shard_file import PART_NAMES, ShardRecord, Trailer, read_trailer
 from tests.faults.local_stories import load, place_in_memory, start, state_of, train_to
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.kernel_calls import plant, tree_of
@@ -46,12 +46,12 @@ def _newest(base: Path) -> Path:
     return found
 
 
-def _tail(path: Path) -> Tail:
+def _tail(path: Path) -> Trailer:
     with path.open("rb") as stream:
-        return read_tail(stream, path.stat().st_size, str(path))
+        return read_trailer(stream, path.stat().st_size, str(path))
 
 
-def _reseal(path: Path, tail: Tail) -> None:
+def _reseal(path: Path, tail: Trailer) -> None:
     """Give a file another tail that fits it, as somebody can who may write to the directory."""
     image = path.read_bytes()[: _tail(path).record.image_bytes]
     path.write_bytes(image + tail.to_bytes())
@@ -112,7 +112,7 @@ def test_a_record_that_lies_is_no_way_in(
     values = {**asdict(tail.record), **change}
     record = ShardRecord(**{**values, "nodes": tuple(values["nodes"])})
     image = path.read_bytes()[: tail.record.image_bytes]
-    path.write_bytes(image + Tail(record, tail.parts).to_bytes())
+    path.write_bytes(image + Trailer(record, tail.parts).to_bytes())
     before = {each.name for each in base.parent.iterdir()}
     job = start(base)
     try:

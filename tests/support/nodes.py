@@ -228,7 +228,9 @@ class Job:
 
     def _read(self, contents: LocalContents, targets: dict[str, torch.Tensor]) -> None:
         contents.bring(lambda: targets, self.control)
-        self.control.settle("read", lambda: contents.reader.read_tensors(targets), lambda _: None)
+        self.control.all_reduce(
+            "read", lambda: contents.reader.read_tensors(targets), lambda _: None
+        )
 
     def _targets(self) -> dict[str, torch.Tensor]:
         targets: dict[str, torch.Tensor] = {}

@@ -72,8 +72,8 @@ def _on_ranks(
 
 
 def test_everyone_learns_every_value(clients: list[Any]) -> None:
-    """`together` gives each rank all results in rank order."""
-    found = _on_ranks(clients, lambda ranks: ranks.together("s", lambda: ranks.rank * 10))
+    """`all_gather` gives each rank all results in rank order."""
+    found = _on_ranks(clients, lambda ranks: ranks.all_gather("s", lambda: ranks.rank * 10))
     assert found == {rank: [0, 10, 20] for rank in range(RANKS)}
 
 
@@ -84,11 +84,11 @@ def test_only_the_leader_gathers(clients: list[Any]) -> None:
 
 
 def test_the_leader_decides_for_all(clients: list[Any]) -> None:
-    """`lead` runs on rank 0 alone and gives everyone its result."""
+    """`broadcast` runs on rank 0 alone and gives everyone its result."""
     ran: list[int] = []
 
     def program(ranks: Coordinator) -> Any:
-        return ranks.lead("s", lambda: (ran.append(ranks.rank), {"path": Path("/x")})[1])
+        return ranks.broadcast("s", lambda: (ran.append(ranks.rank), {"path": Path("/x")})[1])
 
     assert _on_ranks(clients, program) == {rank: {"path": Path("/x")} for rank in range(RANKS)}
     assert ran == [0]
@@ -101,7 +101,7 @@ def test_the_leader_deals_shares(clients: list[Any]) -> None:
 
 
 def test_rank_0_judges_for_all(clients: list[Any]) -> None:
-    """`settle` shows rank 0 all results in rank order, once, and gives everyone its verdict."""
+    """`all_reduce` shows rank 0 all results in rank order, once, and gives everyone its verdict."""
     judged: list[tuple[int, list[int]]] = []
 
     def program(ranks: Coordinator) -> Any:
@@ -109,7 +109,7 @@ def test_rank_0_judges_for_all(clients: list[Any]) -> None:
             judged.append((ranks.rank, found))
             return {"sum": sum(found)}
 
-        return ranks.settle("s", lambda: ranks.rank * 10, judge)
+        return ranks.all_reduce("s", lambda: ranks.rank * 10, judge)
 
     assert _on_ranks(clients, program) == {rank: {"sum": 30} for rank in range(RANKS)}
     assert judged == [(0, [0, 10, 20])]
@@ -132,13 +132,13 @@ class _Counting:
 
 
 def test_a_verdict_is_no_longer_than_it_is() -> None:
-    """What `settle` tells a rank does not hold the ranks' results, as `together` does."""
+    """What `all_reduce` tells a rank does not hold the ranks' results, as `all_gather` does."""
     store = _Counting(HashStore())
     content = bytes(10_000)
-    _on_ranks([store] * RANKS, lambda ranks: ranks.settle("s", lambda: content, lambda _: "go"))
+    _on_ranks([store] * RANKS, lambda ranks: ranks.all_reduce("s", lambda: content, lambda _: "go"))
     assert len(store.replies) == RANKS - 1
     assert max(store.replies) < 100
-    _on_ranks([store] * RANKS, lambda ranks: ranks.together("s", lambda: content))
+    _on_ranks([store] * RANKS, lambda ranks: ranks.all_gather("s", lambda: content))
     assert max(store.replies) > RANKS * len(content)
 
 
@@ -151,7 +151,7 @@ def test_a_judge_that_fails_fails_all(clients: list[Any], ours: bool) -> None:
             raise CorruptCheckpointError("/x", f"torn {sum(found)}")
         raise KeyError("nothing")
 
-    found = _on_ranks(clients, lambda ranks: ranks.settle("plan", lambda: ranks.rank, judge))
+    found = _on_ranks(clients, lambda ranks: ranks.all_reduce("plan", lambda: ranks.rank, judge))
     if ours:
         assert {type(each) for each in found.values()} == {CorruptCheckpointError}
         assert all("torn 3" in str(each) for each in found.values())
@@ -165,19 +165,19 @@ def test_nothing_is_judged_where_a_rank_failed(clients: list[Any]) -> None:
     asked: list[Any] = []
 
     def program(ranks: Coordinator) -> Any:
-        return ranks.settle("s", lambda: 1 // ranks.rank if ranks.rank < 2 else 2, asked.append)
+        return ranks.all_reduce("s", lambda: 1 // ranks.rank if ranks.rank < 2 else 2, asked.append)
 
     found = _on_ranks(clients, program)
     assert {type(each) for each in found.values()} == {StageFailedError}
     assert not asked
 
 
-TURNS = ["together", "gather", "settle"]
+TURNS = ["all_gather", "gather", "all_reduce"]
 
 
 def _take(ranks: Coordinator, turn: str, stage: str, work: Callable[[], Any]) -> Any:
-    """Take one turn of a kind; what `settle` is asked to judge is everything."""
-    more = [lambda found: found] if turn == "settle" else []
+    """Take one turn of a kind; what `all_reduce` is asked to judge is everything."""
+    more = [lambda found: found] if turn == "all_reduce" else []
     return getattr(ranks, turn)(stage, work, *more)
 
 
@@ -207,7 +207,7 @@ def test_a_failure_on_some_ranks_is_raised_on_all(
         assert isinstance(found[rank].__cause__, OSError)
 
 
-@pytest.mark.parametrize("turn", ["lead", "scatter"])
+@pytest.mark.parametrize("turn", ["broadcast", "scatter"])
 def test_a_failure_of_the_leader_is_raised_on_all(clients: list[Any], turn: str) -> None:
     """When the leader's work raises, every rank raises that, with stage and rank 0."""
     found = _on_ranks(clients, lambda ranks: getattr(ranks, turn)("plan", lambda: 1 // 0))
@@ -229,7 +229,7 @@ def test_our_own_errors_keep_type_and_fields(clients: list[Any]) -> None:
                 raise ValueError("a foreign failure beside one of ours")
             raise errors[ranks.rank]
 
-        return ranks.together("compare", work)
+        return ranks.all_gather("compare", work)
 
     found = _on_ranks(clients, program)
     for each in found.values():
@@ -264,7 +264,7 @@ def test_an_exception_that_cannot_travel_is_described(
             if ranks.rank == failing:
                 raise error
 
-        return ranks.together("capture", work)
+        return ranks.all_gather("capture", work)
 
     found = _on_ranks(clients, program, timeout_seconds=5)
     expected = (RankFailure(failing, type(error).__name__, "will not travel"),)
@@ -275,7 +275,7 @@ def test_missing_ranks_are_named_within_the_deadline(clients: list[Any]) -> None
     """Ranks that do not come are named to all that did, soon after the deadline."""
     started = time.monotonic()
     found = _on_ranks(
-        clients, lambda ranks: ranks.together("write", lambda: 1), (0, 1), timeout_seconds=1.5
+        clients, lambda ranks: ranks.all_gather("write", lambda: 1), (0, 1), timeout_seconds=1.5
     )
     elapsed = time.monotonic() - started
     assert [type(each) for each in found.values()] == [StageTimeoutError] * 2
@@ -286,7 +286,7 @@ def test_missing_ranks_are_named_within_the_deadline(clients: list[Any]) -> None
 def test_several_missing_ranks_are_all_named(clients: list[Any]) -> None:
     """The verdict names every rank that is missing, not only the first."""
     found = _on_ranks(
-        clients, lambda ranks: ranks.together("write", lambda: 1), (0,), timeout_seconds=1.5
+        clients, lambda ranks: ranks.all_gather("write", lambda: 1), (0,), timeout_seconds=1.5
     )
     assert found[0].missing_ranks == (1, 2)
 
@@ -296,7 +296,7 @@ def test_a_missing_leader_is_named(clients: list[Any], monkeypatch: pytest.Monke
     monkeypatch.setattr("holdfast.ranks.coordinator._FOLLOWER_GRACE_SECONDS", 0.1)
     started = time.monotonic()
     found = _on_ranks(
-        clients, lambda ranks: ranks.lead("s", lambda: 1), (1, 2), timeout_seconds=1.5
+        clients, lambda ranks: ranks.broadcast("s", lambda: 1), (1, 2), timeout_seconds=1.5
     )
     assert {each.missing_ranks for each in found.values()} == {(0,)}
     assert time.monotonic() - started < 15
@@ -312,11 +312,11 @@ def test_a_late_rank_is_told_the_verdict_and_goes_on(clients: list[Any]) -> None
                 assert decided.wait(20)
 
         try:
-            ranks.together("write", work)
+            ranks.all_gather("write", work)
         except StageTimeoutError as error:
             if ranks.rank == 0:
                 decided.set()
-            return error.missing_ranks, ranks.together("next", lambda: ranks.rank)
+            return error.missing_ranks, ranks.all_gather("next", lambda: ranks.rank)
 
     found = _on_ranks(clients, program, timeout_seconds=1.5)
     assert found == {rank: ((2,), [0, 1, 2]) for rank in range(RANKS)}
@@ -334,7 +334,7 @@ def test_a_rank_that_missed_calls_meets_the_others_in_their_next(
     def enter(ranks: Coordinator, call: str) -> int:
         number, verdict = ranks.begin("enter", lambda: call, lambda: f"admitted to {call}")
         assert verdict == f"admitted to {call}"
-        assert ranks.together("s", lambda: number) == [number] * RANKS
+        assert ranks.all_gather("s", lambda: number) == [number] * RANKS
         return number
 
     def program(ranks: Coordinator) -> Any:
@@ -396,13 +396,13 @@ def test_keys_are_cleaned_up(clients: list[Any]) -> None:
     def program(ranks: Coordinator) -> None:
         for _ in range(20):
             ranks.begin("arrive", lambda: "a save", lambda: None)
-            ranks.together("a", lambda: 1)
+            ranks.all_gather("a", lambda: 1)
             ranks.gather("b", lambda: 1)
-            ranks.settle("s", lambda: 1, len)
-            ranks.lead("c", lambda: 1)
+            ranks.all_reduce("s", lambda: 1, len)
+            ranks.broadcast("c", lambda: 1)
             ranks.scatter("d", lambda: [1, 2, 3])
             with pytest.raises(StageFailedError):
-                ranks.together("e", lambda: fail(ranks))
+                ranks.all_gather("e", lambda: fail(ranks))
 
     before = clients[0].num_keys()
     assert _on_ranks(clients, program) == dict.fromkeys(range(RANKS))
@@ -410,17 +410,17 @@ def test_keys_are_cleaned_up(clients: list[Any]) -> None:
 
 
 def test_channels_do_not_disturb_one_another(clients: list[Any]) -> None:
-    """Turns on two channels of one store, taken in different orders, each keep their values."""
+    """Turns on two channels of one store, in different orders, each keep their values."""
 
     def program(ranks: StoreCoordinator) -> Any:
         client = clients[RANKS + ranks.rank]
         other = StoreCoordinator(client, ranks.rank, RANKS, 20.0, "other")
         found: list[Any] = []
         thread = threading.Thread(
-            target=lambda: found.append([other.together("o", lambda: -1) for _ in range(10)])
+            target=lambda: found.append([other.all_gather("o", lambda: -1) for _ in range(10)])
         )
         thread.start()
-        mine = [ranks.together("m", lambda: ranks.rank) for _ in range(10)]
+        mine = [ranks.all_gather("m", lambda: ranks.rank) for _ in range(10)]
         thread.join()
         return mine, found[0]
 
@@ -435,14 +435,14 @@ def test_channels_do_not_disturb_one_another(clients: list[Any]) -> None:
 def test_a_single_process_agrees_with_itself() -> None:
     """With one rank every kind of turn is the work itself."""
     single: Coordinator = SingleProcess()
-    assert single.together("s", lambda: 1) == [1]
+    assert single.all_gather("s", lambda: 1) == [1]
     assert single.gather("s", lambda: 1) == [1]
-    assert single.settle("s", lambda: 1, lambda found: (found, "go")) == ([1], "go")
-    assert single.lead("s", lambda: 1) == 1
+    assert single.all_reduce("s", lambda: 1, lambda found: (found, "go")) == ([1], "go")
+    assert single.broadcast("s", lambda: 1) == 1
     assert single.scatter("s", lambda: [1]) == 1
 
 
-@pytest.mark.parametrize("turn", ["together", "gather", "settle", "lead", "scatter"])
+@pytest.mark.parametrize("turn", ["all_gather", "gather", "all_reduce", "broadcast", "scatter"])
 def test_a_single_process_fails_as_ranks_do(turn: str) -> None:
     """Foreign errors are named with their stage, ours stay, and a crash passes through."""
 
@@ -516,7 +516,7 @@ def test_a_lost_store_is_an_error_of_ours(requests: int) -> None:
     def follow() -> None:
         for _ in range(3):
             with suppress(StageFailedError):
-                follower.together("s", lambda: 1)
+                follower.all_gather("s", lambda: 1)
 
     thread = threading.Thread(target=follow)
     thread.start()
@@ -524,7 +524,7 @@ def test_a_lost_store_is_an_error_of_ours(requests: int) -> None:
         leader = StoreCoordinator(_Unreachable(shared, requests), 0, 2, 0.5, "test")
         for _ in range(3):
             try:
-                leader.together("s", lambda: 1)
+                leader.all_gather("s", lambda: 1)
             except StageFailedError:
                 return
         assert requests >= 9

@@ -13,7 +13,7 @@ from holdfast.format.items import Itemizer
 from holdfast.format.layout import Item
 from holdfast.format.proposals import structure_of
 from holdfast.state.app import AppState, Place
-from holdfast.state.estimate import Foreseen, foresee
+from holdfast.state.estimate import Estimate, estimate
 from tests.support.managers import Live, step
 from tests.support.ranks import run_ranks
 from tests.support.states import FEATURES, MODELS, digest
@@ -52,12 +52,12 @@ class _Thrifty(optim.AdamW):
         """Keep nothing."""
 
 
-def _look(live: Live) -> tuple[Foreseen, Sequence[Item]]:
+def _look(live: Live) -> tuple[Estimate, Sequence[Item]]:
     """Return what is foreseen, and what is there."""
     app = AppState(live.model, live.optimizer, None, None, Place(0, 1, 0, 1))
     leaves = app.gather_leaves()
     items = Itemizer().describe(leaves.values, leaves.paths).items
-    return foresee(app.optimizers, leaves, items), items
+    return estimate(app.optimizers, leaves, items), items
 
 
 def _live(make: Make, model: nn.Module) -> Live:

@@ -28,7 +28,7 @@ from holdfast.errors import (
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import LoadResult
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest
-from holdfast.tiers.local.shard_file import read_tail
+from holdfast.tiers.local.shard_file import read_trailer
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import flip_bit, tree
 
@@ -332,7 +332,7 @@ def test_a_later_version_in_memory_stops_the_load(base: Live, tmp_path: Path, lo
     manager.finalize_async_saves(live.state, terminate=True)
     (shard,) = local.glob("*/0/iter_0000025_0_local.pt")
     with shard.open("rb") as stream:
-        tail = read_tail(stream, shard.stat().st_size, str(shard))
+        tail = read_trailer(stream, shard.stat().st_size, str(shard))
     image = shard.read_bytes()[: tail.record.image_bytes]
     later = dataclasses.replace(tail, record=dataclasses.replace(tail.record, format=2))
     shard.write_bytes(image + later.to_bytes())

@@ -17,7 +17,7 @@ from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import ConfigError
 from holdfast.ranks.coordinator import SingleProcess
 from holdfast.snapshot.memory import Room
-from holdfast.tiers.local.budget import Budget, Need, Seat, Topology, foretell
+from holdfast.tiers.local.budget import Budget, Need, Seat, Topology, report_budget
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.mounts import small_memory
 from tests.support.nodes import hide_package
@@ -260,7 +260,7 @@ def test_ranks_of_one_directory_are_added_up(tmp_path: Path) -> None:
         replication=ReplicationConfig(factor=2),
     )
     topology = _seats(("a", 1), ("a", 1), ("b", 1), ("b", 1))
-    found = foretell(
+    found = report_budget(
         config,
         topology,
         None,
@@ -301,7 +301,7 @@ def test_copies_on_one_node_are_told_with_their_cost(
     )
     ranks = _AsIfFour([1 << 20, 2 << 20, 4 << 20, 8 << 20])
     with caplog.at_level(logging.WARNING):
-        found = foretell(
+        found = report_budget(
             config, _seats(*((each, 1) for each in nodes)), None, Need(1 << 20), ranks, drains=False
         )
     messages = [each.getMessage() for each in caplog.records]
@@ -337,7 +337,7 @@ class _AsIfFour(SingleProcess):
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
 
-    def together(self, stage: str, work: Any) -> Any:
+    def all_gather(self, stage: str, work: Any) -> Any:
         """Answer for the others too."""
         need = work()
         return [Need(each, need.uncounted) for each in self._sizes]

@@ -16,7 +16,7 @@ from holdfast.snapshot.shard import seal_image
 from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.elastic import (
     Chunk,
-    Wish,
+    ReadRequest,
     divide,
     find_gap,
     merge,
@@ -110,10 +110,10 @@ def test_a_damaged_index_is_refused(tmp_path: Path, where: str) -> None:
 def test_each_place_fetches_each_block_once() -> None:
     """Straight to the one who wants it; what several want is dealt to their place in runs."""
     wishes = [
-        {5: Wish((0, 1, 2))},
-        {5: Wish((1, 2, 3)), 6: Wish((0,))},
-        {5: Wish((0,))},
-        {7: Wish((4, 5), by_file=True)},
+        {5: ReadRequest((0, 1, 2))},
+        {5: ReadRequest((1, 2, 3)), 6: ReadRequest((0,))},
+        {5: ReadRequest((0,))},
+        {7: ReadRequest((4, 5), by_file=True)},
     ]
     straight, filed = divide(wishes, places=[0, 0, 1, 1])
     assert straight == [[(5, 0)], [(5, 3), (6, 0)], [(5, 0)], []]
@@ -122,7 +122,10 @@ def test_each_place_fetches_each_block_once() -> None:
     for _ in range(20):
         places = rng.integers(0, 3, size=6).tolist()
         wishes = [
-            {int(owner): Wish(tuple({*rng.integers(0, 9, size=4).tolist()})) for owner in range(3)}
+            {
+                int(owner): ReadRequest(tuple({*rng.integers(0, 9, size=4).tolist()}))
+                for owner in range(3)
+            }
             for _ in places
         ]
         straight, filed = divide(wishes, places)

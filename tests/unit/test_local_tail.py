@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError
-from holdfast.tiers.local.shard_file import PART_NAMES, ShardRecord, Tail, parse_tail, read_tail
+from holdfast.tiers.local.shard_file import (
+    PART_NAMES,
+    ShardRecord,
+    Trailer,
+    parse_trailer,
+    read_trailer,
+)
 
 RECORD = ShardRecord(
     run_id="run",
@@ -27,12 +33,12 @@ RECORD = ShardRecord(
     digest="ef" * 16,
 )
 PARTS = {name: name.encode() * 3 + b"\n\x00" for name in PART_NAMES}
-TAIL = Tail(RECORD, PARTS)
+TAIL = Trailer(RECORD, PARTS)
 FILE = bytes(RECORD.image_bytes) + TAIL.to_bytes()
 
 
-def _read(content: bytes) -> Tail:
-    return read_tail(io.BytesIO(content), len(content), "shard")
+def _read(content: bytes) -> Trailer:
+    return read_trailer(io.BytesIO(content), len(content), "shard")
 
 
 def test_a_tail_is_read_back_exactly() -> None:
@@ -85,7 +91,7 @@ def test_what_follows_a_file_makes_it_another() -> None:
 def test_a_sealed_record_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
     """A digest vouches for the bytes, not for what they say."""
     wrong = replace(RECORD, **change)
-    tail = Tail(wrong, PARTS)
+    tail = Trailer(wrong, PARTS)
     content = bytes(RECORD.image_bytes) + tail.to_bytes()
     if "body_bytes" in change:
         content = _sealed_with_image(tail, RECORD.image_bytes)
@@ -93,7 +99,7 @@ def test_a_sealed_record_that_makes_no_sense_is_refused(change: dict[str, Any]) 
         _read(content)
 
 
-def _sealed_with_image(tail: Tail, image_bytes: int) -> bytes:
+def _sealed_with_image(tail: Trailer, image_bytes: int) -> bytes:
     import holdfast.tiers.local.shard_file as format_
 
     rest = tail.to_bytes()[: -format_._END.size]
@@ -107,7 +113,7 @@ def _sealed(**changes: Any) -> bytes:
     """Return a file without an image whose record has other fields than this version writes."""
     import holdfast.tiers.local.shard_file as format_
 
-    content = Tail(RECORD, PARTS).without_image().to_bytes()
+    content = Trailer(RECORD, PARTS).without_image().to_bytes()
     text, _, states = content[: -format_._END.size].partition(b"\n")
     rest = json.dumps({**json.loads(text), **changes}).encode() + b"\n" + states
     rest += b"x" * changes.get("parts", {}).get("more", 0)
@@ -118,7 +124,7 @@ def test_what_a_later_version_adds_is_ignored() -> None:
     """Unknown fields of the record and unknown parts behind the known ones change nothing."""
     sizes = {name: len(PARTS[name]) for name in PARTS}
     content = _sealed(colour="red", requires=[], parts={"more": 7, **sizes})
-    tail = parse_tail(content, "shard")
+    tail = parse_trailer(content, "shard")
     assert tail.record == replace(RECORD, is_whole=False)
     assert tail.parts == PARTS
 
@@ -127,11 +133,11 @@ def test_what_a_later_version_adds_is_ignored() -> None:
 def test_a_later_format_is_told_with_both_versions(change: dict[str, Any]) -> None:
     """A record that this version cannot read is not damaged: the error says what it needs."""
     with pytest.raises(FormatTooNewError, match="this version of holdfast reads") as caught:
-        parse_tail(_sealed(**change), "shard")
+        parse_trailer(_sealed(**change), "shard")
     assert caught.value.sequence == RECORD.sequence
 
 
 def test_a_record_without_its_parts_is_refused() -> None:
     """What does not hold every known part is damaged."""
     with pytest.raises(CorruptCheckpointError, match="no sound record"):
-        parse_tail(_sealed(parts={}), "shard")
+        parse_trailer(_sealed(parts={}), "shard")

@@ -203,7 +203,7 @@ def test_a_commit_is_pruned_only_by_one_that_all_ranks_have(root: Path) -> None:
               published(root, "node0")}  # fmt: skip
 
     class Refusing(SingleProcess):
-        def settle(self, stage: str, work: Any, judge: Any) -> Any:
+        def all_reduce(self, stage: str, work: Any, judge: Any) -> Any:
             value = super().settle(stage, work, judge)
             if stage == "local publish":
                 raise StageFailedError(stage, [])

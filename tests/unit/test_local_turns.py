@@ -13,29 +13,29 @@ import pytest
 
 from holdfast.errors import NoFileFreeError
 from holdfast.storage.posix import LocalFilesystem
-from holdfast.tiers.local.pool import TurnFile, Turns
+from holdfast.tiers.local.pool import BufferPool, PooledFile
 from tests.support.nodes import memory_directory
 
 SIZE = 8192
 
 
 @pytest.fixture
-def turns() -> Iterator[Turns]:
+def turns() -> Iterator[BufferPool]:
     """Three mapped files at most, in RAM."""
     with memory_directory() as path:
-        made = Turns(path, LocalFilesystem(), limit=3, spares=3, mapped=True, in_memory=True)
+        made = BufferPool(path, LocalFilesystem(), limit=3, spares=3, mapped=True, in_memory=True)
         yield made
         made.close()
 
 
-def _publish(turns: Turns, file: TurnFile, name: str) -> Path:
+def _publish(turns: BufferPool, file: PooledFile, name: str) -> Path:
     final = file.path.with_name(name)
     file.rename(final)
     turns.published_as(file, final)
     return final
 
 
-def test_the_memory_is_the_file(turns: Turns) -> None:
+def test_the_memory_is_the_file(turns: BufferPool) -> None:
     """What is written to one is read from the other, and a tail follows it."""
     file = turns.take(SIZE, 0.0)
     file.memory[10:13] = b"abc"
@@ -46,7 +46,7 @@ def test_the_memory_is_the_file(turns: Turns) -> None:
     assert file.path.stat().st_blocks * 512 >= SIZE
 
 
-def test_the_memory_of_a_large_file_is_the_file(turns: Turns) -> None:
+def test_the_memory_of_a_large_file_is_the_file(turns: BufferPool) -> None:
     """In whatever pages it lies, its image is zeros at first, all there, and a tail follows it."""
     size_bytes = (5 << 20) + 4096
     file = turns.take(size_bytes, 0.0)
@@ -59,7 +59,7 @@ def test_the_memory_of_a_large_file_is_the_file(turns: Turns) -> None:
     assert bytes(file.memory[-3:]) == b"abc"
 
 
-def test_a_file_comes_back_without_its_tail_and_under_another_name(turns: Turns) -> None:
+def test_a_file_comes_back_without_its_tail_and_under_another_name(turns: BufferPool) -> None:
     """Its memory is the same, so that what is laid out there serves again."""
     file = turns.take(SIZE, 0.0)
     file.memory[:3] = b"abc"
@@ -73,7 +73,7 @@ def test_a_file_comes_back_without_its_tail_and_under_another_name(turns: Turns)
     assert bytes(again.memory[:3]) == b"abc"
 
 
-def test_a_file_of_another_size_is_a_new_one(turns: Turns) -> None:
+def test_a_file_of_another_size_is_a_new_one(turns: BufferPool) -> None:
     """The room of those that no longer fit is given up first."""
     file = turns.take(SIZE, 0.0)
     turns.give_back(file)
@@ -84,7 +84,7 @@ def test_a_file_of_another_size_is_a_new_one(turns: Turns) -> None:
 
 
 def test_no_more_files_exist_than_there_are_turns(
-    turns: Turns, caplog: pytest.LogCaptureFixture
+    turns: BufferPool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With every file published or held, a save waits in vain, and says so first."""
     for number in range(3):
@@ -94,10 +94,10 @@ def test_no_more_files_exist_than_there_are_turns(
     assert "the save waits" in caplog.text
 
 
-def test_a_save_gets_the_file_that_its_reader_lets_go_of(turns: Turns) -> None:
+def test_a_save_gets_the_file_that_its_reader_lets_go_of(turns: BufferPool) -> None:
     """A held file is not filled while it is read, though its turn has come."""
     paths = [_publish(turns, turns.take(SIZE, 0.0), f"shard{number}") for number in range(3)]
-    got: list[TurnFile] = []
+    got: list[PooledFile] = []
     with turns.hold(paths[1]):
         with turns.hold(paths[0]) as stream:
             turns.retire(paths[0])
@@ -113,7 +113,7 @@ def test_a_save_gets_the_file_that_its_reader_lets_go_of(turns: Turns) -> None:
     assert not paths[0].exists()
 
 
-def test_a_file_of_an_earlier_process_is_removed(turns: Turns, tmp_path: Path) -> None:
+def test_a_file_of_an_earlier_process_is_removed(turns: BufferPool, tmp_path: Path) -> None:
     """It is mapped nowhere here."""
     (tmp_path / "old").write_bytes(b"x")
     turns.retire(tmp_path / "old")
@@ -121,7 +121,7 @@ def test_a_file_of_an_earlier_process_is_removed(turns: Turns, tmp_path: Path) -
     assert not (tmp_path / "old").exists()
 
 
-def test_files_are_allocated_ahead_of_their_turn(turns: Turns) -> None:
+def test_files_are_allocated_ahead_of_their_turn(turns: BufferPool) -> None:
     """The next save then finds its memory touched."""
     turns.take(SIZE, 0.0)
     turns.top_up(SIZE)
@@ -130,7 +130,7 @@ def test_files_are_allocated_ahead_of_their_turn(turns: Turns) -> None:
     assert len(os.listdir(directory)) == 2, "one ahead, no more"
 
 
-def test_a_wiped_directory_is_made_again(turns: Turns) -> None:
+def test_a_wiped_directory_is_made_again(turns: BufferPool) -> None:
     """Files whose names lead nowhere are not handed out."""
     file = turns.take(SIZE, 0.0)
     turns.give_back(file)
@@ -142,7 +142,7 @@ def test_a_wiped_directory_is_made_again(turns: Turns) -> None:
 
 def test_more_spares_than_wanted_are_removed(tmp_path: Path) -> None:
     """A copy that was fetched once does not stay when it is pruned."""
-    turns = Turns(tmp_path, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
+    turns = BufferPool(tmp_path, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
     final = _publish(turns, turns.take(SIZE, 0.0), "shard")
     turns.retire(final)
     assert os.listdir(tmp_path) == []
@@ -158,7 +158,9 @@ def test_a_full_directory_is_an_error_with_numbers_and_no_signal(tmp_path: Path)
     if made.returncode != 0:
         pytest.skip("this user may not mount")
     try:
-        turns = Turns(tmp_path, LocalFilesystem(), limit=3, spares=3, mapped=True, in_memory=True)
+        turns = BufferPool(
+            tmp_path, LocalFilesystem(), limit=3, spares=3, mapped=True, in_memory=True
+        )
         with pytest.raises(OSError, match=r"1\.0 MiB are needed, \S+ \w+ are free") as caught:
             turns.take(1 << 20, 0.0)
         assert caught.value.errno == 28

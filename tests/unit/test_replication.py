@@ -17,8 +17,8 @@ from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.storage.posix import LocalFilesystem
-from holdfast.tiers.local.pool import Turns
-from holdfast.tiers.local.shard_file import Tail
+from holdfast.tiers.local.pool import BufferPool
+from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
 from tests.support.ranks import run_ranks
 from tests.unit.test_local_tail import FILE, PARTS, RECORD
@@ -390,7 +390,7 @@ def test_nothing_is_under_way_once_a_transfer_has_ended(failure: Any, waits: int
 
 
 def _receive(source: Any, directory: Path) -> ReceivedShard:
-    turns = Turns(directory, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
+    turns = BufferPool(directory, LocalFilesystem(), spares=0, mapped=False, in_memory=False)
     sink = ReceivedShard(lambda size: turns.take(size, 0.0))
     sink.begin(source.size_bytes, source.body_bytes)
     for offset in range(0, source.size_bytes, source.block_bytes):
@@ -402,7 +402,7 @@ def _receive(source: Any, directory: Path) -> ReceivedShard:
     return sink
 
 
-def _sealed_file() -> tuple[bytes, Tail]:
+def _sealed_file() -> tuple[bytes, Trailer]:
     """Return a body with its true footer, and a tail that vouches for it."""
     from dataclasses import replace
 
@@ -411,7 +411,7 @@ def _sealed_file() -> tuple[bytes, Tail]:
     image = memoryview(bytearray(RECORD.image_bytes))
     image[:5] = b"hello"
     written = seal_image(image, RECORD.body_bytes, "x")
-    tail = Tail(replace(RECORD, digest=written.digest), PARTS)
+    tail = Trailer(replace(RECORD, digest=written.digest), PARTS)
     return bytes(image), tail
 
 
@@ -466,7 +466,7 @@ def test_another_shard_than_was_to_be_sent_is_refused(tmp_path: Path) -> None:
 
 def test_the_small_states_travel_alone(tmp_path: Path) -> None:
     """A copy without an image says so, and is a file of its own."""
-    tail = Tail(RECORD, PARTS).without_image()
+    tail = Trailer(RECORD, PARTS).without_image()
     sink = _receive(MemoryShard(memoryview(b""), 0, tail.to_bytes()), tmp_path)
     assert sink.seal("run", RECORD.commit, 1) == tail
     assert sink.file is not None

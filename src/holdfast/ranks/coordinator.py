@@ -60,7 +60,7 @@ class Coordinator(Protocol):
             The number of the call, which rank 0 counts, and what `admit` returned.
 
         Raises:
-            StageFailedError: ranks are in different calls; otherwise as `settle`.
+            StageFailedError: ranks are in different calls; otherwise as `all_reduce`.
         """
         ...
 
@@ -68,22 +68,22 @@ class Coordinator(Protocol):
         """Leave whatever was said before: from here on ranks meet in this call only."""
         ...
 
-    def together(self, stage: str, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, stage: str, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return everyone's result, in rank order."""
         ...
 
     def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
-        """As `together`, but only rank 0 is given the results; the others get None."""
+        """As `all_gather`, but only rank 0 is given the results; the others get None."""
         ...
 
-    def settle(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+    def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
         """Run `work` on every rank, let rank 0 judge all results; return its verdict on every rank.
 
-        What each rank is told does not grow with the number of ranks, as with `together` it does.
+        What each rank is told does not grow with the number of ranks, as with `all_gather` it does.
         """
         ...
 
-    def lead(self, stage: str, work: Callable[[], T]) -> T:
+    def broadcast(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone and return its result on every rank."""
         ...
 
@@ -101,25 +101,25 @@ class SingleProcess:
 
     def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
         """Enter here: nobody can be late."""
-        self.lead(stage, enter)
-        return 0, self.lead(stage, admit)
+        self.broadcast(stage, enter)
+        return 0, self.broadcast(stage, admit)
 
     def follow(self, call: int) -> None:
         """Nobody can be late."""
 
-    def together(self, stage: str, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, stage: str, work: Callable[[], T]) -> list[T]:
         """Run the work here."""
-        return [self.lead(stage, work)]
+        return [self.broadcast(stage, work)]
 
     def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
         """Run the work here."""
-        return [self.lead(stage, work)]
+        return [self.broadcast(stage, work)]
 
-    def settle(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+    def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
         """Run the work here, and judge it."""
-        return self.lead(stage, lambda: judge([work()]))
+        return self.broadcast(stage, lambda: judge([work()]))
 
-    def lead(self, stage: str, work: Callable[[], T]) -> T:
+    def broadcast(self, stage: str, work: Callable[[], T]) -> T:
         """Run the work here; a failure that is not ours is named with its stage.
 
         Raises:
@@ -134,7 +134,7 @@ class SingleProcess:
 
     def scatter(self, stage: str, work: Callable[[], Sequence[T]]) -> T:
         """Run the work here."""
-        return self.lead(stage, work)[0]
+        return self.broadcast(stage, work)[0]
 
 
 class StoreCoordinator:
@@ -153,7 +153,7 @@ class StoreCoordinator:
         self._spent_keys: list[str] = []
 
     def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
-        """Meet where rank 0 is now, at a key that is the same for all calls; errors as `together`.
+        """Meet where rank 0 is now, at one key for all calls; errors as `all_gather`.
 
         Raises:
             StageFailedError: ranks are in different calls.
@@ -205,7 +205,7 @@ class StoreCoordinator:
         self._call = call
         self._turns.clear()
 
-    def together(self, stage: str, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, stage: str, work: Callable[[], T]) -> list[T]:
         """Run the work on every rank.
 
         Raises:
@@ -217,22 +217,22 @@ class StoreCoordinator:
         return everything
 
     def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
-        """Run the work on every rank; errors as `together`."""
+        """Run the work on every rank; errors as `all_gather`."""
         nothing = [None] * (self.world_size - 1)
         share: list[T] | None = self._meet(stage, work, lambda outcomes: [outcomes, *nothing])
         return share
 
-    def settle(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
-        """Run the work on every rank and judge it on rank 0; errors as `together`."""
+    def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+        """Run the work on every rank and judge it on rank 0; errors as `all_gather`."""
         verdict: R = self._meet(stage, work, lambda outcomes: [judge(outcomes)] * self.world_size)
         return verdict
 
-    def lead(self, stage: str, work: Callable[[], T]) -> T:
-        """Run the work on rank 0; errors as `together`."""
+    def broadcast(self, stage: str, work: Callable[[], T]) -> T:
+        """Run the work on rank 0; errors as `all_gather`."""
         return self.scatter(stage, lambda: [work()] * self.world_size)
 
     def scatter(self, stage: str, work: Callable[[], Sequence[T]]) -> T:
-        """Run the work on rank 0; errors as `together`."""
+        """Run the work on rank 0; errors as `all_gather`."""
         turn = self._next_turn(stage)
         if self.rank == 0:
             outcome, cause = self._attempt(work)

@@ -205,7 +205,7 @@ class Background(Generic[T]):
         try:
             if not isinstance(self._outcome.error, StageTimeoutError):
                 with suppress(CheckpointError):  # the others are unreachable: act alone, and soon
-                    self._act_at = max(coordinator.together("outcome", lambda: in_progress))
+                    self._act_at = max(coordinator.all_gather("outcome", lambda: in_progress))
         finally:
             self._decided.set()  # whatever happened: the training thread may be waiting
 

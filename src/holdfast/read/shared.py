@@ -110,8 +110,8 @@ class ReadShared:
             return xxhash.xxh3_128_digest("\n".join(mine).encode())
 
         # Nearly always all need the same; only else do the names themselves travel.
-        if not coordinator.settle("share", describe, lambda found: len(set(found)) == 1):
-            common = coordinator.settle(
+        if not coordinator.all_reduce("share", describe, lambda found: len(set(found)) == 1):
+            common = coordinator.all_reduce(
                 "share names",
                 lambda: list(mine),
                 lambda found: sorted(set(found[0]).intersection(*found[1:])),
@@ -120,7 +120,7 @@ class ReadShared:
         sizes = dict(mine.values())
         parts = divide(reader.file_order(sizes), sizes, coordinator.world_size)
         groups: list[Any] = []
-        coordinator.together(
+        coordinator.all_gather(
             "broadcast group", lambda: groups.append(own_group(coordinator.timeout_seconds))
         )
         return cls(coordinator.rank, parts, groups[0])
@@ -140,7 +140,7 @@ class ReadShared:
             StageFailedError: a rank was lost on the way; tensors hold wrong values.
         """
         try:
-            coordinator.together("broadcast", self._broadcast)
+            coordinator.all_gather("broadcast", self._broadcast)
         except CheckpointError:
             forget_group()  # gloo has closed its connections, and NCCL may be anywhere
             raise

@@ -277,7 +277,7 @@ class ShardSaver:
             return Record(iteration, inventory.structure, identity).pack()
 
         structures = plan.structures if plan is not None else None
-        verdict = coordinator.settle(
+        verdict = coordinator.all_reduce(
             "capture", describe, lambda records: _judge(records, structures)
         )
         if plan is None or not verdict.is_current:

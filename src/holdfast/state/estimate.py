@@ -43,7 +43,7 @@ _KEPT: Mapping[type[Optimizer], Sequence[str | tuple[str, str]]] = {
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class Estimate:
     """The items of a state once every optimizer has taken a step."""
 
     items: Sequence[Item]
@@ -51,7 +51,7 @@ class Foreseen:
     """Classes of optimizers without state of which nothing is known."""
 
 
-def foresee(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[Item]) -> Foreseen:
+def estimate(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[Item]) -> Estimate:
     """Return a state's items, with those that the first steps will add where they will stand."""
     by_name: dict[str, list[Item]] = {}
     for item in items:
@@ -73,7 +73,7 @@ def foresee(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[Ite
         (at for at, item in enumerate(items) if item.path[:2] == ("optimizer", "param_groups")),
         len(items),
     )
-    return Foreseen([*items[:place], *coming, *items[place:]], sorted(uncounted))
+    return Estimate([*items[:place], *coming, *items[place:]], sorted(uncounted))
 
 
 def _kept_by(optimizer: Optimizer) -> Sequence[str | tuple[str, str]] | None:

@@ -93,7 +93,7 @@ class Tiers:
             if to_local:
                 raise
             # What this node holds is not known: what is committed now must be newer all the same.
-            coordinator.lead("outrank", self.persistent.outrank_unseen)
+            coordinator.broadcast("outrank", self.persistent.outrank_unseen)
             if coordinator.rank == 0:
                 logger.warning("the local tier cannot be used for this save: %s", error)
             return
@@ -112,7 +112,7 @@ class Tiers:
                 )
             self.persistent.outrank(newest)
 
-        coordinator.lead("outrank", outrank)
+        coordinator.broadcast("outrank", outrank)
         local.discard_after(admission.resumed_from, coordinator)
 
     @property

@@ -150,7 +150,7 @@ def verify_together(
     def verify() -> list[Damage]:
         return name_tensors(checkpoint, store.verify(checkpoint, share), filesystem)
 
-    parts = coordinator.together("verify", verify)
+    parts = coordinator.all_gather("verify", verify)
     return [damage for part in parts for damage in part]
 
 

@@ -245,12 +245,12 @@ class PersistentTier:
         Raises:
             CheckpointError: on every rank, naming the stage, the ranks and the cause.
         """
-        pending = coordinator.lead("begin", lambda: self._begin(snapshot.iteration))
+        pending = coordinator.broadcast("begin", lambda: self._begin(snapshot.iteration))
         try:
             written = coordinator.gather(
                 "write", lambda: self._write_files(pending, snapshot, coordinator.rank)
             )
-            checkpoint = coordinator.lead(
+            checkpoint = coordinator.broadcast(
                 "commit",
                 lambda: self._commit(
                     pending, snapshot, written or [], coordinator, identity or self.reserve()
@@ -260,7 +260,7 @@ class PersistentTier:
             if coordinator.rank == 0:
                 self._abandon(pending)
             raise
-        removed = coordinator.lead("retain", self._retain)
+        removed = coordinator.broadcast("retain", self._retain)
         return Committed(checkpoint.path, checkpoint.manifest.size_bytes, removed)
 
     def _begin(self, iteration: int) -> Path:

@@ -122,7 +122,7 @@ class Search:
         """All that were, in both tiers."""
         self._local: list[Commit] = []
         """What the local tier held when it was last asked."""
-        self._asked, own, orphans = coordinator.lead("survey", self._survey_own)
+        self._asked, own, orphans = coordinator.broadcast("survey", self._survey_own)
         self._places[Action.LOAD] = own
         if coordinator.rank == 0:
             self._warn_of_own(orphans)
@@ -318,7 +318,7 @@ class Search:
     def _look_at(self, action: Action, directory: str | None) -> None:
         assert directory is not None
         step = self._asked.step if action is Action.LOAD_OTHER else self._asked.pretrained_step
-        self._places[action] = self._coordinator.lead(
+        self._places[action] = self._coordinator.broadcast(
             "survey other", lambda: survey_place(Path(directory), self._filesystem, step)
         )
 

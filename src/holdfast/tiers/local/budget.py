@@ -243,7 +243,7 @@ def take_seats(config: LocalConfig, filesystem: Filesystem, coordinator: Coordin
         found = directory.stat()
         return Seat(node_name(), (found.st_dev, found.st_ino))
 
-    return Topology(tuple(coordinator.together("local seats", sit)))
+    return Topology(tuple(coordinator.all_gather("local seats", sit)))
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class Need:
     """Optimizers of which nobody can say yet what they will keep."""
 
 
-def foretell(
+def report_budget(
     config: LocalConfig,
     topology: Topology,
     run_id: str | None,
@@ -277,7 +277,7 @@ def foretell(
     assert config.keep.last is not None
     directory = Path(config.directory).absolute()
     turns = config.keep.last + 1 + drains
-    needs = coordinator.together("local needs", lambda: need)
+    needs = coordinator.all_gather("local needs", lambda: need)
     rank = coordinator.rank
     mates = topology.place_mates(rank)
     factor, jump = config.replication.factor, config.replication.jump
@@ -307,7 +307,7 @@ def foretell(
             found = replace(found, arena_bytes=sum(sizes), memory=find_room())
         return replace(found, note=_note(topology, rank, needs))
 
-    fullest = coordinator.settle("local room", find, _fullest)
+    fullest = coordinator.all_reduce("local room", find, _fullest)
     if rank == 0:
         places = len(set(topology.places))
         others = f"; of {places} places this has the least to spare" if places > 1 else ""

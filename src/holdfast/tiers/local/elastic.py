@@ -175,7 +175,7 @@ def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ReadRequest:
     """What a rank needs of a shard that does not lie at its place."""
 
     numbers: tuple[int, ...]
@@ -185,7 +185,7 @@ class Wish:
 
 
 def divide(
-    wishes: Sequence[Mapping[int, Wish]], places: Sequence[int]
+    wishes: Sequence[Mapping[int, ReadRequest]], places: Sequence[int]
 ) -> tuple[list[list[Block]], list[list[Block]]]:
     """Divide blocks to fetch so that each place gets each block once.
 

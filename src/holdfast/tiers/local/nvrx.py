@@ -33,17 +33,19 @@ from holdfast.storage.posix import naming, read_into
 from holdfast.tiers.local.availability import Commit, Objection, Verdict
 from holdfast.tiers.local.budget import Topology
 from holdfast.tiers.local.exchange import OwnGroup, ShardReplication
-from holdfast.tiers.local.pool import TurnFile
+from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.recovery import CkptId, Recovery
-from holdfast.tiers.local.shard_file import RunDirectory, Tail, shard_name
-from holdfast.tiers.local.shards import MemoryShard, ReceivedShard, Shelf
+from holdfast.tiers.local.shard_file import RunDirectory, Trailer, shard_name
+from holdfast.tiers.local.shards import MemoryShard, ReceivedShard, ShardDirectory
 from holdfast.tiers.local.transport import DeviceGroup
 
 
 class ShardState(TensorAwareStateDict):  # type: ignore[misc]  # the package ships no types
     """The image of one shard, its tail, and where it lies until it is published."""
 
-    def __init__(self, image: memoryview, tail: Tail, pending: Path, file: TurnFile | None) -> None:
+    def __init__(
+        self, image: memoryview, tail: Trailer, pending: Path, file: PooledFile | None
+    ) -> None:
         self.tail = tail
         self.image = image
         self.pending = pending
@@ -111,11 +113,11 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         """What retention leaves, newest first."""
         self._keep_last = keep_last
         held = len(strategy.owners_held_by(rank)) if strategy is not None else 0
-        self.shelf = Shelf(
+        self.shelf = ShardDirectory(
             run, rank, topology, turns=keep_last + 1, copies=held, in_memory=in_memory
         )
         self.recovery = Recovery(self.shelf, strategy)
-        self._received: dict[int, tuple[ReceivedShard, Tail | None]] = {}
+        self._received: dict[int, tuple[ReceivedShard, Trailer | None]] = {}
         """Copies of the save under way, by owner."""
 
     # -- save ------------------------------------------------------------------------------------
@@ -147,10 +149,10 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         try:
             if strategy is not None and strategy.sends_anything:
                 # All ranks have sealed their shards, as the caller agreed: nobody stays away.
-                coordinator.settle(
+                coordinator.all_reduce(
                     "local exchange", lambda: self._exchange(strategy, state), _nothing
                 )
-            coordinator.settle("local publish", lambda: self._publish_all(state), _nothing)
+            coordinator.all_reduce("local publish", lambda: self._publish_all(state), _nothing)
         except BaseException:
             self._cleanup_failed_save(iteration)
             raise
@@ -273,7 +275,7 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         path = f"{self.rank}/{shard_name(iteration, owner)}"
         full = self.run.root / path
         try:
-            tail = self.run.read_tail(path)
+            tail = self.run.read_trailer(path)
             record = tail.record
             image = memoryview(bytearray(record.image_bytes))
             parts = [Part(0, image[: record.body_bytes])]

@@ -34,7 +34,7 @@ from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count
 from holdfast.storage.manifest import LOCAL
 from holdfast.storage.posix import Filesystem, naming, read_into
 from holdfast.tiers.local.availability import Commit
-from holdfast.tiers.local.elastic import Block, Index, Wish, divide, merge
+from holdfast.tiers.local.elastic import Block, Index, ReadRequest, divide, merge
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.nvrx import ShardManager
 
@@ -64,10 +64,12 @@ class Shard:
 class MergedShards(ShardReader):
     """Reads tensors and values out of several shards; damage is noted on its way out."""
 
-    loan: Loan
+    loan: PeerFetch
 
     @classmethod
-    def of(cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], loan: Loan) -> Self:
+    def of(
+        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], loan: PeerFetch
+    ) -> Self:
         """Return the merged view of shards, of which some may be borrowed."""
         metadata = merge(
             [(each.path, each.index.entries(str(root / each.path))) for each in shards]
@@ -116,7 +118,7 @@ class MergedShards(ShardReader):
 
 
 @dataclass
-class Loan:
+class PeerFetch:
     """What is borrowed for one load, and what this rank lends."""
 
     manager: ShardManager
@@ -150,7 +152,7 @@ class Loan:
     ) -> None:
         """Agree on who sends what to whom; fetch into files what several ranks of a place want."""
 
-        def wish() -> dict[int, Wish] | None:
+        def wish() -> dict[int, ReadRequest] | None:
             try:
                 self._plan = reader.plan(find_targets())
             except CorruptCheckpointError:
@@ -170,7 +172,7 @@ class Loan:
         self._straight, filed = divide(wishes, places)
         if any(filed):
             self._has_files = True
-            problems = coordinator.settle(
+            problems = coordinator.all_reduce(
                 "local fetch",
                 lambda: self._exchange(filed),
                 lambda parts: [each for part in parts for each in part],
@@ -178,17 +180,19 @@ class Loan:
             self._raise(problems)
 
     def _agree(
-        self, wish: Callable[[], dict[int, Wish] | None], coordinator: Coordinator
-    ) -> Sequence[Mapping[int, Wish]] | None:
+        self, wish: Callable[[], dict[int, ReadRequest] | None], coordinator: Coordinator
+    ) -> Sequence[Mapping[int, ReadRequest]] | None:
         """Return the wishes of all ranks; None: some rank does not know enough."""
         if self.is_empty:  # what each rank is told does not grow with their number
-            is_covered = coordinator.settle("local wishes", wish, lambda found: None not in found)
+            is_covered = coordinator.all_reduce(
+                "local wishes", wish, lambda found: None not in found
+            )
             return [{} for _ in self.manager.topology.seats] if is_covered else None
-        wishes = coordinator.together("local wishes", wish)
+        wishes = coordinator.all_gather("local wishes", wish)
         known = [each for each in wishes if each is not None]
         return known if len(known) == len(wishes) else None
 
-    def _wishes(self) -> dict[int, Wish]:
+    def _wishes(self) -> dict[int, ReadRequest]:
         """Return the blocks that this rank needs from afar, by owner."""
         assert self._plan is not None
         by_path = {each.path: each for each in self.shards if each.provider is not None}
@@ -199,7 +203,7 @@ class Loan:
                 continue
             by_file = is_unusual or bool(wanted.foreign)
             numbers = blocks_of(wanted.containers if by_file else wanted.ranges)
-            wishes[shard.owner] = Wish(tuple(sorted(numbers)), by_file)
+            wishes[shard.owner] = ReadRequest(tuple(sorted(numbers)), by_file)
         return wishes
 
     # -- carry out -------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Laid(Protocol):
     def release(self) -> None: ...
 
 
-class TurnFile:
+class PooledFile:
     """One file, open; if it is to be an arena, mapped, with all of its bytes allocated."""
 
     def __init__(
@@ -151,7 +151,7 @@ class TurnFile:
         self.close()
 
 
-class Turns:
+class BufferPool:
     """The files of one rank for one purpose."""
 
     def __init__(
@@ -173,12 +173,12 @@ class Turns:
         self._spares = spares
         self._filesystem = filesystem
         self._mapped, self._in_memory = mapped, in_memory
-        self._free: list[TurnFile] = []
-        self._published: dict[Path, TurnFile] = {}
-        self._taken: set[TurnFile] = set()
+        self._free: list[PooledFile] = []
+        self._published: dict[Path, PooledFile] = {}
+        self._taken: set[PooledFile] = set()
         self._changed = threading.Condition()
 
-    def take(self, size_bytes: int, timeout_seconds: float) -> TurnFile:
+    def take(self, size_bytes: int, timeout_seconds: float) -> PooledFile:
         """Return a file of this size that nobody reads, under a pending name.
 
         Raises:
@@ -219,7 +219,7 @@ class Turns:
         count = len(self._free) + len(self._published) + len(self._taken)
         return count - any(each.is_retired for each in self._published.values())
 
-    def _pick(self, size_bytes: int) -> TurnFile:
+    def _pick(self, size_bytes: int) -> PooledFile:
         for file in [each for each in self._free if not each.is_there]:
             self._free.remove(file)
             file.close()
@@ -233,10 +233,10 @@ class Turns:
             self._free.pop()
         return self._create(size_bytes)
 
-    def _create(self, size_bytes: int) -> TurnFile:
+    def _create(self, size_bytes: int) -> PooledFile:
         self._filesystem.make_directory(self._directory)
         path = self._directory / pending_name("spare")
-        return TurnFile(
+        return PooledFile(
             path, size_bytes, self._filesystem, mapped=self._mapped, in_memory=self._in_memory
         )
 
@@ -250,7 +250,7 @@ class Turns:
             if not self._free and self._may_create():
                 self._free.append(self._create(size_bytes))
 
-    def published_as(self, file: TurnFile, path: Path) -> None:
+    def published_as(self, file: PooledFile, path: Path) -> None:
         """Note that a taken file has got its name."""
         with self._changed:
             self._taken.discard(file)
@@ -269,7 +269,7 @@ class Turns:
         with self._changed:
             return path in self._published
 
-    def give_back(self, file: TurnFile) -> None:
+    def give_back(self, file: PooledFile) -> None:
         """Return a taken file whose content is of no use."""
         with self._changed:
             if file in self._taken:
@@ -292,7 +292,7 @@ class Turns:
             else:
                 self._put_away(file)
 
-    def _put_away(self, file: TurnFile) -> None:
+    def _put_away(self, file: PooledFile) -> None:
         self._published.pop(file.path, None)
         file.is_retired = False
         if not file.is_there:  # somebody has removed it
@@ -301,7 +301,7 @@ class Turns:
         file.rename(self._directory / pending_name("spare"))
         self._keep_or_remove(file)
 
-    def _keep_or_remove(self, file: TurnFile) -> None:
+    def _keep_or_remove(self, file: PooledFile) -> None:
         if len(self._free) < self._spares and self._may_create():
             self._free.append(file)
         else:

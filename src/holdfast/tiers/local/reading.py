@@ -28,8 +28,8 @@ from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Candidate
 from holdfast.tiers.local.elastic import Index, read_shard_index, read_shard_values
 from holdfast.tiers.local.nvrx import ShardManager
-from holdfast.tiers.local.peers import Loan, MergedShards, Shard
-from holdfast.tiers.local.shard_file import Tail
+from holdfast.tiers.local.peers import MergedShards, PeerFetch, Shard
+from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.opening import Contents
 
 _COUNT = struct.Struct("<Q")
@@ -43,7 +43,7 @@ class LocalContents(Contents):
 
     rank_states: Mapping[int, bytes]
     """Of the ranks that saved: all of them, or this one's alone where it needs no other."""
-    loan: Loan
+    loan: PeerFetch
 
     def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
         """Return the small state of one of the saving ranks.
@@ -165,7 +165,7 @@ class Opening:
 
         def join(told: Mapping[int, _Told]) -> bool:
             if rank in self._here:
-                small: Mapping[str, bytes] = self._tail_of(self._here[rank]).parts
+                small: Mapping[str, bytes] = self._trailer_of(self._here[rank]).parts
             else:
                 small = told[rank].small
             loan = self._loan(told, is_empty=not away)
@@ -187,7 +187,7 @@ class Opening:
             return join({})
 
         if not away:
-            is_enough = self.coordinator.settle("local index", read_and_join, all)
+            is_enough = self.coordinator.all_reduce("local index", read_and_join, all)
         else:
             descriptions: list[bytes] = []
 
@@ -196,8 +196,8 @@ class Opening:
                 descriptions.append(self._describe(away))
                 return len(descriptions[0])
 
-            sizes = self.coordinator.together("local index", read_and_describe)
-            is_enough = self.coordinator.settle(
+            sizes = self.coordinator.all_gather("local index", read_and_describe)
+            is_enough = self.coordinator.all_reduce(
                 "local share", lambda: join(self._share(descriptions[0], sizes)), all
             )
         return opened[0] if is_enough else None
@@ -212,15 +212,15 @@ class Opening:
                 self.manager.recovery.note_damage(path)
             raise
 
-    def _tail_of(self, path: str) -> Tail:
+    def _trailer_of(self, path: str) -> Trailer:
         with self._noting(path):
             try:
-                return self.manager.run.read_tail(path)
+                return self.manager.run.read_trailer(path)
             except FileNotFoundError as error:
                 raise CorruptCheckpointError(path, "is missing") from error
 
     def _shard(self, owner: int, path: str) -> Shard:
-        tail = self._tail_of(path)
+        tail = self._trailer_of(path)
         run = self.manager.run
         with self._noting(path):
             index = read_shard_index(run.root / path, tail.record, run.filesystem)
@@ -245,7 +245,7 @@ class Opening:
             first = told[min(told)].small
             opened.append(self._contents(reader, first, states, loan))
 
-        self.coordinator.settle("local values", read, lambda _: None)
+        self.coordinator.all_reduce("local values", read, lambda _: None)
         return opened[0]
 
     def _widen(self, reader: MergedShards) -> None:
@@ -255,7 +255,7 @@ class Opening:
         loan = reader.loan
         loan.lent, loan.sizes, loan.provided = wider.lent, wider.sizes, wider.provided
         loan.is_empty = wider.is_empty
-        self.coordinator.settle(
+        self.coordinator.all_reduce(
             "local widen", lambda: reader.widen(self._shards_of(told)), lambda _: None
         )
 
@@ -267,9 +267,9 @@ class Opening:
             descriptions.append(self._describe(owners))
             return len(descriptions[0])
 
-        sizes = self.coordinator.together("local describe", describe)
+        sizes = self.coordinator.all_gather("local describe", describe)
         shared: list[dict[int, _Told]] = []
-        self.coordinator.settle(
+        self.coordinator.all_reduce(
             "local share",
             lambda: shared.append(self._share(descriptions[0], sizes)),
             lambda _: None,
@@ -293,9 +293,9 @@ class Opening:
         )
         return shards
 
-    def _loan(self, told: Mapping[int, _Told], *, is_empty: bool) -> Loan:
+    def _loan(self, told: Mapping[int, _Told], *, is_empty: bool) -> PeerFetch:
         providers, rank = self._providers, self.manager.rank
-        return Loan(
+        return PeerFetch(
             self.manager,
             self.candidate.commit,
             lent={owner: path for owner, (each, path) in providers.items() if each == rank},
@@ -320,7 +320,7 @@ class Opening:
             rank, path = self._providers.get(owner, (copies[0].rank, copies[0].path))
             if rank != self.manager.rank:
                 continue
-            tail = self._tail_of(path)
+            tail = self._trailer_of(path)
             head = {"owner": owner, "body_bytes": tail.record.body_bytes, "offset": None}
             content, digests, values = b"", b"", b""
             if owner in self._providers:
@@ -358,7 +358,7 @@ class Opening:
                 told[facts["owner"]] = _Told(found, facts["body_bytes"], parts, named)
         return dict(sorted(told.items()))
 
-    def _reader(self, shards: Sequence[Shard], loan: Loan) -> MergedShards:
+    def _reader(self, shards: Sequence[Shard], loan: PeerFetch) -> MergedShards:
         run = self.manager.run
         return MergedShards.of(run.root, run.filesystem, shards, loan)
 
@@ -367,7 +367,7 @@ class Opening:
         reader: MergedShards,
         parts: Mapping[str, bytes],
         states: Mapping[int, bytes],
-        loan: Loan,
+        loan: PeerFetch,
     ) -> LocalContents:
         record = self.candidate.record
         where = str(self.manager.run.root)

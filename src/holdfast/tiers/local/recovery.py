@@ -29,7 +29,7 @@ from holdfast.tiers.local.availability import (
 from holdfast.tiers.local.elastic import find_gap, outline
 from holdfast.tiers.local.exchange import ShardReplication
 from holdfast.tiers.local.shard_file import parse_shard_name, shard_name
-from holdfast.tiers.local.shards import FileShard, Shelf
+from holdfast.tiers.local.shards import FileShard, ShardDirectory
 
 CkptId = tuple[int, int, str]
 """As nvidia-resiliency-ext has it: iteration, owner, session (here the run id)."""
@@ -40,7 +40,7 @@ Problem = tuple[int, str, str]
 class Recovery:
     """What one rank does about commits that are there, together with the others."""
 
-    def __init__(self, shelf: Shelf, strategy: ShardReplication | None) -> None:
+    def __init__(self, shelf: ShardDirectory, strategy: ShardReplication | None) -> None:
         self.verdict: Verdict | None = None
         """Of the last vote."""
         self.damaged: set[tuple[int, str, int]] = set()
@@ -61,7 +61,7 @@ class Recovery:
     def vote(self, objection: Objection, coordinator: Coordinator) -> Verdict:
         """Agree with all ranks on the newest commit that can be loaded."""
         while True:
-            verdict = self.verdict = coordinator.settle(
+            verdict = self.verdict = coordinator.all_reduce(
                 "local find",
                 self.inventory,
                 lambda found: judge(found, objection, self.rejected, self._covered),
@@ -73,7 +73,7 @@ class Recovery:
 
     def _look_closer(self, candidate: Candidate, coordinator: Coordinator) -> None:
         """Settle with all ranks whether what is left of a commit covers the state."""
-        gap = coordinator.settle(
+        gap = coordinator.all_reduce(
             "local cover",
             lambda: self._outline(candidate),
             lambda parts: find_gap(
@@ -92,7 +92,7 @@ class Recovery:
             for copy in copies:
                 if copy.rank == self._shelf.rank and copy.is_whole:
                     try:
-                        record = self._run.read_tail(copy.path).record
+                        record = self._run.read_trailer(copy.path).record
                         found += outline(self._run.root / copy.path, record, self._run.filesystem)
                     except (CorruptCheckpointError, OSError) as error:
                         if is_process_failure(error):
@@ -108,7 +108,7 @@ class Recovery:
                 continue
             path = self._run.root / copy.path
             try:
-                record = self._run.read_tail(copy.path).record
+                record = self._run.read_trailer(copy.path).record
                 whole = [range(record.body_bytes)]
                 read_verified(self._run.filesystem, path, record.image_record(copy.path), [], whole)
             except (CorruptCheckpointError, OSError) as error:
@@ -239,7 +239,7 @@ class Recovery:
         plan = self._strategy.retrieve_plan(
             listed, [(receiver, (iteration, owner, self._run.run_id)) for receiver, owner in wanted]
         )
-        rewritten = coordinator.settle(
+        rewritten = coordinator.all_reduce(
             stage,
             lambda: self._carry_out(plan, listed, candidate),
             lambda parts: [each for part in parts for each in part],
@@ -304,7 +304,7 @@ class Recovery:
 
     def _body_bytes(self, path: str) -> int:
         try:
-            return self._run.read_tail(path).record.body_bytes
+            return self._run.read_trailer(path).record.body_bytes
         except (CorruptCheckpointError, OSError):
             return 0  # damaged since it was listed: what is sent will not be taken
 

@@ -18,9 +18,9 @@ from holdfast.snapshot.shard import seal_image, write_shard
 from holdfast.storage.digests import FileRecord
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.posix import Filesystem, naming, read_into
-from holdfast.tiers.local.pool import TurnFile
-from holdfast.tiers.local.shard_file import ShardRecord, Tail, pending_name, shard_name
-from holdfast.tiers.local.shards import Shelf
+from holdfast.tiers.local.pool import PooledFile
+from holdfast.tiers.local.shard_file import ShardRecord, Trailer, pending_name, shard_name
+from holdfast.tiers.local.shards import ShardDirectory
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LocalSnapshot:
     run_config: bytes
 
 
-def lay_out_in(file: TurnFile, layout: Layout, *, pinned: bool) -> Arena:
+def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
     """Return the arena that a file holds from an earlier turn, or make it."""
     arena = file.content
     if isinstance(arena, Arena):
@@ -56,8 +56,11 @@ def lay_out_in(file: TurnFile, layout: Layout, *, pinned: bool) -> Arena:
 
 
 def seal(
-    snapshot: LocalSnapshot, identity: CommitIdentity, shelf: Shelf, file: TurnFile | None
-) -> tuple[Path, Tail]:
+    snapshot: LocalSnapshot,
+    identity: CommitIdentity,
+    shelf: ShardDirectory,
+    file: PooledFile | None,
+) -> tuple[Path, Trailer]:
     """Make a rank's shard whole; `file` is the one it was staged into, None: on a disk.
 
     Return its pending path, and its tail.
@@ -75,7 +78,7 @@ def seal(
         pending = shelf.directory / pending_name(name)
         written = write_shard(shelf.run.filesystem, pending, name, arena)
         _read_footer(shelf, pending, arena)
-    tail = _tail_of(snapshot, identity, shelf, written)
+    tail = _trailer_of(snapshot, identity, shelf, written)
     image_size = tail.record.image_bytes
     if file is not None:
         file.write_at(image_size, tail.to_bytes())
@@ -84,9 +87,9 @@ def seal(
     return pending, tail
 
 
-def _tail_of(
-    snapshot: LocalSnapshot, identity: CommitIdentity, shelf: Shelf, written: FileRecord
-) -> Tail:
+def _trailer_of(
+    snapshot: LocalSnapshot, identity: CommitIdentity, shelf: ShardDirectory, written: FileRecord
+) -> Trailer:
     record = ShardRecord(
         run_id=shelf.run.run_id,
         attempt=identity.attempt,
@@ -108,10 +111,10 @@ def _tail_of(
         "train_state": snapshot.train_state,
         "run_config": snapshot.run_config,
     }
-    return Tail(record, parts)
+    return Trailer(record, parts)
 
 
-def _read_footer(shelf: Shelf, path: Path, arena: Arena) -> None:
+def _read_footer(shelf: ShardDirectory, path: Path, arena: Arena) -> None:
     """Put the footer that was made on the way to the disk behind the body in memory too."""
     footer = arena.memory[arena.body_bytes : image_bytes(arena.layout)]
     with naming(path), shelf.run.filesystem.open_existing(path) as stream:

@@ -101,14 +101,14 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class Tail:
+class Trailer:
     """Everything of a shard file but its image."""
 
     record: ShardRecord
     parts: Mapping[str, bytes]
     """By `PART_NAMES`."""
 
-    def without_image(self) -> Tail:
+    def without_image(self) -> Trailer:
         """Return the tail of a copy that holds the small states alone."""
         return replace(self, record=replace(self.record, is_whole=False))
 
@@ -122,7 +122,7 @@ class Tail:
         return rest + _END.pack(_MARK, image_bytes, len(rest), digest)
 
 
-def read_tail(stream: BinaryIO, size_bytes: int, path: str) -> Tail:
+def read_trailer(stream: BinaryIO, size_bytes: int, path: str) -> Trailer:
     """Read the tail of a file of so many bytes; `path` is for messages.
 
     Raises:
@@ -141,14 +141,14 @@ def read_tail(stream: BinaryIO, size_bytes: int, path: str) -> Tail:
         raise CorruptCheckpointError(path, "does not end as a shard file does: it was torn")
     stream.seek(image_bytes)
     rest = stream.read(rest_bytes)
-    return parse_tail(rest + end, path)
+    return parse_trailer(rest + end, path)
 
 
-def parse_tail(content: bytes, path: str) -> Tail:
-    """Understand what `Tail.to_bytes` made; `path` is for messages.
+def parse_trailer(content: bytes, path: str) -> Trailer:
+    """Understand what `Trailer.to_bytes` made; `path` is for messages.
 
     Raises:
-        CorruptCheckpointError: as `read_tail`.
+        CorruptCheckpointError: as `read_trailer`.
     """
     if len(content) < _END.size:
         raise CorruptCheckpointError(path, "ends before its tail: it was torn")
@@ -168,7 +168,7 @@ def parse_tail(content: bytes, path: str) -> Tail:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"has no sound record: {error}") from error
-    return Tail(record, parts)
+    return Trailer(record, parts)
 
 
 def _digest(image_bytes: int, rest: bytes) -> bytes:
@@ -330,7 +330,7 @@ class RunDirectory:
         assert parsed is not None
         iteration, owner = parsed
         try:
-            record = self.read_tail(path).record
+            record = self.read_trailer(path).record
         except CorruptCheckpointError as error:
             return Found(path, iteration, owner, None, error.reason)
         except FormatTooNewError as error:
@@ -346,7 +346,7 @@ class RunDirectory:
             return Found(path, iteration, owner, None, f"belongs to run {record.run_id!r}")
         return Found(path, iteration, owner, record)
 
-    def read_tail(self, path: str) -> Tail:
+    def read_trailer(self, path: str) -> Trailer:
         """Return the tail of a published file.
 
         Raises:
@@ -355,7 +355,7 @@ class RunDirectory:
         """
         full = self.root / path
         with naming(full), self.filesystem.open_existing(full) as stream:
-            return read_tail(stream, os.fstat(stream.fileno()).st_size, str(full))
+            return read_trailer(stream, os.fstat(stream.fileno()).st_size, str(full))
 
     def publish(
         self, pending: Path, rank: int, iteration: int, owner: int

@@ -23,8 +23,8 @@ from holdfast.storage.digests import BLOCK_BYTES, describe_body, footer_size, ma
 from holdfast.storage.posix import Filesystem, naming, read_into
 from holdfast.tiers.local.availability import Commit
 from holdfast.tiers.local.budget import Topology
-from holdfast.tiers.local.pool import TurnFile, Turns
-from holdfast.tiers.local.shard_file import Found, RunDirectory, ShardRecord, Tail, parse_tail
+from holdfast.tiers.local.pool import BufferPool, PooledFile
+from holdfast.tiers.local.shard_file import Found, RunDirectory, ShardRecord, Trailer, parse_trailer
 
 
 class MemoryShard:
@@ -90,9 +90,9 @@ class FileShard:
 class ReceivedShard:
     """A shard that arrives and becomes a file, under a pending name until it is published."""
 
-    def __init__(self, take: Callable[[int], TurnFile]) -> None:
+    def __init__(self, take: Callable[[int], PooledFile]) -> None:
         self.size_bytes = 0
-        self.file: TurnFile | None = None
+        self.file: PooledFile | None = None
         self.error: Exception | None = None
         """What went wrong on the way, here."""
         self._take = take
@@ -123,7 +123,7 @@ class ReceivedShard:
         self._rest += block[inside:]
         self.file.write_at(offset, block)
 
-    def seal(self, run_id: str, commit: tuple[int, int, int], owner: int) -> Tail:
+    def seal(self, run_id: str, commit: tuple[int, int, int], owner: int) -> Trailer:
         """Return the tail of the whole file, all of it verified.
 
         Raises:
@@ -135,7 +135,7 @@ class ReceivedShard:
         assert self.file is not None
         path, body_bytes = str(self.file.path), self._body_bytes
         footer_bytes = _image_bytes(body_bytes) - body_bytes
-        tail = parse_tail(bytes(self._rest[footer_bytes:]), path)
+        tail = parse_trailer(bytes(self._rest[footer_bytes:]), path)
         record = tail.record
         if (record.run_id, record.commit, record.owner) != (run_id, commit, owner):
             raise CorruptCheckpointError(path, "another shard arrived than was to be sent")
@@ -156,7 +156,7 @@ def _image_bytes(body_bytes: int) -> int:
 logger = logging.getLogger(__name__)
 
 
-class Shelf:
+class ShardDirectory:
     """The files of one rank."""
 
     def __init__(
@@ -174,7 +174,7 @@ class Shelf:
         self.rank = rank
         self.topology = topology
         self.directory = run.rank_directory(rank)
-        self.turns = Turns(
+        self.turns = BufferPool(
             self.directory,
             run.filesystem,
             limit=turns,
@@ -183,7 +183,7 @@ class Shelf:
             in_memory=in_memory,
         )
         """Of the own shard, where files take turns."""
-        self._copies = Turns(
+        self._copies = BufferPool(
             self.directory, run.filesystem, spares=copies, mapped=False, in_memory=in_memory
         )
         self._in_memory = in_memory
@@ -210,7 +210,7 @@ class Shelf:
 
     # -- publish and take back -------------------------------------------------------------------
 
-    def take(self, size_bytes: int, timeout_seconds: float, kept: Collection[Commit]) -> TurnFile:
+    def take(self, size_bytes: int, timeout_seconds: float, kept: Collection[Commit]) -> PooledFile:
         """Return a file for the next shard that nobody reads.
 
         Raises:
@@ -225,13 +225,13 @@ class Shelf:
         """Return what receives a shard into a file of this rank."""
         return ReceivedShard(lambda size_bytes: self._copies.take(size_bytes, 0.0))
 
-    def publish(self, pending: Path, record: ShardRecord, file: TurnFile | None) -> None:
+    def publish(self, pending: Path, record: ShardRecord, file: PooledFile | None) -> None:
         """Give the own shard, sealed and synced, its name."""
         final = self._publish(pending, record)
         if file is not None:
             self.turns.published_as(file, final)
 
-    def publish_received(self, sink: ReceivedShard, tail: Tail) -> None:
+    def publish_received(self, sink: ReceivedShard, tail: Trailer) -> None:
         """Give a sealed copy its name."""
         assert sink.file is not None
         if not self._in_memory:
@@ -271,7 +271,7 @@ class Shelf:
             except OSError as error:  # it is of a commit that no vote will find whole
                 logger.warning("%s is left of a save that failed: %s", final, error)
 
-    def drop(self, pending: Path, file: TurnFile | None) -> None:
+    def drop(self, pending: Path, file: PooledFile | None) -> None:
         """Take a shard that was not published out of the way."""
         if file is not None:
             self.turns.give_back(file)

@@ -47,7 +47,7 @@ from holdfast.tiers.local.shard_file import UNREAD, RunDirectory, ShardRecord, i
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.nvrx import ShardManager, ShardState
-    from holdfast.tiers.local.pool import TurnFile
+    from holdfast.tiers.local.pool import PooledFile
     from holdfast.tiers.local.reading import LocalContents
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,9 @@ class LocalTier:
         run = RunDirectory(self.directory, run_id, filesystem)
         # Within the stage: where the package is missing on one node only, all hear of it.
         transport = config.replication.transport
-        places = coordinator.together("local prepare", lambda: _prepare(run, rank, node, transport))
+        places = coordinator.all_gather(
+            "local prepare", lambda: _prepare(run, rank, node, transport)
+        )
         if store is not None:
             run.note_store(store)
         engine = import_adapter()
@@ -139,14 +141,14 @@ class LocalTier:
         self.manager: ShardManager = engine.ShardManager(
             run, rank, self.topology, strategy, keep_last, in_memory=self.in_memory
         )
-        self._file: TurnFile | None = None
+        self._file: PooledFile | None = None
         self._newest_sequence = 0
         self._candidate: Candidate | None = None
         self._noted: frozenset[Any] = frozenset()
         """Damage that was known when the candidate was opened."""
         self._opened: LocalContents | None = None
         shelf = self.manager.shelf
-        coordinator.settle("local sweep", lambda: run.sweep(shelf.share()), lambda _: None)
+        coordinator.all_reduce("local sweep", lambda: run.sweep(shelf.share()), lambda _: None)
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class LocalTier:
             return self._group_is_broken()
 
         arenas: list[Arena] = []
-        self._renew_group(coordinator.settle("local begin", take, any))
+        self._renew_group(coordinator.all_reduce("local begin", take, any))
         return arenas[0] if arenas else None
 
     def abandon(self) -> None:
@@ -206,7 +208,7 @@ class LocalTier:
         size = image_bytes(snapshot.arena.layout)
         sealed: list[ShardState] = []
         try:
-            identity = coordinator.lead("local identity", identify)
+            identity = coordinator.broadcast("local identity", identify)
 
             def seal_own() -> tuple[int, int]:
                 pending, tail = seal(snapshot, identity, self.manager.shelf, self._file)
@@ -214,7 +216,7 @@ class LocalTier:
                 sealed.append(engine.ShardState(image, tail, pending, self._file))
                 return snapshot.iteration, size
 
-            total = coordinator.settle("local seal", seal_own, _agree_on_iteration)
+            total = coordinator.all_reduce("local seal", seal_own, _agree_on_iteration)
             self._file = None  # the manager's, from here on
             self.manager.save(sealed[0], snapshot.iteration)
         except BaseException:
@@ -249,7 +251,7 @@ class LocalTier:
         """
         self._return_loan()
         self.manager.coordinator = coordinator
-        self._renew_group(coordinator.settle("local group", self._group_is_broken, any))
+        self._renew_group(coordinator.all_reduce("local group", self._group_is_broken, any))
         verdict = self.manager.vote(objection)
         self._newest_sequence = max(self._newest_sequence, verdict.newest_sequence)
         # What cannot be read at the moment may be the newest commit there is.
@@ -307,7 +309,7 @@ class LocalTier:
         Together with every other rank. Damage that was noted since `open` is enough; without any
         the whole commit is passed over, for this reason.
         """
-        found = coordinator.settle(
+        found = coordinator.all_reduce(
             "local pass over", lambda: not self._noted >= self.manager.recovery.damaged, any
         )
         if not found:
@@ -319,7 +321,7 @@ class LocalTier:
         Raises:
             CorruptCheckpointError: on every rank; call `find` again.
         """
-        problems = coordinator.settle(
+        problems = coordinator.all_reduce(
             "local verify",
             lambda: self.manager.recovery.verify(candidate),
             lambda parts: [each for part in parts for each in part],
@@ -356,7 +358,7 @@ class LocalTier:
         def is_superseded(record: ShardRecord) -> bool:
             return iteration is None or record.iteration > iteration
 
-        coordinator.settle(
+        coordinator.all_reduce(
             "local discard", lambda: self.manager.shelf.discard(is_superseded), lambda _: None
         )
         self.manager.kept = [
@@ -391,7 +393,7 @@ class LocalTier:
         Raises:
             ConfigError: on every rank: it does not fit, with the numbers.
         """
-        sizes = coordinator.together("local budget", lambda: image_size_bytes)
+        sizes = coordinator.all_gather("local budget", lambda: image_size_bytes)
         rank = coordinator.rank
         mates = self.topology.place_mates(rank)
         strategy = self.manager.repl_strategy
@@ -415,7 +417,7 @@ class LocalTier:
             return found
 
         budgets: list[Budget] = []
-        coordinator.settle("local room", lambda: budgets.append(find()), lambda _: None)
+        coordinator.all_reduce("local room", lambda: budgets.append(find()), lambda _: None)
         return budgets[0]
 
     def close(self) -> None:
