@@ -106,7 +106,8 @@ def number(value: float) -> str:
 def render(document: dict[str, Any]) -> str:
     """Return the whole report as text."""
     parts = [_machine(document)]
-    parts += [_state(document, state) for state in document["states"]]
+    # Interrupted before its first round, a state has no samples.
+    parts += [_state(document, each) for each in document["states"] if each in document["samples"]]
     parts += [_bars(document), *_mismatches(document)]
     return "\n\n".join(parts)
 

@@ -12,13 +12,15 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -66,9 +68,13 @@ class Display:
         self._task = self._progress.add_task("training", total=steps, figures="")
         self._messages = _Messages(self.say if rank == 0 else None)
         self._window_began, self._window_tokens = time.perf_counter(), 0
+        self._before: Any = None
+        """What handled SIGTERM before; None: it was not touched."""
 
     def __enter__(self) -> Display:
         self._messages.listen()
+        if not self._progress.disable:  # the bar hides the cursor
+            self._before = signal.signal(signal.SIGTERM, self._end)
         return self
 
     def __exit__(
@@ -79,6 +85,14 @@ class Display:
     ) -> None:
         self._progress.stop()
         self._messages.leave()
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _end(self, number: int, _: FrameType | None) -> None:
+        """Take the bar down, and end as the signal does."""
+        self._progress.stop()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
@@ -99,9 +113,11 @@ class Display:
             self.say(f"starting from step {iteration} with what {where} holds")
         elif iteration > 0:
             self.say(f"resumed from iteration {iteration} of {where}{tier}")
+        elif not isinstance(result, LoadResult):
+            self.say("starting from step 0: the manager found no checkpoint")
         elif store is not None:
             elsewhere = "" if local is None else f" or {local}"
-            self.say(f"starting from step 0: no checkpoint in {store}{elsewhere} yet")
+            self.say(f"starting from step 0: no checkpoint of this run in {store}{elsewhere} yet")
 
     def show_complete(self, step: int) -> None:
         """Say that there is nothing left to train, in a run as long as was asked for or longer."""

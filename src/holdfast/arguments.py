@@ -1,10 +1,10 @@
-"""Check what a caller hands to a manager, before anything is touched.
+"""Check the arguments of a manager's methods before anything is changed.
 
-Owns the checks of contexts, states and listeners, and the rule that one call at a time is inside a
-manager. Promises that a wrong argument is refused at the first call, by name, with what to pass
-instead, and that a second call, from another thread or from inside a callback, raises at once and
-never waits. Accepts any object with the attributes that are read, so that the contexts and states
-of other trainers pass. Looks at no tensor.
+Owns the checks of contexts, states and callback managers, and the rule that only one call at a time
+is inside a manager. Promises that a wrong argument is refused at the first call, by name, with what
+to pass instead, and that a second call, from another thread or from inside a callback, raises at
+once and never waits. Accepts any object with the attributes that are read, so that contexts and
+states of other trainers pass. Reads no tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.caller import THREAD_NAME
+from holdfast.config import CheckpointConfig
 from holdfast.errors import ConcurrentUseError, UnsupportedStateError, WrongArgumentError
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext, Stateful
 
@@ -45,11 +46,11 @@ R = TypeVar("R")
 
 
 def check_save(ctx: Any, callback_manager: Any | None, *, overlaps: bool) -> None:
-    """Check the arguments of `save`; `overlaps`: whether steps wait for what is still copied.
+    """Check the arguments of `save`; `overlaps`: whether optimizer steps wait for the copy.
 
     Raises:
         WrongArgumentError: naming the first argument that is wrong.
-        UnsupportedStateError: `overlaps`, and the step of an optimizer cannot be made to wait.
+        UnsupportedStateError: `overlaps`, and an optimizer has no `register_step_pre_hook`.
     """
     _check_context("save", ctx, CheckpointSaveContext, CheckpointLoadContext, _OF_SAVE)
     if overlaps:
@@ -104,10 +105,10 @@ def check_state(method: str, state: Any) -> None:
 
 
 def _check_context(
-    method: str, ctx: Any, wanted: type[Any], other: type[Any], names: Sequence[str]
+    method: str, ctx: Any, kind: type[Any], other: type[Any], names: Sequence[str]
 ) -> None:
     advice = (
-        f"Pass holdfast.{wanted.__name__}(state, model, optimizer, scheduler) to manager.{method}."
+        f"Pass holdfast.{kind.__name__}(state, model, optimizer, scheduler) to manager.{method}."
     )
     if isinstance(ctx, type | other):
         raise WrongArgumentError(method, "ctx", f"is {_describe(ctx)}", advice)
@@ -189,7 +190,7 @@ def _check_hooks(optimizer: Any) -> None:
 
 
 def _is_optimizer(value: Any) -> bool:
-    """Whether a value is an optimizer, or looks like one as wrappers of optimizers do."""
+    """Whether a value is an optimizer or has its attributes, as wrappers have."""
     if isinstance(value, Optimizer):
         return True
     return (
@@ -201,7 +202,7 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
-    """Say what a value is, briefly: no tensor or dict is ever printed."""
+    """Describe a value briefly, never printing a tensor or dict."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -212,23 +213,48 @@ def _describe(value: Any) -> str:
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
+# -- what ranks must have alike ------------------------------------------------------------------
+
+
+def settings_of_save(config: CheckpointConfig) -> tuple[str, ...]:
+    """Return what ranks must have alike in a save, beside the directory, as `name=value`."""
+    return (
+        f"checkpoint.async_save={config.async_save}",
+        f"checkpoint.local.directory={'null' if config.local.directory is None else 'set'}",
+        f"checkpoint.persistent.from_local={config.persistent.from_local}",
+    )
+
+
+def describe_load(config: CheckpointConfig, ctx: CheckpointLoadContext) -> tuple[str, ...]:
+    """Return the name of a load, and what ranks must have alike in it as `name=value`."""
+    load = config.load
+    name = "the load" if load.step is None else f"the load of step {load.step}"
+    return (
+        name if load.directory is None else f"{name} from {load.directory}",
+        *settings_of_save(config),
+        f"checkpoint.load.verify={load.verify}",
+        f"checkpoint.load.broadcast={load.broadcast}",
+        f"skip_load_to_model_and_opt={bool(ctx.skip_load_to_model_and_opt)}",
+    )
+
+
 # -- one call at a time --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A call that is inside a manager."""
+    """One call inside a manager."""
 
     method: str
     thread: threading.Thread
 
 
 class Calls:
-    """The call that is inside a manager, if there is one."""
+    """The current call inside a manager, if any."""
 
     def __init__(self) -> None:
         self.inside: dict[str, _Call] = {}
-        """At most one entry. A dict, since `setdefault` lets exactly one thread in."""
+        """At most one entry. A dict, since `setdefault` is atomic: exactly one thread enters."""
 
 
 class _HasCalls(Protocol):
@@ -243,7 +269,7 @@ def one_at_a_time(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenat
     """Refuse a call of the method while another call is inside the same manager.
 
     The manager keeps its `Calls` in `_calls_inside`. The decorated method raises
-    ConcurrentUseError at once, whether the other call is of another thread or of this one.
+    ConcurrentUseError at once, whether the other call is on another thread or on this one.
     """
     name = method.__name__
 
@@ -255,11 +281,11 @@ def one_at_a_time(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenat
             other = inside.setdefault("call", this_call)
             if other is not this_call:
                 if _is_running(other):
-                    raise _word_conflict(name, other, this_call.thread)
-                inside["call"] = this_call  # an interrupt kept the other from signing out
+                    raise _make_conflict_error(name, other, this_call.thread)
+                inside["call"] = this_call  # an interrupt kept the other from removing its entry
             return method(manager, *args, **kwargs)
         finally:
-            # No function is called here: an interrupt would come between a call and the next line.
+            # Call no function here: an interrupt could come between the call and the next line.
             if "call" in inside and inside["call"] is this_call:
                 del inside["call"]
 
@@ -267,7 +293,7 @@ def one_at_a_time(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenat
 
 
 def _is_running(call: _Call) -> bool:
-    """Whether a call is still on the stack of its thread; asked by the entry of another call."""
+    """Whether a call is still on the stack of its thread; called by `enter` of another call."""
     entry = sys._getframe(1).f_code  # all entries share their code
     frame: FrameType | None = sys._current_frames().get(call.thread.ident or 0)
     while frame is not None:
@@ -277,7 +303,7 @@ def _is_running(call: _Call) -> bool:
     return False
 
 
-def _word_conflict(name: str, other: _Call, thread: threading.Thread) -> ConcurrentUseError:
+def _make_conflict_error(name: str, other: _Call, thread: threading.Thread) -> ConcurrentUseError:
     if other.thread is thread or thread.name == THREAD_NAME:
         return ConcurrentUseError(
             f"manager.{name} was called from inside manager.{other.method}, by a callback, a hook "

@@ -2,23 +2,23 @@
 
 Python runs signal handlers on the main thread, between any two instructions: Ctrl-C, or a handler
 that raises, could otherwise leave a save half staged, a lock held or an outcome lost. Owns the
-thread of one call, the wait of its caller, and the question whether the caller is still there.
-Promises that a call which has begun is carried to its end; that an interrupt is raised when the
-call has ended, or after a short patience at once; that a caller who left early is known to have
-left (it never has to say so), so that nothing which needed it to wait is trusted; and that the next
-call begins when the last one has ended. The caller's thread uses no lock that an interrupt could
-leave held. Modes of the caller's thread (autograd, default device) do not reach the call; context
-variables and the CUDA device and streams do.
+thread of one call, the wait of its caller, and the check whether the caller still waits. Promises
+that a call which has begun runs to its end; that an interrupt is raised when the call has ended, or
+after a short patience; that a caller that stopped waiting early is detected without its help, so
+that nothing which relies on its waiting is trusted; and that the next call begins only when the
+last one has ended. The caller's thread uses no lock that an interrupt could leave held. Modes of
+the caller's thread (autograd, default device) do not apply to the call; context variables and the
+CUDA device and streams do.
 
-`in_normal_mode` is for tensors that outlive a call: one made in inference mode can never be changed
-in place outside it. Default dtype, default device, autocast and determinism need no guard: what is
-made here names its own dtype and device and computes nothing.
+`in_normal_mode` is for tensors that outlive a call: one created in inference mode can never be
+changed in place outside it. Default dtype, default device, autocast and determinism need no guard:
+what is created here names its dtype and device and computes nothing.
 """
 
 from __future__ import annotations
 
 import _thread
-import concurrent.futures.thread  # noqa: F401  # its own end of a program comes after ours
+import concurrent.futures.thread  # noqa: F401  # imported first: its exit hook runs after ours
 import contextvars
 import logging
 import os
@@ -37,25 +37,25 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 THREAD_NAME = "holdfast-call"
-"""Of the thread of a call; callbacks and hooks run on it."""
+"""Name of the thread of a call, on which callbacks and hooks run."""
 _TICK_SECONDS = 0.05
-"""A wake-up that an interrupt swallowed costs who waits no more than this."""
+"""The longest delay for a waiting thread whose wake-up was lost to an interrupt."""
 
 _unfinished: set[Call[Any]] = set()
 
 
 class CallerLeftError(Exception):
-    """Whoever made a call was interrupted and no longer waits for it."""
+    """The caller of a call was interrupted and no longer waits for it."""
 
 
 _current: contextvars.ContextVar[Call[Any] | None] = contextvars.ContextVar("call", default=None)
 
 
 def stop_if_left() -> None:
-    """End long work that nobody waits for any more; called now and then by what a load does.
+    """End long work whose caller no longer waits; called regularly during a load.
 
     Raises:
-        CallerLeftError: the next call, or the end of the program, waits for this one to end.
+        CallerLeftError: the next call, or the program's exit, waits for this call to end.
     """
     call = _current.get()
     if call is not None and call.is_given_up:
@@ -63,31 +63,31 @@ def stop_if_left() -> None:
 
 
 class Gate:
-    """What the thread of a call lets the threads of its work know; they wait for it."""
+    """A one-time signal (continue or fail) from the thread of a call to its worker threads."""
 
     def __init__(self) -> None:
         self._decided = threading.Event()
         self._error: Exception | None = None
 
     def open(self) -> None:
-        """Let them go on."""
+        """Let the waiting threads continue."""
         self._decided.set()
 
     def fail(self, error: Exception) -> None:
-        """Let them fail, unless they have gone on."""
+        """Let the waiting threads fail, unless the gate is already open."""
         if not self._decided.is_set():
             self._error = error
             self._decided.set()
 
     def wait(self) -> None:
-        """Return when it was opened; raise what it failed with."""
+        """Wait until the gate is open; raise the error it failed with."""
         self._decided.wait()
         if self._error is not None:
             raise self._error
 
 
 class Call(Generic[T]):
-    """One call, shared by its thread and its caller."""
+    """One call, shared between its thread and its caller."""
 
     def __init__(self, name: str, work: Callable[[Call[T]], T]) -> None:
         self.name = name
@@ -101,7 +101,7 @@ class Call(Generic[T]):
         self.is_given_up = False
         self._context = contextvars.copy_context()
         self._on_device = _devices_of_caller()
-        # Locks of C: an interrupt finds each taken or not, and never in between.
+        # C-level locks: on an interrupt each is acquired or not, never in between.
         self._claim = _thread.allocate_lock()
         self._caller_wakes = _thread.allocate_lock()
         self._thread_wakes = _thread.allocate_lock()
@@ -111,10 +111,10 @@ class Call(Generic[T]):
     # -- on its thread ---------------------------------------------------------------------------
 
     def confirm(self) -> None:
-        """Return when the caller was found waiting: until here it has changed nothing.
+        """Return once the caller is known to be waiting, so that it has changed nothing until now.
 
         Raises:
-            CallerLeftError: it has left; what needed it to wait cannot be trusted.
+            CallerLeftError: it no longer waits; what relies on its waiting cannot be trusted.
         """
         self._asks = True
         _release(self._caller_wakes)
@@ -124,7 +124,7 @@ class Call(Generic[T]):
             self._thread_wakes.acquire(timeout=_TICK_SECONDS)
 
     def carry_out(self) -> None:
-        """Do the work, unless the call was dropped; whatever ends it is kept for the caller."""
+        """Do the work, unless the call was dropped; keep its value or error for the caller."""
         if not self.claim():
             return
         work, self._work = self._work, None
@@ -133,7 +133,7 @@ class Call(Generic[T]):
             with self._on_device():
                 self._context.run(_current.set, self)
                 self._value = self._context.run(work, self)
-        except BaseException as error:  # noqa: BLE001  # raised where the caller waits
+        except BaseException as error:  # noqa: BLE001  # raised in the waiting caller
             self.error = error
         finally:
             del work
@@ -144,7 +144,7 @@ class Call(Generic[T]):
     # -- where it is waited for ------------------------------------------------------------------
 
     def answer(self) -> None:
-        """Wait a little; say that the caller is here, if that is asked."""
+        """Wait briefly; confirm that the caller is waiting, if `confirm` asks."""
         if self._asks and not self._is_answered:
             self._is_answered = True
             _release(self._thread_wakes)
@@ -152,11 +152,11 @@ class Call(Generic[T]):
             self._caller_wakes.acquire(timeout=_TICK_SECONDS)
 
     def claim(self) -> bool:
-        """Whether it falls to this thread to carry the call out, or to drop it; only once."""
+        """Claim the call, to carry it out or to drop it; True only for the first claim."""
         return self._claim.acquire(blocking=False)
 
     def give_up(self) -> None:
-        """Record that the caller has left, and wait for the end."""
+        """Record that the caller no longer waits, and wait for the end of the call."""
         self.is_given_up = True
         _release(self._thread_wakes)
         if self.claim():  # it was interrupted before its thread was started
@@ -169,7 +169,7 @@ class Call(Generic[T]):
     @property
     def value(self) -> T:
         """What the work returned."""
-        return self._value  # type: ignore[return-value]  # it is done, and raised nothing
+        return self._value  # type: ignore[return-value]  # read only after success
 
     def was_told(self) -> bool:
         """Whether its error was raised to the caller."""
@@ -182,11 +182,11 @@ class Call(Generic[T]):
 
 
 class Caller:
-    """Carries out the calls of one manager, one at a time."""
+    """Runs the calls of one manager, one at a time."""
 
     def __init__(self) -> None:
         self._last: Call[Any] | None = None
-        """The last call, until its result was handed over."""
+        """The last call, until its result was returned."""
 
     def run(
         self,
@@ -195,19 +195,19 @@ class Caller:
         *,
         patience_seconds: float,
     ) -> T:
-        """Carry out a call and return what it returns, or raise what it raises.
+        """Run a call and return what it returns, or raise what it raises.
 
         An interrupt is raised when the call has ended, or `patience_seconds` later at the latest; a
-        second one at once. The call goes on meanwhile, and the next one waits for its end.
+        second one at once. The call continues meanwhile, and the next one waits for its end.
 
         One call at a time: see `arguments.one_at_a_time`.
         """
         if self._last is not None:
-            self._settle(self._last)
+            self._end_last(self._last)
         call = Call(name, work)
         self._last = call
         _unfinished.add(call)
-        _wait_at_the_end()
+        _wait_at_exit()
         _thread.start_new_thread(_launch, (call,))
         interrupt: BaseException | None = None
         until = 0.0
@@ -216,7 +216,7 @@ class Caller:
                 call.answer()
             except BaseException as error:
                 if interrupt is not None:
-                    raise  # asked for twice
+                    raise  # the second interrupt
                 interrupt, until = error, time.monotonic() + patience_seconds
         if interrupt is not None:
             raise interrupt from call.error
@@ -227,13 +227,13 @@ class Caller:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the last call has ended, and handed its result over."""
+        """Whether the last call has ended and returned its result."""
         return self._last is None
 
-    def _settle(self, last: Call[Any]) -> None:
-        """Let the last call end, if whoever made it has left, and tell what it could not."""
+    def _end_last(self, last: Call[Any]) -> None:
+        """Wait for the end of a call whose caller left, and log an error that was not raised."""
         if last.process != os.getpid():
-            self._last = None  # of the process that this one was forked from
+            self._last = None  # a call of the process that this one was forked from
             return
         if not last.is_done:
             last.give_up()
@@ -246,19 +246,19 @@ _RUN = Caller.run.__code__
 
 
 def _launch(call: Call[Any]) -> None:
-    """Start the thread of a call, from a bare one: an interrupt could break the start itself."""
+    """Start the thread of a call, itself on a bare thread: an interrupt could break the start."""
     threading.Thread(target=call.carry_out, name=THREAD_NAME, daemon=True).start()
 
 
 def _release(lock: Any) -> None:
     try:
         lock.release()
-    except RuntimeError:  # nobody has waited since it was last released
+    except RuntimeError:  # not acquired since it was last released
         return
 
 
 def _devices_of_caller() -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes the GPU and the streams of this thread current in another one."""
+    """Return a function that makes this thread's GPU and streams current in another thread."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return ExitStack
@@ -276,18 +276,18 @@ def _devices_of_caller() -> Callable[[], AbstractContextManager[Any]]:
 
 
 @cache
-def _wait_at_the_end() -> None:
-    """Let the end of the program wait for calls that were left, while thread pools still work."""
+def _wait_at_exit() -> None:
+    """Make the program's exit wait for abandoned calls, while thread pools still work."""
     register: Any = getattr(threading, "_register_atexit", None)
     if register is not None:
         try:
             register(end_calls)
-        except RuntimeError:  # the program is ending already
+        except RuntimeError:  # the program is already exiting
             return
 
 
 def end_calls() -> None:
-    """Let every call end whose caller has left; the program is ending. Ctrl-C ends the wait."""
+    """Wait at the program's exit for calls whose caller left. Ctrl-C ends the wait."""
     for call in list(_unfinished):
         if call.is_done or call.process != os.getpid():
             continue
@@ -304,6 +304,6 @@ P = ParamSpec("P")
 
 
 def in_normal_mode(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a function outside inference mode, and without gradients."""
-    # Leaving inference mode turns gradients on: they are turned off within.
+    """Run a function outside inference mode and without gradients."""
+    # Leaving inference mode enables gradients, so no_grad is applied inside.
     return torch.inference_mode(False)(torch.no_grad()(function))

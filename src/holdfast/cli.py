@@ -1,17 +1,19 @@
-"""The command line: look at a store and check it, without torch.
+"""The command line: list and verify a store, without torch.
 
-Owns the commands `ls` and `verify`, what they print, and their exit codes: 0 sound, 1 damage found,
-2 the question itself was wrong or could not be answered, or a later version wrote what was asked
-about, 130 interrupted. Promises to read only, and to name every damaged file with its byte range.
-Refuses to load tensors.
+Owns the commands `ls` and `verify`, their output, and their exit codes: 0 sound; 1 damage found; 2
+wrong arguments, an error that prevents an answer, or a checkpoint of a later version; 130
+interrupted. Promises to read only, and to name every damaged file with its byte range. Loads no
+tensors.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from holdfast.storage.store import Checkpoint, Listing, Store, parse_checkpoint_
 
 @dataclass(frozen=True)
 class _Target:
-    """What a path on the command line stands for: a store, and one iteration of it or all."""
+    """What a path on the command line names: a store, and one iteration of it or all."""
 
     store: Store
     iteration: int | None
@@ -53,12 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"holdfast: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of the output has closed it: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # the shell's code for a program ended by SIGPIPE
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"holdfast: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # as the shell has it for a program that Ctrl-C ended
+        return 130  # the shell's code for a program ended by Ctrl-C
     return code
 
 
@@ -67,6 +72,11 @@ def _ls(parsed: argparse.Namespace) -> int:
     listing = _selected(target)
     tracker, problem = target.store.read_tracker()
     run_id = RunIdentity(target.store.root, LocalFilesystem()).read_run_id()
+    found = listing.checkpoints or listing.broken or listing.too_new
+    if not found and run_id is None:
+        raise CheckpointNotFoundError(
+            f"{parsed.directory} holds no checkpoint.{_suggest(target.store.root)}"
+        )
     if parsed.json:
         checkpoints = [
             {
@@ -105,7 +115,7 @@ def _ls(parsed: argparse.Namespace) -> int:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
-    elif not listing.broken and not listing.too_new:
+    elif not found:
         print("  no checkpoints")
     for new in listing.too_new:
         print(f"  unknown: {new.path} {new.error.summary}")
@@ -117,7 +127,7 @@ def _ls(parsed: argparse.Namespace) -> int:
 
 
 def _exit_code(is_damaged: bool, listing: Listing) -> int:
-    """What this version cannot read is not damaged, and not known to be sound either."""
+    """A checkpoint of a later version is neither damaged nor known to be sound."""
     if is_damaged:
         return 1
     return 2 if listing.too_new else 0
@@ -127,7 +137,9 @@ def _verify(parsed: argparse.Namespace) -> int:
     target = _find_target(parsed.directory)
     listing = _selected(target)
     if not (listing.checkpoints or listing.broken or listing.too_new):
-        raise CheckpointNotFoundError(f"{parsed.directory} holds no checkpoint.")
+        raise CheckpointNotFoundError(
+            f"{parsed.directory} holds no checkpoint.{_suggest(target.store.root)}"
+        )
     results = [
         {"path": str(each.path), "size_bytes": each.manifest.size_bytes,
          "damages": [
@@ -153,7 +165,8 @@ def _verify(parsed: argparse.Namespace) -> int:
             print(f"  {damage.removeprefix(str(result['path']) + ': ')}")
     for new in listing.too_new:
         print(f"{new.path}: NOT READ, it {new.error.summary}")
-    print(f"{len(results)} checkpoints read, {damaged} damaged")
+    plural = "" if len(results) == 1 else "s"
+    print(f"{len(results)} checkpoint{plural} read, {damaged} damaged")
     return _exit_code(damaged > 0, listing)
 
 
@@ -165,6 +178,16 @@ def _find_target(directory: Path) -> _Target:
     iteration = parse_checkpoint_name(path.name)
     root = path if iteration is None else path.parent
     return _Target(Store(root, filesystem), iteration)
+
+
+def _suggest(directory: Path) -> str:
+    """Return the end of a message: a directory in this one that holds checkpoints, if there is."""
+    filesystem = LocalFilesystem()
+    with suppress(OSError):
+        for each in sorted(directory.iterdir()):
+            if each.is_dir() and Store(each, filesystem).listing().checkpoints:
+                return f" Did you mean {each}?"
+    return ""
 
 
 def _selected(target: _Target) -> Listing:

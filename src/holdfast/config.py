@@ -1,9 +1,9 @@
-"""What a run may ask of its checkpoints: plain dataclasses with types, checks and safe defaults.
+"""The settings of checkpoints: plain dataclasses with types, checks and safe defaults.
 
 Owns every setting, its meaning and its limits. Promises that all problems of a configuration are
-reported at once, each with the path of its field, and that a setting without effect beside the
-others is warned about. Refuses to know Hydra (`hydra_schema` registers these classes with it) and
-to read files. `null` means off: there are no `enabled` flags.
+reported at once, each with the path of its field, and that a setting without effect given the
+others causes a warning. Does not depend on Hydra (`hydra_schema` registers these classes) and reads
+no files. `null` means off: there are no `enabled` flags.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _OVERRIDABLE = ("optimizer", "scheduler", "data", "rng", "train_state")
 
 @dataclass
 class KeepConfig:
-    """Which committed checkpoints stay; the newest and the tracker's target always do."""
+    """Which committed checkpoints are kept; the newest and the tracker's target always are."""
 
     last: int | None = 3
-    """The newest this many, by order of commit. None: all of them."""
+    """How many of the newest to keep, by order of commit. None: all of them."""
 
 
 @dataclass
@@ -52,13 +52,13 @@ class PersistentConfig:
 
     directory: str | None = None
     save_interval: int | None = 1000
-    """Iterations between saves, for the loop that asks. None: no periodic save."""
+    """Iterations between saves, for loops that read it. None: no periodic save."""
     keep: KeepConfig = field(default_factory=KeepConfig)
     from_local: bool = False
-    """Whether a save is committed locally first and promoted from there beside training, while
-    local saves go on. Needs a local tier in RAM; elsewhere both are written before the next."""
+    """Whether a save is committed locally first and promoted from there in the background, while
+    local saves continue. Needs a local tier in RAM; otherwise both are written before the next."""
     write_mib_per_second: float | None = None
-    """How fast each rank writes at most, to leave others their share. None: as fast as it goes."""
+    """Write limit of each rank, to leave bandwidth to other jobs. None: no limit."""
 
     @property
     def write_bytes_per_second(self) -> float | None:
@@ -78,11 +78,11 @@ class ReplicationConfig:
     """Copies of each local shard file on other nodes."""
 
     factor: int = 1
-    """Copies in all; 1: no replication."""
+    """Total number of copies; 1: no replication."""
     jump: int | None = None
     """Distance in ranks between the holders of one shard. None: computed from the host names."""
     transport: str = "gloo"
-    """How copies travel: `gloo`, out of host memory; `nccl`, through each rank's GPU."""
+    """How copies are sent: `gloo`, from host memory; `nccl`, through each rank's GPU."""
 
 
 @dataclass
@@ -98,15 +98,15 @@ class LocalConfig:
 
 @dataclass
 class PretrainedConfig:
-    """Where a run starts from while it has no checkpoint of its own, in any tier."""
+    """The checkpoint that a run starts from while it has none of its own in any tier."""
 
     directory: str | None = None
     """A store or one checkpoint of another run. None: the run starts from its own model."""
     step: int | None = None
-    """Exactly this iteration of it. None: the newest that can be loaded."""
+    """The iteration to load, and no other. None: the newest that can be loaded."""
     what: str = "weights"
-    """`weights`: the model alone, with fresh counters, optimizer, scheduler, data and random
-    numbers; `everything`: as if the run went on."""
+    """`weights`: the model only, with fresh counters, optimizer, scheduler, data and random
+    numbers; `everything`: as if that run continued."""
 
 
 @dataclass
@@ -115,31 +115,31 @@ class LoadConfig:
 
     directory: str | None = None
     """A store, or one `iter_*` directory of it. None, or the persistent tier's own directory in any
-    spelling: the newest checkpoint of this run, in whichever tier."""
+    spelling: the newest checkpoint of this run, in either tier."""
     step: int | None = None
-    """Exactly this iteration, never another; applied once per run. None: the newest that can be
+    """The iteration to load, and no other; applied once per run. None: the newest that can be
     loaded."""
     pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     strict: bool = True
-    """Whether every name must be on both sides."""
+    """Whether checkpoint and live state must have the same names."""
     verify: str = "while_reading"
-    """`while_reading`: in the pass that fills the tensors, if the reader can; `first`: before."""
+    """`while_reading`: in the pass that fills the tensors, if possible; `first`: before it."""
     broadcast: bool = False
     """Whether a tensor that every rank needs in full is read by one rank and sent to the others."""
     on_missing: str = "start_fresh"
-    """What an empty store means: `start_fresh` or `error`."""
+    """What to do with an empty store: `start_fresh` or `error`."""
     accept_data_restart: bool = False
-    """Whether data that cannot follow to another data-parallel size may start over."""
+    """Whether data that cannot be resharded to another data-parallel size may start over."""
     rng: bool = True
     """Whether random number generators are restored."""
     override: list[str] = field(default_factory=list)
-    """What keeps its live value: `optimizer.<option>`, `optimizer`, `scheduler`, `data`, `rng`,
-    `train_state` (but for its step), `train_state.<field>`."""
+    """State that keeps its live value: `optimizer.<option>`, `optimizer`, `scheduler`, `data`,
+    `rng`, `train_state` (except its step), `train_state.<field>`."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Everything a checkpoint manager is told."""
+    """All settings of a checkpoint manager."""
 
     custom_manager_class: str | None = None
     """`package.module.Class` of the manager to use; None: holdfast's own. This runs its code."""
@@ -153,33 +153,33 @@ class CheckpointConfig:
     """Whether `save` returns once the snapshot is taken and a thread writes it."""
     staging: str = "blocking"
     """`blocking` copies before `save` returns; `overlapped` copies what only an optimizer step
-    changes beside the next forward and backward, and each optimizer's step waits for it."""
+    changes during the next forward and backward, and each optimizer's step waits for it."""
     on_save_failure: str = "raise"
-    """`raise` ends the run with the error; `warn` trains on without that checkpoint."""
+    """`raise` ends the run with the error; `warn` continues without that checkpoint."""
     save_failure_limit: int | None = 3
-    """With `warn`: the failure in a row of one tier that is raised after all. None: no limit."""
+    """With `warn`: raise at this many consecutive failures of one tier. None: no limit."""
     allow_rewind: bool = False
     """Whether a save may have a lower step than the one last loaded or saved; it then supersedes
     the checkpoints of higher steps."""
     alarm_after_seconds: float | None = None
     """How long nothing may be committed to the persistent tier before rank 0 warns, at growing
-    intervals. None: three save intervals as measured, at least a minute; infinite: never."""
+    intervals. None: three measured save intervals, at least a minute; infinite: never."""
     alarm_stops: bool = False
-    """Whether the next save then raises on all ranks."""
+    """Whether the next save after that limit raises on all ranks."""
     permissions: str = "private"
-    """Who may read what is created: `private`, its owner alone; `umask`, as the process says."""
+    """Who may read created files: `private`, only the owner; `umask`, as the umask allows."""
     timeout_seconds: float = 600.0
-    """How long ranks wait for one another in any stage."""
+    """How long ranks wait for each other in a stage."""
     persistent: PersistentConfig = field(default_factory=PersistentConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> CheckpointConfig:
-        """Build and validate from a nested mapping, for people without Hydra.
+        """Build and validate from a nested mapping, for use without Hydra.
 
         Raises:
-            ConfigError: unknown fields, wrong types or impossible values; all of them.
+            ConfigError: with all unknown fields, wrong types and impossible values.
         """
         problems: list[str] = []
         config: CheckpointConfig = _build(cls, values, "checkpoint", problems)
@@ -190,7 +190,7 @@ class CheckpointConfig:
         return config
 
     def validate(self) -> None:
-        """Check every value and warn of every setting without effect.
+        """Check every value and warn about every setting without effect.
 
         Raises:
             ConfigError: with all problems at once.
@@ -203,7 +203,7 @@ class CheckpointConfig:
         self.warn_without_effect()
 
     def problems(self) -> list[str]:
-        """Name every impossible value, assuming that types are right; empty: none."""
+        """Return a message per impossible value, assuming correct types; empty: none."""
         found: list[str] = []
 
         def require(holds: bool, path: str, rule: str) -> None:
@@ -284,15 +284,15 @@ class CheckpointConfig:
             require(
                 self.local.keep.last is not None and self.local.keep.last >= 2,
                 "local.keep.last",
-                f"is {self.local.keep.last}; it must be 2 or more: one whole checkpoint stands "
-                "while the next is made",
+                f"is {self.local.keep.last}; it must be 2 or more: one complete checkpoint must "
+                "remain while the next is written",
             )
         return found
 
     def with_expanded_paths(self, base: str) -> CheckpointConfig:
-        """Return a copy in which every path is absolute, `~` and $VARIABLES replaced.
+        """Return a copy in which every path is absolute, with `~` and $VARIABLES replaced.
 
-        `base`: what relative ones are relative to, whatever the working directory is later.
+        `base`: the directory of relative paths, independent of later changes of directory.
         """
         expanded = copy.copy(self)
         expanded.persistent = copy.copy(self.persistent)
@@ -308,7 +308,7 @@ class CheckpointConfig:
         return expanded
 
     def warn_without_effect(self) -> None:
-        """Warn once of every known setting that changes nothing beside the others."""
+        """Warn once about every known setting that has no effect given the others."""
         inert = []
         if self.staging == "overlapped" and not self.async_save:
             inert.append("checkpoint.staging=overlapped: async_save is false, nothing is staged")
@@ -342,10 +342,10 @@ class CheckpointConfig:
 
 
 def read_config(given: Any) -> CheckpointConfig:
-    """Return a config that was given as one, as a mapping, or as a DictConfig.
+    """Return a config from a config, a mapping or a DictConfig.
 
     Raises:
-        ConfigError: it is nothing of that kind, or a mapping with problems; all of them.
+        ConfigError: it is none of these, or a mapping with problems; all are listed.
     """
     if isinstance(given, CheckpointConfig):
         return given
@@ -359,7 +359,7 @@ def read_config(given: Any) -> CheckpointConfig:
 
 
 def _resolve(given: Any) -> Any:
-    from omegaconf import OmegaConf  # where somebody has made one, it is imported already
+    from omegaconf import OmegaConf  # given a DictConfig, it is already imported
     from omegaconf.errors import OmegaConfBaseException
 
     try:
@@ -378,7 +378,7 @@ def _name_kind(value: Any) -> str:
 
 
 def expand_path(value: str | os.PathLike[str]) -> str:
-    """Return a configured path as a text with `~` and $VARIABLES replaced."""
+    """Return a configured path as a string with `~` and $VARIABLES replaced."""
     return os.path.expanduser(os.path.expandvars(os.fspath(value)))
 
 
@@ -394,7 +394,7 @@ def _is_run_id(value: str) -> bool:
 
 
 def _find_remedy(kind: type[Any], path: str, where: str, value: Any) -> str:
-    """Say which setting was meant by an unknown one, or which there are in its section."""
+    """Return which setting an unknown one probably meant, or list those of its section."""
     inner = next(iter(value), None) if isinstance(value, Mapping) else None
     typed = (where if inner is None else f"{where}.{inner}").removeprefix("checkpoint.")
     settings = list_settings(CheckpointConfig)
@@ -409,7 +409,7 @@ def _find_remedy(kind: type[Any], path: str, where: str, value: Any) -> str:
 
 
 def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
-    """Make a dataclass from a mapping, listing every unknown name and wrong type."""
+    """Build a dataclass from a mapping; list every unknown name and wrong type."""
     result = kind()
     if not isinstance(values, Mapping):
         problems.append(f"{path} is {values!r}; it must be a mapping")
@@ -435,7 +435,7 @@ def _is_path(value: Any, where: str) -> bool:
 
 
 def _with_sound_types(node: Any, path: str, problems: list[str]) -> Any:
-    """Copy a dataclass tree; list every value of the wrong type and put the default there."""
+    """Copy a dataclass tree; list every value of a wrong type and use its default instead."""
     sound = copy.copy(node)
     hints = get_type_hints(type(node))
     for each in fields(node):
@@ -470,13 +470,13 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     names = {
-        int: "a whole number", float: "a number", str: "a text", bool: "true or false",
+        int: "a whole number", float: "a number", str: "a string", bool: "true or false",
         type(None): "null",
     }  # fmt: skip
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in get_args(hint))
     if get_origin(hint) is list:
-        return "a list of texts"
+        return "a list of strings"
     if is_dataclass(hint):
         return f"a {getattr(hint, '__name__', hint)}"
     return names.get(hint, "a mapping")

@@ -1,9 +1,9 @@
 """Every error that holdfast raises on purpose, as one tree.
 
-Owns the types and the fields they carry; each also derives from the builtin that it resembles, so
-that code which never heard of holdfast still catches it. Promises that a message says what
-happened, where, and what to do, in at most three lines, and that every error survives pickling with
-its fields (ranks send failures to one another). Refuses to hold policy: who raises, decides.
+Owns the types and their fields; each also derives from the builtin that it resembles, so that code
+unaware of holdfast still catches it. Promises that a message says what happened, where, and what to
+do, in at most three lines, and that every error survives pickling with its fields (ranks send
+failures to each other). Holds no policy: the code that raises decides.
 
     CheckpointError
     |-- ConfigError                    (ValueError)       every problem of a configuration at once
@@ -12,29 +12,29 @@ its fields (ranks send failures to one another). Refuses to hold policy: who rai
     |-- ManagerImportError             (ImportError)      its module cannot be imported
     |-- ManagerNotFoundError           (AttributeError)   its module has no such class
     |-- ManagerShapeError              (TypeError)        it is not a checkpoint manager
-    |-- WrongArgumentError             (TypeError)        an argument of the wrong kind, by name
+    |-- WrongArgumentError             (TypeError)        an argument of the wrong kind
     |-- ConcurrentUseError             (RuntimeError)     a call while another is in the manager
-    |-- CheckpointNotFoundError        (FileNotFoundError) what was asked for is not there
+    |-- CheckpointNotFoundError        (FileNotFoundError) what was requested does not exist
     |-- CorruptCheckpointError         (ValueError)       bytes differ from the manifest
     |-- FormatTooNewError              (ValueError)       written by a later version of holdfast
     |-- NoLoadableCheckpointError      (RuntimeError)     candidates exist, none can be loaded
     |   `-- StatePartlyLoadedError                        ... and live state was already overwritten
     |-- StateMismatchError             (ValueError)       names or shapes differ from the live state
     |   `-- NothingFitsError                              ... and not one tensor of the model fits
-    |-- NothingLoadedError             (RuntimeError)     asked for again, and no load has found it
+    |-- NothingLoadedError             (RuntimeError)     state requested that no load has found
     |-- UnsupportedStateError          (TypeError)        state that no safe loader could read back
     |-- DataReshardError               (ValueError)       data state of another world size
     |-- StepRewoundError               (ValueError)       a save below the step loaded or saved last
     |-- StoreIdentityError             (ValueError)       the store belongs to another run
     |   |-- StoreNotLoadedError                           first save beside checkpoints never loaded
-    |   |-- OwnCheckpointsExistError                      a load from elsewhere beside own ones
+    |   |-- OwnCheckpointsExistError                      a load from elsewhere in spite of own ones
     |   `-- SupersededAttemptError                        a newer attempt of this run has taken over
     |-- StoreNotWritableError          (OSError)          the store cannot be written at all
     |-- CheckpointOverdueError         (TimeoutError)     nothing durable for too long
     |-- SaveAbandonedError             (RuntimeError)     a save that was interrupted too early
     |-- LoadIncompleteError            (RuntimeError)     a save after a load that did not complete
     |-- NotEnoughMemoryError           (MemoryError)      a snapshot that would not fit
-    |-- NoFileFreeError                (TimeoutError)     every local file was being read
+    |-- NoFileFreeError                (TimeoutError)     every local buffer was being read
     `-- StageFailedError               (RuntimeError)     a stage failed, on which ranks and why
         |-- StageTimeoutError          (TimeoutError)     ranks that never reached a stage
         `-- SaveFailedError                               the save that a stage belonged to
@@ -67,13 +67,13 @@ class CheckpointError(Exception):
 
 
 def _rebuild(kind: type[CheckpointError], message: str, fields: dict[str, Any]) -> CheckpointError:
-    # The builtin whose memory layout the type has; `kind.__new__` finds the first builtin by name,
-    # which for an error that is two builtins is the wrong one.
+    # Find the builtin whose memory layout the type has; `kind.__new__` is the first builtin's,
+    # which is the wrong one for an error that derives from two builtins.
     builtin: Any = kind
     while builtin.__module__ != "builtins":
         builtin = builtin.__base__
     error: CheckpointError = builtin.__new__(kind, message)
-    builtin.__init__(error, message)  # sets what lives outside __dict__, such as ImportError.msg
+    builtin.__init__(error, message)  # sets attributes outside __dict__, such as ImportError.msg
     error.__dict__.update(fields)
     return error
 
@@ -114,16 +114,16 @@ class WrongArgumentError(CheckpointError, TypeError):
         self.method = method
         """`save`, `load`, `finalize_async_saves`."""
         self.argument = argument
-        """Its name, or the dotted name of the part that is wrong."""
+        """Its name, or the dotted name of the wrong part."""
         super().__init__(f"{method}: {argument} {found}.\n{advice}")
 
 
 class ConcurrentUseError(CheckpointError, RuntimeError):
-    """A manager was called while another call was inside it; the other call goes on unharmed."""
+    """A manager was called while another call was inside it; the other call is not affected."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """A checkpoint, store or file that was asked for does not exist."""
+    """A requested checkpoint, store or file does not exist."""
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
@@ -134,12 +134,12 @@ class CorruptCheckpointError(CheckpointError, ValueError):
         """The damaged file or directory."""
         self.reason = reason
         self.byte_range = byte_range
-        """The block concerned, ends included; None: the whole."""
+        """First and last byte of the damaged block; None: the whole file or directory."""
         super().__init__(join_path(path, reason))
 
 
 def join_path(path: str, reason: str) -> str:
-    """Put a path before a reason; of a file in it, which the reason names, the path stands once."""
+    """Put a path before a reason, without repeating it if the reason begins with it."""
     inner = reason_inside(path, reason)
     if inner == reason:
         return f"{path}: {reason}"
@@ -147,7 +147,7 @@ def join_path(path: str, reason: str) -> str:
 
 
 def reason_inside(path: str, reason: str) -> str:
-    """Return a reason without the path that it begins with, or the last part of that."""
+    """Return a reason without the path, or the last part of it, that it begins with."""
     for prefix in (f"{path}: ", f"{path}/", f"{path.rpartition('/')[2]}/"):
         if reason.startswith(prefix):
             return reason.removeprefix(prefix)
@@ -157,17 +157,17 @@ def reason_inside(path: str, reason: str) -> str:
 class FormatTooNewError(CheckpointError, ValueError):
     """A file was written by a later version of holdfast and cannot be understood by this one.
 
-    It is never taken for damage, and never passed over in favour of an older checkpoint.
+    It is never treated as damage, and never skipped in favour of an older checkpoint.
     """
 
     def __init__(self, path: str, found: str, known: str, sequence: int | None = None) -> None:
         self.path = path
         self.found = found
-        """What the file says of its format: `format 2`, or a feature that a reader must know."""
+        """The format of the file, such as `format 2`, or a feature that it requires."""
         self.known = known
-        """What this version reads."""
+        """The formats that this version reads."""
         self.sequence = sequence
-        """The place in the order of commits, where it could be read."""
+        """Its sequence number, if it could be read."""
         self.summary = f"is of {found}; this version of holdfast reads {known}"
         super().__init__(
             f"{path} {self.summary}.\n"
@@ -181,7 +181,7 @@ class NoLoadableCheckpointError(CheckpointError, RuntimeError):
     def __init__(self, root: str, reasons: Sequence[str]) -> None:
         self.root = root
         self.reasons = tuple(reasons)
-        """One per candidate, newest first: its path and why it was passed over."""
+        """One per candidate, newest first: its path and why it was skipped."""
         shown = "; ".join(self.reasons[:3]) + ("; ..." if len(self.reasons) > 3 else "")
         super().__init__(
             f"{root}: no checkpoint can be loaded: {shown}\n"
@@ -191,11 +191,11 @@ class NoLoadableCheckpointError(CheckpointError, RuntimeError):
 
 
 class StatePartlyLoadedError(NoLoadableCheckpointError):
-    """As its base, and model or optimizer tensors were already overwritten: do not train on."""
+    """As its base, and model or optimizer tensors were already overwritten: stop training."""
 
 
 class StateMismatchError(CheckpointError, ValueError):
-    """The checkpoint and the live state disagree about names, shapes or types."""
+    """The checkpoint and the live state differ in names, shapes or types."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class StateMismatchError(CheckpointError, ValueError):
         *,
         strict: bool = True,
     ) -> None:
-        """`strict`: whether the load was; else it is no advice to load without."""
+        """`strict`: whether the load was strict; only then the message advises strict=false."""
         self.path = path
         self.missing = tuple(missing)
         """Names the live state has and the checkpoint lacks."""
@@ -241,10 +241,10 @@ class NothingFitsError(StateMismatchError):
         self.held = tuple(held)
         """Names the checkpoint has, in order."""
         self.hint = hint
-        """Which prefix would make them fit, where that is known."""
-        holds, wants = _first(self.held) or "no tensors", _first(self.missing)
+        """The prefix that would make them fit, if known."""
+        holds, needs = _first(self.held) or "no tensors", _first(self.missing)
         self.message = (
-            f"{path}: no name of the checkpoint fits; it holds {holds}; the model has {wants}"
+            f"{path}: no name of the checkpoint fits; it holds {holds}; the model has {needs}"
             f"{f'; {hint}' if hint else ''}.\n"
             "Nothing would be restored, strict or not. Load the model that was saved, or "
             "save it under these names."
@@ -252,7 +252,7 @@ class NothingFitsError(StateMismatchError):
 
 
 class NothingLoadedError(CheckpointError, RuntimeError):
-    """Something of the last load was asked for again, and no load has found it."""
+    """State of the last load was requested again, and no load has found it."""
 
 
 class UnsupportedStateError(CheckpointError, TypeError):
@@ -260,7 +260,7 @@ class UnsupportedStateError(CheckpointError, TypeError):
 
 
 class DataReshardError(CheckpointError, ValueError):
-    """Data state was saved at another data-parallel size and the loader cannot take it over."""
+    """Data state was saved at another data-parallel size and the loader cannot reshard it."""
 
 
 class StepRewoundError(CheckpointError, ValueError):
@@ -276,8 +276,8 @@ class StepRewoundError(CheckpointError, ValueError):
         super().__init__(
             f"train_state.step is {step}, below step {reached}, which this manager {origin} last: "
             "the save would supersede newer checkpoints, and retention would remove them.\n"
-            "Go on with the counter that load wrote into its state.train_state.step. To go back on "
-            "purpose, load the older checkpoint first, or set checkpoint.allow_rewind=true."
+            "Continue with the counter that load wrote into its state.train_state.step. To go back "
+            "on purpose, load the older checkpoint first, or set checkpoint.allow_rewind=true."
         )
 
 
@@ -286,12 +286,12 @@ class StoreIdentityError(CheckpointError, ValueError):
 
 
 class StoreNotWritableError(CheckpointError, OSError):
-    """The store's directory cannot be created or written to; told before training starts."""
+    """The store's directory cannot be created or written to; raised before training starts."""
 
     def __init__(self, root: str, cause: OSError) -> None:
         self.path = root
         self.code = errno_names.errorcode.get(cause.errno or 0, type(cause).__name__)
-        """The symbol of the errno, `EACCES` say."""
+        """The symbol of the errno, such as `EACCES`."""
         is_elsewhere = cause.filename is not None and str(cause.filename) != root
         where = f" at {cause.filename}" if is_elsewhere else ""
         reason = f"{self.code} {cause.strerror or cause}"
@@ -312,13 +312,13 @@ class OwnCheckpointsExistError(StoreIdentityError):
 
     def __init__(self, directory: str, root: str, newest: str) -> None:
         self.directory = directory
-        """What `load.directory` names."""
+        """The value of `load.directory`."""
         self.root = root
         """The run's own store."""
         super().__init__(
             f"checkpoint.load.directory: {directory} is another place than this run's store {root},"
             f" and the run has checkpoints of its own ({newest}).\n"
-            "Leave load.directory null to go on from them. To start a run from another one's "
+            "Leave load.directory null to resume from them. To start a run from another one's "
             "checkpoint use load.pretrained.directory, which counts only while the run has none."
         )
 
@@ -329,7 +329,7 @@ class SupersededAttemptError(StoreIdentityError):
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What went wrong on one rank, in a form that can be sent to the others."""
+    """The failure of one rank, in a form that can be sent to other ranks."""
 
     rank: int
     error: str
@@ -356,11 +356,11 @@ class RankFailure:
 
 
 class SaveAbandonedError(CheckpointError, RuntimeError):
-    """A save was given up because its caller left before the copy was complete."""
+    """A save was abandoned because its caller was interrupted before the copy was complete."""
 
     def __init__(self, call: str) -> None:
         self.call = call
-        """Which save it was."""
+        """The abandoned save."""
         super().__init__(
             f"{call} was abandoned: it was interrupted before its copy was complete.\n"
             "Earlier checkpoints are untouched; save again."
@@ -402,7 +402,7 @@ class CheckpointOverdueError(CheckpointError, TimeoutError):
         self.iteration = iteration
         """Of that commit; None: there is none since the load."""
         self.reason = reason
-        """What seems to keep the next one from happening."""
+        """The likely cause."""
         super().__init__(
             f"No checkpoint was committed to the persistent tier for {seconds:.0f} s "
             f"({_last_durable(iteration)}): {reason}.\n"
@@ -416,11 +416,11 @@ def _last_durable(iteration: int | None) -> str:
 
 
 class NoFileFreeError(CheckpointError, TimeoutError):
-    """Every file that local saves take turns with was held until the patience of a save ended."""
+    """Every buffer of the local tier was in use until the save gave up waiting."""
 
 
 class StageFailedError(CheckpointError, RuntimeError):
-    """A stage that all ranks pass together failed on some of them; every rank raises this."""
+    """A stage of all ranks failed on some of them; every rank raises this."""
 
     def __init__(self, stage: str, failures: Sequence[RankFailure]) -> None:
         self.stage = stage
@@ -432,18 +432,25 @@ class StageFailedError(CheckpointError, RuntimeError):
 class StageTimeoutError(StageFailedError, TimeoutError):
     """Some ranks did not reach a stage within `timeout_seconds`."""
 
-    def __init__(self, stage: str, missing_ranks: Sequence[int], timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        stage: str,
+        missing_ranks: Sequence[int],
+        timeout_seconds: float,
+        others: Sequence[RankFailure] = (),
+    ) -> None:
+        """`others`: what failed on ranks that did."""
         self.missing_ranks = tuple(missing_ranks)
         self.timeout_seconds = timeout_seconds
         failures = [
             RankFailure(rank, "Timeout", f"did not answer within {timeout_seconds:g} s")
             for rank in self.missing_ranks
         ]
-        super().__init__(stage, failures)
+        super().__init__(stage, [*others, *failures])
 
 
 class SaveFailedError(StageFailedError):
-    """The save of one iteration failed; earlier checkpoints stand and the next save works."""
+    """The save of one iteration failed; earlier checkpoints are intact and the next save works."""
 
     def __init__(self, iteration: int, stage: str, failures: Sequence[RankFailure]) -> None:
         super().__init__(stage, failures)
@@ -451,7 +458,7 @@ class SaveFailedError(StageFailedError):
         self.message = (
             f'The save of iteration {iteration} failed in stage "{stage}": '
             f"{_listed(self.failures)}.\n"
-            "Earlier checkpoints are untouched. Mend the cause, or set on_save_failure=warn to "
+            "Earlier checkpoints are untouched. Fix the cause, or set on_save_failure=warn to "
             "train on without this checkpoint."
         )
 
@@ -468,25 +475,31 @@ def _listed(failures: Sequence[RankFailure]) -> str:
 _EXHAUSTED = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
 _TORCH_NAMES = frozenset({"OutOfMemoryError", "AcceleratorError"})
 _BROKEN_EXCHANGE = "GroupBrokenError"
-"""What the local tier calls a transfer between ranks that broke off."""
-_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
-"""What torch and Python put into a plain RuntimeError for lack of a type."""
+"""The local tier's error for an interrupted transfer between ranks."""
+_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "can't start new thread",
+)
+"""Messages of plain RuntimeErrors by which torch and Python report exhausted resources."""
 
 
 def is_process_failure(error: BaseException) -> bool:
-    """Return whether an error is of this process: the bytes it was reading are not to blame."""
+    """Whether this process caused an error, and not the bytes that it was reading."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno in _EXHAUSTED
     if any(kind.__name__ in _TORCH_NAMES for kind in type(error).__mro__):
         return True
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in _TEXTS)
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _MESSAGES)
 
 
 def blames_checkpoint(error: StageFailedError) -> bool:
-    """Return whether every failure of a stage is of files that cannot be read, or of what carries
-    them from other ranks: a reason to try another checkpoint, and no defect of this program.
+    """Whether every failure of a stage is an unreadable file or a failed transfer between ranks.
+
+    That is a reason to try another checkpoint, and not a defect of this program.
     """
     return all(map(_is_out_of_reach, error.failures))
 

@@ -1,9 +1,9 @@
-"""What happened to checkpoints, as values, and who is told.
+"""Checkpoint events as values, and the callbacks that receive them.
 
 Owns the event values and the small callback manager that delivers them; the manager accepts any
-object with the same `fire(name, context)`, Megatron-Bridge's among them. Promises that an event
-named `on_checkpoint_save` is fired on every rank at the same step and only after the commit is
-durable. Knows nothing about how checkpoints are made. Importing this module does not import torch.
+object with the same `fire(name, context)`, such as Megatron-Bridge's. Promises that
+`on_checkpoint_save` is fired on every rank at the same step and only after the commit is durable.
+Knows nothing about how checkpoints are made. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ON_CHECKPOINT_STAGED = "on_checkpoint_staged"
 ON_CHECKPOINT_SAVE = "on_checkpoint_save"
 """The checkpoint is committed: complete, durable and visible. Context: `CheckpointEvent`."""
 ON_CHECKPOINT_SAVE_FAILED = "on_checkpoint_save_failed"
-"""The save was given up; earlier checkpoints stand. Context: `CheckpointEvent` with `error`."""
+"""The save failed; earlier checkpoints are intact. Context: `CheckpointEvent` with `error`."""
 ON_CHECKPOINT_OVERDUE = "on_checkpoint_overdue"
 """No durable commit for too long; fired on rank 0 alone, at each warning. Context: `OverdueEvent`.
 """
@@ -33,26 +33,26 @@ EVENT_NAMES = (
 
 @dataclass
 class CheckpointEvent:
-    """One thing that happened in the life of a save.
+    """One event of a save.
 
-    Carries the attributes that callbacks written for Megatron-Bridge read (`state`, `model`,
-    `optimizer`, `scheduler`, `user_state`) beside the facts of the save itself: `state` is live and
-    may be steps ahead, `iteration` is the one that was saved.
+    Has the attributes that callbacks written for Megatron-Bridge read (`state`, `model`,
+    `optimizer`, `scheduler`, `user_state`) beside the fields of the save itself: `state` is live
+    and may be steps ahead, `iteration` is the one that was saved.
     """
 
     iteration: int
     tier: str
     """`persistent` or `local`."""
     path: str | None = None
-    """The committed directory; None while there is none."""
+    """The committed directory; None before the commit."""
     size_bytes: int = 0
-    """Of all files of the checkpoint, over all ranks."""
+    """Total size of the checkpoint's files, over all ranks."""
     stall_seconds: float = 0.0
-    """How long `save` kept the training thread."""
+    """How long `save` blocked the training thread."""
     total_seconds: float = 0.0
     """From the call of `save` to this event."""
     removed_iterations: tuple[int, ...] = ()
-    """What retention removed after this commit."""
+    """Iterations that retention removed after this commit."""
     error: BaseException | None = None
     state: Any = None
     model: Any = None
@@ -63,18 +63,18 @@ class CheckpointEvent:
 
 @dataclass(frozen=True)
 class OverdueEvent:
-    """How long nothing was committed to the persistent tier, and what seems to be the reason."""
+    """How long nothing was committed to the persistent tier, and the likely reason."""
 
     seconds: float
     """Since the last durable commit, or since the load."""
     limit_seconds: float
-    """What it may be: `alarm_after_seconds`, or three save intervals as measured."""
+    """The limit: `alarm_after_seconds`, or three measured save intervals."""
     iteration: int | None
-    """Of that commit; None: none is known since the load."""
+    """Iteration of that commit; None: none is known since the load."""
     reason: str
-    """One line: the last failure, the save in flight, or that nobody asks for such saves."""
+    """One line: the last failure, the save in flight, or that no persistent save was requested."""
     last_failure: BaseException | None = None
-    """Of a persistent save since that commit."""
+    """The latest failure of a persistent save since that commit."""
 
 
 def _check_callable(callback: Any) -> None:
@@ -84,7 +84,7 @@ def _check_callable(callback: Any) -> None:
 
 
 class CallbackManager:
-    """Call functions when named things happen, in the order in which they were registered."""
+    """Call functions at named events, in the order in which they were registered."""
 
     def __init__(self) -> None:
         self._callbacks: dict[str, list[Callable[[Any], None]]] = {}
@@ -94,7 +94,7 @@ class CallbackManager:
 
         Raises:
             ValueError: the name is not one of `EVENT_NAMES`.
-            WrongArgumentError: the callback cannot be called.
+            WrongArgumentError: the callback is not callable.
         """
         if event_name not in EVENT_NAMES:
             raise ValueError(f"unknown event {event_name!r}; known are {', '.join(EVENT_NAMES)}")
@@ -102,6 +102,6 @@ class CallbackManager:
         self._callbacks.setdefault(event_name, []).append(callback)
 
     def fire(self, event_name: str, context: Any) -> None:
-        """Call everything registered under this name; an exception reaches the caller."""
+        """Call every callback of this event; an exception propagates to the caller."""
         for callback in self._callbacks.get(event_name, ()):
             callback(context)

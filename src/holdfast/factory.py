@@ -1,11 +1,11 @@
-"""A dotted path becomes a checked checkpoint manager.
+"""Make a checkpoint manager from a dotted path, and check it.
 
-Owns the way from `custom_manager_class` to an object that the training loop can use, holdfast's own
-manager included: it is named by path and checked like any other. Promises that everything the loop
-will call is checked now, not at the first save hours later, that a refused path imports nothing,
-and that each failure says which check failed and what to do. Refuses to guess: it completes no
-name, changes no search path, adapts no method. The named code runs when imported: whoever writes
-the config answers for it.
+Owns the way from `custom_manager_class` to an object that the training loop can use; holdfast's own
+manager is named by path and checked like any other. Promises that every method the loop will call
+is checked now, not at the first save hours later, that a refused path imports nothing, and that
+each error says which check failed and what to do. Does not guess: it completes no name, changes no
+search path, adapts no method. Importing runs the named code: the author of the config is
+responsible for it.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ LOOP_CALLS = {
 
 
 def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
-    """Make the manager that a config asks for and check that a training loop can use it.
+    """Make the manager that a config names and check that a training loop can use it.
 
-    The config is a `CheckpointConfig`, which is validated first, a mapping or DictConfig, of which
-    one is made, or any object with `custom_manager_class` and, if it likes,
-    `custom_manager_allowlist`. The manager's constructor gets that very object; what the
-    constructor raises reaches the caller unchanged. What only a call can show, a method that
-    returns a coroutine or a `load` that returns no pair, is refused at the first call.
+    The config is a `CheckpointConfig`, which is validated first; a mapping or DictConfig, from
+    which one is made; or any object with `custom_manager_class` and, optionally,
+    `custom_manager_allowlist`. The manager's constructor gets that object itself, and its
+    exceptions reach the caller unchanged. What only a call can show (a method that returns a
+    coroutine, or a `load` that returns no pair) is refused at the first call.
 
     Raises:
-        ConfigError: the config is impossible, or is no config.
+        ConfigError: the config has problems, or is not a config.
         ManagerPathError: `custom_manager_class` is not of the form `package.module.Class`.
         ManagerRefusedError: it matches no prefix of the allow-list; nothing was imported.
         ManagerImportError: importing its module failed; the cause is chained.
         ManagerNotFoundError: its module has no such name.
-        ManagerShapeError: it is no class, or its constructor or a method cannot be called.
+        ManagerShapeError: it is not a class, or its constructor or a method cannot be called.
     """
     if checkpoint_config is None or isinstance(checkpoint_config, CheckpointConfig | Mapping):
         checkpoint_config = read_config(checkpoint_config)
@@ -104,14 +104,14 @@ def _read_choice(checkpoint_config: Any) -> tuple[Any, Sequence[str] | None]:
         )
         raise ConfigError([problem])
     allowlist = getattr(checkpoint_config, "custom_manager_allowlist", None)
-    # A text is a sequence of texts too: its letters would be taken for the prefixes.
+    # A string is a sequence of strings too: its letters would be taken as the prefixes.
     if allowlist is not None and (
         isinstance(allowlist, str)
         or not isinstance(allowlist, Sequence)
         or not all(isinstance(prefix, str) for prefix in allowlist)
     ):
         raise ConfigError(
-            [f"checkpoint.custom_manager_allowlist is {allowlist!r}; it must be a list of texts"]
+            [f"checkpoint.custom_manager_allowlist is {allowlist!r}; it must be a list of strings"]
         )
     return checkpoint_config.custom_manager_class, allowlist
 
@@ -130,9 +130,9 @@ def _check_allowed(path: str, allowlist: Sequence[str] | None) -> None:
         return
     parts = path.split(".")
     for prefix in allowlist:
-        # Whole components, so that "lab" does not let "labelled.Manager" pass; "lab." means "lab".
-        wanted = prefix.removesuffix(".").split(".")
-        if parts[: len(wanted)] == wanted:
+        # Whole components, so that "lab" does not allow "labelled.Manager"; "lab." means "lab".
+        allowed = prefix.removesuffix(".").split(".")
+        if parts[: len(allowed)] == allowed:
             return
     raise ManagerRefusedError(
         f"{FIELD} is {path!r}, which is not on the allow-list {list(allowlist)!r}; nothing was "
@@ -144,10 +144,10 @@ def _load_class(path: str) -> Any:
     module_name, _, class_name = path.rpartition(".")
     try:
         module = import_module(module_name)
-    except (Exception, SystemExit) as error:  # a module that exits would end training in silence
+    except (Exception, SystemExit) as error:  # a module that calls exit would end training silently
         raise ManagerImportError(
             f"{FIELD} is {path!r}, but importing {module_name!r} failed: {_summarise(error)}\n"
-            "Mend that module, or check the spelling and that its folder is on sys.path."
+            "Fix that module, or check the spelling and that its folder is on sys.path."
         ) from error
     try:
         return getattr(module, class_name)
@@ -164,7 +164,7 @@ def _load_class(path: str) -> Any:
     except (Exception, SystemExit) as error:  # a module that imports its names on first use
         raise ManagerImportError(
             f"{FIELD} is {path!r}, but importing it failed: {_summarise(error)}\n"
-            "Mend that module; the whole error is chained to this one."
+            "Fix that module; the whole error is chained to this one."
         ) from error
 
 
@@ -189,7 +189,7 @@ def _check_constructor(path: str, manager_class: Any) -> None:
 
 
 def _check_method(path: str, manager: object, name: str) -> None:
-    """Check on the object: a manager may make or delegate its methods as it likes."""
+    """Check the object, not its class: a manager may create or delegate methods at run time."""
     call = LOOP_CALLS[name]
 
     def refuse(what: str) -> ManagerShapeError:
@@ -209,7 +209,7 @@ def _check_method(path: str, manager: object, name: str) -> None:
 
 
 def _does_nothing_when_called(method: Any) -> bool:
-    """Whether a callable is a coroutine or generator function, or an object that is called so."""
+    """Whether a callable, or its `__call__`, is a coroutine or generator function."""
     while isinstance(method, functools.partial):
         method = method.func
     entry = inspect.getattr_static(type(method), "__call__", None)
@@ -222,7 +222,7 @@ def _does_nothing_when_called(method: Any) -> bool:
 
 
 def _watch_first_call(path: str, manager: object, name: str) -> None:
-    """Look at what a method returns when it is called first; afterwards it is as it was."""
+    """Wrap a method to check the result of its first call, which removes the wrapper."""
     method = getattr(manager, name)
     attributes = getattr(manager, "__dict__", {})
     was_own = name in attributes
@@ -231,25 +231,25 @@ def _watch_first_call(path: str, manager: object, name: str) -> None:
         if was_own:
             object.__setattr__(manager, name, method)
         else:
-            with suppress(AttributeError):  # two threads may come first
+            with suppress(AttributeError):  # two threads may make the first call
                 object.__delattr__(manager, name)
         result = method(*args, **kwargs)
         _check_result(path, name, result)
         return result
 
     try:
-        # On the object, so that its type stays what the config names; past a __setattr__ of its
-        # own, which could pass it on to somebody else.
+        # On the object, so that its class stays the one in the config; bypassing its own
+        # __setattr__, which could delegate to another object.
         object.__setattr__(manager, name, functools.wraps(method)(call))
     except (AttributeError, TypeError):
-        return  # it has slots only: there is no place to look from
+        return  # it has slots only: no attribute can hold the wrapper
 
 
 def _check_result(path: str, name: str, result: Any) -> None:
     if isinstance(result, Awaitable) or inspect.isgenerator(result) or inspect.isasyncgen(result):
         kind = type(result).__name__
         if (close := getattr(result, "close", None)) is not None:
-            close()  # or Python warns beside the error that it was never awaited
+            close()  # or Python warns in addition that it was never awaited
         raise ManagerShapeError(
             f"{FIELD} is {path!r}, whose {name!r} returned a {kind}: nothing was done.\n"
             f"The training loop calls {LOOP_CALLS[name]} and awaits nothing: make that work."
@@ -267,7 +267,7 @@ def _check_result(path: str, name: str, result: Any) -> None:
 
 
 def _is_protocol_body(manager: object, name: str) -> bool:
-    """Whether a method is only what a Protocol in the bases declares, which would do nothing."""
+    """Whether a method is only the body of a Protocol in the bases, which does nothing."""
     if name in getattr(manager, "__dict__", {}):
         return False
     for each in type(manager).__mro__:
@@ -282,7 +282,7 @@ def _accepts(
     try:
         signature = inspect.signature(target)
     except ValueError:
-        return True  # code without a readable signature, from a C extension: only a call can tell
+        return True  # no readable signature (a C extension): only a call can tell
     try:
         signature.bind(*positional, **dict.fromkeys(keywords))
     except TypeError:
@@ -294,7 +294,7 @@ def _describe_signature(target: Callable[..., Any]) -> str:
     parameters = inspect.signature(target).parameters.values()
     bare = [
         each.replace(annotation=inspect.Parameter.empty)
-        for each in parameters  # annotations and results would bury the names
+        for each in parameters  # names only: annotations would hide them
     ]
     return str(inspect.Signature(bare))
 

@@ -14,19 +14,25 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from holdfast.arguments import Calls, check_load, check_save, check_state, one_at_a_time
+from holdfast.arguments import (
+    Calls,
+    check_load,
+    check_save,
+    check_state,
+    describe_load,
+    one_at_a_time,
+    settings_of_save,
+)
 from holdfast.caller import Call, Caller, CallerLeftError, Gate
 from holdfast.config import CheckpointConfig, read_config
 from holdfast.errors import (
-    CheckpointError,
     ConfigError,
     CorruptCheckpointError,
     LoadIncompleteError,
     SaveAbandonedError,
     StageFailedError,
-    StageTimeoutError,
 )
 from holdfast.events import (
     ON_CHECKPOINT_STAGED,
@@ -38,11 +44,14 @@ from holdfast.protocol import (
     GlobalState,
     LoadResult,
 )
-from holdfast.ranks.coordinator import Channels, Coordinator
+from holdfast.ranks.channels import Channels
+from holdfast.ranks.coordinator import Call as Entry
+from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed, FailureRule, Flight, Progress, Save
 from holdfast.restoring import LastLoad, Opened, Restoration, open_local, open_verified
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
+from holdfast.state.model import run_each
 from holdfast.state.options import Overrides
 from holdfast.state.rank import Place, warn_of_lost_position
 from holdfast.storage.manifest import LOCAL, PERSISTENT
@@ -109,7 +118,7 @@ class DefaultCheckpointManager:
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
         rule, watchers = FailureRule(config), (self._steps, self._alarm)
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
-        self._channels = Channels(3, config.timeout_seconds)
+        self._channels = Channels(3, config.timeout_seconds, str(self._tier.store.root))
         self._calls_inside = Calls()
         self._is_budgeted = False
         self._has_warned_of_data = False
@@ -135,9 +144,8 @@ class DefaultCheckpointManager:
         """
         try:
             check_save(ctx, callback_manager, overlaps=self._overlaps)
-        except CheckpointError as refusal:
+        except Exception as refusal:  # noqa: BLE001  # raised there
             self._refuse("admit", refusal)
-            raise
         save = Save.of(ctx, callback_manager)
         self._caller.run(
             save.name,
@@ -146,24 +154,20 @@ class DefaultCheckpointManager:
         )
 
     def _save(self, ctx: CheckpointSaveContext, save: Save, call: Call[None]) -> None:
-        self.wait_staged()
         is_persistent = not ctx.non_persistent_ckpt
-        self._saving.wait(self._channels.rank)
-        if is_persistent:
-            self._draining.wait(self._channels.rank)
-        self._tiers.wait_restored(self._channels.rank)
+        refusal = self._end_last_calls(drains=is_persistent)
+        control, writer, drainer = self._channels.open()
         if save.callback_manager is not None:
             self._alarm.listener = save.callback_manager
         self._alarm.note_save(is_persistent=is_persistent)
-        control, writer, drainer = self._channels.open()
         self._warn_if_overdue(control.rank)
 
-        def check_own() -> str:
+        def check_own() -> Entry:
             if self._is_torn:
                 raise LoadIncompleteError
             self._steps.check(ctx.state.train_state.step)
             self._tiers.check_save(to_local=not is_persistent)
-            return f"{save.name} ({save.event.tier} tier)"
+            return f"{save.name} ({save.event.tier} tier)", *settings_of_save(self._config)
 
         def admit() -> Admission:  # on rank 0, whose clock counts
             self._alarm.check(self._describe_flight(), is_persistent=is_persistent)
@@ -175,12 +179,14 @@ class DefaultCheckpointManager:
         gate = Gate()
         confirm = gate.wait if config.async_save else lambda: _confirm(call, save)
         try:
-            admission = self._begin_call("admit", check_own, admit)
+            admission = self._begin_call("admit", check_own, admit, refusal)
             self._tiers.follow(admission, control, to_local=not is_persistent)
             with collection_put_off():
                 app = _app_state(ctx, control)
                 snapshot, to_local = self._snapshotter.take(ctx, app, control, confirm)
         except StageFailedError as error:
+            if error is refusal:
+                raise
             self._saving.fail(save, error, control.rank)
             return
         drains = is_persistent and to_local and config.async_save and self._tiers.can_drain
@@ -248,12 +254,12 @@ class DefaultCheckpointManager:
             self._tiers.tell_restored_if_due(rank)
             self._warn_if_overdue(rank)
             return
-        failures: list[CheckpointError] = []
+        failures: list[Exception] = []
         try:
             for wait in (self._saving.wait, self._draining.wait, self._tiers.wait_restored):
                 try:
                     wait(rank)
-                except CheckpointError as error:
+                except Exception as error:  # noqa: BLE001  # raised below; a callback's, say
                     failures.append(error)
             self._warn_if_overdue(rank)
         finally:
@@ -303,9 +309,8 @@ class DefaultCheckpointManager:
         """
         try:
             check_load(ctx, overlaps=self._overlaps)
-        except CheckpointError as refusal:
+        except Exception as refusal:  # noqa: BLE001  # raised there
             self._refuse("arrive", refusal)
-            raise
         return self._caller.run(
             "the load",
             lambda call: self._load(ctx, call),
@@ -313,15 +318,15 @@ class DefaultCheckpointManager:
         )
 
     def _load(self, ctx: CheckpointLoadContext, call: Call[LoadResult]) -> LoadResult:
-        self.wait_staged()
-        self._saving.wait(self._channels.rank)
-        self._draining.wait(self._channels.rank)
-        self._tiers.wait_restored(self._channels.rank)
+        refusal = self._end_last_calls(drains=True)
         control, writer, _ = self._channels.open()
-        self._begin_call("arrive", lambda: "a load", lambda: None)
-        self._config = self.checkpoint_config.with_expanded_paths(
-            self._base
-        )  # what to load may be set late
+
+        def check_own() -> Entry:
+            # What to load may be set late.
+            self._config = self.checkpoint_config.with_expanded_paths(self._base)
+            return describe_load(self._config, ctx)
+
+        self._begin_call("arrive", check_own, lambda: None, refusal)
         search = Search(self._config, self._tiers, self._filesystem, control)
         if control.rank == 0:
             warn_of_living_attempt(self._tier.store.root, self._filesystem)
@@ -461,30 +466,45 @@ class DefaultCheckpointManager:
 
     # -- ranks -----------------------------------------------------------------------------------
 
-    def _begin_call(self, stage: str, enter: Callable[[], str], admit: Callable[[], T]) -> T:
+    def _begin_call(
+        self,
+        stage: str,
+        enter: Callable[[], Entry],
+        admit: Callable[[], T],
+        refusal: BaseException | None,
+    ) -> T:
         in_use = [2] if self._draining.is_busy else []
-        return self._channels.begin_call(stage, enter, admit, in_use)
+        return self._channels.begin_call(stage, enter, admit, refusal, in_use)
 
-    def _refuse(self, stage: str, refusal: CheckpointError) -> None:
-        """Let the other ranks know that a call of theirs is refused here: all raise the same.
+    def _end_last_calls(self, *, drains: bool) -> BaseException | None:
+        """Let what runs in the background end; return what this rank has to raise for it.
 
-        Raises:
-            CheckpointError: of another rank, or of a save before.
+        It is raised after the ranks have met: the others may know nothing of a callback's error.
         """
-        if self._channels.world_size == 1:
-            return
-        logger.error("%s", refusal)  # at once; the others may not be on their way
+        rank = self._channels.rank
+        waits = [self.wait_staged, lambda: self._saving.wait(rank)]
+        if drains:
+            waits.append(lambda: self._draining.wait(rank))
+        try:
+            run_each(*waits, lambda: self._tiers.wait_restored(rank))
+        except BaseException as error:  # noqa: BLE001  # raised by the caller
+            return error
+        return None
 
-        def refuse() -> str:
-            raise refusal
+    def _refuse(self, stage: str, refusal: Exception) -> NoReturn:
+        """Let the other ranks know that a call of theirs is refused here; raise it.
 
-        def meet(_: Call[None]) -> None:
-            self.wait_staged()
-            self._saving.wait(self._channels.rank)
-            with suppress(StageTimeoutError):  # they make no such call
-                self._begin_call(stage, refuse, lambda: None)
+        They are not waited for longer than the deadline, and may make no such call at all.
+        """
+        if self._channels.world_size > 1:
+            logger.error("%s", refusal)  # at once
 
-        self._caller.run("a refused call", meet, patience_seconds=0.0)
+            def meet(_: Call[None]) -> None:
+                self._end_last_calls(drains=True)
+                self._begin_call(stage, lambda: (), lambda: None, refusal)
+
+            self._caller.run("a refused call", meet, patience_seconds=0.0)
+        raise refusal
 
 
 def _confirm(call: Call[None], save: Save) -> None:

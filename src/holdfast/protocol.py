@@ -1,9 +1,8 @@
 """The contract between a training loop and a checkpoint manager.
 
 Owns the protocol, the two contexts, the result, and the counters of a run. Names and positional
-order follow Megatron-Bridge, so that a loop or a manager written for its protocol plugs in.
-Promises to stay free of torch at import and of any behaviour: everything here is a value or a
-signature.
+order follow Megatron-Bridge, so that a loop or a manager written for its protocol works unchanged.
+Promises to import no torch and to have no behaviour: everything here is a value or a signature.
 """
 
 from __future__ import annotations
@@ -33,25 +32,25 @@ class TrainState:
     skipped_train_samples: int = 0
     tokens_seen: int = 0
     floating_point_operations_so_far: int = 0
-    """An exact integer, however large."""
+    """An exact integer of any size."""
     do_train: bool = True
     do_valid: bool = True
     do_test: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
-    """Whatever else a loop counts; JSON values only."""
+    """Other counters of a loop; JSON values only."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counters as plain JSON values."""
         return asdict(self)
 
     def update_from(self, values: Mapping[str, Any]) -> None:
-        """Overwrite the counters in place; a name that is absent keeps its value.
+        """Overwrite the counters in place; a counter without a saved value keeps its own.
 
-        Names that are no counters here go to `extra`, where the checkpoint has no entry of that
-        name; a counter that was saved in `extra` becomes the field of that name, if there is one.
+        Unknown names go to `extra`, unless the saved `extra` has that name; a counter that was
+        saved in `extra` becomes the field of that name, if there is one.
 
         Raises:
-            ValueError: a value is of another type than its counter; nothing was overwritten.
+            ValueError: a value has another type than its counter; nothing was overwritten.
         """
         set_fields(self, values)
 
@@ -60,7 +59,7 @@ def set_fields(counters: Any, values: Mapping[str, Any]) -> None:
     """Overwrite the fields of a dataclass in place, as `TrainState.update_from`.
 
     Raises:
-        ValueError: naming each value that is of another type; nothing was overwritten.
+        ValueError: naming each value of another type; nothing was overwritten.
     """
     fitting, problems = fit_fields(counters, values)
     if problems:
@@ -74,7 +73,7 @@ def set_fields(counters: Any, values: Mapping[str, Any]) -> None:
 
 
 def fit_fields(counters: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return what each field of a dataclass would become, and what could not be taken over."""
+    """Return the new value of each field of a dataclass, and the problems."""
     live = {each.name: getattr(counters, each.name) for each in fields(counters)}
     optional = {
         each.name for each in fields(counters) if re.search("None|Optional", str(each.type))
@@ -105,7 +104,7 @@ def fit_fields(counters: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def fit_counter(name: str, live: Any, value: Any) -> Any:
-    """Return a saved value as the type of the live counter; where that has none, any will do.
+    """Convert a saved value to the type of the live counter; only JSON types are checked.
 
     Raises:
         ValueError: naming the counter and both types.
@@ -143,7 +142,7 @@ def _fits(name: str, live: Any, value: Any) -> bool:
 
 @dataclass
 class GlobalState:
-    """What a loop carries from step to step and hands to its manager."""
+    """The state that a loop keeps between steps and passes to its manager."""
 
     cfg: Any = None
     """The composed run config: a dataclass, a DictConfig, a mapping or None. Saved as YAML."""
@@ -162,29 +161,29 @@ class CheckpointSaveContext:
     opt_param_scheduler: Any | None
     """An object with `state_dict` and `load_state_dict`; None: there is no scheduler."""
     num_floating_point_operations_so_far: int = 0
-    """What is saved and given back by `load`."""
+    """Saved, and returned by `load`."""
     train_data_iterator: Any | None = None
-    """Saved, one state per data-parallel rank, where it has `state_dict` and `load_state_dict`."""
+    """Saved, one state per data-parallel rank, if it has `state_dict` and `load_state_dict`."""
     non_persistent_ckpt: bool = False
-    """True: to the local tier only."""
+    """True: save to the local tier only."""
     pg_collection: Any | None = None
-    """Process groups; of these only `dp`, the data-parallel group, is read. None: the world."""
+    """Process groups; only `dp`, the data-parallel group, is used. None: the world."""
     module_name: str | None = None
     """Megatron-Bridge's name for one of several co-trained modules; kept for custom managers."""
 
 
 @dataclass
 class CheckpointLoadContext:
-    """Where a load puts what it restores."""
+    """The objects that a load restores into."""
 
     state: GlobalState
     model: nn.Module | Sequence[nn.Module]
     optimizer: Optimizer | Sequence[Optimizer] | None
     opt_param_scheduler: Any | None
     strict: bool | None = None
-    """Whether names must agree exactly; None: the config's `load.strict`."""
+    """Whether names must match exactly; None: the config's `load.strict`."""
     skip_load_to_model_and_opt: bool = False
-    """True: counters, scheduler, RNG and data only."""
+    """True: restore counters, scheduler, RNG and data only."""
     pg_collection: Any | None = None
     module_name: str | None = None
     train_data_iterator: Any | None = None
@@ -192,12 +191,12 @@ class CheckpointLoadContext:
 
 @dataclass(frozen=True)
 class SkippedCheckpoint:
-    """A candidate that a load passed over."""
+    """A candidate that a load skipped."""
 
     path: str
     reason: str
     iteration: int | None = None
-    """None where not even the iteration could be read."""
+    """None: the iteration could not be read."""
     tier: str = "persistent"
 
 
@@ -209,49 +208,48 @@ class ShardSource:
     path: str
     """Relative to the directory of the tier; of the local tier, on that node."""
     size_bytes: int
-    """What this rank took of it."""
+    """Bytes that this rank read from it."""
     owner: int | None = None
-    """The rank that saved it; None: its name does not say."""
+    """The rank that saved it; None: unknown from its name."""
     rank: int | None = None
-    """Who read the file: this rank, or the peer that sent from it; None: everybody can."""
+    """The rank that read the file: this one, or the peer that sent from it; None: any rank can."""
     node: str | None = None
-    """Where it lies; None: on what all nodes share."""
+    """The node that stores it; None: storage that all nodes share."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What one component of the state got back on this rank."""
+    """What was restored of one component on this rank."""
 
     tensors: int = 0
-    """How many tensors were filled or given back."""
+    """Number of tensors that were restored."""
     size_bytes: int = 0
-    """What they take; of state that is no tensor, what it took in the checkpoint."""
+    """Their size; for state that is not a tensor, its size in the checkpoint."""
 
 
 class LoadResult(tuple[int, int]):
-    """What a load restored: the pair `(iteration, num_floating_point_operations_so_far)`.
+    """The result of a load: the pair `(iteration, num_floating_point_operations_so_far)`.
 
-    A tuple of two, as Megatron-Bridge's loop expects, with attributes, as `os.stat_result` is.
-    Immutable. Equal to a plain pair of the same numbers, and to another result only if all
-    attributes are equal too.
+    A tuple of two, as Megatron-Bridge's loop expects, with attributes, like `os.stat_result`.
+    Immutable. Equal to a plain pair of the same numbers; equal to another result only if all
+    attributes are equal.
     """
 
     iteration: int
     num_floating_point_operations_so_far: int
     found: bool
-    """False: nothing was there, the run starts fresh and both numbers are 0."""
+    """False: no checkpoint was found; the run starts fresh and both numbers are 0."""
     tier: str | None
     path: Path | None
     skipped: tuple[SkippedCheckpoint, ...]
-    """Newer candidates that were passed over, newest first, each with its reason."""
+    """Newer candidates that were skipped, newest first, each with its reason."""
     sources: tuple[ShardSource, ...]
     """Where this rank's tensors came from: its own files, copies at peers, the persistent tier."""
     restored: Mapping[str, Restored]
-    """By component (`model, optimizer, scheduler, data, rng, train_state`): what this rank really
-    got back. A component that is not named kept its live state."""
+    """By component (`model, optimizer, scheduler, data, rng, train_state`): what was restored on
+    this rank. A component without an entry kept its live state."""
     is_durable: bool
-    """Whether the persistent tier has what was loaded: a local commit may be newer than all of
-    it."""
+    """Whether the persistent tier has the loaded commit; a local one may be newer."""
     is_pretrained: bool
     """Whether the run began from `load.pretrained` instead of a checkpoint of its own."""
 
@@ -312,26 +310,26 @@ class LoadResult(tuple[int, int]):
 
 @runtime_checkable
 class CheckpointManager(Protocol):
-    """What a training loop needs of a checkpoint manager. All ranks call each method together."""
+    """The methods that a training loop calls. Every rank makes each call."""
 
     def __init__(self, checkpoint_config: CheckpointConfig) -> None: ...
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: Any | None = None) -> None:
-        """Save at `ctx.state.train_state.step`, due or not; returns when training may go on."""
+        """Save at `ctx.state.train_state.step`, due or not; return when training may continue."""
 
     def load(self, ctx: CheckpointLoadContext) -> LoadResult:
-        """Restore the newest loadable checkpoint; a plain `(int, int)` is accepted too."""
-        raise NotImplementedError  # a protocol's body; never reached through an implementation
+        """Restore the newest loadable checkpoint; the result may be a plain `(int, int)`."""
+        raise NotImplementedError  # a protocol's body; implementations never reach it
 
     def finalize_async_saves(
         self, state: GlobalState, blocking: bool = False, terminate: bool = False
     ) -> None:
-        """Call once per step, and with `blocking=True, terminate=True` once at the end."""
+        """Finish async saves: call once per step, and with both flags set once at the end."""
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything whose state can be taken and given back."""
+    """An object whose state can be saved and restored."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -340,7 +338,7 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class ReshardableData(Protocol):
-    """A data iterator that can go on at another data-parallel size."""
+    """A data iterator that can continue at another data-parallel size."""
 
     def load_resharded_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take over the states of every data-parallel rank of the saved run, in rank order."""
+        """Restore from the states of all data-parallel ranks of the saved run, in rank order."""

@@ -37,6 +37,7 @@ from holdfast.state.counters import (
     restore_counters,
     without_fields,
 )
+from holdfast.state.model import run_each
 from holdfast.state.options import COMPONENTS, LiveOptions, Overrides, describe_differences
 from holdfast.state.rank import (
     Place,
@@ -410,19 +411,30 @@ class Restoration:
             given.optimizers if self._saved is not None else [],
             self._app.scheduler if schedule is not None else None,
         )
-        if (saved := self._saved) is not None:
-            has_optimizer = self._app.apply(self._filled, saved)
-            self._count("model")
-            if has_optimizer:
-                self._count("optimizer")
-        if opened.rank_states and self._app.apply_scheduler(opened.shared):
-            self._note("scheduler", schedule)
-        live.put_back(saved.groups(self._filled) if saved is not None else [])
-        if not opened.rank_states:
-            return
-        if self._app.apply_data(opened.rank_states):
-            self._note("data", own_state(opened.rank_states, self.loaded.place)["data"])
-        if self.loaded.restore_rng():
+        saved = self._saved
+
+        def give_tensors() -> None:
+            if saved is not None:
+                has_optimizer = self._app.apply(self._filled, saved)
+                self._count("model")
+                if has_optimizer:
+                    self._count("optimizer")
+
+        def give_schedule() -> None:
+            if opened.rank_states and self._app.apply_scheduler(opened.shared):
+                self._note("scheduler", schedule)
+
+        def give_data() -> None:
+            if opened.rank_states and self._app.apply_data(opened.rank_states):
+                self._note("data", own_state(opened.rank_states, self.loaded.place)["data"])
+
+        run_each(
+            give_tensors,
+            give_schedule,
+            lambda: live.put_back(saved.groups(self._filled) if saved is not None else []),
+            give_data,
+        )
+        if opened.rank_states and self.loaded.restore_rng():
             self._note("rng", own_state(opened.rank_states, self.loaded.place)["rng"])
 
     def _count(self, component: str) -> None:

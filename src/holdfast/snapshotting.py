@@ -1,11 +1,11 @@
-"""Copy the app state out of training's reach.
+"""Copy the app state to memory that training does not change.
 
-Owns the steps between live objects and a snapshot that threads may write: capture, agree on the
-plan, take memory (the local tier's where it has some), stage. Before a first save it reports what
-the local tier will need. Promises that all ranks have a snapshot to write or none, that what stays
-in use from save to save is compared with the live state each time, that an optimizer step waits for
-what is still being copied (`StepGuard` hooks the optimizers, each once), and that the writer sees a
-copy that failed. Writes nothing.
+Owns the steps from live objects to a snapshot that threads may write: capture, agree on the plan,
+get memory (the local tier's where it provides some), stage. Before the first save it reports what
+the local tier will need. Promises that either all ranks have a snapshot to write or none has, that
+everything reused between saves is compared with the live state each time, that an optimizer step
+waits for a copy in progress (`StepGuard` hooks each optimizer once), and that the writer sees the
+error of a failed copy. Writes nothing.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 
 
 class StepGuard:
-    """Holds up the steps of every optimizer that it was shown."""
+    """Delays optimizer steps while a copy of their tensors is pending."""
 
     def __init__(self) -> None:
         self._hold: Callable[[], None] | None = None
         self._hooked: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
 
     def watch(self, optimizers: Sequence[Optimizer], hold: Callable[[], None]) -> None:
-        """Let the next step of each optimizer call `hold` first, and any later step not wait."""
+        """Call `hold` before the next step of any of these optimizers; later steps do not wait."""
         self._hold = hold
         for each in optimizers:
             if each not in self._hooked:
@@ -65,7 +65,7 @@ class StepGuard:
     def settle(self) -> None:
         """Run the pending wait; no-op without a pending copy.
 
-        It stays pending until it has returned: one that was interrupted is waited for again.
+        It stays pending until it has returned, so an interrupted wait is repeated.
         """
         hold = self._hold
         if hold is not None:
@@ -73,7 +73,7 @@ class StepGuard:
             self._hold = None
 
     def leave(self) -> None:
-        """Take every hook off again."""
+        """Wait for a pending copy and remove every hook."""
         self.settle()
         for handle in self._hooked.values():
             handle.remove()
@@ -90,17 +90,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Memory:
-    """What a save is staged into."""
+    """The memory that a save is staged into."""
 
     arena: Arena | None
-    """Of the local tier; None: the stager's own."""
+    """Of the local tier; None: the shard saver's own."""
     pinned: bool
     is_local: bool
     """Whether the local tier takes part."""
 
 
 class Snapshotter:
-    """Takes one snapshot after another; each overwrites the one before, unless a tier keeps it."""
+    """Takes snapshots; each overwrites the previous one, unless a tier keeps it."""
 
     def __init__(self, config: CheckpointConfig, tiers: Tiers) -> None:
         self._config = config
@@ -114,7 +114,7 @@ class Snapshotter:
 
     @property
     def progress(self) -> Progress:
-        """How far this rank's shard of the latest save has come to disk."""
+        """Write progress of this rank's shard in the latest save."""
         return self._shards.progress
 
     def take(
@@ -124,9 +124,9 @@ class Snapshotter:
         control: Coordinator,
         confirm: Callable[[], None],
     ) -> tuple[Snapshot, bool]:
-        """Take what is there at this step, and say whether it can go to the local tier.
+        """Take a snapshot of this step, and return whether it can go to the local tier.
 
-        Large tensors are copied when `finish` has returned, or the next optimizer step begins.
+        Large tensors are copied once `finish` has returned or the next optimizer step begins.
         `confirm`: see `Snapshot`.
 
         Raises:
@@ -172,7 +172,7 @@ class Snapshotter:
             raise
 
     def finish(self, snapshot: Snapshot) -> None:
-        """Copy what is left to be copied, unless that goes on beside training."""
+        """Complete the pending copy, unless it runs in the background during training."""
         if snapshot.shard.copying is not None and not self._overlaps:
             snapshot.shard.copying.finish()
 
@@ -183,33 +183,33 @@ class Snapshotter:
         filesystem: Filesystem,
         control: Coordinator,
     ) -> None:
-        """Say what the local tier will take of each node; copy nothing.
+        """Report what the local tier will need on each node; copy nothing.
 
-        `resumed`: a local commit that may be loaded; one of as many ranks shows what a shard takes,
-        and is not kept waiting for more. Else that follows from the state as it is, and what
-        optimizers will keep after their first step counts already. The plan made for it is that of
-        the first save, if the state turns out as foreseen.
+        `resumed`: a local commit that may be loaded; with the same number of ranks, the size of its
+        shard is used and no plan is made. Otherwise the need is computed from the current state,
+        including what optimizers will keep after their first step. The plan made for this is
+        reused by the first save if the state matches the estimate.
 
         Raises:
             ConfigError: on every rank: it does not fit somewhere, with the numbers.
-            CheckpointError: on every rank: the state cannot be saved, or a directory not be used.
+            CheckpointError: on every rank: the state cannot be saved, or a directory is unusable.
         """
         config, tiers = self._config.local, self._tiers
         topology = take_seats(config, filesystem, control)
         if resumed is not None and resumed.record.world_size == control.world_size:
             need = Need(self._size_before(resumed, control.rank))
         else:
-            need = self._foresee(app, topology, control)
+            need = self._estimate_need(app, topology, control)
         if tiers.local is not None:
             run_id: str | None = tiers.local.run_id
-        else:  # nothing of this run was looked for, which is not to say that nothing is there
+        else:  # no local commit of this run was looked for; there may be some all the same
             found = control.broadcast("run id", tiers.persistent.identity.read_run_id)
             run_id = found or self._config.run_id
         drains = self._config.persistent.from_local
         report_budget(config, topology, run_id, need, control, drains=drains)
 
-    def _foresee(self, app: AppState, topology: Topology, control: Coordinator) -> Need:
-        """Return what a save will stage on this rank once every optimizer has taken a step."""
+    def _estimate_need(self, app: AppState, topology: Topology, control: Coordinator) -> Need:
+        """Return what this rank will stage once every optimizer has taken a step."""
         uncounted: list[str] = []
 
         def describe() -> tuple[int, Inventory]:
@@ -223,7 +223,7 @@ class Snapshotter:
         return Need(image_bytes(plan.staged.layout), uncounted)
 
     def _size_before(self, resumed: Candidate, rank: int) -> int:
-        """Return what this rank's file of a commit takes, or where it is lost, what another's."""
+        """Return the size of this rank's file of a commit, or of another rank's if it is lost."""
         record = resumed.record
         assert self._tiers.local is not None
         folder = self._tiers.local.manager.run.rank_directory(rank)
@@ -233,11 +233,11 @@ class Snapshotter:
             return record.image_bytes
 
     def wait(self) -> None:
-        """Return when the last snapshot no longer reads live tensors."""
+        """Wait until the last snapshot no longer reads live tensors."""
         self._guard.settle()
 
     def release(self) -> None:
-        """Give memory back, take hooks off, and let go of live objects."""
+        """Free memory, remove hooks, and drop references to live objects."""
         self._guard.leave()
         self._shards.release()
         self._bindings = None
@@ -249,7 +249,7 @@ class Snapshotter:
         inventory: Inventory,
         control: Coordinator,
     ) -> _Memory:
-        """Ask the local tier for memory to stage into, where there is one."""
+        """Request memory for staging from the local tier, if there is one."""
         pinned = _is_on_gpu(inventory)
         if self._tiers.local is None:
             return _Memory(None, pinned, is_local=False)
@@ -284,7 +284,7 @@ class Snapshotter:
 
 @contextmanager
 def collection_put_off() -> Iterator[None]:
-    """Keep Python from looking for garbage: with many tensors that takes longer than all else."""
+    """Disable garbage collection: with many tensors it would take longer than everything else."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -295,7 +295,7 @@ def collection_put_off() -> Iterator[None]:
 
 
 def _keep_own(coordinator: Coordinator, stage: str, work: Callable[[], T]) -> T:
-    """Run work on every rank, and keep the result here: all succeed or all fail."""
+    """Run work on every rank and return this rank's result; it succeeds on all ranks or none."""
     results: list[T] = []
     coordinator.all_reduce(stage, lambda: results.append(work()), lambda _: None)
     return results[0]
@@ -317,14 +317,14 @@ def _encode_counters(ctx: CheckpointSaveContext) -> bytes:
         raise UnsupportedStateError(
             f"train_state.step is {step!r}, which names no iteration; use a whole number from 0 on."
         )
-    advice = "Use numbers, texts, lists and dicts with texts as keys in its fields and in extra."
+    advice = "Use numbers, strings, lists and dicts with string keys in its fields and in extra."
     try:
         content = json.dumps(values, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UnsupportedStateError(
             f"train_state holds a value that is no JSON: {error}. {advice}"
         ) from error
-    if json.loads(content) != values:  # JSON makes texts of number keys, and lists of tuples
+    if json.loads(content) != values:  # JSON turns number keys into strings, and tuples into lists
         raise UnsupportedStateError(
             f"train_state holds a value that JSON would give back as another. {advice}"
         )

@@ -134,7 +134,7 @@ def test_ranks_that_are_in_different_calls_are_told_and_meet_again(
         saves, others = found[:5], found[5:]
         assert "rank 1: OtherCall: is in the save of iteration" in saves[0][0]
         assert "OtherCall" in others[0][0]
-        assert "a load" in others[0][0]
+        assert "is in the load" in others[0][0]
         assert max(seconds for _, seconds in found) < DEADLINE_SECONDS / 2, (
             "and not at the deadline"
         )
@@ -359,3 +359,113 @@ def test_a_rank_that_fails_alone_leaves_nobody_in_a_collective(odd: int, tmp_pat
         assert f"rank {odd}: ValueError: of this rank alone" in save
         assert f"rank {odd}: ValueError: of this rank alone" in load
         assert [each for each in found if each not in (save, load)] == [""] * 6
+
+
+def _outcome(call: Callable[[], Any]) -> tuple[str, str, float]:
+    began, kind, message = time.monotonic(), "", ""
+    try:
+        call()
+    except (CheckpointError, SystemExit) as error:
+        kind, message = type(error).__name__, str(error)
+    return kind, message, time.monotonic() - began
+
+
+def _use_two_managers(root: Path) -> list[tuple[str, str, float]]:
+    """Rank 1 misses the first manager's save and goes on with the second's."""
+    main = Run("ddp", root / "main", timeout_seconds=2.0)
+    average = Run("ddp", root / "average", seed=2, timeout_seconds=DEADLINE_SECONDS)
+    found = []
+    if main.rank == 0:
+        found.append(_outcome(main.save))
+    found.append(_outcome(average.save))
+    main.train(1)
+    found += [_outcome(each) for each in (main.save, lambda: main.finalize(blocking=True))]
+    average.finalize(blocking=True)
+    return found
+
+
+def test_two_managers_never_answer_each_other(tmp_path: Path) -> None:
+    """A rank that misses a call of one meets the others in the next call of each."""
+    first, second = run_ranks(_use_two_managers, 2, tmp_path)
+    assert first[0][0] == "SaveFailedError"
+    assert "rank 1" in first[0][1]
+    assert [kind for kind, _, _ in first[1:] + second] == [""] * 6
+    assert _committed(tmp_path / "main") == ["iter_0000001"]
+    assert _committed(tmp_path / "average") == ["iter_0000000"]
+
+
+def _lag_behind(root: Path) -> list[tuple[str, str, float]]:
+    """Rank 1 misses one load, and then comes to every load before rank 0."""
+    run = Run("ddp", root / "store", timeout_seconds=2.0)
+    run.save()
+    run.finalize(blocking=True)
+    found = []
+    if run.rank == 0:
+        found.append(_outcome(run.load))
+    for _ in range(3):
+        distributed.barrier()
+        if run.rank == 0:
+            time.sleep(0.3)
+        found.append(_outcome(run.load))
+    return found
+
+
+def test_a_rank_does_not_lag_behind_for_ever(tmp_path: Path) -> None:
+    """Calls of one name cannot be told apart: that costs one more of them, and not all."""
+    first, second = run_ranks(_lag_behind, 2, tmp_path)
+    assert [kind for kind, _, _ in first[2:] + second[1:]] == [""] * 4
+
+
+def _end_in_a_state_dict(root: Path) -> list[tuple[str, str, float]]:
+    """One rank's state dict ends the program, one is slow, and both ranks differ in a setting."""
+    rank = distributed.get_rank()
+    run = Run("ddp", root / "store", timeout_seconds=DEADLINE_SECONDS, async_save=False)
+    scheduler, run.scheduler = run.scheduler, cast("Any", _Ending(rank == 0))
+    found = [_outcome(run.save)]
+    run.scheduler = scheduler
+    found.append(_outcome(run.save))
+    other = Run("ddp", root / "other", timeout_seconds=DEADLINE_SECONDS, async_save=rank == 0)
+    found.append(_outcome(other.save))
+    return found
+
+
+class _Ending:
+    def __init__(self, ends: bool) -> None:
+        self._ends = ends
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._ends:
+            raise SystemExit("asked to stop")
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def test_a_rank_that_ends_in_a_state_dict_and_one_with_other_settings_are_named(
+    tmp_path: Path,
+) -> None:
+    """At once; the end of a program is raised where it was asked for."""
+    first, second = run_ranks(_end_in_a_state_dict, 2, tmp_path)
+    assert first[0][0] == "SystemExit"
+    assert second[0][0] == "SaveFailedError"
+    assert "rank 0: SystemExit: asked to stop" in second[0][1]
+    assert [each[1][0] for each in (first, second)] == ["", ""]
+    for each in (first, second):
+        assert "rank 1: OtherSettings: has checkpoint.async_save=False" in each[2][1]
+    assert max(seconds for _, _, seconds in first + second) < DEADLINE_SECONDS / 2
+
+
+def _call_before_the_group(root: Path) -> tuple[int, list[str]]:
+    run = Run("none", root / "store", timeout_seconds=DEADLINE_SECONDS)
+    run.finalize(blocking=True)
+    distributed.init_process_group("gloo")
+    run.save()
+    run.finalize(blocking=True)
+    distributed.barrier()
+    return run.manager._channels.world_size, _committed(root / "store")
+
+
+def test_a_call_before_the_process_group_does_not_make_a_rank_alone(tmp_path: Path) -> None:
+    """A manager may be made, and asked for outcomes, before torch.distributed is initialised."""
+    for found in run_ranks(_call_before_the_group, 2, tmp_path, initialise=False):
+        assert found == (2, ["iter_0000000"])

@@ -13,7 +13,7 @@ import torch
 from torch import distributed, nn
 
 from holdfast.errors import StageFailedError
-from holdfast.ranks.coordinator import open_channels
+from holdfast.ranks.channels import open_channels
 from holdfast.read.shared import ReadShared, divide, own_group
 from holdfast.storage.digests import BLOCK_BYTES
 from holdfast.storage.posix import LocalFilesystem
@@ -195,7 +195,7 @@ def test_the_trainers_group_is_never_used(tmp_path: Path) -> None:
 
 def _leave_a_broadcast(root: Path) -> list[float]:
     """One rank leaves the others in a broadcast; then all load again."""
-    coordinator = open_channels(1, 4.0)[0]
+    coordinator = open_channels(1, 4.0, "test")[0]
     tensor = torch.full((4,), 1.0 - coordinator.rank)
     shared = ReadShared(coordinator.rank, [["a"], []], own_group(4.0))
     shared._steps = list(shared._plan_steps({"a": tensor}))

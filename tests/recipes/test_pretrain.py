@@ -63,7 +63,10 @@ def test_the_first_line_of_every_overlay_runs(pretrain: Pretrain, overlay: Path)
 def test_an_interrupted_run_equals_the_uninterrupted_one(pretrain: Pretrain) -> None:
     """The same command goes on where it stopped; every loss is equal to the last bit."""
     whole = _printed(pretrain("run_dir=whole", "steps=10"))
-    assert f"starting from step 0: no checkpoint in {Path('whole/checkpoints')} yet" in whole
+    assert (
+        f"starting from step 0: no checkpoint of this run in {Path('whole/checkpoints')} yet"
+        in whole
+    )
     again = _printed(pretrain("run_dir=again", "steps=10"))
     assert read_losses(Path("whole")) == read_losses(Path("again"))
     assert "validation after step 0: 8.000 bits/byte" in again

@@ -62,7 +62,7 @@ def test_which_tier_is_due(
 def test_a_run_saves_to_both_tiers_and_says_which(pretrain: Pretrain, memory: Path) -> None:
     """Each save names its tier, the table counts the local ones, and the end is persistent."""
     printed = _printed(pretrain(*TIERED, "steps=5"))
-    assert f"no checkpoint in {STORE} or {memory} yet" in printed
+    assert f"no checkpoint of this run in {STORE} or {memory} yet" in printed
     assert f"local tier at {memory}" in printed, "how much room it takes"
     for iteration in (1, 3):
         assert f"checkpoint {iteration} committed locally: " in printed

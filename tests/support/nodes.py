@@ -32,7 +32,8 @@ from holdfast.errors import CheckpointError, CorruptCheckpointError
 from holdfast.format.layout import Item, lay_out
 from holdfast.format.proposals import structure_of
 from holdfast.protocol import TrainState
-from holdfast.ranks.coordinator import Coordinator, open_channels
+from holdfast.ranks.channels import open_channels
+from holdfast.ranks.coordinator import Coordinator
 from holdfast.snapshot.arena import Arena
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.posix import Filesystem, LocalFilesystem
@@ -61,7 +62,7 @@ def memory_directory() -> Iterator[Path]:
 @functools.cache
 def _open_channels(timeout_seconds: float) -> list[Coordinator]:
     """Open them once for all jobs of this process: a new connection may take seconds."""
-    return open_channels(2, timeout_seconds)
+    return open_channels(2, timeout_seconds, f"test {timeout_seconds}")
 
 
 @dataclass

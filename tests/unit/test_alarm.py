@@ -233,7 +233,7 @@ def test_a_loop_that_asks_for_local_saves_only_is_told(
         run.save(iteration, to_local=True)
         run.step(100.0)
     (message,) = _warnings(caplog)
-    assert "no save to the persistent tier was asked for since" in message
+    assert "no save to the persistent tier was requested since" in message
     assert "none since the load" in message
     run.end()
 
@@ -297,7 +297,7 @@ def test_a_run_that_is_to_stop_stops_at_the_next_save(tmp_path: Path, memory: Pa
     """After a failure any save is refused, with the reason; without one a persistent is tried."""
     run = _Run(tmp_path, memory, alarm_after_seconds=100.0, alarm_stops=True)
     run.step(150.0)
-    with pytest.raises(CheckpointOverdueError, match="asked for since") as caught:
+    with pytest.raises(CheckpointOverdueError, match="requested since") as caught:
         run.save(1, to_local=True)
     assert (caught.value.seconds, caught.value.iteration) == (150.0, None)
     run.save(1)  # what the alarm asks for

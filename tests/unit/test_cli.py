@@ -73,11 +73,27 @@ def test_ls_shows_one_checkpoint(root: Path, capsys: pytest.CaptureFixture[str])
     assert [each["iteration"] for each in document["checkpoints"]] == [10]
 
 
-def test_ls_of_an_empty_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A directory without checkpoints is no error, and says so."""
+def test_ls_of_a_store_without_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A claimed one is no error; a directory of something else is."""
+    code, out, err = _run(capsys, "ls", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == f"holdfast: {tmp_path} holds no checkpoint.\n"
+    RunIdentity(tmp_path, LocalFilesystem()).agree_run_id("wanted")
     code, out, _ = _run(capsys, "ls", tmp_path)
     assert code == 0
-    assert out.splitlines() == [f"{tmp_path}  run unknown", "  no checkpoints"]
+    assert out.splitlines() == [f"{tmp_path}  run wanted", "  no checkpoints"]
+
+
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_a_store_in_the_directory_is_suggested(
+    command: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Instead of saying that there is nothing."""
+    code, _, err = _run(capsys, command, root.parent)
+    assert code == 2
+    assert f"Did you mean {root}?" in err
 
 
 def test_ls_tells_what_is_broken(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,8 @@ from holdfast.errors import (
     StageTimeoutError,
     StateMismatchError,
 )
-from holdfast.ranks.coordinator import Coordinator, SingleProcess, StoreCoordinator, open_channels
+from holdfast.ranks.channels import open_channels
+from holdfast.ranks.coordinator import Coordinator, SingleProcess, StoreCoordinator
 
 RANKS = 3
 
@@ -283,6 +284,23 @@ def test_missing_ranks_are_named_within_the_deadline(clients: list[Any]) -> None
     assert 1.5 <= elapsed < 15
 
 
+def test_what_failed_is_named_beside_who_is_missing(clients: list[Any]) -> None:
+    """A cause on the ranks that came is not lost because another one did not."""
+
+    def program(ranks: Coordinator) -> Any:
+        def work() -> None:
+            if ranks.rank == 0:
+                raise ValueError("the cause")
+
+        with pytest.raises(StageTimeoutError) as caught:
+            ranks.all_gather("write", work)
+        return caught.value.missing_ranks, [str(each) for each in caught.value.failures]
+
+    found = _on_ranks(clients, program, ranks=(0, 1), timeout_seconds=1.5)
+    missing = "rank 2: Timeout: did not answer within 1.5 s"
+    assert found == dict.fromkeys((0, 1), ((2,), ["rank 0: ValueError: the cause", missing]))
+
+
 def test_several_missing_ranks_are_all_named(clients: list[Any]) -> None:
     """The verdict names every rank that is missing, not only the first."""
     found = _on_ranks(
@@ -332,7 +350,7 @@ def test_a_rank_that_missed_calls_meets_the_others_in_their_next(
     waited_in_vain = threading.Barrier(RANKS, timeout=20)
 
     def enter(ranks: Coordinator, call: str) -> int:
-        number, verdict = ranks.begin("enter", lambda: call, lambda: f"admitted to {call}")
+        number, verdict = ranks.begin("enter", lambda: (call,), lambda: f"admitted to {call}")
         assert verdict == f"admitted to {call}"
         assert ranks.all_gather("s", lambda: number) == [number] * RANKS
         return number
@@ -357,7 +375,7 @@ def test_ranks_in_different_calls_are_named(clients: list[Any]) -> None:
 
     def program(ranks: Coordinator) -> Any:
         def enter(call: str) -> int:
-            return ranks.begin("enter", lambda: call, lambda: admitted.append(ranks.rank))[0]
+            return ranks.begin("enter", lambda: (call,), lambda: admitted.append(ranks.rank))[0]
 
         with pytest.raises(StageFailedError) as caught:
             enter("a load" if ranks.rank == 2 else "a save")
@@ -374,14 +392,14 @@ def test_a_call_that_is_refused_on_one_rank_is_refused_on_all(clients: list[Any]
     """With the error of that rank."""
 
     def program(ranks: Coordinator) -> Any:
-        def enter() -> str:
+        def enter() -> tuple[str, ...]:
             if ranks.rank == 1:
                 raise CorruptCheckpointError("a/b", "as planned")
-            return "a load"
+            return ("a load",)
 
         with pytest.raises(CorruptCheckpointError, match="as planned"):
             ranks.begin("enter", enter, lambda: None)
-        return ranks.begin("enter", lambda: "a load", lambda: ranks.rank)
+        return ranks.begin("enter", lambda: ("a load",), lambda: ranks.rank)
 
     assert _on_ranks(clients, program) == dict.fromkeys(range(RANKS), (2, 0))
 
@@ -395,7 +413,7 @@ def test_keys_are_cleaned_up(clients: list[Any]) -> None:
 
     def program(ranks: Coordinator) -> None:
         for _ in range(20):
-            ranks.begin("arrive", lambda: "a save", lambda: None)
+            ranks.begin("arrive", lambda: ("a save",), lambda: None)
             ranks.all_gather("a", lambda: 1)
             ranks.gather("b", lambda: 1)
             ranks.all_reduce("s", lambda: 1, len)
@@ -458,7 +476,7 @@ def test_a_single_process_fails_as_ranks_do(turn: str) -> None:
         RankFailure(0, "PermissionError", "EACCES Permission denied", "/x", 13),
     )
     with pytest.raises(StageFailedError, match="nothing"):
-        SingleProcess().settle("plan", lambda: 1, lambda _: fail(KeyError("nothing")))
+        SingleProcess().all_reduce("plan", lambda: 1, lambda _: fail(KeyError("nothing")))
     ours = CorruptCheckpointError("/x", "torn")
     with pytest.raises(CorruptCheckpointError) as kept:
         work("write", lambda: fail(ours))
@@ -469,7 +487,7 @@ def test_a_single_process_fails_as_ranks_do(turn: str) -> None:
 
 def test_channels_without_ranks_are_single() -> None:
     """Without torch.distributed every channel is the null case."""
-    channels = open_channels(2, 5.0)
+    channels = open_channels(2, 5.0, "test")
     assert [(each.rank, each.world_size) for each in channels] == [(0, 1), (0, 1)]
     assert all(isinstance(each, SingleProcess) for each in channels)
     assert len(set(map(id, channels))) == 2

@@ -49,7 +49,7 @@ def test_the_tiers_lie_apart(
     if relation is None:
         manager_of(Path(persistent), local={"directory": local})
     else:
-        with pytest.raises(ConfigError, match="lie apart") as caught:
+        with pytest.raises(ConfigError, match="are separate") as caught:
             manager_of(Path(persistent), local={"directory": local})
         (problem,) = caught.value.problems
         assert problem.startswith("checkpoint.local.directory: ")

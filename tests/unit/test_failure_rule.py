@@ -64,7 +64,7 @@ def test_a_message_stays_within_three_lines() -> None:
     rule = FailureRule(CheckpointConfig(on_save_failure="warn", save_failure_limit=1))
     with pytest.raises(CheckpointError, match="limit is 1") as caught:
         rule.judge(CheckpointError("a\nb\nc"), OSError(), P)
-    assert str(caught.value).count("\n") == 2
+    assert str(caught.value).count("\n") <= 2
 
 
 def test_an_overtaken_attempt_is_raised_at_once() -> None:

@@ -88,7 +88,7 @@ def test_the_sum_is_told_at_the_load_and_holds_at_the_first_save(
     assert _numbers(told) == _numbers(at_save)
     assert "own shards 3.6 MiB, copies for others 0 B" in told
     assert re.search(r", and in memory 1\.2 MiB of .* left$", told), "the disk needs an arena"
-    assert "planning anew" not in caplog.text, "the plan was made in vain"
+    assert "planning again" not in caplog.text, "the plan was made in vain"
 
 
 def test_a_resumed_run_is_told_what_it_took(
@@ -105,7 +105,7 @@ def test_a_resumed_run_is_told_what_it_took(
     start.save(2)
     start.close()
     told, at_save = _lines(caplog)
-    assert "5 files in turn" in told
+    assert "5 files in rotation" in told
     assert _mebibytes(told) == pytest.approx(_mebibytes(at_save), abs=0.1), "small states differ"
 
 
@@ -173,19 +173,19 @@ def _mebibytes(line: str) -> list[float]:
 
 def test_what_cannot_fit_is_refused_before_training(tmp_path: Path, small_directory: Path) -> None:
     """With the numbers, every time it is asked, and nothing was taken."""
-    start = _Start(tmp_path, small_directory, 200_000)  # 3 turns of 4.6 MiB
+    start = _Start(tmp_path, small_directory, 200_000)  # 3 files of 4.6 MiB
     before = start.live.digests()
     for _ in range(2):
         with pytest.raises(
             ConfigError,
-            match=r"13\.9 MiB of [78]\.\d MiB free \(3 files in turn.*limited by the free space.*"
-            r"lower local\.keep\.last",
+            match=r"13\.9 MiB of [78]\.\d MiB free \(3 files in rotation.*limited by the free "
+            r"space.*lower local\.keep\.last",
         ):
             start.load()
     assert start.live.digests() == before
     assert list(small_directory.iterdir()) == []
     start.close()
-    start = _Start(tmp_path, small_directory, 100_000)  # 3 turns of 2.3 MiB
+    start = _Start(tmp_path, small_directory, 100_000)  # 3 files of 2.3 MiB
     assert start.load() == 0
     start.close()
 
@@ -270,17 +270,17 @@ def test_ranks_of_one_directory_are_added_up(tmp_path: Path) -> None:
     )
     assert found.own_bytes == 4 * (3 << 20)
     assert found.copy_bytes == 4 * (12 << 20), "rank 0 holds for 2, rank 1 for 3"
-    assert found.turns == 4
+    assert found.buffers == 4
     assert found.line.endswith("; on node a; not counting what Lion will keep")
 
 
 @pytest.mark.parametrize(
     ("nodes", "factor", "jump", "cost"),
     [
-        ("aaaa", 2, None, "45.0 MiB there (3 files in turn)"),
-        ("aaaa", 3, None, "90.0 MiB there (3 files in turn)"),
-        ("aaaa", 2, 4, "45.0 MiB there (3 files in turn)"),
-        ("abab", 2, 4, "45.0 MiB there (3 files in turn)"),
+        ("aaaa", 2, None, "45.0 MiB there (3 files in rotation)"),
+        ("aaaa", 3, None, "90.0 MiB there (3 files in rotation)"),
+        ("aaaa", 2, 4, "45.0 MiB there (3 files in rotation)"),
+        ("abab", 2, 4, "45.0 MiB there (3 files in rotation)"),
         ("aaaa", 2, 2, None),
         ("aaab", 2, None, None),
         ("aaaa", 1, None, None),

@@ -338,7 +338,7 @@ def test_the_budget_is_told_before_anything_is_allocated(tmp_path: Path) -> None
     assert budget.own_bytes == 3 << 20
     assert budget.copy_bytes == 0
     assert budget.room is not None
-    assert "3 files in turn" in budget.line
+    assert "3 files in rotation" in budget.line
     with pytest.raises(ConfigError, match=r"local tier at .* TiB free .* limited by"):
         tier.budget(1 << 50, SingleProcess())
     tier.close()

@@ -157,7 +157,7 @@ def test_a_changed_structure_is_planned_anew_and_told(
     staged = rank.stage(SingleProcess(), leaves)
     assert staged.plan is not first
     assert staged.plan.identity != first.identity
-    assert [each.message.split(":")[0] for each in caplog.records] == ["planning anew"]
+    assert [each.message.split(":")[0] for each in caplog.records] == ["planning again"]
     assert rank.stage(SingleProcess(), leaves).plan is staged.plan
     assert len(caplog.records) == 1
     _write(staged, tmp_path / "a")
@@ -292,7 +292,7 @@ def test_one_changed_rank_makes_all_plan_anew(caplog: pytest.LogCaptureFixture) 
     assert [each.identity for each in mine] == [each.identity for each in theirs]
     assert len({each.identity for each in mine}) == 2
     (told,) = caplog.records
-    assert "planning anew" in told.message
+    assert "planning again" in told.message
     assert "1" in told.message
 
 

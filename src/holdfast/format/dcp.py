@@ -1,10 +1,11 @@
 """The `.metadata` file of torch.distributed.checkpoint, and torch's reader on our storage.
 
 Owns writing that pickle for a decision (the same bytes for the same decision), reading it without
-running anything in it, and the adapter through which torch's own reader reaches storage, read-only.
-Only the few types that describe tensors are torch's own; names of torch.distributed and of Megatron
-that a load never needs (the plans that Megatron-Core caches in the file, say) become inert objects,
-and any other name is refused. Nested keys that a writer left out are derived from the flat names.
+running code from it, and the read-only adapter through which torch's own reader reaches storage.
+Only the few types that describe tensors are unpickled as torch's own; names of torch.distributed
+and of Megatron that a load never needs (such as the plans that Megatron-Core caches in the file)
+become inert objects, and any other name is refused. Nested keys that a writer left out are derived
+from the flat names.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def encode_metadata(decision: Decision) -> bytes:
     """Return `.metadata` as stock torch reads it; the same bytes for the same proposals.
 
     A large job has an entry per rank and tensor, so the objects that torch would pickle are never
-    made: their pickle is put together from parts. A test holds it against the objects.
+    created: their pickle is assembled from parts. A test compares it with the pickled objects.
     """
     catalogue, written = decision.catalogue, decision.written
     pickled = _Pickled()
@@ -90,7 +91,7 @@ def encode_metadata(decision: Decision) -> bytes:
 
 
 class _Pickled:
-    """A pickle of protocol 3 in the making: what recurs stands in front and is referred to."""
+    """Builder of a protocol 3 pickle; repeated objects are memoized first and then referenced."""
 
     def __init__(self) -> None:
         self._front: list[bytes] = [pickle.PROTO + b"\x03"]
@@ -98,7 +99,7 @@ class _Pickled:
         self._sizes: dict[tuple[int, ...], bytes] = {}
 
     def finish(self, whole: bytes) -> bytes:
-        """Return the pickle of the object that these parts make."""
+        """Return the complete pickle: the memoized objects, then the given object."""
         return b"".join((*self._front, whole, pickle.STOP))
 
     def text(self, text: str) -> bytes:
@@ -140,7 +141,7 @@ class _Pickled:
 
 
 def _plain(value: Any) -> bytes:
-    """Return the pickle of one thing, without beginning and end and without anything remembered."""
+    """Return the pickle of one value, without protocol header, stop opcode and memo."""
     return pickletools.optimize(pickle.dumps(value, protocol=3))[2:-1]
 
 
@@ -175,15 +176,15 @@ _GLOBALS = {
     ("pathlib", "Path"),
 }
 _INERT = ("torch.distributed.", "megatron.")
-"""Where names come from that may stand in the file and that no load needs."""
+"""Modules whose names may occur in the file though no load needs them."""
 
 
 _MEGATRON_METADATA = "MCoreMetadata"
-"""Metadata with a field more, which is not looked at."""
+"""A subclass of Metadata with an additional field, which is ignored."""
 
 
 class _Inert:
-    """Takes the place of an object whose type is not looked up: holds nothing, does nothing."""
+    """Replaces an object whose type is not imported: holds nothing, does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         return super().__new__(cls)
@@ -208,7 +209,7 @@ class _Inert:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Finds the types of a DCP metadata file and nothing else."""
+    """Resolves the types of a DCP metadata file and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _GLOBALS:
@@ -223,17 +224,17 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(content: bytes, *, derive_keys: bool = False) -> Metadata | None:
-    """Return the metadata of a checkpoint, complete; None: the file holds something else.
+    """Return the complete metadata of a checkpoint; None: the file holds something else.
 
-    `derive_keys`: nested keys that the writer left out follow from the flat names.
+    `derive_keys`: derive nested keys that the writer left out from the flat names.
 
-    Raises whatever a hostile or torn pickle makes of the unpickler.
+    A hostile or torn pickle can make the unpickler raise any exception.
     """
     metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     if not isinstance(metadata, Metadata):
         return None
     fields = vars(metadata)
-    fields.pop("all_local_plans", None)  # of the writer's ranks; large, and of no use here
+    fields.pop("all_local_plans", None)  # the writer's plans: large and not needed here
     described = fields.get("state_dict_metadata")
     if not isinstance(described, dict) or not all(map(_is_described, described.items())):
         return None
@@ -249,7 +250,7 @@ def read_metadata(content: bytes, *, derive_keys: bool = False) -> Metadata | No
 
 
 def _is_described(entry: tuple[Any, Any]) -> bool:
-    """Return whether a name stands for a tensor or a value, in torch's own words."""
+    """Return whether a name maps to torch's description of a tensor or a value."""
     name, described = entry
     return isinstance(name, str) and isinstance(
         described, TensorStorageMetadata | BytesStorageMetadata
@@ -257,7 +258,7 @@ def _is_described(entry: tuple[Any, Any]) -> bool:
 
 
 def _complete(name: str, path: Any) -> tuple[str | int, ...]:
-    """Return nested keys as a load expects them: a model's names are flat, whoever nested them."""
+    """Return nested keys as a load expects them: model names flat even if saved nested."""
     if not isinstance(path, tuple) or len(path) < 2:
         return key_path_of(name)
     if path[0] == "model" and len(path) > 2 and not str(path[1]).endswith("_extra_state"):
@@ -266,9 +267,9 @@ def _complete(name: str, path: Any) -> tuple[str | int, ...]:
 
 
 def key_path_of(name: str) -> tuple[str | int, ...]:
-    """Return the nested keys that a flat name of a model or an optimizer stands for.
+    """Return the nested keys of a flat model or optimizer name.
 
-    A parameter's own name has dots, so only the ends are cut: `model.<name>`,
+    A parameter's own name contains dots, so the name is split only at its ends: `model.<name>`,
     `optimizer.state.<name>.<key>`, `optimizer.param_groups.<number>.<option>`.
     """
     root, _, rest = name.partition(".")
@@ -289,7 +290,7 @@ def key_path_of(name: str) -> tuple[str | int, ...]:
 
 
 class SeamFileSystem(FileSystem):
-    """What torch calls on a file system, and no more than it calls."""
+    """Exactly the file system methods that torch's reader calls."""
 
     def __init__(self, filesystem: Filesystem) -> None:
         self._filesystem = filesystem

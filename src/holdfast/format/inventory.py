@@ -1,8 +1,8 @@
 """Which tensors are in which bytes of a shard file, found without torch.
 
-Owns reading `.metadata` for the places of its items alone, and naming the tensors of damaged
-blocks. Runs nothing from the file and imports nothing: every type in it is a stand-in. Metadata
-that cannot be read names no tensors; that is no error here, since damage is reported either way.
+Owns reading `.metadata` only for the locations of its items, and naming the tensors of damaged
+blocks. Runs no code from the file and imports nothing: every type in it is replaced by a stand-in.
+Metadata that cannot be read names no tensors; that is no error: damage is reported anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 def names_in(metadata_content: bytes, file_name: str, byte_range: tuple[int, int]) -> list[str]:
-    """Return the flat names of the items in a range of bytes, ends included, largest part first."""
+    """Return the flat names of the items in a byte range (ends included), largest overlap first."""
     try:
         metadata = _InventoryUnpickler(io.BytesIO(metadata_content)).load()
     except Exception:  # noqa: BLE001  # the metadata itself may be what is damaged
@@ -31,7 +31,7 @@ def names_in(metadata_content: bytes, file_name: str, byte_range: tuple[int, int
 
 
 def names_at(places: Mapping[Any, Any], file_name: str, byte_range: tuple[int, int]) -> list[str]:
-    """As `names_in`, from the `storage_data` of metadata that was read already."""
+    """Like `names_in`, from the `storage_data` of metadata that was already read."""
     first, last = byte_range
     shares = [
         (min(info.offset + info.length, last + 1) - max(info.offset, first), index.fqn)
@@ -42,7 +42,7 @@ def names_at(places: Mapping[Any, Any], file_name: str, byte_range: tuple[int, i
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Return the end of a message that names a few of the tensors concerned; empty for none."""
+    """Return a message suffix that names the first affected tensors; empty for none."""
     if not names:
         return ""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -50,7 +50,7 @@ def list_names(names: Sequence[str]) -> str:
 
 
 class _StandIn:
-    """Takes whatever state a pickle gives to an object of a type that is not looked up."""
+    """Accepts the pickled state of an object whose type is not imported."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -78,7 +78,7 @@ class _InventoryUnpickler(pickle.Unpickler):
 def name_tensors(
     checkpoint: Checkpoint, damages: Sequence[Damage], filesystem: Filesystem
 ) -> list[Damage]:
-    """Add to every damaged block the tensors that it holds parts of, where that can be told."""
+    """Add to each damaged block the names of the tensors it holds parts of, where known."""
     return [
         replace(each, reason=each.reason + _clause(checkpoint, each, filesystem))
         for each in damages

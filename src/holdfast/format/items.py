@@ -1,9 +1,9 @@
-"""Flat named state becomes the items of a shard file, and what has to be copied into each.
+"""Turn flat named state into the items of a shard file and the source of each.
 
-Owns how a tensor or value is described: whole or a chunk, dense or only for torch to pickle, alone
-or tied to another name. Promises that the description is of the state as it is now: what is kept
-from save to save is compared with the live tensors each time, never assumed. Refuses tensor types
-that it cannot take apart. Copies nothing but small values.
+Owns how a tensor or value is described: whole or a chunk, dense or pickled by torch, its own bytes
+or an alias of another name. Promises that the description is of the current state: what is cached
+between saves is compared with the live tensors each time, never assumed. Refuses tensor types that
+it cannot take apart. Copies only small values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SLOT_ALIGNMENT = 64
 _LEAST_HEADROOM_BYTES = 256
 _MOST_HEADROOM_BYTES = 32 << 10
 _TOLERATED_BYTES = 60 << 10
-"""Zeros behind a container that torch still reads: it searches the last 64 KiB for its end."""
+"""Trailing zeros that torch tolerates: it searches the last 64 KiB for the container's end."""
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 Source = torch.Tensor | bytes
@@ -40,17 +40,17 @@ Source = torch.Tensor | bytes
 
 @dataclass(frozen=True)
 class Inventory:
-    """All that this rank could write, and where it is now."""
+    """Every item that this rank could write, with its current source."""
 
     items: Sequence[Item]
     sources: Sequence[Source]
     """One for each item."""
     structure: bytes
-    """16 bytes that are equal while the items are."""
+    """16 bytes that stay equal as long as the items do."""
 
 
 class Itemizer:
-    """Describes one state again and again; what did not change is not described anew."""
+    """Describes one state at every save; descriptions of unchanged leaves are reused."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
@@ -68,8 +68,8 @@ class Itemizer:
     ) -> Inventory:
         """Return the items of a flat state, in its order; `paths` are the nested keys of each name.
 
-        `check` may refuse leaves; it is asked when one is of another kind, size or place than last
-        time.
+        `check` may refuse leaves; it is called when a leaf's kind, size or address differs from
+        last time.
 
         Raises:
             UnsupportedStateError: a tensor type that cannot be taken apart.
@@ -99,12 +99,12 @@ class Itemizer:
             map(operator.is_, items, self._last.items)
         ):
             self._structure = structure_of(items)
-        # No sources: holding them would keep a model alive that nobody else does.
+        # Not the sources: a reference to them could keep a discarded model alive.
         known = [self._known.get(name) for name in leaves]
-        lying = Counter(addresses)
+        uses = Counter(addresses)
         shared = [
             _place_of(source)
-            if address and lying[address] > 1 and isinstance(source, torch.Tensor)
+            if address and uses[address] > 1 and isinstance(source, torch.Tensor)
             else None
             for source, address in zip(sources, addresses, strict=True)
         ]
@@ -114,7 +114,7 @@ class Itemizer:
     def _forget_moved(
         self, leaves: Mapping[str, Any], paths: Mapping[str, tuple[str | int, ...]]
     ) -> None:
-        """Know nothing any more of names that stand for other nested keys than they did."""
+        """Drop the cached descriptions of names whose nested keys have changed."""
         for name in leaves:
             known, path = self._known.get(name), tuple(paths[name])
             if known is not None and any(item.path != path for item in known.items):
@@ -124,7 +124,7 @@ class Itemizer:
         self._paths = paths
 
     def _repeat(self, leaves: Mapping[str, Any]) -> Inventory | None:
-        """Return the items of last time, if every leaf is as it was; None: describe them."""
+        """Return the previous items if every leaf is unchanged; None: describe them again."""
         last = self._last
         if tuple(leaves) != last.names or len(last.items) != len(last.names):
             return None
@@ -187,9 +187,9 @@ class Itemizer:
                 return tuple((item, local) for item in known.items)
         elif not isinstance(leaf, torch.Tensor):
             return (self._describe_value(name, leaf, paths),)
-        return self._describe_anew(name, leaf, paths)
+        return self._describe_tensor(name, leaf, paths)
 
-    def _describe_anew(
+    def _describe_tensor(
         self, name: str, leaf: Any, paths: Mapping[str, tuple[str | int, ...]]
     ) -> Sequence[tuple[Item, Source]]:
         path = tuple(paths[name])
@@ -211,7 +211,7 @@ class Itemizer:
             if _is_dense(local):
                 found.append((item, local))
             else:
-                found.append(self._with_room(item, _pickle_tensor(local, name)))
+                found.append(self._with_capacity(item, _pickle_tensor(local, name)))
         kind = type(leaf)
         if all(isinstance(source, torch.Tensor) for _, source in found):
             items = [item for item, _ in found]
@@ -231,12 +231,12 @@ class Itemizer:
             stream = io.BytesIO()
             torch.save(value, stream)
             item = Item(name, tuple(paths[name]), None, (), (), ())
-            item, content = self._with_room(item, stream.getvalue())
+            item, content = self._with_capacity(item, stream.getvalue())
             encoded = self._values[name] = _Encoded(key, item, content)
         return encoded.item, encoded.content
 
-    def _with_room(self, item: Item, content: bytes) -> tuple[Item, bytes]:
-        """Give an item the slot it had, where its bytes still go there, or one with headroom."""
+    def _with_capacity(self, item: Item, content: bytes) -> tuple[Item, bytes]:
+        """Reuse an item's previous slot if its bytes still fit; else size one with headroom."""
         before = self._known.get(item.name)
         if before is not None and before.kind is bytes:
             (slot,) = before.items
@@ -254,7 +254,7 @@ class Itemizer:
     def _tie(
         self, item: Item, source: torch.Tensor, others: list[tuple[torch.Tensor, str]]
     ) -> Item:
-        """Return the item as the alias of an earlier one with the same bytes, if there is one."""
+        """Return the item as an alias of an earlier one with the same bytes, if there is one."""
         place = _place_of(source)
         for other, name in others:
             if _place_of(other) == place:
@@ -269,7 +269,7 @@ class Itemizer:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a name was when it was described; it is again while all of this is the same."""
+    """What a name was when it was described; the items are reusable while all of it matches."""
 
     kind: type
     spec: Any
@@ -280,14 +280,14 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Last:
-    """One description: names, what each was known as, and the address of its bytes."""
+    """The previous description: names, what each was, and the address of its bytes."""
 
     names: tuple[str, ...]
     known: Sequence[_Known | None]
     items: Sequence[Item]
     addresses: Sequence[int]
     shared: Sequence[tuple[Any, ...] | None]
-    """How the bytes are looked at, where several names lie at one address."""
+    """The view of the bytes (dtype, shape, stride), where several names share one address."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class _Encoded:
 
 
 def _chunks(name: str, leaf: Any) -> Iterator[tuple[WriteItem, torch.Tensor]]:
-    """Yield what DCP would write of a tensor on this rank, each with the local tensor it is."""
+    """Yield what DCP would write of a tensor on this rank, each with its local tensor."""
     if isinstance(leaf, DTensor):
         if leaf.device_mesh.get_coordinate() is None:
             return
@@ -319,7 +319,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _pickle_tensor(tensor: torch.Tensor, name: str) -> bytes:
-    """Return what torch.save makes of a tensor whose parts only its own type knows."""
+    """Return the torch.save bytes of a tensor that is not plain dense memory."""
     if type(tensor) not in _PLAIN_TENSORS and not hasattr(tensor, "__tensor_flatten__"):
         raise UnsupportedStateError(
             f"{name} is a {type(tensor).__name__}, a tensor type without __tensor_flatten__, which "
@@ -336,6 +336,6 @@ def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
         tensor.dtype,
         tensor.shape,
         tensor.stride(),
-        tensor.is_conj(),  # a lazy conjugate or negative lies where its source does
+        tensor.is_conj(),  # a lazy conjugate or negative shares its source's memory
         tensor.is_neg(),
     )

@@ -1,12 +1,12 @@
-"""The exact image of one rank's shard file, known from its items before any byte is there.
+"""The exact layout of one rank's shard file, computed from its items before any byte is written.
 
 Owns where each item is in the body of a shard file, the container of each tensor (what `torch.save`
-would have written: header, payload, trailer), and the index behind the items from which the file
-can be understood without `.metadata`. Promises that every container is what stock torch reads, that
-every slot starts at a multiple of 64 bytes, and that an index read back is in bounds and
-consistent, or refused; nothing in it is ever unpickled. Refuses items that contradict themselves or
-one another. Knows no bytes of tensors, no files and no digests. Source of the container's format:
-torch's own zip archive, made by torch under `torch.serialization.skip_data`.
+would have written: header, payload, trailer), and the index after the items, from which the file
+can be read without `.metadata`. Promises that stock torch can read every container, that every
+slot starts at a multiple of 64 bytes, and that an index read back is in bounds and consistent, or
+refused; nothing in it is ever unpickled. Refuses items that contradict themselves or one another.
+Knows no bytes of tensors, no files and no digests. Source of the container's format: torch's own
+zip archive, made by torch under `torch.serialization.skip_data`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Container:
 
 @lru_cache(maxsize=1 << 16)
 def container_of(dtype: torch.dtype, shape: torch.Size) -> Container:
-    """Return the container that torch gives a contiguous CPU tensor; no such tensor is filled."""
+    """Return the container torch writes around a contiguous CPU tensor, without filling one."""
     sink = _Sink()
-    # Not torch.empty: with deterministic algorithms that fills what it makes.
+    # Not torch.empty: with deterministic algorithms it fills the memory.
     unfilled: Any = torch.UntypedStorage
     storage = unfilled(shape.numel() * dtype.itemsize, device="cpu")
     tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage).view(shape)
@@ -55,7 +55,7 @@ def container_of(dtype: torch.dtype, shape: torch.Size) -> Container:
 
 
 class _Sink:
-    """Takes what torch writes and notes the one place that it seeks over: the payload."""
+    """Collects what torch writes and records the one range it seeks over: the payload."""
 
     def __init__(self) -> None:
         self._before = bytearray()
@@ -99,7 +99,7 @@ _FIELDS = (
     "lengths",  # null: as size
     "offset",
     "length",
-    "payload_offset",  # null: only torch.load finds the bytes
+    "payload_offset",  # null: only torch.load can locate the bytes
 )
 
 IntArray = npt.NDArray[np.int64]
@@ -112,7 +112,7 @@ class Item:
     name: str
     """DCP's flat name."""
     path: tuple[str | int, ...]
-    """The keys under which the item lies in the nested state."""
+    """The item's keys in the nested state."""
     dtype: torch.dtype | None
     """None: a value, which is no tensor."""
     size: tuple[int, ...]
@@ -120,24 +120,24 @@ class Item:
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
     capacity_bytes: int = 0
-    """Of the slot of a value, or of a tensor that only torch can pickle; 0: a dense tensor."""
+    """Slot size of a value, or of a tensor that only torch can pickle; 0: a dense tensor."""
     alias_of: str | None = None
     """Name of an earlier item of this rank that has the same bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one item's bytes in the body."""
+    """The location of one item's bytes in the body."""
 
     item: Item
     """The item that the slot was made for; aliases share it."""
     offset: int
     container: Container | None
-    """None: whatever torch.save makes, zero-filled to the item's capacity."""
+    """None: the torch.save bytes, zero-filled to the item's capacity."""
 
     @property
     def payload_offset(self) -> int:
-        """Where the tensor's own bytes begin; for a value, the slot's start."""
+        """Offset of the tensor's own bytes; for a value, the slot's start."""
         return self.offset if self.container is None else self.offset + len(self.container.header)
 
     @property
@@ -147,18 +147,18 @@ class Slot:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole slot, without the padding behind it."""
+        """Of the whole slot, without the padding after it."""
         return self.item.capacity_bytes if self.container is None else self.container.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The body of a shard file: slots, zero padding between them, the index, and its place."""
+    """The body of a shard file: slots, zero padding between them, the index, and its location."""
 
     slots: tuple[Slot, ...]
     """In file order."""
     items: tuple[tuple[Item, Slot], ...]
-    """Every item in the order given, aliases included, with the slot that it lies in."""
+    """Every item in the order given, aliases included, with its slot."""
     index_offset: int
     index: bytes
     body_bytes: int
@@ -180,28 +180,28 @@ class Entry(NamedTuple):
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
     offset: int
-    """Where the slot starts; what lies there is what torch.load reads."""
+    """Start of the slot, whose bytes torch.load can read."""
     length: int
     payload_offset: int | None
-    """Where the tensor's bytes lie, row-major; None: only torch.load finds them."""
+    """Start of the tensor's row-major bytes; None: only torch.load can locate them."""
 
     @property
     def payload_bytes(self) -> int:
-        """Of the tensor's bytes; 0 where only torch.load finds them."""
+        """Of the tensor's bytes; 0 where only torch.load can locate them."""
         if self.payload_offset is None or self.dtype is None:
             return 0
         return prod(self.lengths) * self.dtype.itemsize
 
 
 def slot_offsets(slot_bytes: IntArray) -> IntArray:
-    """Return where slots of these sizes start, one behind the other; size 0 takes no room."""
+    """Return the start offsets of consecutive slots of these sizes; size 0 takes no space."""
     padded = -(-slot_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
     ends: IntArray = np.cumsum(padded, dtype=np.int64)
     return ends - padded
 
 
 def containers_of(items: Sequence[Item]) -> list[Container | None]:
-    """Return the container of each item; None where torch.save makes what fits the capacity.
+    """Return the container of each item; None where torch.save bytes fill the slot's capacity.
 
     Raises:
         ValueError: a value has no capacity, or sizes, offsets and lengths contradict one another.
@@ -224,12 +224,12 @@ def containers_of(items: Sequence[Item]) -> list[Container | None]:
 
 
 def leaders_of(items: Sequence[Item]) -> list[int]:
-    """Return for each item the position of the one on whose bytes it lies; -1: on its own.
+    """Return for each item the position of the item whose bytes it shares; -1: it has its own.
 
-    An alias of a name in several chunks means the chunk at its own offsets.
+    An alias of a name with several chunks refers to the chunk at its own offsets.
 
     Raises:
-        ValueError: an item is listed twice, or an alias has no earlier item that could lead it.
+        ValueError: an item is listed twice, or an alias has no matching earlier item.
     """
     by_chunk: dict[tuple[str, tuple[int, ...]], int] = {}
     by_name: dict[str, int] = {}
@@ -257,10 +257,10 @@ def leaders_of(items: Sequence[Item]) -> list[int]:
 
 
 def lay_out(items: Sequence[Item]) -> Layout:
-    """Return the image of a shard file that holds these items, in this order.
+    """Return the layout of a shard file that holds these items, in this order.
 
     Raises:
-        ValueError: items contradict themselves or one another; nothing is guessed.
+        ValueError: items contradict themselves or one another.
     """
     leaders = leaders_of(items)
     containers = containers_of(items)
@@ -309,15 +309,15 @@ def _encode_index(placed: Sequence[tuple[Item, Slot]]) -> bytes:
     return json.dumps(described, separators=(",", ":"), check_circular=False).encode("ascii")
 
 
-def locate_index(tail: bytes | memoryview, body_bytes: int) -> range:
-    """Return the bytes of the body that hold the index, as the last 16 of them say.
+def locate_index(end: bytes | memoryview, body_bytes: int) -> range:
+    """Return the byte range of the index in the body, from the body's last 16 bytes.
 
     Raises:
-        ValueError: the place is none that a writer could have chosen.
+        ValueError: no writer could have put the index there.
     """
-    if len(tail) != TAIL.size:
-        raise ValueError(f"the tail of the body has {len(tail)} bytes, not {TAIL.size}")
-    offset, length = TAIL.unpack(tail)
+    if len(end) != TAIL.size:
+        raise ValueError(f"the end of the body has {len(end)} bytes, not {TAIL.size}")
+    offset, length = TAIL.unpack(end)
     if offset % SLOT_ALIGNMENT or not length or offset + length > body_bytes - TAIL.size:
         raise ValueError(f"the index cannot be {length} bytes at {offset} of {body_bytes}")
     return range(offset, offset + length)
@@ -327,17 +327,17 @@ def read_index(body: bytes | memoryview) -> list[Entry]:
     """Return the items of a whole body.
 
     Raises:
-        ValueError: the index is not where the tail says, or contradicts itself.
+        ValueError: the index is not where the body's end says, or contradicts itself.
     """
     place = locate_index(body[-TAIL.size :], len(body))
     return parse_index(body[place.start : place.stop], place.start)
 
 
 def parse_index(content: bytes | memoryview, index_offset: int) -> list[Entry]:
-    """Return the items that an index describes, in file order; it lies at this offset.
+    """Return the items that an index at this offset describes, in file order.
 
     Raises:
-        ValueError: it is no index, or names places outside the body or types unknown here.
+        ValueError: it is no index, or names ranges outside the body or types unknown here.
     """
     try:
         described = json.loads(bytes(content))
@@ -363,10 +363,10 @@ def parse_index(content: bytes | memoryview, index_offset: int) -> list[Entry]:
 
 
 def _entry_of(row: Any, dtypes: dict[str | None, torch.dtype | None], index_offset: int) -> Entry:
-    """Return one item; `dtypes` has those that are known by name, and gets what it lacks.
+    """Return one item; `dtypes` caches dtypes by name and is extended as needed.
 
     Raises:
-        ValueError: it contradicts itself; the message goes on from the item's name.
+        ValueError: it contradicts itself; the message is to follow the item's name.
     """
     if type(row) is not list or len(row) != len(_FIELDS):
         raise ValueError(f"does not have {len(_FIELDS)} fields")
@@ -400,7 +400,7 @@ def _entry_of(row: Any, dtypes: dict[str | None, torch.dtype | None], index_offs
         _check_part(entry)
     end = offset + length
     if offset % SLOT_ALIGNMENT or end > index_offset:
-        raise ValueError(f"lies at {offset}-{end} of {index_offset}")
+        raise ValueError(f"is at {offset}-{end} of {index_offset}")
     if payload_offset is not None and not (
         dtype is not None
         and offset <= payload_offset

@@ -1,11 +1,11 @@
-"""Which rank writes what, and whether the plan of the save before still applies.
+"""Which rank writes what, and whether the plan of the previous save still applies.
 
-Owns the decision that needs every rank's items: each replicated item goes to exactly one of its
-holders, balanced by bytes, tied names to one place where all holders agree on the tie. No item is
-lost or written twice, the chunks of each tensor tile it exactly, and the same proposals give the
-same decision. Owns also the record of fixed size that every rank sends before each save, and the
-judgement of all of them: a plan is used only while every rank has the structure it was made for.
-Pure: no input or output, no communication.
+Owns the decision that needs every rank's items: each replicated item is assigned to exactly one of
+its holders, balanced by bytes; tied names share one slot where all holders agree on the tie. No
+item is lost or written twice, the chunks of each tensor tile it exactly, and the same proposals
+give the same decision. Also owns the fixed-size record that every rank sends before each save, and
+the verdict on all records: a plan is used only while every rank has the structure it was made for.
+Pure: no I/O, no communication.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from holdfast.format.layout import SLOT_ALIGNMENT, IntArray, Item, leaders_of, s
 from holdfast.format.proposals import Catalogue, Profiles, Rows, profiles_of, rows_of
 
 NO_PLAN = bytes(16)
-"""What a rank without a plan for its present structure sends in the place of one."""
+"""Sent instead of a plan by a rank that has none for its current structure."""
 
 _RECORD = struct.Struct("<8sq16s16s")
 _RECORD_MARK = b"holdfst1"
@@ -36,7 +36,7 @@ _RECORDS = np.dtype(
 
 @dataclass(frozen=True)
 class Record:
-    """What a rank says before a save that needs no planning."""
+    """What a rank sends before each save, to find out whether planning is needed."""
 
     iteration: int
     structure: bytes
@@ -50,21 +50,21 @@ class Record:
 
     @classmethod
     def unpack(cls, content: bytes) -> Record:
-        """Read what `pack` made; `judge` has found it to be a record."""
+        """Read what `pack` returned, after `judge` has validated it."""
         _, iteration, structure, plan = _RECORD.unpack(content)
         return cls(iteration, structure, plan)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether all ranks may save by the plan that they have."""
+    """Whether all ranks may save with their current plan."""
 
     is_current: bool
-    """All ranks save one iteration, each with the structure that the one plan was made for."""
+    """All ranks save the same iteration, with one plan made for their structures."""
     changed: tuple[int, ...]
-    """The ranks because of which to plan anew; when plans merely differ, all of them."""
+    """The ranks without a current plan; if plans merely differ, those that differ from rank 0's."""
     iterations: tuple[int, ...]
-    """Of which iteration each record speaks, without repeats; more than one is an error."""
+    """The distinct iterations of the records; more than one is an error."""
     reason: str
     """Empty when current."""
 
@@ -72,11 +72,10 @@ class Verdict:
 def judge(records: Sequence[bytes], structures: Sequence[bytes] | None = None) -> Verdict:
     """Judge every rank's packed record, in rank order.
 
-    With the structures of the decision at hand, a rank that claims its plan for another structure
-    is found out as well.
+    `structures`, of the decision: also detects a rank that claims its plan for another structure.
 
     Raises:
-        ValueError: a record is none.
+        ValueError: a record is invalid.
     """
     content = b"".join(records)
     if not records or any(len(record) != _RECORD.size for record in records):
@@ -118,14 +117,14 @@ def shard_name(rank: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """Who writes what; equal on every rank that was given the same proposals."""
+    """Which rank writes what; the same proposals give an equal decision on every rank."""
 
     shares: list[bytes]
     """By rank: one bit per proposed item, for `choose`."""
     structures: list[bytes]
     """By rank: the structure that its share is for."""
     plan: bytes
-    """16 bytes that stand for this decision."""
+    """16 bytes that identify this decision."""
     body_bytes: list[int]
     """By rank: of the slots it writes, index not counted."""
     catalogue: Catalogue
@@ -146,9 +145,9 @@ class _Written:
 
 
 def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
-    """Decide which rank writes which item, from what `propose` made on every rank, in rank order.
+    """Decide which rank writes which item, from every rank's `propose` result, in rank order.
 
-    `is_whole`: these ranks hold the whole state; else the chunks of a tensor need not tile it.
+    `is_whole`: these ranks hold the whole state; if not, chunks need not tile their tensor.
 
     Raises:
         UnsupportedStateError: ranks disagree about a name, or chunks do not tile their tensor.
@@ -162,7 +161,7 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     if is_whole:
         _check_tiling(rows, starts, profiles, catalogue)
     rank = _assign(rows, starts, leader_group, profiles, catalogue)
-    # Rows stand in the order of group and profile, so that a group's row on a rank can be searched.
+    # Rows are sorted by group and profile, so that a group's row on a rank can be searched for.
     keys = group * len(profiles.ranks) + rows.profile
     groups = np.arange(len(starts))
     chosen = rows.take(
@@ -193,7 +192,7 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
 
 
 def _group(rows: Rows) -> tuple[Rows, IntArray, IntArray]:
-    """Sort rows so that replicas are neighbours, without those that must not be written.
+    """Sort rows so that replicas are adjacent, and drop those that must not be written.
 
     Return them with the group of each row's leader (-1: none) and of each row.
     """
@@ -207,22 +206,22 @@ def _group(rows: Rows) -> tuple[Rows, IntArray, IntArray]:
         for column in moving:
             differs[1:] |= np.diff(column[order]) != 0
     group = np.cumsum(differs) - 1
-    # An item's number in its profile, from where the profile's items began before the sort.
+    # Where the items of each row's profile began before the sort, to find a leader's row.
     first = np.arange(len(order)) - rows.item
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     tied = sorted_.leader >= 0
     leader_group = np.full(len(order), -1, dtype=np.int64)
     leader_group[tied] = group[place[first[order][tied] + sorted_.leader[tied]]]
-    # Beside a chunk with bytes, an empty one at the same offsets has nothing to add, and DCP could
-    # not tell the two apart.
+    # An empty chunk at the same offsets as one with bytes adds nothing, and DCP could not
+    # distinguish the two.
     empty = empty[order]
     kept = empty == empty[np.flatnonzero(differs)][group]
     return sorted_.take(kept), leader_group[kept], group[kept]
 
 
 def _check_replicas(rows: Rows, twin: IntArray, profiles: Profiles, catalogue: Catalogue) -> None:
-    """Raise unless replicas are of one size."""
+    """Raise unless all replicas of a chunk have the same size."""
     names = list(catalogue.numbers)
     if (unlike := (rows.lengths != rows.lengths[twin]).any(axis=1)).any():
         row = int(np.flatnonzero(unlike)[0])
@@ -257,10 +256,10 @@ def _check_tiling(rows: Rows, starts: IntArray, profiles: Profiles, catalogue: C
 def first_untiled(
     name: IntArray, offsets: IntArray, lengths: IntArray, sizes: IntArray
 ) -> int | None:
-    """Return the number of a tensor whose chunks do not fill it exactly once; None: all do.
+    """Return the number of a tensor whose chunks do not tile it exactly; None: all do.
 
     One row per chunk, `sizes` by tensor; missing dimensions have offset 0 and length 1. Exact: the
-    signed corners of boxes add up to those of the whole if and only if the boxes tile it.
+    signed corners of the boxes sum to those of the whole if and only if the boxes tile it.
     """
     filled = (lengths > 0).all(axis=1)
     varies = (offsets != 0) | (lengths != sizes[name])
@@ -300,7 +299,7 @@ def _assign(
     profiles: Profiles,
     catalogue: Catalogue,
 ) -> IntArray:
-    """Return the rank that writes each group: to the least loaded holder, the largest first."""
+    """Return the rank that writes each group: largest first, to the least loaded holder."""
     if not len(starts):
         return np.zeros(0, dtype=np.int64)
     ends = np.append(starts[1:], len(rows.name))
@@ -308,7 +307,8 @@ def _assign(
     holders = np.add.reduceat(multiplicity[rows.profile], starts)
     weight = -(-rows.slot_bytes[starts] // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
-    # A tie is kept where each holder of one name ties it to the same other, and no one else has it.
+    # A tie is kept where every holder of a name ties it to the same other name, and no further
+    # rank holds that one.
     low = np.minimum.reduceat(leader_group, starts)
     leader = np.where(low == np.maximum.reduceat(leader_group, starts), low, -2)
     tied = leader >= 0
@@ -317,10 +317,10 @@ def _assign(
 
     rank = profiles.first_rank[rows.profile[starts]]
     is_value = np.array([dtype is None for dtype in catalogue.dtypes])[rows.name[starts]]
-    settled = ~tied & ((holders == 1) | is_value)
+    fixed = ~tied & ((holders == 1) | is_value)
     sums = np.zeros(len(profiles.of_rank), dtype=np.int64)
-    np.add.at(sums, rank[settled], weight[settled])
-    free = np.flatnonzero(~tied & ~settled)
+    np.add.at(sums, rank[fixed], weight[fixed])
+    free = np.flatnonzero(~tied & ~fixed)
     free = free[np.argsort(-weight[free], kind="stable")]
     loads: list[int] = sums.tolist()
     queues: dict[bytes, list[tuple[int, int]]] = {}
@@ -337,7 +337,7 @@ def _assign(
             ranks = chain.from_iterable(profiles.ranks[profile] for profile in members.tolist())
             queue = queues[key] = [(loads[each], each) for each in ranks]
             heapq.heapify(queue)
-        # Loads only grow, through other queues too: what is stale is put back where it belongs.
+        # Loads only grow, also through other queues: reinsert stale entries with their new load.
         while queue[0][0] != loads[queue[0][1]]:
             heapq.heapreplace(queue, (loads[queue[0][1]], queue[0][1]))
         chosen = queue[0][1]
@@ -351,7 +351,7 @@ def _assign(
 def _place(
     chosen: Rows, rank: IntArray, base: IntArray, flags: BoolArray
 ) -> tuple[IntArray, list[int]]:
-    """Return where each chosen row lies in its rank's file, as `lay_out` says, and each sum."""
+    """Return each chosen row's offset in its rank's file, as in `lay_out`, and bytes per rank."""
     ranks = len(base) - 1
     key = base[rank] + chosen.item
     order = np.argsort(key)
@@ -362,7 +362,7 @@ def _place(
     sizes = np.where(shares_bytes, 0, chosen.slot_bytes[order])
     running = slot_offsets(sizes)
     total = int(running[-1] + slot_offsets(np.append(sizes[-1:], 0))[-1]) if len(sizes) else 0
-    # Where each rank's first row starts in the running count over all ranks.
+    # Where each rank's first row starts in the running offset over all ranks.
     first = np.append(running, total)[np.searchsorted(rank, np.arange(ranks + 1))]
     offset = running - first[rank]
     offset[shares_bytes] = offset[np.searchsorted(key, leader_key[shares_bytes])]
@@ -372,12 +372,12 @@ def _place(
 
 
 def choose(items: Sequence[Item], share: bytes) -> list[Item]:
-    """Return the items of a rank that it writes, from its share of a decision.
+    """Return the items that a rank writes, from its share of a decision.
 
-    Aliases of an item that another rank writes become items of their own.
+    Aliases of an item that another rank writes become independent items.
 
     Raises:
-        ValueError: the share is for another number of items.
+        ValueError: the share is for a different number of items.
     """
     if len(share) != -(-len(items) // 8):
         raise ValueError(f"the share is {len(share)} bytes, not one bit for {len(items)} items")
@@ -393,6 +393,6 @@ def choose(items: Sequence[Item], share: bytes) -> list[Item]:
     return chosen
 
 
-def few(texts: Sequence[str]) -> str:
-    """List the first of some texts, and say when there are more."""
-    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
+def few(strings: Sequence[str]) -> str:
+    """Join the first few strings, with an ellipsis if there are more."""
+    return ", ".join(strings[:_SHOWN]) + (", ..." if len(strings) > _SHOWN else "")

@@ -1,9 +1,9 @@
-"""What each rank tells the planner of its items, and all of it again as one table.
+"""What each rank sends to the planner about its items, and all proposals as one table.
 
-Owns the proposal, compact and canonical: the part that data-parallel ranks have in common apart
-from what each alone says, so that a thousand ranks that say the same cost no more than one.
+Owns the compact, canonical proposal: the part that data-parallel ranks have in common is stored
+apart from each rank's own part, so that a thousand identical proposals cost no more than one.
 Promises that a structure changes whenever a plan for it would. Refuses ranks that disagree about a
-name, saying which. Decides nothing.
+name, and reports which. Decides nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HEADER = struct.Struct("<16sQQ")  # structure, bytes of the table, items
 
 
 def structure_of(items: Sequence[Item]) -> bytes:
-    """Return 16 bytes that change when anything changes that a plan depends on."""
+    """Return a 16-byte digest of everything about the items that a plan depends on."""
     digest = xxhash.xxh3_128(_table_of(items))
     digest.update(_chunks_of(items))
     digest.update(json.dumps([(item.capacity_bytes, item.alias_of) for item in items]).encode())
@@ -50,7 +50,7 @@ def propose(items: Sequence[Item]) -> bytes:
 
 
 def _table_of(items: Sequence[Item]) -> bytes:
-    """Describe what the ranks of a data-parallel job have in common: names, paths, whole sizes."""
+    """Encode what data-parallel ranks have in common: names, paths, dtypes, global sizes."""
     codes: dict[torch.dtype | None, int] = {}
     described = {
         "names": [item.name for item in items],
@@ -76,7 +76,7 @@ def _int64(numbers: Sequence[int]) -> bytes:
 
 
 class Catalogue:
-    """Every name of the job: what all ranks must agree on."""
+    """Every name of the job, with the description that all ranks must agree on."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -86,7 +86,7 @@ class Catalogue:
         self._ranks: list[int] = []
 
     def add(self, table: _Table, rank: int) -> IntArray:
-        """Take in what one rank says; return the number of each of its items' names."""
+        """Add one rank's table; return the number of each of its items' names."""
         numbers = []
         for position, name in enumerate(table.names):
             number = self.numbers.setdefault(name, len(self.paths))
@@ -127,7 +127,7 @@ class _Table:
 
 @dataclass(eq=False)
 class Profiles:
-    """Proposals, each different one once: ranks that say the same are one profile."""
+    """The distinct proposals: ranks with equal proposals share one profile."""
 
     of_rank: IntArray
     first_rank: IntArray
@@ -135,12 +135,12 @@ class Profiles:
     ranks: list[list[int]]
     """By profile."""
     tables: dict[bytes, list[tuple[int, bytes]]]
-    """By table: the profiles with it, each with what it alone says."""
+    """By table: the profiles that share it, each with its own part."""
     structures: list[bytes]
 
 
 def profiles_of(proposals: Sequence[bytes]) -> Profiles:
-    """Tell apart what ranks propose, given in rank order."""
+    """Group ranks by equal proposals, which are given in rank order."""
     known: dict[tuple[int, bytes], int] = {}
     tables: dict[bytes, tuple[int, list[tuple[int, bytes]]]] = {}
     of_rank: list[int] = []
@@ -178,7 +178,7 @@ class Rows:
     lengths: IntArray
     slot_bytes: IntArray
     leader: IntArray
-    """The item of the same profile on whose bytes this one lies; -1: none."""
+    """The item of the same profile whose bytes this one shares; -1: none."""
 
     def take(self, chosen: Any) -> Rows:
         """Return the rows at these positions, or where a mask is true."""
@@ -186,7 +186,7 @@ class Rows:
 
 
 def rows_of(profiles: Profiles, catalogue: Catalogue) -> tuple[Rows, IntArray]:
-    """Return all rows, and how many items each profile has; names go into the catalogue.
+    """Return all rows, and the item count of each profile; adds the names to the catalogue.
 
     Raises:
         UnsupportedStateError: ranks disagree about a name.

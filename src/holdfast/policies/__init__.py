@@ -1,1 +1,1 @@
-"""Decisions as pure values: questions with reasons, no effects."""
+"""Decisions as pure values with reasons; no side effects."""

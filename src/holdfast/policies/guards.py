@@ -1,13 +1,13 @@
-"""When a save is refused because of its step, and when the lack of checkpoints is reported.
+"""Guards of a run: saves that go back in steps, and too long without a checkpoint.
 
 `StepOrder` refuses a save whose step is below the step last loaded or saved: a loop that forgot its
 counter would otherwise supersede the newest checkpoints, and retention would delete them. Saving
 the same step again is allowed; a failed save does not raise the step; a load sets it.
 
-`Alarm` notices that nothing was committed to the persistent tier for too long, says why as far as
-it is known, and when to warn again. With `on_save_failure=warn`, a save that hangs, or local saves
-only, a run would otherwise train on for days with nothing durable. Rank 0 decides, since clocks of
-ranks differ. A training step costs at most one reading of the clock. Neither knows about files.
+`Alarm` detects that nothing was committed to the persistent tier for too long, and decides the
+known reason and the time of the next warning. With `on_save_failure=warn`, a save that hangs, or
+local saves only, a run would otherwise train for days with nothing durable. Rank 0 decides, since
+clocks of ranks differ. A training step reads the clock at most once. Neither knows about files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from holdfast.events import ON_CHECKPOINT_OVERDUE, CallbackManager, OverdueEvent
 
 
 class StepOrder:
-    """The step that later saves may not fall below, of one manager."""
+    """The lowest step that a later save of one manager may have."""
 
     def __init__(self, *, allow_rewind: bool) -> None:
         self._allow_rewind = allow_rewind
@@ -31,7 +31,7 @@ class StepOrder:
         self._origin = ""
 
     def note_load(self, iteration: int | None) -> None:
-        """Start from what was loaded; None: nothing was, or nothing that has a step."""
+        """Set the step to the one loaded; None: nothing was loaded, or it has no step."""
         self._reached, self._origin = iteration, "loaded"
 
     def note_commit(self, iteration: int, tier: str) -> None:
@@ -43,7 +43,7 @@ class StepOrder:
         """Ignore it: what was not committed cannot be lost."""
 
     def check(self, step: object) -> None:
-        """Refuse a step below the one reached; what is no whole number is judged elsewhere.
+        """Refuse a step below the one reached; other types than int are checked elsewhere.
 
         Raises:
             StepRewoundError: with both steps.
@@ -57,17 +57,17 @@ class StepOrder:
 logger = logging.getLogger(__name__)
 
 INTERVALS = 3
-"""Without a configured limit: so many of the intervals between saves."""
+"""The limit in intervals between saves, if none is configured."""
 SHORTEST_LIMIT_SECONDS = 60.0
-"""Of a limit that was measured: saves a few seconds apart are nothing to be alarmed about."""
+"""Lower bound of a measured limit: saves may be only seconds apart."""
 _KEPT_INTERVALS = 5
 
 
 def find_limit(after_seconds: float | None, intervals: Sequence[float]) -> float:
-    """Return after how many seconds a commit is overdue; infinite: nothing is known yet.
+    """Return after how many seconds a commit is overdue; infinite: not known yet.
 
-    `intervals` are the latest seconds between persistent saves. The longest counts, so that a
-    single extra save does not shorten the limit.
+    `intervals`: the latest seconds between persistent saves. The longest counts, so that a single
+    extra save does not shorten the limit.
     """
     if after_seconds is not None:
         return after_seconds
@@ -88,19 +88,19 @@ class Alarm:
         self._intervals: deque[float] = deque(maxlen=_KEPT_INTERVALS)
         self._asked_at: float | None = None
         self._is_asked = False
-        """Whether a persistent save was asked for since the last durable commit."""
+        """Whether a persistent save was requested since the last durable commit."""
         self._since: float | None = None
-        """When it was committed, or the load ended; None: not watching."""
+        """Time of the last durable commit or of the end of the load; None: not watching."""
         self._iteration: int | None = None
         self._failure: BaseException | None = None
         self._warnings = 0
         self._due = math.inf
-        """When the next warning is due."""
+        """Time of the next warning."""
         self.listener: Any | None = None
         """The callback manager of the latest save that had one."""
 
     def begin(self, iteration: int | None = None) -> None:
-        """Watch from now on; `iteration` is that of the newest durable checkpoint, if known."""
+        """Start watching; `iteration`: that of the newest durable checkpoint, if known."""
         self._since, self._iteration = self._clock(), iteration
         self._asked_at, self._is_asked = None, False
         self._failure, self._warnings = None, 0
@@ -112,7 +112,7 @@ class Alarm:
         self.listener = None
 
     def note_save(self, *, is_persistent: bool) -> None:
-        """Note that a save was asked for, after earlier ones have ended."""
+        """Note that a save was requested, after earlier ones have ended."""
         if self._since is None:
             self.begin()
         if is_persistent:
@@ -123,7 +123,7 @@ class Alarm:
             self._set_due()
 
     def note_commit(self, iteration: int, tier: str) -> None:
-        """Start measuring again, if the commit is a durable one."""
+        """Restart the measurement if the commit is durable."""
         if tier == "persistent":
             self._since, self._iteration = self._clock(), iteration
             self._is_asked, self._failure, self._warnings = False, None, 0
@@ -139,9 +139,9 @@ class Alarm:
         return self._due < math.inf and self._clock() >= self._due
 
     def describe(self, in_flight: str | None) -> OverdueEvent:
-        """Return what is known, and put the next warning off to twice the time.
+        """Return the event of a warning and double the time to the next one.
 
-        `in_flight` describes the persistent save that is not committed yet; None: there is none.
+        `in_flight`: a description of the uncommitted persistent save; None: there is none.
         """
         event = self._find(in_flight)
         while self._due <= self._clock():
@@ -150,7 +150,7 @@ class Alarm:
         return event
 
     def warn(self, in_flight: str | None, store: str, rank: int) -> None:
-        """Warn if that is due, on rank 0, and fire the event at whoever listens."""
+        """Warn on rank 0 if a warning is due, and fire the event at the listener."""
         if not self.is_due():
             return
         event = self.describe(in_flight)
@@ -172,13 +172,13 @@ class Alarm:
             self.listener.fire(ON_CHECKPOINT_OVERDUE, event)
 
     def check(self, in_flight: str | None, *, is_persistent: bool) -> None:
-        """Refuse the save that is asked for, where the run is to stop.
+        """Refuse a save if a commit is overdue and the run is to stop.
 
-        A persistent save is let through unless one has failed since the last commit: it is what the
-        alarm asks for.
+        A persistent save is allowed unless one has failed since the last commit: it is what the
+        alarm demands.
 
         Raises:
-            CheckpointOverdueError: on rank 0, which leads the stage that this is called in.
+            CheckpointOverdueError: on rank 0, which broadcasts the outcome of the stage.
         """
         if not self._stops or self._since is None or (is_persistent and self._failure is None):
             return
@@ -196,9 +196,9 @@ class Alarm:
             reasons.append(in_flight)
         if not reasons:
             reasons.append(
-                "the last save asked for has not begun"
+                "the last requested save has not begun"
                 if self._is_asked
-                else "no save to the persistent tier was asked for since"
+                else "no save to the persistent tier was requested since"
             )
         return OverdueEvent(
             seconds=self._clock() - self._since,

@@ -1,9 +1,9 @@
-"""Which committed checkpoints stay.
+"""Retention: which committed checkpoints stay.
 
 Owns the rules of retention as one pure function. Promises that the newest checkpoint and the
 tracker's target always stay, and that "newest" means committed last, so that a save after a
-rollback outlives the larger iterations it supersedes. Removes nothing: the tier that asks acts on
-the answer.
+rollback outlives the larger iterations it supersedes. Removes nothing: the calling tier acts on
+the verdicts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Candidate:
-    """What retention knows of one checkpoint."""
+    """One checkpoint, as retention sees it."""
 
     iteration: int
     sequence: int
@@ -32,7 +32,7 @@ class Verdict:
 def retain(
     candidates: Sequence[Candidate], last: int | None, tracker_iteration: int | None
 ) -> list[Verdict]:
-    """Decide for every candidate; newest first. `last`: how many of the newest stay; None: all."""
+    """Decide for each candidate, newest first. `last`: how many of them stay; None: all."""
     newest_first = sorted(candidates, key=lambda each: each.sequence, reverse=True)
     verdicts = []
     for position, each in enumerate(newest_first):

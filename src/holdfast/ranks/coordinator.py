@@ -10,29 +10,33 @@ never read so.
 
 from __future__ import annotations
 
-import itertools
+import logging
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 from holdfast.errors import CheckpointError, RankFailure, StageFailedError, StageTimeoutError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+Call = tuple[str, ...]
+"""The name of a call, and the settings that all ranks must have alike in it, as `name=value`."""
 
 _FOLLOWER_GRACE_SECONDS = 5.0
 """Followers wait this much longer than the leader, so that its verdict names who is missing."""
 
+_NOTICE_SECONDS = 20.0
+"""Rank 0 logs which ranks it still waits for after this long, once in each stage."""
 _ENTRY = "entry"
 """Where ranks meet first in each call, whatever they call the stage."""
 _CALLS_KEPT = 4
 """A rank that misses this many calls in a row is not met again; the others waited in each."""
-
-_instances = itertools.count()
-"""Every rank opens its channels in the same order, so equal numbers mean the same channel."""
 
 
 class Coordinator(Protocol):
@@ -49,18 +53,19 @@ class Coordinator(Protocol):
         """How long any rank is waited for."""
         ...
 
-    def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
+    def begin(self, stage: str, enter: Callable[[], Call], admit: Callable[[], R]) -> tuple[int, R]:
         """Meet the other ranks in a new call, wherever each of them left the calls before.
 
         A rank that was late and found the others gone, or that missed whole calls of theirs, meets
-        them again here. `enter` runs on every rank and says which call this is, or refuses it;
-        where all say the same, `admit` runs on rank 0. `stage`: how errors name this.
+        them again here. `enter` runs on every rank and returns which call this is, or refuses it;
+        where all return the same, `admit` runs on rank 0. `stage`: how errors name this.
 
         Returns:
             The number of the call, which rank 0 counts, and what `admit` returned.
 
         Raises:
-            StageFailedError: ranks are in different calls; otherwise as `all_reduce`.
+            StageFailedError: ranks are in different calls, or have different settings; otherwise as
+                `all_reduce`.
         """
         ...
 
@@ -99,7 +104,7 @@ class SingleProcess:
     world_size = 1
     timeout_seconds = float("inf")
 
-    def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
+    def begin(self, stage: str, enter: Callable[[], Call], admit: Callable[[], R]) -> tuple[int, R]:
         """Enter here: nobody can be late."""
         self.broadcast(stage, enter)
         return 0, self.broadcast(stage, admit)
@@ -148,20 +153,24 @@ class StoreCoordinator:
         self._store = store
         self.timeout_seconds = timeout_seconds
         self._channel = channel
-        self._call = 0
+        self._call: int | None = None
+        """The number of the last call; None: of an earlier coordinator of this channel, or none."""
+        self._was_late = False
+        """Whether this rank came to the last call when that had been decided without it."""
         self._turns: Counter[str] = Counter()
         self._spent_keys: list[str] = []
 
-    def begin(self, stage: str, enter: Callable[[], str], admit: Callable[[], R]) -> tuple[int, R]:
+    def begin(self, stage: str, enter: Callable[[], Call], admit: Callable[[], R]) -> tuple[int, R]:
         """Meet where rank 0 is now, at one key for all calls; errors as `all_gather`.
 
         Raises:
             StageFailedError: ranks are in different calls.
         """
         outcome, cause = self._attempt(enter)
-        self.follow(self._find_call(stage, outcome))
+        call = self._find_call(stage, outcome)
+        self.follow(call)
 
-        def judge(calls: list[str]) -> R:
+        def judge(calls: list[Call]) -> R:
             _check_same_call(stage, calls)
             return admit()
 
@@ -172,33 +181,40 @@ class StoreCoordinator:
             cause,
             lambda calls: [judge(calls)] * self.world_size,
         )
-        return self._call, verdict
+        return call, verdict
 
     def _find_call(self, stage: str, own: tuple[str, Any]) -> int:
         """Return the number of the call that rank 0 begins now, or is in.
 
-        `own`: the name of this rank's call, or its failure. A rank that is late in the same call is
-        answered there, with the verdict that the others were given. One that comes with another
-        call when that one has been decided without it waits for the next.
+        `own`: this rank's call, or its failure. A rank that is late in the same call is answered
+        there, with the verdict that the others were given. One that comes with another call when
+        that one has been decided without it waits for the next; and so does one that was late the
+        last time too: it lags behind by a call of the same name, and would do so for ever.
         """
-        newest, begun = f"{self._channel}/call", f"{self._channel}/begun"
-        call: int = self._call + 1
+        newest, joined = f"{self._channel}/calls", f"{self._channel}/joined/{self.rank}"
         if self.rank == 0:
-            self._set(newest, (call, own[1] if own[0] == "value" else None), stage)
-            self._set(f"{begun}/{call}", call, stage)
+            call = self._add(newest, 1, stage)
+            self._set(self._begun(call), own[1][0] if own[0] == "value" else None, stage)
             if call > _CALLS_KEPT:
-                self._spent_keys.append(f"{begun}/{call - _CALLS_KEPT}")
+                self._spent_keys.append(self._begun(call - _CALLS_KEPT))
             return call
+        last = self._call if self._call is not None else self._add(joined, 0, stage)
+        call = last
         while True:
-            if not self._wait(f"{begun}/{call}", self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
+            begun = self._begun(call + 1)
+            if not self._wait(begun, self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
                 raise StageTimeoutError(stage, [0], self.timeout_seconds)
-            call, name = self._get(newest, stage)
-            is_late = own != ("value", name) and self._is_there(
-                f"{self._channel}/{call}/{_ENTRY}/1/reply/{self.rank}", stage
-            )
-            if not is_late:
+            call = self._add(newest, 0, stage)
+            is_same = own[0] == "value" and own[1][0] == self._get(self._begun(call), stage)
+            reply = f"{self._channel}/{call}/{_ENTRY}/1/reply/{self.rank}"
+            is_decided = self._is_there(reply, stage)
+            if not is_decided or (is_same and not self._was_late):
+                self._was_late = is_decided
+                self._add(joined, call - last, stage)  # for the next coordinator of this channel
                 return call
-            call += 1
+
+    def _begun(self, call: int) -> str:
+        return f"{self._channel}/begun/{call}"
 
     def follow(self, call: int) -> None:
         """Meet at other keys than before."""
@@ -261,7 +277,7 @@ class StoreCoordinator:
     ) -> Any:
         """Post the outcome here, let rank 0 collect all of them, and return its answer."""
         if self.rank == 0:
-            outcomes = [outcome, *self._collect(stage, turn)]
+            outcomes = self._collect(stage, turn, outcome, cause)
             shares = self._settle(stage, outcomes, answer)
             # Every rank has read all earlier replies: it has come this far.
             self._forget_spent(stage)
@@ -280,7 +296,7 @@ class StoreCoordinator:
             return ("value", work()), None
         except CheckpointError as error:
             return ("ours", error), error
-        except Exception as error:  # noqa: BLE001  # told to every rank, and raised there
+        except BaseException as error:  # noqa: BLE001  # reported to every rank, and raised there
             # A description, since not every exception can be pickled, or read back.
             return ("failure", RankFailure.of(self.rank, error)), error
 
@@ -318,27 +334,45 @@ class StoreCoordinator:
         if kind == "value":
             return value
         verdict: CheckpointError = value
-        if verdict is cause:
-            raise verdict
+        if cause is not None and (verdict is cause or not isinstance(cause, Exception)):
+            raise cause  # SystemExit, say: it is for this process, and the others know of it
         raise verdict from cause
 
     # -- the store -------------------------------------------------------------------------------
 
-    def _collect(self, stage: str, turn: str) -> list[tuple[str, Any]]:
-        """Wait for the outcome of every other rank and name those that never came."""
-        deadline = time.monotonic() + self.timeout_seconds
-        keys = [f"{turn}/{rank}" for rank in range(1, self.world_size)]
-        missing = [
-            rank
-            for rank, key in enumerate(keys, 1)
-            if not self._wait(key, deadline - time.monotonic())
-        ]
+    def _collect(
+        self, stage: str, turn: str, own: tuple[str, Any], cause: BaseException | None
+    ) -> list[tuple[str, Any]]:
+        """Wait for the outcome of every other rank; return all of them, in rank order.
+
+        Raises:
+            StageTimeoutError: with the ranks that never came, and what failed on those that did.
+        """
+        keys = {rank: f"{turn}/{rank}" for rank in range(1, self.world_size)}
+        began = time.monotonic()
+        missing = self._wait_for(keys, began + min(_NOTICE_SECONDS, self.timeout_seconds))
+        if missing and self.timeout_seconds > _NOTICE_SECONDS:
+            logger.warning('waiting for %s in stage "%s"', _name_ranks([*missing]), stage)
+            missing = self._wait_for(missing, began + self.timeout_seconds)
+        arrived = {rank: self._get(key, stage) for rank, key in keys.items() if rank not in missing}
+        outcomes = [own, *arrived.values()]
         if missing:
-            verdict = StageTimeoutError(stage, missing, self.timeout_seconds)
+            failures = [
+                value if kind == "failure" else RankFailure.of(rank, value)
+                for rank, (kind, value) in zip([0, *arrived], outcomes, strict=True)
+                if kind != "value"
+            ]
+            verdict = StageTimeoutError(stage, [*missing], self.timeout_seconds, failures)
             self._reply(stage, turn, [("error", verdict)] * self.world_size)
-            raise verdict
-        self._spent_keys += keys
-        return [self._get(key, stage) for key in keys]
+            self._unpack(("error", verdict), cause)
+        self._spent_keys += keys.values()
+        return outcomes
+
+    def _wait_for(self, keys: Mapping[int, str], until: float) -> dict[int, str]:
+        """Return which keys are not there by that time of the monotonic clock."""
+        return {
+            rank: key for rank, key in keys.items() if not self._wait(key, until - time.monotonic())
+        }
 
     def _reply(self, stage: str, turn: str, shares: list[tuple[str, Any]]) -> None:
         for rank, share in enumerate(shares):
@@ -350,7 +384,8 @@ class StoreCoordinator:
     def _await_reply(self, stage: str, turn: str, cause: BaseException | None) -> Any:
         key = f"{turn}/reply/{self.rank}"
         if not self._wait(key, self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
-            raise StageTimeoutError(stage, [0], self.timeout_seconds) from cause
+            verdict = StageTimeoutError(stage, [0], self.timeout_seconds)
+            return self._unpack(("error", verdict), cause)
         return self._unpack(self._get(key, stage), cause)
 
     def _forget_spent(self, stage: str) -> None:
@@ -375,6 +410,12 @@ class StoreCoordinator:
         except RuntimeError as error:
             raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
 
+    def _add(self, key: str, amount: int, stage: str) -> int:
+        try:
+            return int(self._store.add(key, amount))
+        except RuntimeError as error:
+            raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
+
     def _set(self, key: str, value: Any, stage: str) -> None:
         content = pickle.dumps(value)
         try:
@@ -395,87 +436,28 @@ def _lost_contact(rank: int, error: BaseException) -> RankFailure:
     return RankFailure(rank, type(error).__name__, reason)
 
 
-def _check_same_call(stage: str, calls: Sequence[str]) -> None:
-    """Judge whether all ranks are in the same call; `calls`: what each says, by rank.
+def _name_ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"
+
+
+def _check_same_call(stage: str, calls: Sequence[Call]) -> None:
+    """Judge whether all ranks are in the same call with the same settings.
 
     Raises:
-        StageFailedError: naming the ranks that are in another one than rank 0.
+        StageFailedError: naming the ranks that differ from rank 0.
     """
-    others = [
-        RankFailure(rank, "OtherCall", f"is in {call}, and rank 0 in {calls[0]}")
-        for rank, call in enumerate(calls)
-        if call != calls[0]
-    ]
+    first = calls[0]
+    others = []
+    for rank, call in enumerate(calls):
+        if call[0] != first[0]:
+            reason = f"is in {call[0]}, and rank 0 in {first[0]}"
+            others.append(RankFailure(rank, "OtherCall", reason))
+        elif call != first:
+            own = [each for each in call if each not in first]
+            wanted = [each for each in first if each not in call]
+            reason = f"has {', '.join(own)}, and rank 0 has {', '.join(wanted)}"
+            others.append(RankFailure(rank, "OtherSettings", reason))
     if others:
         raise StageFailedError(stage, others)
-
-
-def open_channels(count: int, timeout_seconds: float) -> list[Coordinator]:
-    """Open independent channels, one for each thread that will talk; every rank calls this alike.
-
-    Without an initialised torch.distributed, or with one rank, each is a `SingleProcess`.
-    """
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [SingleProcess() for _ in range(count)]
-    if distributed.get_world_size() == 1:
-        return [SingleProcess() for _ in range(count)]
-    store: Any = distributed.distributed_c10d._get_default_store()
-    instance = next(_instances)
-    return [
-        StoreCoordinator(
-            store.clone(),  # a client of its own: a blocking wait holds the client's lock
-            distributed.get_rank(),
-            distributed.get_world_size(),
-            timeout_seconds,
-            f"holdfast/{instance}/{number}",
-        )
-        for number in range(count)
-    ]
-
-
-class Channels:
-    """The channels of one manager, for its calls and for each thread of its own; opened late.
-
-    torch.distributed may be initialised after the manager is made, and before its first call.
-    """
-
-    def __init__(self, count: int, timeout_seconds: float) -> None:
-        self._count = count
-        self._timeout_seconds = timeout_seconds
-        self._channels: list[Coordinator] = []
-
-    @property
-    def rank(self) -> int:
-        """Of this process."""
-        return self.open()[0].rank
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks there are."""
-        return self.open()[0].world_size
-
-    def open(self) -> list[Coordinator]:
-        """Return the channels: first that of calls."""
-        if not self._channels:
-            self._channels = open_channels(self._count, self._timeout_seconds)
-        return self._channels
-
-    def begin_call(
-        self,
-        stage: str,
-        enter: Callable[[], str],
-        admit: Callable[[], R],
-        in_use: Collection[int] = (),
-    ) -> R:
-        """Meet the other ranks in a new call and return what `admit` did; see `Coordinator.begin`.
-
-        `in_use`: numbers of channels that are still being talked on, and stay in their call.
-        """
-        control, *others = self.open()
-        call, admitted = control.begin(stage, enter, admit)
-        for number, each in enumerate(others, 1):
-            if number not in in_use:
-                each.follow(call)
-        return admitted

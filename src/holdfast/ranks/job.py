@@ -307,10 +307,11 @@ class FailureRule:
         if self._raises or overtaken:
             raise error from cause
         if spent:
-            separator = "\n" if error.message.count("\n") < 2 else " "  # three lines at most
-            error.message += (
-                f"{separator}This is failure {count} in a row of saves to the {tier} tier; "
-                f"checkpoint.save_failure_limit is {self._limit}."
+            # Not with the advice of the other lines: to set what is set.
+            first = error.message.splitlines()[0]
+            error.message = (
+                f"{first}\nEarlier checkpoints are untouched. This is failure {count} in a row "
+                f"of saves to the {tier} tier; checkpoint.save_failure_limit is {self._limit}."
             )
             raise error from cause
         limit = "without a limit" if self._limit is None else f"the run ends at {self._limit}"

@@ -1,1 +1,1 @@
-"""Bytes of a checkpoint on their way into tensors."""
+"""Read the bytes of a checkpoint into tensors."""

@@ -1,9 +1,9 @@
-"""Parts of a file go straight from disk to where they belong, verified on the way.
+"""Read parts of a file directly into their target memory, and verify them in the same pass.
 
-Owns the pass over a file that reads and digests at once. Promises that every block of the file that
-any part lies in matched its digest when `read_verified` returns, and that bytes are copied once,
-from the page cache into their target. Several threads share the blocks: reading and digesting both
-let go of the interpreter. Knows bytes, not tensors.
+Owns the pass over a file that reads and digests at once. Promises that every block that any part
+overlaps has matched its digest when `read_verified` returns, and that bytes are copied once, from
+the page cache into their target. Several threads share the blocks: reading and digesting both
+release the GIL. Knows bytes, not tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The file offset behind the last byte."""
+        """The file offset after the last byte."""
         return self.offset + len(self.target)
 
 
@@ -54,19 +54,19 @@ def read_verified(
     parts: Iterable[Part],
     ranges: Iterable[range] = (),
 ) -> None:
-    """Fill every part from a file, verifying each block that a part or a range of bytes touches.
+    """Fill every part from a file, verifying each block that a part or a range of bytes overlaps.
 
-    Parts may overlap. Ranges are bytes that matter though nobody wants them.
+    Parts may overlap. Ranges are bytes to verify without keeping them.
 
     Raises:
         CorruptCheckpointError: a block does not match its digest; its parts hold wrong bytes.
         OSError: the file cannot be read.
     """
-    wanted = blocks_of(ranges)
+    also = blocks_of(ranges)
     expected = _expect(filesystem, path, record)
     for layer in _layers(parts) or [[]]:
-        _Pass(filesystem, path, expected, layer).run(wanted)
-        wanted = set()  # once is enough
+        _Pass(filesystem, path, expected, layer).run(also)
+        also = set()  # verified by the first pass
 
 
 def _expect(filesystem: Filesystem, path: Path, record: FileRecord) -> Blocks:
@@ -79,7 +79,7 @@ def _expect(filesystem: Filesystem, path: Path, record: FileRecord) -> Blocks:
 
 
 def _layers(parts: Iterable[Part]) -> list[list[Part]]:
-    """Sort parts by offset into as few lists without overlaps as one greedy walk finds."""
+    """Sort parts by offset into few lists without overlaps, greedily."""
     layers: list[list[Part]] = []
     for part in sorted((each for each in parts if len(each.target)), key=lambda each: each.offset):
         for layer in layers:
@@ -92,7 +92,7 @@ def _layers(parts: Iterable[Part]) -> list[list[Part]]:
 
 
 def blocks_of(ranges: Iterable[range]) -> set[int]:
-    """Return the numbers of all blocks that ranges of bytes touch."""
+    """Return the numbers of all blocks that ranges of bytes overlap."""
     return {
         number
         for each in ranges
@@ -102,7 +102,7 @@ def blocks_of(ranges: Iterable[range]) -> set[int]:
 
 
 class _Pass:
-    """One walk over the blocks of a file that parts without overlaps lie in."""
+    """One pass over the blocks of a file that contain a list of non-overlapping parts."""
 
     def __init__(
         self, filesystem: Filesystem, path: Path, expected: Blocks, parts: Sequence[Part]
@@ -124,8 +124,8 @@ class _Pass:
         if workers <= 1:
             self._read_blocks(deque(numbers))
             return
-        # Each thread a stretch of its own: what lies ahead in a file that is read from front to
-        # back is fetched from a cold disk meanwhile, which taking turns over blocks would prevent.
+        # Each thread reads a contiguous range: sequential reads from a cold disk get the kernel's
+        # readahead, which interleaving blocks between threads would prevent.
         shares = [
             deque(numbers[len(numbers) * each // workers : len(numbers) * (each + 1) // workers])
             for each in range(workers)
@@ -136,10 +136,10 @@ class _Pass:
                     done.result()
             finally:
                 for share in shares:
-                    share.clear()  # after an error, nobody needs the rest
+                    share.clear()  # after an error, the rest is not needed
 
     def _read_blocks(self, waiting: deque[int]) -> None:
-        """Read blocks in file order, until there are none left."""
+        """Read the waiting blocks in file order until none is left."""
         scratch = _Scratch()
         with naming(self._path), self._filesystem.open_existing(self._path) as stream:
             while True:
@@ -185,7 +185,7 @@ class _Pass:
 
 
 def _pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """Divide memory into pieces that are still in a processor's cache when they are digested."""
+    """Divide memory into pieces small enough to be in the CPU cache when they are digested."""
     piece: list[memoryview] = []
     size_bytes = 0
     for view in views:
@@ -203,7 +203,7 @@ def _pieces(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
 
 
 class _Scratch:
-    """Memory for bytes that are read only to be digested; grows to what one block needs."""
+    """Memory for bytes that are read only to be digested; grows to the need of one block."""
 
     def __init__(self) -> None:
         self._pieces: list[memoryview] = []
@@ -211,11 +211,11 @@ class _Scratch:
         self._taken = 0
 
     def reset(self) -> None:
-        """Give all of it back."""
+        """Make all of the memory available again."""
         self._piece = self._taken = 0
 
     def take(self, size_bytes: int) -> memoryview:
-        """Return so many bytes that nothing else has since the last reset."""
+        """Return this many bytes that were not handed out since the last reset."""
         while self._piece < len(self._pieces):
             piece = self._pieces[self._piece]
             if self._taken + size_bytes <= len(piece):

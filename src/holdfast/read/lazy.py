@@ -1,10 +1,10 @@
-"""Tensors of a checkpoint as views of its mapped files, read when they are touched.
+"""Tensors of a checkpoint as views of its memory-mapped files, read on access.
 
-Owns zero-copy reading for inference. Promises that a tensor which lies in one piece costs no memory
-beyond the page cache, that every block a tensor lies in matched its digest before the tensor is
-handed out, and that files are never written: the mapping is private, so a changed tensor is a copy
-of its pages. A file may be removed while it is mapped, by retention say; its bytes stay until the
-last tensor goes. What changes on disk after a block was verified is not noticed.
+Owns zero-copy reading for inference. Promises that a tensor stored in one piece costs no memory
+beyond the page cache, that every block of a tensor matched its digest before the tensor is
+returned, and that files are never written: the mapping is private, so a modified tensor gets copies
+of its pages. A file may be removed while it is mapped, for example by retention; its bytes stay
+until the last tensor is freed. Changes on disk after a block was verified are not noticed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from holdfast.storage.posix import naming
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
-    """The tensors of one checkpoint by name; each access makes a new view, or a new copy.
+    """The tensors of one checkpoint by name; each access returns a new view or a new copy.
 
-    What lies in one piece is a view of the file; what was saved in several is put together, in
-    memory of its own. Threads may share one of these.
+    A tensor stored in one piece is a view of the file; one saved in several chunks is assembled in
+    memory of its own. Safe to share between threads.
     """
 
     def __init__(self, reader: ShardReader, prefix: str = "", *, verify: bool = True) -> None:
-        """`prefix`: only names that begin so, given without it. `verify`: against digests."""
+        """`prefix`: only names that begin with it, shown without it. `verify`: check digests."""
         self._reader = reader
         self._described = {
             name.removeprefix(prefix): (name, each)
@@ -63,7 +63,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return name in self._described  # without touching the tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return a tensor, its blocks verified when they are first touched.
+        """Return a tensor, its blocks verified on first access.
 
         Raises:
             KeyError: there is no such tensor.
@@ -96,11 +96,11 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         container = container_of(dtype, size)
         header = container.header
         if container.size_bytes != len(content) or content[: len(header)] != header:
-            return _unpickle(content, file.path, name)  # strided, say
+            return _unpickle(content, file.path, name)  # for example a strided tensor
         if not prod(size):
             return torch.empty(size, dtype=dtype, device="cpu")
         payload = content[len(header) : len(header) + container.payload_bytes]
-        if (place.offset + len(header)) % dtype.itemsize:  # as files of other writers may have it
+        if (place.offset + len(header)) % dtype.itemsize:  # possible in files of other writers
             payload = memoryview(bytearray(payload))
         return torch.frombuffer(payload, dtype=dtype).view(size)
 
@@ -113,12 +113,12 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
 @dataclass
 class _MappedFile:
-    """One file in memory, and which of its blocks are known to be right."""
+    """One memory-mapped file, and which of its blocks are verified."""
 
     path: Path
     content: mmap.mmap
     expected: Blocks | None
-    """None: nothing is held against anything."""
+    """None: nothing is verified."""
     _verified: set[int] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
 
@@ -129,7 +129,7 @@ class _MappedFile:
             with naming(path), reader.filesystem.open_existing(path) as stream:
                 if verify:
                     expected = read_blocks(reader.records[name], stream)
-                # Not reserved where that can be said: a file may be larger than memory.
+                # No swap reservation where the system supports it: a file may exceed memory.
                 flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
                 access = mmap.PROT_READ | mmap.PROT_WRITE
                 content = mmap.mmap(stream.fileno(), 0, flags=flags, prot=access)
@@ -141,7 +141,7 @@ class _MappedFile:
         return cls(path, content, expected)
 
     def verify(self, wanted: range, name: str) -> None:
-        """Hold the blocks that a range lies in against their digests, each only once.
+        """Check the blocks that a range overlaps against their digests, each only once.
 
         Raises:
             CorruptCheckpointError: one does not match, or the file ends before the range does.
@@ -155,7 +155,7 @@ class _MappedFile:
         if wanted.stop > self.expected.covered_bytes:
             raise CorruptCheckpointError(str(self.path), f"has {name} where no digest covers it")
         for number in range(wanted.start // BLOCK_BYTES, (wanted.stop - 1) // BLOCK_BYTES + 1):
-            with self._lock:  # whoever waits finds the block verified
+            with self._lock:  # a thread that waits here then finds the block verified
                 if number in self._verified:
                     continue
                 start = number * BLOCK_BYTES
@@ -173,7 +173,7 @@ class _MappedFile:
 def _unpickle(content: memoryview, path: Path, name: str) -> torch.Tensor:
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch says is how to run the code after all
+    except Exception as error:  # torch's own message explains how to run the code anyway
         raise CorruptCheckpointError(str(path), f"{name} asks for code, or is torn") from error
     if not isinstance(found, torch.Tensor):
         raise CorruptCheckpointError(str(path), f"{name} is no tensor")

@@ -1,10 +1,9 @@
 """Read the shard files of a committed checkpoint into tensors in place.
 
-Owns which bytes of which file a tensor needs, and hands containers that are not as expected to
-torch. Promises that every block that is read matched its digest, and that nothing read from disk
-runs code: `.metadata` is read by `format.dcp`, other values by weights-only loading, and no file
-outside the checkpoint's manifest is opened. Needs no other rank: each reads what its own tensors
-ask for.
+Owns which bytes of which file a tensor needs, and passes containers of an unexpected form to torch.
+Promises that every block read matched its digest, and that nothing read from disk runs code:
+`.metadata` is read by `format.dcp`, other values by weights-only loading, and no file outside the
+checkpoint's manifest is opened. Needs no other rank: each rank reads what its own tensors need.
 
 `ForeignReader` reads what torch.distributed.checkpoint wrote without holdfast, through torch's own
 reader: no code is run there either, but without digests wrong bytes go unnoticed.
@@ -42,7 +41,7 @@ from holdfast.storage.posix import Filesystem
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Fills a flat state; values that are no tensors are loaded weights-only."""
+    """Fills a flat state; non-tensor values are loaded weights-only."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -54,18 +53,18 @@ class SafePlanner(DefaultLoadPlanner):
 
 
 class RegionPlanner(SafePlanner):
-    """Tells torch's reader where regions go that were planned already."""
+    """Gives torch's reader the targets of regions that were already planned."""
 
     def __init__(self, regions: Iterable[Region]) -> None:
         super().__init__()
         self._regions = [(each.to_item(), each.target) for each in regions]
         self._targets = {id(item): target for item, target in self._regions}
         self.refusal: Exception | None = None
-        """What a target raised when it was to take its values: not the fault of any file."""
+        """What copying into a target raised: not the fault of any file."""
 
     @property
     def items(self) -> list[ReadItem]:
-        """What to read, in torch's words."""
+        """What to read, as torch's ReadItems."""
         return [item for item, _ in self._regions]
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
@@ -75,7 +74,7 @@ class RegionPlanner(SafePlanner):
         return torch.empty(target.size(), dtype=target.dtype, device="cpu")
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Copy what was read to where it belongs, told apart from what reading it raises."""
+        """Copy what was read into its target; keep its error apart from errors of reading."""
         target = self._targets[id(read_item)]
         if tensor is target:
             return
@@ -101,9 +100,9 @@ class ShardReader:
     filesystem: Filesystem
     metadata: Metadata
     records: Mapping[str, FileRecord]
-    """Of the manifest, by path: the digests that every byte read is held against."""
+    """Of the manifest, by path: the digests that every byte read is checked against."""
     taken: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """By path: how many bytes of tensors were read so far."""
+    """By path: the tensor bytes read so far."""
 
     _unlisted: ClassVar[str] = "the manifest does not list"
     _derives_keys: ClassVar[bool] = False
@@ -113,10 +112,10 @@ class ShardReader:
     def open(
         cls, path: Path, content: bytes, records: Mapping[str, FileRecord], filesystem: Filesystem
     ) -> Self:
-        """Understand the content of `.metadata`.
+        """Parse the content of `.metadata`.
 
         Raises:
-            CorruptCheckpointError: it is no metadata, asks for code, or names files that
+            CorruptCheckpointError: it is not metadata, requires running code, or names files that
                 the manifest does not list.
         """
         where = path / METADATA_NAME
@@ -149,7 +148,7 @@ class ShardReader:
         }
 
     def value_names(self) -> list[str]:
-        """Return the flat names of everything that is no tensor."""
+        """Return the flat names of all non-tensor values."""
         return [
             name
             for name, each in self.metadata.state_dict_metadata.items()
@@ -157,16 +156,16 @@ class ShardReader:
         ]
 
     def key_path(self, name: str) -> tuple[str | int, ...]:
-        """Return the nested keys that a flat name stands for."""
+        """Return the nested keys of a flat name."""
         path: tuple[str | int, ...] = self.metadata.planner_data[name]
         return path
 
     def read_values(self) -> dict[str, Any]:
-        """Return everything that is no tensor, by flat name, verified before it is read.
+        """Return all non-tensor values by flat name, verified before they are decoded.
 
         Raises:
-            CorruptCheckpointError: a block that holds a value does not match its digest, or what
-                it holds asks for code.
+            CorruptCheckpointError: a block that holds a value does not match its digest, or a
+                value requires running code.
         """
         values: dict[str, Any] = {}
         for name, content in self.read_contents(self.value_names()).items():
@@ -174,7 +173,7 @@ class ShardReader:
                 values[name] = torch.load(
                     io.BytesIO(content), weights_only=True, map_location="cpu"
                 )
-            except Exception as error:  # what torch says is how to run the code after all
+            except Exception as error:  # torch's own message explains how to run the code anyway
                 if is_process_failure(error):
                     raise
                 where = str(self.path / self.place_of_value(name).relative_path)
@@ -205,13 +204,13 @@ class ShardReader:
         return read
 
     def place_of_value(self, name: str) -> Any:
-        """Return which bytes of which file hold a value; raises as `place_of`."""
+        """Return which bytes of which file hold a value; raises like `place_of`."""
         return self.place_of(MetadataIndex(name))
 
     def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors, plain or distributed, in place; names and sizes must be known to agree.
+        """Fill plain or distributed tensors in place; names and sizes must be known to agree.
 
-        Each block that is read is compared with its digest in the same pass.
+        Each block read is compared with its digest in the same pass.
 
         Raises:
             CorruptCheckpointError: a block does not match; the tensors hold wrong values.
@@ -219,10 +218,10 @@ class ShardReader:
         self.read(self.plan(targets))
 
     def plan(self, targets: Mapping[str, torch.Tensor]) -> dict[str, Wanted]:
-        """Return by file what filling tensors takes of it, reading nothing; see `read_tensors`.
+        """Return by file what has to be read to fill tensors, reading nothing; see `read_tensors`.
 
         Raises:
-            CorruptCheckpointError: what is stored does not cover them.
+            CorruptCheckpointError: the stored chunks do not cover them.
         """
         files: dict[str, Wanted] = {}
         try:
@@ -237,7 +236,7 @@ class ShardReader:
         """Fill what was planned, file by file.
 
         Raises:
-            CorruptCheckpointError: as `read_tensors`.
+            CorruptCheckpointError: see `read_tensors`.
         """
         for name, wanted in plan.items():
             stop_if_left()
@@ -245,14 +244,14 @@ class ShardReader:
             self.taken[name] = self.taken.get(name, 0) + wanted.size_bytes
 
     def file_order(self, names: Iterable[str]) -> list[str]:
-        """Return names of tensors in the order in which their first bytes lie in the files."""
+        """Return tensor names sorted by the position of their first bytes in the files."""
         return sorted(names, key=self._first_place)
 
     def place_of(self, index: MetadataIndex) -> Any:
         """Return which bytes of which file hold a value, or a chunk of a tensor.
 
         Raises:
-            CorruptCheckpointError: the metadata does not say.
+            CorruptCheckpointError: the metadata has no entry for it.
         """
         try:
             return self.metadata.storage_data[index]
@@ -270,13 +269,13 @@ class ShardReader:
         return (places[0].relative_path, places[0].offset) if places else ("", 0)
 
     def _sort(self, region: Region, place: Any, wanted: Wanted) -> None:
-        """Decide how a region is read: directly where its container allows, else through torch."""
+        """Decide how a region is read: directly if its container allows it, otherwise by torch."""
         described = self.metadata.state_dict_metadata[region.chunk.fqn]
         assert isinstance(described, TensorStorageMetadata)
         dtype = described.properties.dtype
         container = container_of(dtype, region.chunk_size)
         if container.size_bytes != place.length:
-            # Strided, say: only its own pickle knows how it lies.
+            # For example a strided tensor: only its own pickle describes its layout.
             wanted.foreign.append((region, range(place.offset, place.offset + place.length)))
         else:
             wanted.landings.append(Landing(region, place.offset, container, dtype))
@@ -285,9 +284,9 @@ class ShardReader:
         foreign = [region for region, _ in wanted.foreign]
         for wave in waves(wanted.landings):
             stop_if_left()
-            parts = [part for landing in wave for part in landing.open()]
-            self._read_parts(name, parts, [landing.whole for landing in wave])
-            foreign += [landing.region for landing in wave if not landing.close()]
+            parts = [part for request in wave for part in request.open()]
+            self._read_parts(name, parts, [request.whole for request in wave])
+            foreign += [request.region for request in wave if not request.close()]
         if foreign:
             places = [self.metadata.storage_data[each.chunk] for each in foreign]
             self._read_parts(
@@ -299,7 +298,7 @@ class ShardReader:
     def _read_parts(self, name: str, parts: list[Part], ranges: Sequence[range] = ()) -> None:
         try:
             read_verified(self.filesystem, self.path / name, self.records[name], parts, ranges)
-        except FileNotFoundError as error:  # gone since, or not seen from this node yet
+        except FileNotFoundError as error:  # removed since, or not visible from this node yet
             raise CorruptCheckpointError(str(self.path / name), "is missing") from error
         except CorruptCheckpointError as error:
             if error.byte_range is None:
@@ -312,22 +311,22 @@ class ShardReader:
     def _read_through_torch(
         self, name: str, items: Sequence[ReadItem], planner: SafePlanner
     ) -> None:
-        """Let torch take containers apart.
+        """Let torch read containers.
 
         Raises:
-            CorruptCheckpointError: it cannot, and neither this process nor a target is to blame.
+            CorruptCheckpointError: it cannot, and neither this process nor a target is the cause.
         """
         reader = _SeamReader(self.path, self.metadata, self.filesystem)
         try:
             reader.read_data(LoadPlan(list(items)), planner).wait()
         except pickle.UnpicklingError as error:
-            # What torch says instead is how to run the code after all.
+            # torch's own message explains how to run the code anyway.
             raise CorruptCheckpointError(
                 str(self.path / name), "an item asks for code, or is torn"
             ) from error
-        except (OSError, CheckpointError):  # already says what it is
+        except (OSError, CheckpointError):  # already specific
             raise
-        except Exception as error:  # torn archives raise anything
+        except Exception as error:  # torn archives can raise anything
             if is_process_failure(error) or error is getattr(planner, "refusal", None):
                 raise
             summary = str(error).partition("\n")[0] or type(error).__name__
@@ -338,18 +337,18 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class ForeignReader(ShardReader):
-    """The tensors and values under `model` and `optimizer`; whatever else is there is left out."""
+    """The tensors and values under `model` and `optimizer`; everything else is left out."""
 
     _unlisted: ClassVar[str] = "is not in the directory"
     _derives_keys: ClassVar[bool] = True
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """As its base."""
+        """See the base class."""
         found = super().tensors()
         return {name: each for name, each in found.items() if self._is_of_use(name)}
 
     def value_names(self) -> list[str]:
-        """As its base."""
+        """See the base class."""
         return [name for name in super().value_names() if self._is_of_use(name)]
 
     def _is_of_use(self, name: str) -> bool:
@@ -359,7 +358,7 @@ class ForeignReader(ShardReader):
         return path[0] == "model" and len(path) > 1
 
     def read_values(self) -> dict[str, Any]:
-        """Return everything that is no tensor, by flat name."""
+        """Return all non-tensor values by flat name."""
         values: dict[str, Any] = dict.fromkeys(self.value_names())
         planner = SafePlanner()
         planner.set_up_planner(values, self.metadata, is_coordinator=True)

@@ -1,12 +1,12 @@
 """Which bytes of which stored chunk each live tensor needs, and the memory that they go to.
 
-Owns the arithmetic between how a tensor was divided when it was saved and how it is divided here,
-from regions of chunks to byte ranges of their containers. The target memory is the tensor itself
-where its bytes have the same order, host memory of the same shape otherwise (another device, dtype
-or stride, or a region with gaps). Parts of a file are asked for in waves; bytes that arrive from a
-peer are taken in block after block. Promises that regions cover all that is here of a tensor, or
-says that they do not. What is neither a plain tensor nor a DTensor is left to torch's own planner,
-which is slower and knows more types. Reads nothing itself.
+Owns the mapping from how a tensor was sharded when it was saved to how it is sharded here, from
+regions of chunks to byte ranges of their containers. The target memory is the tensor itself where
+its bytes have the same order, otherwise host memory of the same shape (another device, dtype or
+stride, or a region with gaps). Parts of a file are requested in waves; bytes from a peer are
+accepted block by block. Promises that regions cover the whole local part of a tensor, or raises.
+Anything but plain tensors and DTensors is left to torch's own planner, which is slower and supports
+more types. Reads nothing itself.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class Region(NamedTuple):
-    """One part of one stored chunk, and where it belongs."""
+    """One part of one stored chunk, and its target."""
 
     chunk: MetadataIndex
-    """By which the metadata knows it."""
+    """Its key in the metadata."""
     starts: torch.Size
-    """From where in the chunk, by dimension."""
+    """Start within the chunk, by dimension."""
     lengths: torch.Size
     chunk_size: torch.Size
     """Of the whole stored chunk."""
     target: torch.Tensor
-    """A view of live memory, of the size of the region."""
+    """A view of live memory with the region's size."""
 
     def to_item(self) -> ReadItem:
-        """Return it in the words of torch's reader, which does not look at where it goes."""
-        kind, nowhere = LoadItemType.TENSOR, torch.Size([0] * len(self.lengths))
-        return ReadItem(kind, self.chunk, nowhere, self.chunk, self.starts, self.lengths)
+        """Return the ReadItem for torch's reader, which ignores its destination offsets."""
+        kind, unused = LoadItemType.TENSOR, torch.Size([0] * len(self.lengths))
+        return ReadItem(kind, self.chunk, unused, self.chunk, self.starts, self.lengths)
 
 
 class UncoveredError(Exception):
-    """The stored chunks leave a part of a tensor without bytes; never leaves a reader."""
+    """The stored chunks do not cover a tensor; readers convert it before it reaches a caller."""
 
 
 def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Iterator[Region]:
-    """Yield what has to be read to fill tensors whose names and sizes are known to agree.
+    """Yield the regions to read to fill tensors whose names and sizes are known to agree.
 
     Raises:
         UncoveredError: naming a tensor that the chunks do not cover.
@@ -74,7 +74,7 @@ def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Itera
         elif type(target) is DTensor and type(target._local_tensor) in _PLAIN:
             if target.device_mesh.get_coordinate() is None:
                 continue
-            # Equal for all that are divided alike, and slow to compute.
+            # Equal for all tensors with the same spec, and slow to compute.
             if (span := spans.get(target._spec)) is None:
                 (chunk,) = target.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch
                 span = spans[target._spec] = (chunk.offsets, chunk.sizes)
@@ -92,11 +92,11 @@ def _within(
     sizes: Sequence[int],
     local: torch.Tensor,
 ) -> Iterator[Region]:
-    """Yield the parts of stored chunks that lie in one box of the whole tensor."""
+    """Yield the parts of stored chunks that overlap one box of the whole tensor."""
     missing = local.numel()
     if not missing:
         return
-    for chunk in described.chunks:  # one that is all of it, and nothing else: nearly always so
+    for chunk in described.chunks:  # the common case: a chunk that matches the box exactly
         if chunk.sizes == sizes == local.size() and chunk.offsets == offsets:
             index, origin = MetadataIndex(name, chunk.offsets), torch.Size((0,) * len(sizes))
             yield Region(index, origin, chunk.sizes, chunk.sizes, local)
@@ -144,15 +144,15 @@ def _chunk_size(metadata: Metadata, item: ReadItem) -> torch.Size:
 _WAVE_BYTES = 256 << 20
 """Host memory for tensors that cannot be read in place, at one time."""
 _LARGE_BYTES = 64 << 10
-"""From here a copy in memory is worth a call of its own."""
+"""From this size on a memory copy uses numpy, which releases the GIL."""
 _ALONE_BYTES = BLOCK_BYTES // 32
-"""From here bytes that arrive are worth a message of their own, which spares that copy."""
+"""From this size on a payload gets its own message and arrives in place, which saves a copy."""
 MOST_PIECES = 2 * (BLOCK_BYTES // _ALONE_BYTES) + 1
-"""Of one block: so many messages and what lies between them."""
+"""Upper bound per block: the large payloads and the gaps between them."""
 
 
 class Landing:
-    """One region of one stored chunk on its way into one target."""
+    """A read request: one region of one stored chunk to be read into one target."""
 
     def __init__(
         self, region: Region, offset: int, container: Container, dtype: torch.dtype
@@ -169,9 +169,9 @@ class Landing:
             and target.device.type == "cpu"
             and target.dtype == dtype
             and target.is_contiguous()
-            and not (target.is_conj() or target.is_neg())  # lazily, their bytes are others
+            and not (target.is_conj() or target.is_neg())  # lazy: the stored bytes differ
         )
-        # A region with gaps is read with all of its chunk and cut out afterwards.
+        # For a region with gaps the whole chunk is read, and the region is cut out afterwards.
         self._read_size = lengths if dense else region.chunk_size
         self._first_element = 0
         if dense and not self._is_whole:
@@ -180,20 +180,20 @@ class Landing:
 
     @property
     def whole(self) -> range:
-        """The file's bytes that must be right for this landing to be: all of the container's.
+        """The container's byte range if the whole chunk is read, all of which is verified.
 
-        A region of a chunk needs only the part that it is read from.
+        Empty for a region of a chunk, which needs only the part that it is read from.
         """
         return self.container if self._read_size == self.region.chunk_size else range(0)
 
     @property
     def container(self) -> range:
-        """Where the container lies, all of it."""
+        """The byte range of the whole container."""
         return range(self._offset, self._offset + self._container.size_bytes)
 
     @property
     def ranges(self) -> list[range]:
-        """The file's bytes that this landing is made of."""
+        """The file's bytes that this request needs."""
         if self.whole:
             return [self.whole]
         header = range(self._offset, self._offset + len(self._container.header))
@@ -201,78 +201,78 @@ class Landing:
 
     @property
     def size_bytes(self) -> int:
-        """What is read of the tensor itself."""
+        """The bytes read of the tensor itself."""
         return prod(self._read_size) * self._dtype.itemsize
 
     @property
     def extra_bytes(self) -> int:
-        """Host memory that this landing needs beside its target."""
+        """Host memory that this request needs in addition to its target."""
         return 0 if self._in_place else self.size_bytes
 
     @property
     def payload(self) -> range:
-        """Where the bytes wanted of the tensor lie in the file."""
+        """The file's byte range of the tensor bytes to read."""
         first = self._offset + len(self._container.header)
         start = first + self._first_element * self._dtype.itemsize
         return range(start, start + self.size_bytes)
 
     def open(self) -> list[Part]:
-        """Make the memory and return the parts to read: the header, and the bytes wanted."""
+        """Allocate the memory and return the parts to read: the header and the payload."""
         if self._in_place:
-            self._landed = self.region.target
+            self._memory = self.region.target
         else:
             pinned = self.region.target.is_cuda
-            self._landed = torch.empty(
+            self._memory = torch.empty(
                 self._read_size, dtype=self._dtype, device="cpu", pin_memory=pinned
             )
         self._header = bytearray(len(self._container.header))
         return [
             Part(self._offset, memoryview(self._header)),
-            Part(self.payload.start, _bytes_of(self._landed)),
+            Part(self.payload.start, _bytes_of(self._memory)),
         ]
 
     def close(self) -> bool:
-        """Deliver what was read; False: the header is another's, the bytes mean something else."""
+        """Copy what was read into the target; False: the header is not the expected one."""
         recognised = self._header == self._container.header
         if recognised and not self._in_place:
-            wanted, region = self._landed, self.region
+            source, region = self._memory, self.region
             if self._read_size != region.lengths:
                 for dimension, (start, length) in enumerate(
                     zip(region.starts, region.lengths, strict=True)
                 ):
-                    wanted = wanted.narrow(dimension, start, length)
-            self.region.target.copy_(wanted)
-        del self._landed
+                    source = source.narrow(dimension, start, length)
+            self.region.target.copy_(source)
+        del self._memory
         return recognised
 
 
 @dataclass
 class Wanted:
-    """What is wanted of one file."""
+    """The read requests for one file."""
 
     landings: list[Landing] = field(default_factory=list)
     foreign: list[tuple[Region, range]] = field(default_factory=list)
-    """What only torch can take out of its container, and where that lies."""
+    """Regions that only torch can extract, each with the byte range of its container."""
 
     @property
     def ranges(self) -> list[range]:
-        """The bytes that must be read, and be right."""
+        """The bytes that must be read and verified."""
         return [
-            *(each for landing in self.landings for each in landing.ranges),
+            *(each for request in self.landings for each in request.ranges),
             *(place for _, place in self.foreign),
         ]
 
     @property
     def containers(self) -> list[range]:
-        """The bytes that are needed if only torch can take any of it out of its container."""
+        """The bytes that are needed if torch has to extract everything from its containers."""
         places = [place for _, place in self.foreign]
         return [*(each.container for each in self.landings), *places]
 
     @property
     def size_bytes(self) -> int:
-        """What is read of tensors."""
-        landed = sum(each.size_bytes for each in self.landings)
-        return landed + sum(len(place) for _, place in self.foreign)
+        """The bytes read of tensors."""
+        direct = sum(each.size_bytes for each in self.landings)
+        return direct + sum(len(place) for _, place in self.foreign)
 
 
 class Piece(NamedTuple):
@@ -281,48 +281,48 @@ class Piece(NamedTuple):
     place: range
     """In the file."""
     landing: Landing | None
-    """Whose payload they are, of which they arrive in place. None: of several, or of none."""
+    """The request whose payload they are; they arrive in place. None: of several, or of none."""
 
 
 class Intake:
-    """Landings of one file that blocks fill as they arrive, in any order and on any thread.
+    """Fills the read requests of one file as blocks arrive, in any order and on any thread.
 
-    A block is taken in from memory where it lies whole, or its pieces arrive in memory that was
-    asked for here. Host memory beside the targets is held from the first to the last block of a
-    landing only.
+    A block is copied from memory that holds all of it (`take`), or its pieces arrive in memory that
+    `expect` returned. Host memory beside the targets is held only from the first to the last block
+    of a request.
     """
 
-    def __init__(self, landings: Sequence[Landing]) -> None:
+    def __init__(self, requests: Sequence[Landing]) -> None:
         self._touched: dict[int, list[Landing]] = {}
         self._missing: dict[Landing, set[int]] = {}
-        for landing in landings:
-            numbers = blocks_of(landing.ranges)
-            self._missing[landing] = numbers
+        for request in requests:
+            numbers = blocks_of(request.ranges)
+            self._missing[request] = numbers
             for number in numbers:
-                self._touched.setdefault(number, []).append(landing)
+                self._touched.setdefault(number, []).append(request)
         self._opened: dict[Landing, list[Part]] = {}
         self._lock = threading.Lock()
         self.unrecognised: list[Landing] = []
-        """Whose container is not as expected: their targets hold wrong bytes."""
+        """Requests whose container is not the expected one: their targets hold wrong bytes."""
 
     @property
     def blocks(self) -> set[int]:
-        """The numbers of the blocks that are still awaited."""
+        """The numbers of the blocks that have not arrived yet."""
         return set().union(*self._missing.values())
 
     def pieces(self, number: int, size_bytes: int) -> list[Piece]:
-        """Cut a block of so many bytes where large payloads begin and end."""
+        """Cut a block of this size where large payloads begin and end."""
         position, end = number * BLOCK_BYTES, number * BLOCK_BYTES + size_bytes
         large = []
-        for landing in self._touched.get(number, ()):
-            place = landing.payload
+        for request in self._touched.get(number, ()):
+            place = request.payload
             place = range(max(place.start, position), min(place.stop, end))
             if len(place) >= _ALONE_BYTES:
-                large.append(Piece(place, landing))
+                large.append(Piece(place, request))
         pieces = []
         for piece in sorted(large, key=lambda each: each.place.start):
             if piece.place.start < position:
-                continue  # the same bytes as another's: copied from where they arrive
+                continue  # overlaps another payload: copied from where that arrives
             if piece.place.start > position:
                 pieces.append(Piece(range(position, piece.place.start), None))
             pieces.append(piece)
@@ -332,21 +332,21 @@ class Intake:
         return pieces
 
     def expect(self, number: int, pieces: Sequence[Piece], spare: memoryview) -> list[memoryview]:
-        """Return where the pieces of a block are to arrive: where they belong, or in `spare`."""
+        """Return the memory for the pieces of a block: their targets, or parts of `spare`."""
         self._open(number)
         found = []
-        for place, landing in pieces:
-            if landing is None:
+        for place, request in pieces:
+            if request is None:
                 found.append(spare[: len(place)])
                 spare = spare[len(place) :]
             else:
-                _, payload = self._opened[landing]
+                _, payload = self._opened[request]
                 start = place.start - payload.offset
                 found.append(payload.target[start : start + len(place)])
         return found
 
     def take(self, number: int, content: memoryview) -> None:
-        """Put the bytes of one block, known to be right, where they belong."""
+        """Copy the verified bytes of one block into their targets."""
         start = number * BLOCK_BYTES
         self._open(number)
         self.take_pieces(number, [Piece(range(start, start + len(content)), None)], [content])
@@ -354,34 +354,34 @@ class Intake:
     def take_pieces(
         self, number: int, pieces: Sequence[Piece], contents: Sequence[memoryview]
     ) -> None:
-        """Put what has arrived in the memory given by `expect`, known to be right, in place."""
+        """Copy verified pieces, which arrived in the memory from `expect`, into their targets."""
         touched = self._touched.get(number, ())
         starts = [each.place.start for each in pieces]
-        for landing in touched:
-            for part in self._opened[landing]:
-                is_payload = part.offset == landing.payload.start
+        for request in touched:
+            for part in self._opened[request]:
+                is_payload = part.offset == request.payload.start
                 first = max(0, bisect_right(starts, part.offset) - 1)
                 for index in range(first, bisect_left(starts, part.end)):
-                    if not (is_payload and pieces[index].landing is landing):
+                    if not (is_payload and pieces[index].landing is request):
                         _copy_common(part, starts[index], contents[index])
-        for landing in touched:
+        for request in touched:
             with self._lock:
-                self._missing[landing].discard(number)
-                if self._missing[landing]:
+                self._missing[request].discard(number)
+                if self._missing[request]:
                     continue
-                del self._opened[landing]
-            if not landing.close():
-                self.unrecognised.append(landing)
+                del self._opened[request]
+            if not request.close():
+                self.unrecognised.append(request)
 
     def _open(self, number: int) -> None:
         with self._lock:
-            for landing in self._touched.get(number, ()):
-                if landing not in self._opened:
-                    self._opened[landing] = landing.open()
+            for request in self._touched.get(number, ()):
+                if request not in self._opened:
+                    self._opened[request] = request.open()
 
 
 def _copy_common(part: Part, start: int, content: memoryview) -> None:
-    """Copy what content of the file, from `start` on, has of a part."""
+    """Copy the overlap of a part with file content that begins at `start`."""
     low, high = max(part.offset, start), min(part.end, start + len(content))
     if low < high:
         target = part.target[low - part.offset : high - part.offset]
@@ -391,26 +391,26 @@ def _copy_common(part: Part, start: int, content: memoryview) -> None:
 def _copy(target: memoryview, source: memoryview) -> None:
     if len(target) < _LARGE_BYTES:
         target[:] = source
-    else:  # lets go of the interpreter meanwhile
+    else:  # releases the GIL during the copy
         np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
-def waves(landings: Sequence[Landing]) -> Iterator[list[Landing]]:
-    """Group landings so that each group needs a bounded amount of extra host memory."""
+def waves(requests: Sequence[Landing]) -> Iterator[list[Landing]]:
+    """Group read requests so that each group needs a bounded amount of extra host memory."""
     wave: list[Landing] = []
     extra_bytes = 0
-    for landing in landings:
-        if wave and extra_bytes + landing.extra_bytes > _WAVE_BYTES:
+    for request in requests:
+        if wave and extra_bytes + request.extra_bytes > _WAVE_BYTES:
             yield wave
             wave, extra_bytes = [], 0
-        wave.append(landing)
-        extra_bytes += landing.extra_bytes
+        wave.append(request)
+        extra_bytes += request.extra_bytes
     if wave:
         yield wave
 
 
 def _is_dense(lengths: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a region of a row-major array is one run of elements."""
+    """Whether a region of a row-major array is contiguous."""
     outer = next((index for index, length in enumerate(lengths) if length != 1), len(lengths))
     return all(
         length == full for length, full in zip(lengths[outer + 1 :], size[outer + 1 :], strict=True)

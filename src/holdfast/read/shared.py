@@ -1,11 +1,10 @@
-"""Read tensors that every rank needs in full on one rank each, and broadcast them.
+"""Read each tensor that every rank needs in full on one rank, and broadcast it.
 
-Owns who reads what (equal parts in the order of the files, so that no rank reads a block for the
-sake of a few bytes) and the process groups that are used: one beside each world, made by all ranks
-together on the training thread, never the trainer's own. Promises that nobody enters a broadcast
-before all ranks have read their parts and found them sound, and that a group in which a transfer
-failed is not used again. gloo times out a little before we do; NCCL, which ends the process at its
-timeout, gets a longer one.
+Owns which rank reads what (equal parts in file order, so that no rank reads a block for only a few
+bytes) and the process groups used: one for each world group, created collectively on the training
+thread, never the trainer's own. Promises that no rank enters a broadcast before all ranks have read
+and verified their parts, and that a group in which a transfer failed is not used again. gloo times
+out a little before we do; NCCL, which ends the process at its timeout, gets a longer timeout.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
 
 BACKEND_PATIENCE = 10
-"""Times ours: how long NCCL waits for a rank before it takes matters into its own hands."""
+"""NCCL's timeout as a multiple of ours: at its own timeout NCCL ends the process."""
 _GLOO_PATIENCE = 0.75
-"""Likewise: who waited in vain must still be in time to tell the other ranks."""
+"""gloo's, likewise: a rank that times out must still be able to report it to the others in time."""
 
 _groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""By the world that a group was made beside: a job may end one world and begin another."""
+"""Our group by world group: a job may destroy its world group and create another."""
 
 
 def own_group(timeout_seconds: float) -> Any:
-    """Return the group; all ranks together, since the first call makes it."""
+    """Return the group. Collective: the first call creates it."""
     world = distributed.group.WORLD
     if (found := _groups.get(world)) is None:
         only_gloo = distributed.get_backend(world) == distributed.Backend.GLOO
@@ -45,45 +44,45 @@ def own_group(timeout_seconds: float) -> Any:
 
 
 def forget_group() -> None:
-    """Make another group next time; all ranks together, after a transfer failed on any."""
+    """Drop the group; the next call creates another. Collective, after a failed transfer."""
     _groups.pop(distributed.group.WORLD, None)
 
 
 def device_types() -> set[str]:
-    """Return the kinds of devices whose memory the group can send from."""
+    """Return the device types whose memory the group can send from."""
     world: Any = distributed.group.WORLD
     found: list[torch.device] = [] if world is None else world._device_types
     return {each.type for each in found}
 
 
 _BUCKET_BYTES = 32 << 20
-"""Tensors smaller than this travel together, through one buffer of this size."""
+"""Tensors smaller than this are batched in a buffer of this size."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class Reading(Protocol):
-    """How the tensors of one checkpoint come into place on this rank."""
+    """How the tensors of one checkpoint are restored on this rank."""
 
     def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill what this rank reads itself."""
+        """Fill the targets that this rank reads itself."""
 
     def pass_on(self, coordinator: Coordinator) -> None:
-        """Fill the rest, once every rank has read its part."""
+        """Fill the remaining targets, once every rank has read its part."""
 
 
 class ReadAlone:
-    """The null case: every rank reads all that it needs."""
+    """The null case: every rank reads everything it needs."""
 
     def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
         """Read everything."""
         reader.read_tensors(targets)
 
     def pass_on(self, coordinator: Coordinator) -> None:
-        """Nothing is left."""
+        """Do nothing."""
 
 
 class ReadShared:
-    """Each rank reads its part of what all need, and whatever it needs alone."""
+    """Each rank reads its part of what all ranks need, and everything that only it needs."""
 
     def __init__(self, rank: int, parts: Sequence[Sequence[str]], group: Any) -> None:
         self._rank = rank
@@ -98,10 +97,10 @@ class ReadShared:
         reader: ShardReader,
         coordinator: Coordinator,
     ) -> ReadShared:
-        """Divide what all ranks need in full, on all ranks alike.
+        """Divide what all ranks need in full; every rank computes the same division.
 
         Raises:
-            StageFailedError: on every rank: some rank has no targets, or the group cannot be made.
+            StageFailedError: on every rank: finding targets or creating the group failed on one.
         """
         mine: dict[str, tuple[str, int]] = {}
 
@@ -109,7 +108,7 @@ class ReadShared:
             mine.update(_describe(find_targets()))
             return xxhash.xxh3_128_digest("\n".join(mine).encode())
 
-        # Nearly always all need the same; only else do the names themselves travel.
+        # Usually all ranks need the same names; the names themselves are gathered only if not.
         if not coordinator.all_reduce("share", describe, lambda found: len(set(found)) == 1):
             common = coordinator.all_reduce(
                 "share names",
@@ -126,7 +125,7 @@ class ReadShared:
         return cls(coordinator.rank, parts, groups[0])
 
     def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
-        """Read this rank's part and what nobody else needs; get all memory for the rest."""
+        """Read this rank's part and what only it needs; allocate all memory for the rest."""
         self._steps = list(self._plan_steps(targets))
         others = {
             name for rank, part in enumerate(self._parts) if rank != self._rank for name in part
@@ -134,15 +133,15 @@ class ReadShared:
         reader.read_tensors({name: each for name, each in targets.items() if name not in others})
 
     def pass_on(self, coordinator: Coordinator) -> None:
-        """Send this rank's part to the others and receive theirs.
+        """Broadcast this rank's part and receive those of the others.
 
         Raises:
-            StageFailedError: a rank was lost on the way; tensors hold wrong values.
+            StageFailedError: a rank was lost during the broadcast; tensors hold wrong values.
         """
         try:
             coordinator.all_gather("broadcast", self._broadcast)
         except CheckpointError:
-            forget_group()  # gloo has closed its connections, and NCCL may be anywhere
+            forget_group()  # gloo has closed its connections; NCCL is in an unknown state
             raise
 
     def _broadcast(self) -> None:
@@ -151,11 +150,11 @@ class ReadShared:
                 distributed.broadcast(tensors[0], owner, self._group)
                 continue
             sizes = [len(each) for each in tensors]
-            travelling = buffer[: sum(sizes)]
-            pieces = list(torch.split(travelling, sizes))
+            batch = buffer[: sum(sizes)]
+            pieces = list(torch.split(batch, sizes))
             if owner == self._rank:
                 torch._foreach_copy_(pieces, tensors)
-            distributed.broadcast(travelling, owner, self._group)
+            distributed.broadcast(batch, owner, self._group)
             if owner != self._rank:
                 torch._foreach_copy_(tensors, pieces)
         self._steps = []
@@ -163,7 +162,7 @@ class ReadShared:
     def _plan_steps(
         self, targets: Mapping[str, torch.Tensor]
     ) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor | None]]:
-        """Yield owner, bytes of tensors, and the buffer they travel in; None: they need none."""
+        """Yield owner, tensor bytes, and the buffer they are batched in; None: sent directly."""
         buffers: dict[torch.device, torch.Tensor] = {}
         for owner, part in enumerate(self._parts):
             buckets: dict[torch.device, list[torch.Tensor]] = {}
@@ -186,12 +185,12 @@ class ReadShared:
 
 
 def divide(names: Sequence[str], sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Cut an order of names into consecutive parts of about equal bytes."""
+    """Cut a list of names into consecutive parts of about equal bytes."""
     parts: list[list[str]] = [[] for _ in range(count)]
     total = sum(sizes[name] for name in names)
     position = 0
     for name in names:
-        # To whom its middle belongs; on the border, to the first of two.
+        # Assigned by the position of its middle; exactly on a border, to the first of the two.
         middle = (2 * position + sizes[name]) * count
         parts[max(middle - 1, 0) // max(2 * total, 1)].append(name)
         position += sizes[name]
@@ -199,7 +198,7 @@ def divide(names: Sequence[str], sizes: Mapping[str, int], count: int) -> list[l
 
 
 def _describe(targets: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, int]]:
-    """Return name and bytes of what this rank needs in full, by what must agree between ranks."""
+    """Return name and size of what this rank needs in full, keyed by what all ranks must share."""
     supported = device_types()
     return {
         f"{name} {target.dtype} {target.device.type}": (name, target.numel() * target.itemsize)
@@ -209,7 +208,7 @@ def _describe(targets: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, int]]
 
 
 def _is_whole(target: torch.Tensor) -> bool:
-    """Whether a rank needs all of a tensor, in memory that can be sent as it is."""
+    """Whether a rank needs all of a tensor, in memory that can be sent without a copy."""
     if type(target) is DTensor:
         if target.device_mesh.get_coordinate() is None:
             return False

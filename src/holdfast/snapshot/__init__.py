@@ -1,1 +1,1 @@
-"""The app state on its way to disk."""
+"""Copy the app state to host memory and write it to disk."""

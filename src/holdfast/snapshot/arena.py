@@ -1,10 +1,10 @@
-"""The file before it is a file: memory that is laid out as the shard it becomes.
+"""Host memory laid out as the shard file that it becomes.
 
-Owns the memory behind a snapshot, kept from save to save, and the views into it that staging fills:
+Owns the memory of a snapshot, reused between saves, and the views into it that staging fills:
 headers and trailers are written once, a save copies payloads between them. Promises that the bytes
-of the arena are the bytes of the file, that what a shorter value leaves over is zeros, and that the
-steady state allocates nothing. `StreamedShard` is the same file without an arena, made block by
-block from live tensors. Knows no files and no other rank.
+of the arena are the bytes of the file, that the slot behind a shorter value is zero-filled, and
+that the steady state allocates nothing. `StreamedShard` is the same file without an arena, produced
+block by block from live tensors. Knows no files and no other rank.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from holdfast.storage.digests import BLOCK_BYTES, footer_size
 logger = logging.getLogger(__name__)
 
 _STRETCH_BYTES = 64 << 20
-"""Written in one call: a disk has something to do while the next one is prepared."""
+"""Written in one call: the disk stays busy while the next stretch is prepared."""
 _STREAM_BUFFERS = 3
-"""One is filled, one digested and written, one just was."""
+"""One is being filled, one digested and written, and one was just finished."""
 _PIECE_BYTES = 1 << 20
-"""What is no plain host memory is brought there in pieces; larger ones cost malloc more to keep."""
+"""Tensors not in plain host memory are copied there in pieces; larger ones cost malloc more."""
 
 
 def image_bytes(layout: Layout) -> int:
@@ -40,9 +40,9 @@ def image_bytes(layout: Layout) -> int:
 
 
 class Arena:
-    """Memory for one shard file; one snapshot is in it at a time."""
+    """Memory for one shard file; it holds one snapshot at a time."""
 
-    @in_normal_mode  # other saves, in other modes, copy into what is made here
+    @in_normal_mode  # saves in other modes copy into the tensors created here
     def __init__(
         self,
         layout: Layout,
@@ -51,13 +51,13 @@ class Arena:
         pinned: bool = False,
         pinning: Callable[[torch.Tensor], Callable[[], None]] | None = None,
     ) -> None:
-        """Lay the file out in memory, which holds zeros. None: in memory of its own.
+        """Lay the file out in zero-filled memory. None: allocate it.
 
-        `pinned`: fixed in place for copies from a GPU, as far as the system allows it. `pinning`:
-        fixes it and returns what undoes that. None: CUDA does.
+        `pinned`: page-lock it for copies from a GPU, if the system allows it. `pinning`: pins a
+        tensor and returns a function that unpins it. None: through CUDA.
 
         Raises:
-            NotEnoughMemoryError: it does not fit what is left.
+            NotEnoughMemoryError: it does not fit into the remaining memory.
         """
         self.layout = layout
         self.memory = allocate(image_bytes(layout)) if memory is None else memory
@@ -73,7 +73,7 @@ class Arena:
             dtype = slot.item.dtype
             assert dtype is not None
             self.memory[slot.offset : start] = slot.container.header
-            if slot.payload_bytes == 0:  # all of it is header, which need not end on a boundary
+            if slot.payload_bytes == 0:  # header only, which need not end on an aligned offset
                 self._targets.append(torch.empty(slot.item.lengths, dtype=dtype, device="cpu"))
                 continue
             self.memory[end : slot.offset + slot.size_bytes] = slot.container.trailer
@@ -91,19 +91,19 @@ class Arena:
         return self.layout.body_bytes
 
     def stage(self, sources: Sequence[Source], later: Sequence[bool] | None = None) -> Copying:
-        """Give each slot its source: copy all but those marked `later`, and return their copy.
+        """Copy each slot's source, except those marked `later`; return the pending copy of these.
 
-        That is yet to be made; nobody but `stretches` may read the arena before it was waited for.
-        None: all tensors are for later.
+        Until that copy was waited for, only `stretches` may read the arena. None: all tensors are
+        copied later.
         """
         now: list[tuple[Any, Any]] = []
         then: list[tuple[Any, Any]] = []
-        marks = [True] * len(self._targets) if later is None else later
-        for target, source, waits in zip(self._targets, sources, marks, strict=True):
+        deferred = [True] * len(self._targets) if later is None else later
+        for target, source, is_deferred in zip(self._targets, sources, deferred, strict=True):
             if isinstance(source, bytes):
                 target[: len(source)] = source
                 target[len(source) :] = bytes(len(target) - len(source))
-            elif waits:
+            elif is_deferred:
                 then.append((target, source))
             else:
                 now.append((target, source))
@@ -120,7 +120,7 @@ class Arena:
         return source
 
     def stretches(self) -> Iterator[memoryview]:
-        """Yield the body in stretches of 64 MiB, each when it has been staged."""
+        """Yield the body in stretches of 64 MiB, each once it is staged."""
         address = self._tensor.data_ptr()
         for start in range(0, self.body_bytes, _STRETCH_BYTES):
             end = min(start + _STRETCH_BYTES, self.body_bytes)
@@ -128,14 +128,14 @@ class Arena:
             yield self.memory[start:end]
 
     def release(self) -> None:
-        """Let go of what is fixed in place; the memory follows when nobody views it any more."""
+        """Unpin the memory; it is freed with its last view."""
         if self._unpin is not None:
             self._unpin()
             self._unpin = None
 
 
 class Event(Protocol):
-    """Something that a GPU has yet to do; torch.cuda.Event is one."""
+    """Work of a GPU that can be waited for; torch.cuda.Event is one."""
 
     def synchronize(self) -> None:
         """Wait until it is done."""
@@ -143,15 +143,15 @@ class Event(Protocol):
 
 
 class StreamedShard:
-    """The same file made block by block from live tensors, which must not change meanwhile."""
+    """The same file produced from live tensors, which must not change meanwhile."""
 
     def __init__(
         self, layout: Layout, sources: Sequence[Source], computed: Iterable[Event] = ()
     ) -> None:
         """Take one source for each slot.
 
-        `computed`: what to wait for before they are read; threads that read them from a GPU do so
-        on streams of their own, which wait for nothing that the caller's stream has yet to compute.
+        `computed`: events to wait for before the sources are read. Threads that read from a GPU use
+        their own streams, which do not wait for pending work of the caller's stream.
         """
         self.layout = layout
         self._sources = sources
@@ -165,24 +165,24 @@ class StreamedShard:
         return self.layout.body_bytes
 
     def stretches(self) -> Iterator[memoryview]:
-        """Yield the body in blocks of 8 MiB, in a few buffers that take turns."""
+        """Yield the body in blocks of 8 MiB, in a few buffers reused in rotation."""
         size_bytes = min(BLOCK_BYTES, self.body_bytes)
         for each in self._computed:
             each.synchronize()
         buffers = [allocate(size_bytes) for _ in range(_STREAM_BUFFERS)]
-        turn = filled = 0
+        current = filled = 0
         for part in self._parts():
             rest = part
             while len(rest):
                 count = min(len(rest), size_bytes - filled)
-                buffers[turn][filled : filled + count] = rest[:count]
+                buffers[current][filled : filled + count] = rest[:count]
                 rest = rest[count:]
                 filled += count
                 if filled == size_bytes:
-                    yield buffers[turn]
-                    turn, filled = (turn + 1) % _STREAM_BUFFERS, 0
+                    yield buffers[current]
+                    current, filled = (current + 1) % _STREAM_BUFFERS, 0
         if filled:
-            yield buffers[turn][:filled]
+            yield buffers[current][:filled]
 
     def _parts(self) -> Iterator[memoryview]:
         """Yield every byte of the body in order."""
@@ -207,7 +207,7 @@ class StreamedShard:
 
 @torch.no_grad()
 def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the row-major bytes of a tensor; what is no plain host memory in pieces."""
+    """Yield the row-major bytes of a tensor; in pieces if it is not plain host memory."""
     tensor = tensor.detach()
     plain = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
     if plain and tensor.is_contiguous():
@@ -224,17 +224,17 @@ def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def pin(tensor: torch.Tensor) -> Callable[[], None]:
-    """Fix memory in place for a GPU; return what undoes it.
+    """Register memory with CUDA; return a function that unregisters it.
 
     Raises:
-        RuntimeError: it cannot be registered: the limit on locked memory is too low, say.
+        RuntimeError: it cannot be registered, for example if the limit on locked memory is too low.
     """
     cuda: Any = torch.cuda
     address = tensor.data_ptr()
     try:
         cuda.check_error(cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
     except RuntimeError:
-        # CUDA repeats the error at the next kernel launch; that must not be training.
+        # CUDA reports the error again at the next kernel launch, which must not be training's.
         with suppress(RuntimeError):
             torch.ones(1, device="cuda")
         raise
@@ -248,7 +248,7 @@ def pin(tensor: torch.Tensor) -> Callable[[], None]:
 def _pin_or_warn(
     tensor: torch.Tensor, pinning: Callable[[torch.Tensor], Callable[[], None]]
 ) -> Callable[[], None] | None:
-    """Fix memory in place, or say that copies from a GPU will be slower: both are right."""
+    """Pin memory, or warn that copies from a GPU will be slower; saves work either way."""
     try:
         return pinning(tensor)
     except RuntimeError as error:
@@ -256,7 +256,7 @@ def _pin_or_warn(
         return None
 
 
-@cache  # each reason once: there are several arenas, and more with each structure
+@cache  # warn once per reason: there are several arenas, and more with each structure
 def _warn_unpinned(reason: str) -> None:
     logger.warning(
         "memory for saves cannot be registered with CUDA (%s): copies from the GPU are slower.\n"

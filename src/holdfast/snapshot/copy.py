@@ -1,10 +1,10 @@
-"""Live tensors are copied into memory that training cannot reach.
+"""Copy live tensors into host memory that training does not change.
 
 Owns the copy and its speed: large tensors as plain memory on every core, the rest in one call of
-torch, from a GPU on a stream of its own. Promises that `wait` returns when the last byte is there,
-that whoever reads the front of the target meanwhile is told how far it has come, and that a copy
-which goes on beside training can be waited for without being told of its failure. Decides neither
-what is copied nor where to.
+torch, from a GPU on a separate stream. Promises that `wait` returns when the last byte is copied,
+that a concurrent reader of the target can wait for the part it needs, and that training can wait
+for a copy in the background without an error of the copy being raised there. Decides neither what
+is copied nor where to.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import torch
 from holdfast.format.items import Source
 
 _LARGE_BYTES = 256 << 10
-"""From here a copy is worth a call of its own, shared between threads."""
+"""From this size on a tensor is copied with memcpy, divided between threads."""
 _PIECE_BYTES = 8 << 20
 _TICK_SECONDS = 0.05
-"""A wake-up that an interrupt swallowed costs who waits no more than this."""
+"""The longest delay for a waiting thread whose wake-up was lost to an interrupt."""
 _EVERYWHERE = sys.maxsize
-"""Beyond every address."""
+"""Above every address."""
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Targets in host memory, each with its source of the same shape and type."""
 
 
 class Copying:
-    """A copy that is to be made, beside training or by whoever waits for it first."""
+    """A pending copy, made on a background thread or by the first caller that waits for it."""
 
     def __init__(self, pairs: Pairs) -> None:
-        """Nobody may change the sources before `hold` has returned."""
+        """The sources must not be changed before `hold` has returned."""
         self._pairs = pairs
-        # What was computed so far is what is copied, whenever that is.
+        # The copy waits for the work queued so far, whenever it is made.
         self._computed = mark_streams(source for _, source in pairs)
         self._copied: dict[torch.device, Any] = {}
         self._front = _Front()
@@ -54,7 +54,7 @@ class Copying:
             self._front.finish()
 
     def begin(self) -> None:
-        """Copy on a thread from now on."""
+        """Start the copy on a background thread."""
         if self._take():
             self._thread = threading.Thread(target=self._copy, name="holdfast-staging")
             self._thread.start()
@@ -62,34 +62,34 @@ class Copying:
     def hold(self) -> None:
         """Keep training from changing the sources before they are copied.
 
-        The host waits for what it copies itself; for a GPU's copy the GPU's streams wait: the
-        caller's and the default one, on which training may go on after the caller's. An interrupt
-        leaves nothing behind: an interrupted caller calls it again.
+        The host waits for host copies; for copies from a GPU, its streams wait: the caller's and
+        the default one, on which training may continue after the caller's. It may be interrupted
+        at any point; an interrupted caller calls it again.
         """
         if self._thread is None:
             self._finish_on_host()
-        while not self._is_over:  # with a lock of C, which is never left half taken
+        while not self._is_over:  # a C-level lock, which an interrupt never leaves half acquired
             self._over.acquire(timeout=_TICK_SECONDS)
         for device, copied in self._copied.items():
             for stream in _streams_of(device):
                 stream.wait_event(copied)
 
     def finish(self) -> None:
-        """Return when nobody reads the sources any more, whatever became of it."""
+        """Return when the sources are no longer read, whether the copy succeeded or failed."""
         self._finish_on_host()
         for copied in self._copied.values():
             copied.synchronize()
 
     def wait(self) -> None:
-        """Wait until every byte is there; raise what kept it from coming."""
+        """Wait until every byte is copied; raise the error of a failed copy."""
         self.finish()
         self.wait_below(_EVERYWHERE)
 
     def wait_below(self, address: int) -> None:
-        """Wait until all of the targets below an address is there.
+        """Wait until all targets below an address are copied; raise the error of a failed copy.
 
-        Unless the host copies beside training that is all of it: training waits for it, and whoever
-        went on now would take memory's time from it. Raises what kept it from coming.
+        Unless this is a host copy in the background, wait for the whole copy: training waits for
+        it, and a concurrent write would compete for memory bandwidth.
         """
         if self._thread is None or self._computed:
             self.finish()
@@ -105,7 +105,7 @@ class Copying:
             self._thread.join()
 
     def _take(self) -> bool:
-        """Whether it falls to the caller to copy."""
+        """Claim the copy; True: this caller has to make it."""
         with self._taking:
             was_taken, self._is_taken = self._is_taken, True
             return not was_taken
@@ -116,9 +116,9 @@ class Copying:
                 on_device = [pair for pair in self._pairs if pair[1].device == device]
                 self._copied[device] = _copy_from_device(on_device, device, computed)
             _copy_on_host([pair for pair in self._pairs if not pair[1].is_cuda], self._front)
-        except Exception as error:  # noqa: BLE001  # raised where somebody waits for the bytes
+        except Exception as error:  # noqa: BLE001  # raised in the thread that waits for the bytes
             self._error = error
-        except BaseException as error:  # an interrupt, which is also for who was interrupted
+        except BaseException as error:  # an interrupt, which the interrupted thread must also see
             self._error = error
             raise
         finally:
@@ -129,7 +129,7 @@ class Copying:
 
 
 class _Front:
-    """How far a copy has come, through memory from low to high."""
+    """Progress of a copy through memory, from low to high addresses."""
 
     def __init__(self) -> None:
         self._moved = threading.Condition()
@@ -137,25 +137,25 @@ class _Front:
         self._awaited: list[int] = []
 
     def divide(self, workers: int) -> None:
-        """Let so many workers move it, each of whom takes higher places as it goes on."""
+        """Set the number of workers, each of which copies to ascending addresses."""
         with self._moved:
             self._reached = [0] * workers
 
     def reach(self, worker: int, address: int) -> None:
-        """Note that a worker will touch nothing below an address any more."""
+        """Record that a worker will no longer write below an address."""
         with self._moved:
             self._reached[worker] = address
-            # Nobody is woken in vain: that would take the interpreter from who copies.
+            # No needless wake-ups: they would take the GIL from the copying threads.
             if self._awaited and min(self._reached) >= min(self._awaited):
                 self._moved.notify_all()
 
     def finish(self) -> None:
-        """Note that nobody will touch anything any more."""
+        """Record that no worker will write any more."""
         self.divide(1)
         self.reach(0, _EVERYWHERE)
 
     def wait_for(self, address: int) -> None:
-        """Wait until nobody will touch anything below an address."""
+        """Wait until no worker will write below an address."""
         with self._moved:
             self._awaited.append(address)
             self._moved.wait_for(lambda: min(self._reached) >= address)
@@ -163,9 +163,9 @@ class _Front:
 
 
 def mark_streams(sources: Iterable[Source]) -> dict[torch.device, list[Any]]:
-    """Return, for each GPU that something is to be read from, events behind what it has to compute.
+    """Return, for each GPU with sources, events after the work queued on it.
 
-    Of the current stream, and of the default one: training runs there, whatever the caller is in.
+    On the current stream and on the default one: training may run there while the caller does not.
     """
     marks: dict[torch.device, list[Any]] = {}
     if torch.cuda.is_available():
@@ -184,7 +184,7 @@ def _streams_of(device: torch.device) -> list[Any]:
 
 @torch.no_grad()
 def _copy_from_device(pairs: Pairs, device: torch.device, computed: Sequence[Any]) -> Any:
-    """Begin the copies on a stream beside the current one; return the event behind the last."""
+    """Start the copies on a separate stream; return the event after the last."""
     cuda: Any = torch.cuda
     stream = cuda.Stream(device)
     for each in computed:
@@ -196,7 +196,7 @@ def _copy_from_device(pairs: Pairs, device: torch.device, computed: Sequence[Any
             non_blocking=True,
         )
     for _, source in pairs:
-        source.record_stream(stream)  # its memory is not given away before the copy is done
+        source.record_stream(stream)  # its memory is not reused before the copy is done
     return stream.record_event()
 
 
@@ -231,17 +231,17 @@ def _is_plain_memory(tensor: torch.Tensor) -> bool:
 
 
 def _copy_memory(jobs: Sequence[tuple[int, int, int]], front: _Front) -> None:
-    """Copy pieces of memory on as many threads as torch may use here; each lets go of the GIL."""
+    """Copy pieces of memory on as many threads as torch may use here; each releases the GIL."""
     workers = max(min(torch.get_num_threads(), len(jobs)), 1)
     front.divide(workers)
-    turns = itertools.count()
+    numbers = itertools.count()
 
     def work(worker: int) -> None:
-        while (turn := next(turns)) < len(jobs):
-            # A turn that was taken and not noted yet lies above the last one that was.
-            front.reach(worker, jobs[turn][0])
-            _memcpy(*jobs[turn])
-        front.reach(worker, _EVERYWHERE)  # nor holds the others up
+        while (number := next(numbers)) < len(jobs):
+            # A job that was taken but not recorded yet is above the last one that was recorded.
+            front.reach(worker, jobs[number][0])
+            _memcpy(*jobs[number])
+        front.reach(worker, _EVERYWHERE)  # an idle worker must not hold back the front
 
     threads = [
         threading.Thread(target=work, args=(each,), name="holdfast-copy")

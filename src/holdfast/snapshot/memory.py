@@ -1,10 +1,10 @@
-"""Host memory for snapshots: pages that are there before they are needed.
+"""Host memory for snapshots, with all pages allocated up front.
 
-Owns how memory is asked of the kernel: on page boundaries, in huge pages where it gives them (to
-files in RAM too), touched at once, kept from forked children (a data loader's workers would
-otherwise make every page copy-on-write). Promises that a size which does not fit what the machine
+Owns how memory is requested from the kernel: page-aligned, in huge pages where available (also for
+files in RAM), populated at once, and not inherited by forked children (a data loader's workers
+would otherwise make every page copy-on-write). Promises that a size which exceeds what the machine
 or the container has left is an error with the numbers, and not a process killed hours later, also
-where all ranks of a node allocate at once. Knows nothing of tensors.
+when all ranks of a node allocate at the same time. Knows nothing about tensors.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from holdfast.messages import describe_size
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, since Linux 5.14; Python does not name it."""
 _COLLAPSE = 25
-"""MADV_COLLAPSE, since Linux 6.1; likewise."""
+"""MADV_COLLAPSE, since Linux 6.1; Python does not name it either."""
 _FIXED = 0x10
-"""MAP_FIXED, likewise."""
+"""MAP_FIXED, which Python does not name either."""
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _CHECKED_BYTES = 64 << 20
-"""Less than that is simply asked for."""
-_SHARED = Path("/dev/shm")  # noqa: S108  # a lock of our own, not followed if it is a link
-"""Where the processes of one node, and nobody else, see the same files."""
+"""Smaller sizes are allocated without a check."""
+_SHARED = Path("/dev/shm")  # noqa: S108  # only for our lock file, never followed as a link
+"""A directory that exactly the processes of one node share."""
 _POLL_SECONDS = 0.01
 _PAGE_BYTES = mmap.PAGESIZE
 
 
 @dataclass(frozen=True)
 class Room:
-    """How much memory can still be had, and what says so."""
+    """How much memory is free, and what limits it."""
 
     free_bytes: int
     limited_by: str
@@ -48,15 +48,15 @@ class Room:
 
 @dataclass(frozen=True)
 class Node:
-    """The machine or container whose memory is asked for, shared with other processes."""
+    """The machine or container whose memory is allocated, shared with other processes."""
 
     find_room: Callable[[], Room | None]
     lock: Path
-    """A file that the processes of one node lock while they allocate. Only its lock matters."""
+    """A file that the processes of one node lock while they allocate. Its content is unused."""
     processes: int | None
     """How many may allocate at the same time. None: unknown."""
     patience_seconds: float = 60.0
-    """How long a process that holds the lock and does not go on is waited for."""
+    """How long to wait for a process that does not release the lock."""
 
     @classmethod
     def here(cls) -> Node:
@@ -71,24 +71,24 @@ class Node:
 
 
 def allocate(size_bytes: int, node: Node | None = None) -> memoryview:
-    """Return so many writable, zero bytes on a page boundary; they are freed with the last view.
+    """Return page-aligned, writable, zero-filled memory; it is freed with the last view.
 
-    What other processes of the node allocate at the same time is accounted for. `node`: None: the
-    one that this process is on.
+    Concurrent allocations by other processes of the node are accounted for. `node`: None: the one
+    that this process runs on.
 
     Raises:
-        NotEnoughMemoryError: more than the machine or the container has left.
+        NotEnoughMemoryError: the machine or the container has less memory left.
     """
     if size_bytes < _CHECKED_BYTES:
         return _allocate(size_bytes)
     node = node or Node.here()
     if node.processes is not None:
-        # If there is room for as much in every process, they need not wait for one another.
+        # If this much fits for every process, they need not wait for one another.
         with _locked(node, fcntl.LOCK_SH):
             room = node.find_room()
             if room is None or size_bytes * node.processes <= room.free_bytes:
                 return _allocate(size_bytes)
-    # Else one after the other, so that each sees what the ones before it have taken.
+    # Otherwise one after another, so that each sees what the ones before it have allocated.
     with _locked(node, fcntl.LOCK_EX):
         if (room := node.find_room()) is not None:
             check_room(size_bytes, room)
@@ -97,7 +97,7 @@ def allocate(size_bytes: int, node: Node | None = None) -> memoryview:
 
 @contextmanager
 def _locked(node: Node, operation: int) -> Iterator[None]:
-    """Hold the lock of a node; where it cannot be had, go on without it."""
+    """Hold the lock of a node; continue without it if it cannot be acquired."""
     flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = None
     with suppress(OSError):
@@ -107,7 +107,7 @@ def _locked(node: Node, operation: int) -> Iterator[None]:
         return
     try:
         deadline = time.monotonic() + node.patience_seconds
-        # What is another user's is left alone.
+        # Another user's file is not locked.
         while os.fstat(descriptor).st_uid == os.getuid() and time.monotonic() < deadline:
             try:
                 fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
@@ -127,56 +127,56 @@ def _locked(node: Node, operation: int) -> Iterator[None]:
 def _allocate(size_bytes: int) -> memoryview:
     pages = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        with suppress(OSError, AttributeError):  # a kernel without them: slower, and still right
+        with suppress(OSError, AttributeError):  # a kernel without them: slower but correct
             pages.madvise(getattr(mmap, advice))
     touch(pages)
     return memoryview(pages)[:size_bytes]
 
 
 def touch(pages: mmap.mmap) -> None:
-    """Make the kernel find every page of a writable mapping now, without changing a byte."""
+    """Populate every page of a writable mapping now, without changing a byte."""
     try:
         pages.madvise(_POPULATE_WRITE)
-    except OSError:  # an older kernel: write to each page what it holds
+    except OSError:  # an older kernel: rewrite a byte of each page
         for start in range(0, len(pages), _PAGE_BYTES):
             pages[start] = pages[start]
 
 
 def prefer_huge_pages(descriptor: int, size_bytes: int) -> None:
-    """Let a new file in RAM, open for both, have huge pages as far as the kernel gives them.
+    """Back a new file in RAM, open for reading and writing, with huge pages where possible.
 
-    What it does not give is left as holes and as single pages: allocate the file afterwards. Such a
-    file is allocated, mapped and read in a fraction of the time. Few mounts give huge pages by
-    themselves; asking for each range by name works at any, unless the system denies them.
+    The rest is left as holes and as single pages: allocate the file afterwards. Such a file is
+    allocated, mapped and read in a fraction of the time. Few mounts use huge pages by themselves;
+    requesting them for each range works on any, unless the system denies them.
     """
     huge_bytes = int(next(iter(_lines(_HUGE_PAGES)), "0"))
     if not huge_bytes or size_bytes < huge_bytes:
         return
     whole = size_bytes - size_bytes % huge_bytes
-    with suppress(OSError):  # told by whoever allocates the file
-        os.ftruncate(descriptor, size_bytes)  # a mount may give huge pages within a file's size
+    with suppress(OSError):  # raised again when the caller allocates the file
+        os.ftruncate(descriptor, size_bytes)  # a mount may use huge pages within a file's size
         for start in range(0, whole, huge_bytes):
-            os.pwrite(descriptor, b"\0", start)  # a range of nothing is not collapsed
+            os.pwrite(descriptor, b"\0", start)  # a range without any page is not collapsed
         _collapse(descriptor, whole, huge_bytes)
 
 
 def _collapse(descriptor: int, size_bytes: int, huge_bytes: int) -> None:
-    # Through libc: the mapping has to begin on the boundary of a huge page, for which Python's has
-    # no argument. So it is put into a larger one, which keeps its place free.
+    # Through libc: the mapping must be aligned to a huge page, for which Python's mmap has no
+    # argument. It is placed inside a larger mapping, which reserves the address range.
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
-    nowhere = ctypes.c_void_p(-1).value
+    failed = ctypes.c_void_p(-1).value
     length = ctypes.c_size_t(size_bytes + huge_bytes)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     around = libc.mmap(None, length, 0, flags, -1, ctypes.c_long(0))
-    if around == nowhere:
+    if around == failed:
         return
     try:
         start = ctypes.c_void_p(-(-around // huge_bytes) * huge_bytes)
         size, access = ctypes.c_size_t(size_bytes), mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_SHARED | _FIXED
-        if libc.mmap(start, size, access, flags, descriptor, ctypes.c_long(0)) != nowhere:
-            libc.madvise(start, size, _COLLAPSE)  # as far as it goes
+        if libc.mmap(start, size, access, flags, descriptor, ctypes.c_long(0)) != failed:
+            libc.madvise(start, size, _COLLAPSE)  # best effort
     finally:
         libc.munmap(ctypes.c_void_p(around), length)
 
@@ -194,7 +194,7 @@ def check_room(size_bytes: int, room: Room) -> None:
 def find_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room | None:
     """Return the tightest limit on new memory: the machine's, or a control group's.
 
-    None: the system does not say.
+    None: the system reports none.
     """
     rooms = [*_machine_room(proc), *_group_rooms(proc, groups)]
     return min(rooms, key=lambda each: each.free_bytes, default=None)
@@ -207,7 +207,7 @@ def _machine_room(proc: Path) -> Iterator[Room]:
 
 
 def _group_rooms(proc: Path, groups: Path) -> Iterator[Room]:
-    """Yield the room in every control group around this process, of either version."""
+    """Yield the free memory of every control group that contains this process, v1 and v2."""
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, name = line.split(":", 2)
         if controllers == "":
@@ -229,8 +229,8 @@ def _group_room(group: Path, limit_name: str, usage_name: str) -> Iterator[Room]
     limits, usages = _lines(group / limit_name), _lines(group / usage_name)
     if not limits or not usages or not limits[0].isdigit():  # "max": no limit
         return
-    # The page cache counts as used, and is given up when memory is asked for. Version 1 tells that
-    # of the groups within as a total of its own; version 2 tells nothing else.
+    # The page cache counts as used, but is reclaimed when memory is requested. Version 1 reports
+    # the sum over nested groups as a separate total; version 2 reports only that sum.
     counts = dict(line.split()[:2] for line in _lines(group / "memory.stat"))
     cached = sum(
         int(counts.get(f"total_{name}", counts.get(name, 0)))

@@ -1,12 +1,12 @@
-"""One rank's shard on its way out: planned, staged, written.
+"""Plan, stage and write one rank's shard.
 
-Owns what is kept between saves (the plan of who writes what, and the arena laid out for it) and the
-pass that writes a shard file: stretches of 8 MiB blocks, past the page cache where the file system
-takes that, each block digested while others are written, the footer last. Promises that a plan is
-used only while every rank's structure is the one it was made for, that a replicated tensor is
-copied and written by one rank, that digests are of the bytes in memory and not of what a disk made
-of them, and that the bytes are durable when `write` returns. Ranks communicate through the
-coordinator alone. Knows neither where files go nor when to save.
+Owns what is kept between saves (the plan of which rank writes what, and the arena laid out for it)
+and the pass that writes a shard file: stretches of 8 MiB blocks, bypassing the page cache where the
+file system supports it, each block digested while others are written, the footer last. Promises
+that a plan is used only while every rank's structure is the one it was made for, that a replicated
+tensor is copied and written by one rank, that digests are of the bytes in memory and not of what a
+disk returns, and that the bytes are durable when `write` returns. Ranks communicate only through
+the coordinator. Knows neither where files go nor when to save.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from holdfast.storage.digests import (
 from holdfast.storage.posix import Filesystem, writing_past_cache
 
 _DIGESTERS = 2
-"""Threads over an image in memory: one alone reads memory at half the speed it can be read at."""
+"""Threads that digest an image in memory: one thread reaches half of the memory's read speed."""
 
 
 class Image(Protocol):
-    """The body of a shard file, to be had piece by piece and in order."""
+    """The body of a shard file, produced piece by piece and in order."""
 
     @property
     def body_bytes(self) -> int:
@@ -65,11 +65,11 @@ class Image(Protocol):
 
     @property
     def keeps_stretches(self) -> bool:
-        """Whether each stretch stays as it is; else until the one after the next is asked for."""
+        """Whether stretches stay valid; if not, each does until two more are requested."""
         ...
 
     def stretches(self) -> Iterator[memoryview]:
-        """Yield the body in stretches of whole 8 MiB blocks, on pages of memory.
+        """Yield the body in page-aligned stretches of whole 8 MiB blocks.
 
         The last block may be shorter.
         """
@@ -86,7 +86,7 @@ def write_shard(
 ) -> FileRecord:
     """Write a new file, body and footer, and return its record under a relative name.
 
-    `bytes_per_second`: no faster than that, over the whole file. None: as fast as it goes.
+    `bytes_per_second`: the highest average rate over the whole file. None: no limit.
 
     Raises:
         OSError: it cannot be written.
@@ -99,8 +99,8 @@ def write_shard(
         ThreadPoolExecutor(1, thread_name_prefix="holdfast-stretch") as preparing,
         writing_past_cache(filesystem, path) as append,
     ):
-        # Making the next stretch, digesting this one and writing it let go of the interpreter, and
-        # run side by side.
+        # Preparing the next stretch, digesting this one and writing it all release the GIL and run
+        # concurrently.
         stretches = image.stretches()
         stretch = next(stretches, None)
         while stretch is not None:
@@ -124,7 +124,7 @@ def write_shard(
 
 
 def seal_image(memory: memoryview, body_bytes: int, name: str) -> FileRecord:
-    """Put the footer behind a body in memory, and return the record of the file that they are."""
+    """Append the footer to a body in memory, and return the record of the resulting file."""
     with ThreadPoolExecutor(_DIGESTERS, thread_name_prefix="holdfast-digester") as pool:
         blocks = _cut(memory[:body_bytes], BLOCK_BYTES)
         digests = list(pool.map(xxhash.xxh3_128_digest, blocks))
@@ -142,7 +142,7 @@ def _keep_pace(
     bytes_per_second: float | None,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Wait until the bytes written so far are no more than the rate allows."""
+    """Wait until the rate allows the bytes written so far."""
     if bytes_per_second is None:
         return
     early = progress.written_bytes / bytes_per_second - (time.monotonic() - progress.started)
@@ -154,7 +154,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Metadata:
-    """The content of `.metadata`, made when it is first needed and kept."""
+    """The content of `.metadata`, encoded on first use and cached."""
 
     def __init__(self, decision: Decision) -> None:
         self._decision = decision
@@ -168,30 +168,30 @@ class _Metadata:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of its items a rank writes into one file, and where they lie there."""
+    """The items that a rank writes into one file, and their layout there."""
 
     layout: Layout
     positions: Sequence[int]
-    """For each slot of the layout, the item of the inventory that goes into it."""
+    """For each slot of the layout, the position of its item in the inventory."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Who stages and writes what, as this rank needs to know it."""
+    """Which rank stages and writes what: this rank's part of the plan."""
 
     identity: bytes
     """16 bytes, equal on all ranks."""
     structure: bytes
-    """Of this rank's state, which it was made for."""
+    """Of this rank's state, for which the plan was made."""
     staged: Share
     """What this rank copies: replicas are divided among the ranks of a node, or of the job."""
     written: Share
-    """What of that goes into the file that all ranks' files complete; the same where there is
-    nothing else to divide."""
+    """The part of `staged` in this rank's file, where all ranks' files together hold the whole
+    state; the same object where nothing else is to be divided."""
     name: str
     """Of that file."""
     state_names: int
-    """Different names in the whole state."""
+    """Number of distinct names in the whole state."""
     structures: Sequence[bytes] | None = None
     """On rank 0: of every rank."""
     metadata: _Metadata | None = None
@@ -200,15 +200,15 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class StagedShard:
-    """The bytes of one shard file, out of training's reach or about to be."""
+    """The bytes of one shard file, copied or still to be copied from the live tensors."""
 
     plan: ShardPlan
     image: Arena | StreamedShard
     """Of the file that this rank writes."""
     arena: Arena | None
-    """All that it staged; None: nothing, the live tensors are read."""
+    """All that it staged; None: nothing is staged, the live tensors are read."""
     copying: Copying | None
-    """Of what is not there yet; None: nothing is to be copied."""
+    """The pending copy; None: nothing is to be copied."""
     progress: Progress
 
     @property
@@ -217,14 +217,16 @@ class StagedShard:
         return not self.plan.written.layout.slots
 
     def wait(self) -> None:
-        """Wait until all of it is there; raise what kept it from coming."""
+        """Wait for the pending copy; raise its error."""
         if self.copying is not None:
             self.copying.wait()
 
     def write(
         self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
     ) -> FileRecord:
-        """Write the file into a directory, as it is being staged; its name is the caller's.
+        """Write the file into a directory while it is being staged.
+
+        The caller makes its name durable.
 
         Raises:
             OSError: it cannot be written.
@@ -243,13 +245,13 @@ class StagedShard:
 
 
 class ShardSaver:
-    """Settles and stages one shard after another; each overwrites the one before."""
+    """Plans and stages one shard after another; each overwrites the previous one."""
 
     def __init__(self) -> None:
         self._plan: ShardPlan | None = None
         self._arena: Arena | None = None
         self.progress = Progress()
-        """Of the file being written, or of the last one."""
+        """Of the file being written, or of the last one written."""
 
     def settle(
         self,
@@ -259,11 +261,11 @@ class ShardSaver:
     ) -> tuple[ShardPlan, Inventory]:
         """Agree with all ranks on the plan for a state; `take` returns its iteration and items.
 
-        `nodes`: by rank, the node that it is on, where each node is to stage the whole state.
-        None: the job stages it once.
+        `nodes`: the node of each rank, if each node is to stage the whole state. None: the job
+        stages it once.
 
         Raises:
-            CheckpointError: raised by `take` on some rank; on every rank.
+            CheckpointError: on every rank, if `take` raised it on any.
             StageFailedError: the ranks save different iterations, or planning failed.
         """
         taken: list[Inventory] = []
@@ -282,7 +284,7 @@ class ShardSaver:
         )
         if plan is None or not verdict.is_current:
             if plan is not None and coordinator.rank == 0:
-                logger.info("planning anew: %s", verdict.reason)
+                logger.info("planning again: %s", verdict.reason)
             plan = self._plan = _make_plan(taken[0], coordinator, nodes)
         return plan, taken[0]
 
@@ -295,20 +297,20 @@ class ShardSaver:
         pinned: bool = False,
         later: frozenset[str] | None = None,
     ) -> StagedShard:
-        """Stage what this rank stages into an arena, which nobody may be reading any more.
+        """Stage this rank's part into an arena, which must no longer be read by a previous save.
 
-        The returned shard's `copying` is yet to be made. `arena`: laid out for `plan.staged`. None:
-        one of our own. `later`: names that are left to it. None: all tensors are.
+        The returned shard's `copying` is still pending. `arena`: laid out for `plan.staged`. None:
+        the saver's own. `later`: names left to `copying`. None: all tensors.
 
         Raises:
-            NotEnoughMemoryError: our own does not fit what is left.
+            NotEnoughMemoryError: the saver's own does not fit into the remaining memory.
         """
         staged = plan.staged
         if arena is None:
             arena = self._arena_for(staged.layout, pinned=pinned)
         names = [slot.item.name for slot in staged.layout.slots]
-        waits = None if later is None else [name in later for name in names]
-        copying = arena.stage(_sources(staged, inventory), waits)
+        deferred = None if later is None else [name in later for name in names]
+        copying = arena.stage(_sources(staged, inventory), deferred)
         image: Arena | StreamedShard = arena
         if plan.written is not staged:
             places = {position: slot for slot, position in enumerate(staged.positions)}
@@ -317,14 +319,14 @@ class ShardSaver:
         return StagedShard(plan, image, arena, copying, self.progress)
 
     def stream(self, plan: ShardPlan, inventory: Inventory) -> StagedShard:
-        """Return the shard as it is to be read from the live tensors, with nothing copied yet."""
+        """Return a shard that is read from the live tensors when it is written, without a copy."""
         sources = _sources(plan.written, inventory)
         computed = [event for events in mark_streams(sources).values() for event in events]
         image = StreamedShard(plan.written.layout, sources, computed)
         return StagedShard(plan, image, None, None, self.progress)
 
     def release(self) -> None:
-        """Give the arena's memory back; the next save takes it anew."""
+        """Free the arena's memory; the next save allocates it again."""
         if self._arena is not None:
             self._arena.release()
         self._arena = None
@@ -335,7 +337,7 @@ class ShardSaver:
             return arena
         size_bytes = image_bytes(layout)
         memory = arena.memory if arena is not None else None
-        self.release()  # before the next one: both need not fit
+        self.release()  # before the next one is allocated: both together may not fit
         del arena
         if memory is not None and len(memory) // 2 <= size_bytes <= len(memory):
             memory = memory[:size_bytes]
@@ -352,46 +354,46 @@ def _make_plan(
     items = inventory.items
     world = [[*range(coordinator.world_size)]]
     groups = world if nodes is None else _ranks_of_nodes(nodes)
-    deal = _deal(items, coordinator, groups)
-    staged = written = _share(items, choose(items, deal.share))
-    identity, structures = deal.identity, deal.structures
+    division = _divide(items, coordinator, groups)
+    staged = written = _share(items, choose(items, division.share))
+    identity, structures = division.identity, division.structures
     if len(groups) > 1:
-        # What several nodes have staged, one of them writes: from what it has staged.
-        staged_items = choose(items, deal.share)
-        deal = _deal(staged_items, coordinator, world)
-        written_items = choose(staged_items, deal.share)
+        # Of what several nodes have staged, one node writes each item, from its staged copy.
+        staged_items = choose(items, division.share)
+        division = _divide(staged_items, coordinator, world)
+        written_items = choose(staged_items, division.share)
         if written_items != staged_items:
             written = _share(items, written_items)
-        identity = xxhash.xxh3_128_digest(identity + deal.identity)
+        identity = xxhash.xxh3_128_digest(identity + division.identity)
     return ShardPlan(
         identity,
         inventory.structure,
         staged,
         written,
         shard_name(coordinator.rank),
-        deal.state_names,
+        division.state_names,
         structures,
-        _Metadata(deal.decisions[0]) if deal.decisions else None,
+        _Metadata(division.decisions[0]) if division.decisions else None,
     )
 
 
 @dataclass(frozen=True)
-class _Deal:
-    """What one round of dealing items gave this rank."""
+class _Division:
+    """The result of one division of items, on this rank."""
 
     identity: bytes
     state_names: int
     share: bytes
     structures: Sequence[bytes] | None
-    """On rank 0: of what each rank proposed."""
+    """On rank 0: of each rank's proposal."""
     decisions: Sequence[Decision]
     """On rank 0: one for each group."""
 
 
-def _deal(
+def _divide(
     items: Sequence[Item], coordinator: Coordinator, groups: Sequence[Sequence[int]]
-) -> _Deal:
-    """Divide replicas within each group of ranks; every rank is in one."""
+) -> _Division:
+    """Divide replicated items within each group of ranks; every rank is in one group."""
     proposals = coordinator.gather("plan", lambda: propose(items))
     decisions: list[Decision] = []
     structures = [b""] * coordinator.world_size
@@ -411,8 +413,8 @@ def _deal(
         return [(identity, names, share) for share in shares]
 
     identity, names, share = coordinator.scatter("plan", decide_all)
-    leads = coordinator.rank == 0
-    return _Deal(identity, names, share, structures if leads else None, decisions)
+    is_root = coordinator.rank == 0
+    return _Division(identity, names, share, structures if is_root else None, decisions)
 
 
 def _ranks_of_nodes(nodes: Sequence[int]) -> list[list[int]]:
@@ -434,17 +436,17 @@ def _sources(share: Share, inventory: Inventory) -> list[Source]:
 def _judge(records: Sequence[bytes], structures: Sequence[bytes] | None) -> Verdict:
     verdict = judge(records, structures)
     if len(verdict.iterations) > 1:
-        spoken = [Record.unpack(each).iteration for each in records]
+        iterations = [Record.unpack(each).iteration for each in records]
         raise StageFailedError(
             "capture",
             [
                 RankFailure(
                     rank,
                     "Disagreement",
-                    f"saves at step {iteration}, rank 0 at step {spoken[0]}",
+                    f"saves at step {iteration}, rank 0 at step {iterations[0]}",
                 )
-                for rank, iteration in enumerate(spoken)
-                if iteration != spoken[0]
+                for rank, iteration in enumerate(iterations)
+                if iteration != iterations[0]
             ],
         )
     return verdict

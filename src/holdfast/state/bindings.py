@@ -1,11 +1,10 @@
-"""Where each captured tensor lives, found once and followed from save to save.
+"""Fast path of capture: where each captured tensor is, found once and looked up at later saves.
 
-Owns the way from a name in the checkpoint to the parameter, buffer or optimizer entry that it
-stands for. Taking a state anew names and nests and flattens all of it; following the bindings looks
-every entry up where it was. Promises never to be silently stale: each time, modules, parameters,
-groups and state are compared with what was bound, and anything added, removed, replaced or hooked
-in means taking the state anew. Refuses to bind what is not found in plain sight: a state dict
-that hooks or overrides make.
+Owns the mapping from a name in the checkpoint to its parameter, buffer or optimizer entry. A full
+capture builds, names and flattens whole state dicts; following the bindings only looks every entry
+up again. Promises never to be silently stale: each time, modules, parameters, groups and state are
+compared with what was bound, and anything added, removed, replaced or hooked requires a full
+capture. Refuses to bind state dicts that hooks or overrides change.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from holdfast.state.model import is_plain_module, is_plain_optimizer
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
-"""Parts of a name that DCP leaves out: of DDP, torch.compile and activation checkpointing."""
+"""Name parts that DCP removes: of DDP, torch.compile and activation checkpointing."""
 
 KeyPath = tuple[str | int, ...]
 
@@ -35,27 +34,27 @@ class Leaves:
     paths: Mapping[str, KeyPath]
     """The nested keys of each name: strings for mappings, integers for lists."""
     changed_by_steps: frozenset[str]
-    """Names that nothing but an optimizer step changes: trainable parameters, optimizer state."""
+    """Names that only an optimizer step changes: trainable parameters, optimizer state."""
     hollow: tuple[tuple[str, ...], ...] = ()
-    """The nested keys of mappings without a leaf, which no name stands for."""
+    """The nested keys of mappings without a leaf, which have no name."""
 
 
 class Bindings:
-    """One state of one model and its optimizers, bound to where its leaves live."""
+    """The state of one model and its optimizers, bound to the objects that hold its leaves."""
 
     def __init__(self, model: _BoundModel, optimizers: Sequence[_BoundOptimizer], leaves: Leaves):
         """Use `bind`."""
         self._model = model
         self._optimizers = optimizers
         self._order = list(leaves.values)
-        # What does not follow from the values, and not the values: they are looked up anew.
+        # Everything but the values, which are looked up at each save.
         self._about = replace(leaves, values={})
 
     @classmethod
     def bind(
         cls, model: nn.Module, optimizers: Sequence[Optimizer], leaves: Leaves
     ) -> Bindings | None:
-        """Find every leaf; None: one is not where it could be looked up again."""
+        """Find every leaf; None: one has no place where it could be looked up again."""
         bound_model = _BoundModel.bind(model, leaves)
         if bound_model is None:
             return None
@@ -73,7 +72,7 @@ class Bindings:
         return cls(bound_model, bound, leaves)
 
     def follow(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Leaves | None:
-        """Return the leaves as they are now; None: something moved, and has to be bound anew."""
+        """Return the current leaves; None: something changed and must be bound again."""
         if not self._model.holds(model) or len(optimizers) != len(self._optimizers):
             return None
         if not all(
@@ -93,7 +92,7 @@ class Bindings:
 
 @dataclass(frozen=True)
 class _Table:
-    """One dictionary of a module, with the entries that it had."""
+    """One dictionary of a module, with its entries when it was bound."""
 
     owner: dict[str, Any]
     entries: tuple[tuple[str, str | None], ...]
@@ -178,14 +177,14 @@ class _BoundModel:
         return known and all(each.holds() for each in self._modules)
 
     def run_hooks(self) -> bool:
-        """Do what a state dict would do first: FSDP2 brings its parameters into shards so.
+        """Run state-dict pre-hooks, as state_dict would: FSDP2 reshards its parameters in them.
 
-        Returns whether there was anything to do, which may have changed what was bound.
+        Returns whether there were any; they may have changed what was bound.
         """
         ran = False
         for each in self._modules:
             for hook in tuple(each.module._state_dict_pre_hooks.values()):
-                hook(each.module, each.prefix, False)  # torch passes it so
+                hook(each.module, each.prefix, False)  # positional, as torch passes it
                 ran = True
         return ran
 
@@ -204,9 +203,9 @@ class _Group:
 
     keys: tuple[str, ...]
     members: Sequence[tuple[str, bool]]
-    """Of each parameter: the name of the model's leaf that it is, and whether steps change it."""
+    """Of each parameter: the name of its leaf in the model, and whether steps change it."""
     options: Mapping[str, str]
-    """Each key but the parameters', with the name of its leaf."""
+    """Each key except `params`, with the name of its leaf."""
 
 
 class _BoundOptimizer:
@@ -279,9 +278,9 @@ class _BoundOptimizer:
         )
 
     def collect(self, into: dict[str, Any]) -> bool:
-        """Add the leaves as they are now; False: one is missing, or has become a nest of others.
+        """Add the current leaves; False: one is missing, or has become a nested container.
 
-        `into` has the model's already.
+        `into` already has the model's leaves.
         """
         into.update(self._parameters)
         for group, bound in zip(self._optimizer.param_groups, self._groups, strict=True):
@@ -313,7 +312,7 @@ def _is(one: Any, other: Any) -> bool:
 
 
 def _are_equal_lists(one: nn.Module, other: nn.Module) -> bool:
-    """Whether both only hold several models together, and the same ones."""
+    """Whether both are plain lists of the same models."""
     return (
         type(one) is type(other) is nn.ModuleList
         and len(one) == len(other)
@@ -328,14 +327,14 @@ def _without_wrappers(name: str) -> str:
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether DCP keeps a value whole: a list without tensors and mappings, and no mapping."""
+    """Whether DCP does not flatten a value: no mapping, and no list with tensors or mappings."""
     if isinstance(value, list):
         return all(_is_leaf(each) and not isinstance(each, torch.Tensor) for each in value)
     return not isinstance(value, Mapping)
 
 
 def _is_same(leaf: Any, live: Any) -> bool:
-    """Whether a leaf that a getter gave is this live value and not a copy of it."""
+    """Whether a leaf from a getter is this live value and not a copy of it."""
     if not isinstance(live, torch.Tensor):
         return _is_leaf(live) and type(leaf) is type(live)
     if leaf is live:

@@ -1,9 +1,9 @@
 """Small state as bytes that can be read back without running code, and the config as YAML.
 
-Owns the check made before writing and the one way of writing and reading such values: what is
-written here is loaded by weights-only loading, and what is not is refused at the save. Owns also
-the composed config of a run as YAML for people: something readable for any config, an error for
-none, never read back by holdfast. Knows no files, only bytes.
+Owns the check before writing and the only encoding of such values: everything written here can be
+read by weights-only loading; anything else is refused at the save. Also owns the composed config of
+a run as YAML for people: readable output for any config, never an error, never read back by
+holdfast. Knows no files, only bytes.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def check_plain(value: Any, name: str) -> None:
     place, foreign = found
     if isinstance(foreign, torch.Tensor):
         check_reachable({place: foreign})
-    try:  # torch's own list is longer than ours, and users may extend it
+    try:  # torch's own list of safe types is longer than ours, and users may extend it
         decode(encode(foreign), place)
     except (CorruptCheckpointError, pickle.PicklingError, AttributeError, TypeError) as error:
         raise UnsupportedStateError(
             f"{place} is a {type(foreign).__module__}.{type(foreign).__qualname__}, which could be "
-            "read back only by running code from the checkpoint.\nUse tensors, numbers, texts, and "
-            "lists or dicts of them in state_dict()."
+            "read back only by running code from the checkpoint.\nUse tensors, numbers, strings, "
+            "and lists or dicts of them in state_dict()."
         ) from error
 
 
@@ -65,15 +65,15 @@ def decode(content: bytes, name: str) -> Any:
     """Return what `encode` wrote, running no code.
 
     Raises:
-        CorruptCheckpointError: the bytes are torn or ask for anything but plain values.
+        CorruptCheckpointError: the bytes are torn or contain anything but plain values.
     """
     try:
         return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:  # what torch says is how to run the code after all
+    except pickle.UnpicklingError as error:  # torch's message explains how to run the code anyway
         raise CorruptCheckpointError(
             name, "cannot be read: it asks for code, or is torn"
         ) from error
-    except Exception as error:  # torn files raise anything
+    except Exception as error:  # torn files can raise anything
         if is_process_failure(error):
             raise
         summary = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -87,7 +87,7 @@ def _find_foreign(value: Any, place: str) -> tuple[str, Any] | None:
     if kind in _PLAIN:
         return None
     if kind in _SEQUENCES:
-        if _PLAIN.issuperset(map(type, value)):  # as most are: long lists of numbers
+        if _PLAIN.issuperset(map(type, value)):  # the common case: long lists of numbers
             return None
         inner = [(f"{place}[{position}]", each) for position, each in enumerate(value)]
     elif kind in _MAPPINGS:
@@ -106,12 +106,12 @@ def to_yaml(config: Any) -> bytes:
     plain = _to_plain(config, ()) if config is not None else {}
     if not isinstance(plain, dict):
         plain = {"config": plain}
-    # A text that looks like an interpolation must stay one, so nothing is resolved here.
+    # A string that looks like an interpolation must stay one, so nothing is resolved here.
     return OmegaConf.to_yaml(OmegaConf.create(plain), resolve=False).encode()
 
 
 def _to_plain(value: Any, around: tuple[int, ...]) -> Any:
-    """Return containers, numbers and texts; `around` holds the ids of the containers outside."""
+    """Return containers, numbers and strings; `around` holds the ids of the outer containers."""
     if id(value) in around:
         return "(itself)"
     inside = (*around, id(value))
@@ -136,12 +136,12 @@ def _to_text(value: Any) -> str:
         return value.name
     try:
         return str(value)
-    except Exception:  # noqa: BLE001  # a config is for people: no value in it fails a save
-        return f"({type(value).__qualname__} without a text)"
+    except Exception:  # noqa: BLE001  # YAML for people: no value in it may fail a save
+        return f"({type(value).__qualname__} without a string form)"
 
 
 def _escaped(text: str) -> str:
-    """Escape a text that would be an interpolation if it were not malformed."""
+    """Escape a string that would be an interpolation if it were not malformed."""
     try:
         OmegaConf.create([text])
     except GrammarParseError:

@@ -1,12 +1,12 @@
-"""Compare a checkpoint with the live state before a load, and with what was read in place after.
+"""Compare a checkpoint with the live state, and skip load_state_dict for tensors read in place.
 
-Owns the questions of names, shapes and types: what is missing, left over or different, whether
-anything fits at all, and which prefix would make it fit. Reads values of neither side.
+Owns the comparison of names, shapes and types: what is missing, left over or different, whether
+anything fits at all, and which prefix would make it fit. Reads no values of either side.
 
-Owns also the question whether torch's setters are needed at all: they walk every module and rebuild
-every dictionary to copy tensors onto themselves. `has_landed` says that a model has all of its
-restored state, since it was read into its own tensors; `finish_optimizers` gives an optimizer the
-rest. Both say so only for state dicts that nothing overrides or hooks.
+Also owns whether torch's setters are needed at all: they walk every module and rebuild every
+dictionary to copy tensors onto themselves. `has_landed` returns whether all restored state of a
+model was read into its own tensors; `finish_optimizers` restores what else an optimizer has. Both
+apply only to state dicts that nothing overrides or hooks.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _MODEL = "model."
 
 @dataclass(frozen=True)
 class SavedTensors:
-    """What the shard files of a checkpoint hold, by the flat names that DCP makes."""
+    """What the shard files of a checkpoint hold, by DCP's flat names."""
 
     tensors: Mapping[str, TensorStorageMetadata]
     values: Mapping[str, Any]
-    """Everything that is no tensor."""
+    """Everything that is not a tensor."""
     key_paths: Mapping[str, Sequence[Any]]
     """The nested keys of each flat name: strings for mappings, integers for lists."""
     hollow: Sequence[Sequence[str]]
     """The nested keys of mappings without a leaf, which DCP does not write."""
     held: Collection[str] = ()
-    """Every flat name in the checkpoint, of use here or not."""
+    """Every flat name in the checkpoint, used here or not."""
 
     def model_names(self) -> set[str]:
         """Return the names of the model's state; a nested extra state counts as one."""
@@ -61,7 +61,7 @@ class SavedTensors:
     def groups(self, filled: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the options of each saved group of parameters, in order.
 
-        `filled`: tensors that were read, for options that are tensors; None: without those.
+        `filled`: tensors already read, for options that are tensors; None: leave those out.
         """
         found: dict[int, dict[str, Any]] = {}
         for name, path in self.key_paths.items():
@@ -74,7 +74,7 @@ class SavedTensors:
 
 @dataclass
 class Differences:
-    """What is not alike on both sides, each list in the order in which it is told."""
+    """What differs between the two sides, each list in the order of the report."""
 
     missing: list[str] = field(default_factory=list)
     """Names the live state has and the checkpoint lacks."""
@@ -94,7 +94,7 @@ class Differences:
             )
 
     def summary(self) -> str | None:
-        """Return one sentence about what is loaded only in part; None: everything is."""
+        """Return one sentence about what is not loaded; None: everything is."""
         parts = []
         if self.missing:
             parts.append(f"not in the checkpoint, keeping the live value: {shown(self.missing)}")
@@ -106,7 +106,7 @@ class Differences:
 def compare_model(
     live: Mapping[str, Any], saved: SavedTensors, path: str, strict: bool
 ) -> Differences:
-    """Compare a model's live state, by flat name, with what is saved of it.
+    """Compare a model's live state, by flat name, with its saved state.
 
     Raises:
         NothingFitsError: the model has tensors and the checkpoint has none for any of them.
@@ -127,7 +127,7 @@ def compare_model(
 
 
 def suggest_prefix(live: Iterable[str], held: Iterable[str]) -> str | None:
-    """Say which prefix too much or too little explains that no name fits; None: none does.
+    """Suggest a superfluous or missing prefix that explains why no name fits; None: none does.
 
     `live` names begin with `model.`, as the model's state does in a checkpoint.
     """
@@ -138,7 +138,7 @@ def suggest_prefix(live: Iterable[str], held: Iterable[str]) -> str | None:
     found: Counter[tuple[str, str]] = Counter()
     for name in live:
         here = _ends(name)
-        # The longest end that both have: what is before it is the prefix on each side.
+        # The longest common ending: what precedes it is the prefix on each side.
         start, end = next(((start, end) for start, end in here if end in by_end), ("", ""))
         found.update((start, there) for there in by_end.get(end, ()))
     for (here_start, there_start), _ in found.most_common():
@@ -161,7 +161,7 @@ def shown(names: Sequence[str]) -> str:
 
 
 def is_extra(name: str) -> bool:
-    """Whether a name is a module's extra state, which may have any shape and need not fit."""
+    """Whether a name is a module's extra state, which may have any shape and need not match."""
     return name.rpartition(".")[2] == "_extra_state"
 
 
@@ -195,26 +195,26 @@ def _find_different(
 
 
 _LOADING = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
-"""What a module may bring of its own for being loaded."""
+"""Methods with which a module can customize loading."""
 
 
 def has_landed(model: nn.Module, live: Mapping[str, Any], restored: Mapping[str, Any]) -> bool:
-    """Whether every restored entry of a model is the live tensor that its state dict shows."""
-    return all(map(_takes_as_is, model.modules())) and _are_same(restored, live)
+    """Whether every restored entry of a model is the live tensor in its state dict."""
+    return all(map(_has_default_loading, model.modules())) and _are_same(restored, live)
 
 
 def finish_optimizers(
     optimizers: Sequence[Optimizer], live: Mapping[str, Any], restored: Mapping[str, Any]
 ) -> bool:
-    """Give optimizers whose tensors hold their state already what else there is, if all is alike.
+    """Restore the options of optimizers whose tensors were read in place.
 
-    `live` and `restored` are nested as torch's getter shows them. False: nothing was changed, since
-    names, groups or options differ, or something is not in plain sight.
+    `live` and `restored` are nested as torch's getter returns them. False: nothing was changed,
+    since names, groups or options differ, or hooks or overrides are involved.
     """
     groups, saved_groups = live["param_groups"], restored.get("param_groups", ())
     own_groups = [group for each in optimizers for group in each.param_groups]
     if not (
-        all(map(_optimizer_takes_as_is, optimizers))
+        all(map(_optimizer_has_default_loading, optimizers))
         and len(own_groups) == len(groups) == len(saved_groups)
         and live["state"].keys() == restored["state"].keys()
         and all(map(_is_alike, own_groups, groups, saved_groups))
@@ -227,7 +227,7 @@ def finish_optimizers(
     for group, saved in zip(own_groups, saved_groups, strict=True):
         group.update({key: deepcopy(saved[key]) for key in saved if key != "params"})
     for each in optimizers:
-        # What torch's own loading ends with: some optimizers complete older state here.
+        # The last step of torch's own load_state_dict: some optimizers upgrade older state here.
         each.__setstate__({"state": each.state, "param_groups": each.param_groups})
     return True
 
@@ -254,7 +254,7 @@ def _is_alike(own: Mapping[str, Any], live: Mapping[str, Any], saved: Mapping[st
     )
 
 
-def _takes_as_is(module: nn.Module) -> bool:
+def _has_default_loading(module: nn.Module) -> bool:
     kind, given = type(module), vars(module)
     return (
         is_plain_module(module)
@@ -268,7 +268,7 @@ def _takes_as_is(module: nn.Module) -> bool:
     )
 
 
-def _optimizer_takes_as_is(optimizer: Optimizer) -> bool:
+def _optimizer_has_default_loading(optimizer: Optimizer) -> bool:
     return (
         is_plain_optimizer(optimizer)
         and type(optimizer).load_state_dict is Optimizer.load_state_dict

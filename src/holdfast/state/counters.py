@@ -1,10 +1,10 @@
-"""The counters of a run, whatever object a loop keeps them in.
+"""The counters of a run, for any kind of object that a loop keeps them in.
 
-Owns the way between `state.train_state` and the JSON that is saved of it. Ours and its subclasses
-speak for themselves; an object with `state_dict` and `load_state_dict` (Megatron-Bridge's, which
-deals in tensors) is asked for and given its own kind of values; of any other dataclass the fields
-are taken. Promises that counters come back exactly, that `.step` is then the checkpoint's, and that
-`check_counters` touches nothing. Refuses objects that are none of these.
+Owns the conversion between `state.train_state` and its saved JSON. Our TrainState and subclasses
+convert themselves; an object with `state_dict` and `load_state_dict` (Megatron-Bridge's, which uses
+tensors) returns and receives its own kind of values; of any other dataclass the fields are used.
+Promises that counters are restored exactly, that `.step` is then the checkpoint's, and that
+`check_counters` changes nothing. Refuses objects that are none of these.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from holdfast.protocol import Stateful, TrainState, fit_counter, fit_fields, set
 from holdfast.state.options import Overrides
 
 _ROUNDING = 1e-5
-"""Relative; what a 32-bit float may have lost of a counter."""
+"""Relative error that a 32-bit float may have introduced into a counter."""
 
 
 def read_counters(train_state: Any) -> dict[str, Any]:
-    """Return the counters as JSON values, `step` among them.
+    """Return the counters as JSON values, including `step`.
 
     Raises:
-        UnsupportedStateError: of such an object nothing could be saved, or it disagrees with
-            itself about its step.
+        UnsupportedStateError: the object's type cannot be saved, or its `.step` and its state_dict
+            disagree.
     """
-    if _speaks_for_itself(train_state):
+    if _converts_itself(train_state):
         found = dict(train_state.to_dict())
     elif isinstance(train_state, Stateful):
         found = {key: _plain(value) for key, value in train_state.state_dict().items()}
@@ -51,28 +51,28 @@ def read_counters(train_state: Any) -> dict[str, Any]:
     if found.setdefault("step", step) != step:
         raise UnsupportedStateError(
             f"state.train_state.step is {step!r}, and its state_dict() says {found['step']!r}: "
-            "a checkpoint could not tell which iteration it is of."
+            "it is ambiguous which iteration a checkpoint would be of."
         )
     return found
 
 
 def check_counters(train_state: Any, saved: Mapping[str, Any], path: str) -> None:
-    """Refuse counters that these live ones could not take over, touching nothing.
+    """Refuse counters that cannot be restored into the live object, changing nothing.
 
     Raises:
-        StateMismatchError: naming each field whose saved value is of another type.
-        UnsupportedStateError: the live object could take none.
+        StateMismatchError: naming each field whose saved value has a different type.
+        UnsupportedStateError: the live object's type cannot be restored.
     """
     if not saved:
         return
     problems: list[str] = []
-    if _speaks_for_itself(train_state):
+    if _converts_itself(train_state):
         if getattr(type(train_state), "update_from", None) is TrainState.update_from:
             problems = fit_fields(train_state, saved)[1]
     elif isinstance(train_state, Stateful) or not is_dataclass(train_state):
         problems = _fit(read_counters(train_state), saved)
         if not problems:
-            _given(train_state, saved)
+            _merged(train_state, saved)
     else:
         problems = fit_fields(train_state, saved)[1]
         if getattr(type(train_state), "__dataclass_params__").frozen:  # noqa: B009  # untyped
@@ -82,17 +82,17 @@ def check_counters(train_state: Any, saved: Mapping[str, Any], path: str) -> Non
 
 
 def restore_counters(train_state: Any, saved: Mapping[str, Any]) -> None:
-    """Overwrite the counters in place; a name that is not saved keeps its value.
+    """Overwrite the counters in place; a name that was not saved keeps its value.
 
     Raises:
-        UnsupportedStateError: `.step` is another one afterwards and cannot be set.
+        UnsupportedStateError: `.step` differs from the saved one afterwards and cannot be set.
     """
     if not saved:
         return
-    if _speaks_for_itself(train_state):
+    if _converts_itself(train_state):
         train_state.update_from(saved)
     elif isinstance(train_state, Stateful):
-        train_state.load_state_dict(_given(train_state, saved))
+        train_state.load_state_dict(_merged(train_state, saved))
         for name, now in _numbers_of(train_state).items():
             if name in saved and _is_rounded(now, saved[name]):
                 setattr(train_state, name, type(now)(saved[name]))
@@ -109,7 +109,7 @@ def restore_counters(train_state: Any, saved: Mapping[str, Any]) -> None:
 
 
 def without_fields(saved: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """Return saved counters but for those that keep their live values; `step` always stays."""
+    """Return saved counters without those that keep their live values; `step` always stays."""
     if overrides.keeps("train_state"):
         return {name: value for name, value in saved.items() if name == "step"}
     kept = overrides.parts_of("train_state")
@@ -119,7 +119,7 @@ def without_fields(saved: Mapping[str, Any], overrides: Overrides) -> dict[str, 
     return found
 
 
-def _speaks_for_itself(train_state: Any) -> bool:
+def _converts_itself(train_state: Any) -> bool:
     return isinstance(train_state, TrainState) or (
         hasattr(train_state, "to_dict") and hasattr(train_state, "update_from")
     )
@@ -135,17 +135,17 @@ def _fit(live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     return sorted(problems)
 
 
-def _given(train_state: Stateful, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an object's load_state_dict is given: all its own names, and what was saved."""
+def _merged(train_state: Stateful, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the argument for load_state_dict: the live state dict, updated by saved values."""
     live = train_state.state_dict()
-    given = {**live, **{key: _like(live.get(key), value) for key, value in saved.items()}}
+    merged = {**live, **{key: _like(live.get(key), value) for key, value in saved.items()}}
     if "step" not in live:  # added when it was saved
-        del given["step"]
-    return given
+        del merged["step"]
+    return merged
 
 
 def _plain(value: Any) -> Any:
-    """Return tensors and numbers of numpy as Python's own."""
+    """Convert tensors and numpy numbers to plain Python values."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -158,7 +158,7 @@ def _plain(value: Any) -> Any:
 
 
 def _like(live: Any, value: Any) -> Any:
-    """Return a saved value as the kind of value that the live object deals in."""
+    """Return a saved value as the kind of value that the live object uses."""
     if isinstance(live, torch.Tensor):
         return torch.tensor(value, dtype=live.dtype, device=live.device)
     return value
@@ -173,6 +173,6 @@ def _numbers_of(train_state: Any) -> dict[str, int | float]:
 
 
 def _is_rounded(value: Any, exact: Any) -> bool:
-    """Whether a number is another one but for what a narrow tensor cannot hold."""
+    """Whether a number differs from another only by the rounding of a narrow tensor."""
     numbers = type(value) in (int, float) and type(exact) in (int, float)
     return numbers and value != exact and math.isclose(value, exact, rel_tol=_ROUNDING)

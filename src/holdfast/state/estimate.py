@@ -1,9 +1,9 @@
-"""What optimizers will keep, told before their first step.
+"""Estimate the state that optimizers will keep, before their first step.
 
 Owns the table of what torch's own optimizers keep for each parameter. Promises to take no step, to
-ask no optimizer to make anything, and never to count too much on purpose: of an optimizer that is
-not in the table, or that steps in its own way, nothing is foreseen, and its name is told. What an
-optimizer keeps already is not its business.
+make no optimizer create state, and never to overestimate on purpose: for an optimizer that is not
+in the table, or that overrides `step`, nothing is estimated and its name is reported. State that an
+optimizer already has is not estimated.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from holdfast.format.layout import Item
 from holdfast.state.bindings import Leaves
 
 _NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
-"""Kept as a tensor of one number; everything else has the shape and type of the parameter."""
+"""Kept as one-element tensors; everything else has the parameter's shape and dtype."""
 
 _KEPT: Mapping[type[Optimizer], Sequence[str | tuple[str, str]]] = {
-    # In the order in which they are made; a pair names the option of the group that asks for it.
+    # In the order of creation; the second of a pair is the group option that enables the first.
     optim.SGD: [("momentum_buffer", "momentum")],
     optim.Adam: ["step", "exp_avg", "exp_avg_sq", ("max_exp_avg_sq", "amsgrad")],
     optim.AdamW: ["step", "exp_avg", "exp_avg_sq", ("max_exp_avg_sq", "amsgrad")],
@@ -32,7 +32,7 @@ _KEPT: Mapping[type[Optimizer], Sequence[str | tuple[str, str]]] = {
     optim.RAdam: ["step", "exp_avg", "exp_avg_sq"],
     optim.Adamax: ["step", "exp_avg", "exp_inf"],
     optim.Adadelta: ["step", "square_avg", "acc_delta"],
-    optim.Adagrad: [],  # made with the optimizer
+    optim.Adagrad: [],  # created with the optimizer
     optim.RMSprop: [
         "step", "square_avg", ("momentum_buffer", "momentum"), ("grad_avg", "centered"),
     ],
@@ -48,15 +48,15 @@ class Estimate:
 
     items: Sequence[Item]
     uncounted: Sequence[str]
-    """Classes of optimizers without state of which nothing is known."""
+    """Classes of optimizers that have no state yet and cannot be estimated."""
 
 
 def estimate(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[Item]) -> Estimate:
-    """Return a state's items, with those that the first steps will add where they will stand."""
+    """Return a state's items, with those that the first steps will add at their final position."""
     by_name: dict[str, list[Item]] = {}
     for item in items:
         by_name.setdefault(item.name, []).append(item)
-    coming: list[Item] = []
+    added: list[Item] = []
     uncounted: set[str] = set()
     number = 0
     for optimizer in optimizers:
@@ -68,16 +68,16 @@ def estimate(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[It
                 uncounted.add(type(optimizer).__name__)
             for name in lacking if kept is not None else ():
                 for key in _chosen(kept or (), group):
-                    coming += _like(by_name.get(f"model.{name}", ()), name, key)
+                    added += _like(by_name.get(f"model.{name}", ()), name, key)
     place = next(
         (at for at, item in enumerate(items) if item.path[:2] == ("optimizer", "param_groups")),
         len(items),
     )
-    return Estimate([*items[:place], *coming, *items[place:]], sorted(uncounted))
+    return Estimate([*items[:place], *added, *items[place:]], sorted(uncounted))
 
 
 def _kept_by(optimizer: Optimizer) -> Sequence[str | tuple[str, str]] | None:
-    """Return what the optimizer keeps; None: it steps in a way that the table does not know."""
+    """Return what the optimizer keeps; None: its `step` is not one of the table's."""
     step = inspect.unwrap(type(optimizer).step)
     for kind, kept in _KEPT.items():
         if isinstance(optimizer, kind) and inspect.unwrap(kind.step) is step:
@@ -94,7 +94,7 @@ def _names_of(leaves: Leaves, number: int) -> Sequence[str]:
 def _without_state(
     optimizer: Optimizer, group: Mapping[str, Any], names: Sequence[str]
 ) -> Iterator[str]:
-    # Without `strict`: getters that name other parameters than the group has are told by the save.
+    # Without `strict`: getters that name other parameters than the group are reported by the save.
     for parameter, name in zip(group["params"], names, strict=False):
         if parameter.requires_grad and not optimizer.state.get(parameter):
             yield name
@@ -109,7 +109,7 @@ def _chosen(kept: Sequence[str | tuple[str, str]], group: Mapping[str, Any]) -> 
 
 
 def _like(parameter: Sequence[Item], name: str, key: str) -> list[Item]:
-    """Return the items of one entry of a parameter's state."""
+    """Return the items of one entry in a parameter's state."""
     full, path = f"optimizer.state.{name}.{key}", ("optimizer", "state", name, key)
     if key in _NUMBERS:
         return [Item(full, path, torch.float32, (), (), ())]

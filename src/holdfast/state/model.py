@@ -222,14 +222,14 @@ def run_each(*works: Callable[[], Any]) -> list[Any]:
     that left after the first failure would keep the others waiting in the next one.
 
     Raises:
-        Exception: the first that was raised, when all have run.
+        BaseException: the first that was raised, when all have run.
     """
     results: list[Any] = []
-    first: Exception | None = None
+    first: BaseException | None = None
     for work in works:
         try:
             results.append(work())
-        except Exception as error:  # noqa: BLE001  # raised below
+        except BaseException as error:  # noqa: BLE001  # raised below
             first = first or error
     if first is not None:
         raise first

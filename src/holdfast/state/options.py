@@ -1,13 +1,14 @@
 """What keeps its live value in a load, and which live options differ from the saved ones.
 
-Owns the names that `load.override` knows and how a live value survives a restore. Unknown names and
-schedules that cannot follow are refused before anything is touched. A kept learning rate means what
-people expect beside a restored schedule: the schedule goes on where it was, scaled to the live base
-rate, which is exact only where rates are proportional to the base; other schedulers are refused.
+Owns the names that `load.override` accepts and how a live value survives a restore. Unknown names
+and schedules that cannot be rescaled are refused before anything is changed. With a restored
+schedule, a kept learning rate has the expected meaning: the schedule continues where it was, scaled
+to the live base rate, which is exact only if rates are proportional to the base; other schedulers
+are refused.
 
-Owns also which live options are compared with the saved ones: those that somebody chose, as
-arguments of the optimizer's and the scheduler's constructors. One sentence reports all of them;
-what a schedule changes as it goes is no choice and is not reported.
+Also owns which live options are compared with the saved ones: those chosen as arguments of the
+optimizer's and the scheduler's constructors. One sentence reports all of them; what a schedule
+changes during training is not a choice and is not reported.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PROPORTIONAL = frozenset(
         lr_scheduler.ChainedScheduler,
     }
 )
-"""Schedulers whose rates are the base rate times something; subclasses may do anything."""
+"""Schedulers whose rates are a multiple of the base rate; a subclass may not be."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Overrides:
 
     @classmethod
     def of(cls, names: Sequence[str], *, rng: bool = True) -> Overrides:
-        """Return what the config says; `rng` false keeps the generators as they are, too."""
+        """Return the config's overrides; `rng` false also keeps the generators as they are."""
         return cls(frozenset(names) | (frozenset() if rng else {"rng"}))
 
     def keeps(self, component: str) -> bool:
-        """Return whether a component is left alone altogether."""
+        """Return whether a whole component keeps its live values."""
         return component in self.names
 
     def parts_of(self, component: str) -> set[str]:
@@ -72,12 +73,12 @@ class Overrides:
         saved_scheduler: Any | None,
         saved_groups: int,
     ) -> None:
-        """Refuse what nothing here is called, and rates that could not be kept.
+        """Refuse unknown names, and learning rates that could not be kept.
 
-        `counters`: of the live ones. `saved_groups`: how many groups of parameters were saved.
+        `counters`: names of the live ones. `saved_groups`: number of saved parameter groups.
 
         Raises:
-            ConfigError: with every name that is not known, and those that are.
+            ConfigError: listing unknown and known names, or why the rate cannot be kept.
         """
         groups = [group for each in optimizers for group in each.param_groups]
         options = sorted({key for group in groups for key in group} - {"params", "initial_lr"})
@@ -87,7 +88,7 @@ class Overrides:
             *(f"train_state.{each}" for each in sorted(counters) if each != "step"),
         ]
         unknown = set(self.names.difference(known))
-        if not optimizers:  # a load without one may be told the same as the others
+        if not optimizers:  # a load without one may use the same config as the others
             unknown = {each for each in unknown if not each.startswith("optimizer.")}
         if unknown:
             names, there = ", ".join(sorted(unknown)), ", ".join(known)
@@ -103,7 +104,7 @@ class Overrides:
 
     @property
     def rebases(self) -> bool:
-        """Whether a restored schedule would go on at another base rate."""
+        """Whether a restored schedule would continue with a different base rate."""
         is_kept = self.keeps("optimizer") or "lr" in self.parts_of("optimizer")
         return is_kept and not self.keeps("scheduler")
 
@@ -113,12 +114,12 @@ _INSTEAD = "Add scheduler to load.override, which starts the schedule afresh"
 
 
 class LiveOptions:
-    """Options of optimizers, and base rates of schedules, as they were before a restore."""
+    """Optimizer options and base rates of schedules as they were before a restore."""
 
     def __init__(
         self, overrides: Overrides, optimizers: Sequence[Optimizer], scheduler: Any | None
     ) -> None:
-        """Take copies; `scheduler` None: none is restored."""
+        """Copy the options; `scheduler` None: none is restored."""
         self._overrides = overrides
         self._optimizers = optimizers
         self._scheduler = scheduler
@@ -136,7 +137,7 @@ class LiveOptions:
         return [group for each in self._optimizers for group in each.param_groups]
 
     def put_back(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
-        """Give the kept options back; the current rate is the saved one at the live base."""
+        """Restore the kept options; the current rate is the saved one, scaled to the live base."""
         rebases = self._overrides.rebases and self._scheduler is not None
         if self._overrides.keeps("optimizer"):
             rated = [(_rate(each), _base_rate(each)) for each in saved_groups]
@@ -150,7 +151,7 @@ class LiveOptions:
         for group, base, (saved_rate, saved_base) in zip(
             self._groups, self._base_rates, rated, strict=True
         ):
-            # Where nothing was scheduled yet, or the base is the same, the numbers are exact.
+            # Exact if the schedule has not changed the rate yet, or the base is the same.
             factor = base / saved_base if saved_base else 1.0
             factors.append(factor)
             _set(group, "lr", base if saved_rate == saved_base else saved_rate * factor)
@@ -163,7 +164,7 @@ class LiveOptions:
             schedule.base_lrs = bases
         root = self._scheduler
         assert root is not None
-        if type(root) is lr_scheduler.LambdaLR:  # what its next step would compute, to the bit
+        if type(root) is lr_scheduler.LambdaLR:  # bit-identical to what its next step computes
             rates = [
                 base * each(root.last_epoch)
                 for base, each in zip(root.base_lrs, root.lr_lambdas, strict=True)
@@ -179,7 +180,7 @@ class LiveOptions:
 
 
 def _why_not_proportional(scheduler: Any, saved: Any) -> str | None:
-    """Say what keeps a schedule from going on at another base rate; None: nothing does."""
+    """Return why a schedule cannot continue with a different base rate; None: it can."""
     for each in _walk(scheduler):
         if type(each) not in _PROPORTIONAL:
             return f"the rates of a {type(each).__name__} are not known to follow the base rate"
@@ -228,9 +229,9 @@ def _copy(value: Any) -> Any:
 
 _PROGRESS = frozenset({"last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter"})
 _RATES = ("base_lrs", "max_lrs", "min_lrs")
-"""What a scheduler keeps per group of an argument that it was given once."""
+"""Scheduler attributes that hold a constructor argument expanded to one value per group."""
 _DRIVEN = ("lr", "weight_decay", "momentum", "betas")
-"""What a scheduler that is not torch's may change."""
+"""Options that a scheduler other than torch's may change."""
 
 
 def describe_differences(
@@ -240,13 +241,13 @@ def describe_differences(
     saved_scheduler: Any | None,
     overrides: Overrides,
 ) -> str | None:
-    """Name every live option that differs and what would keep it; None: none does.
+    """Report every live option that differs and how to keep it; None: none differs.
 
     `saved_groups` empty, or `saved_scheduler` None: not restored.
     """
     restored = saved_scheduler is not None and not overrides.keeps("scheduler")
     schedule = scheduler if restored else None
-    told: list[str] = []
+    reported: list[str] = []
     names: list[str] = []
     groups = [(each, group) for each in optimizers for group in each.param_groups]
     if len(groups) == len(saved_groups) and not overrides.keeps("optimizer"):
@@ -257,21 +258,21 @@ def describe_differences(
                 name = f"optimizer.{key}"
                 if name not in overrides.names:
                     where = f" (group {number})" if len(groups) > 1 else ""
-                    told.append(f"{name}{where} is {live} here and was {old}")
+                    reported.append(f"{name}{where} is {live} here and was {old}")
                     names.append(name)
     if isinstance(schedule, LRScheduler):
-        rate_is_told = "optimizer.lr" in (*names, *overrides.names)
+        rate_is_reported = "optimizer.lr" in (*names, *overrides.names)
         for key, live, old in _differing_schedule(
             schedule, schedule.state_dict(), saved_scheduler or {}
         ):
-            if not (rate_is_told and key == "base_lrs"):
-                told.append(f"scheduler.{key} is {live} here and was {old}")
+            if not (rate_is_reported and key == "base_lrs"):
+                reported.append(f"scheduler.{key} is {live} here and was {old}")
                 names.append("scheduler")
-    if not told:
+    if not reported:
         return None
     keep = ",".join(dict.fromkeys(names))
     return (
-        f"options of this run differ from the saved ones, which are used: {'; '.join(told)}. "
+        f"options of this run differ from the saved ones, which are used: {'; '.join(reported)}. "
         f"checkpoint.load.override=[{keep}] keeps those of this run"
     )
 
@@ -314,7 +315,7 @@ def _differing_schedule(
 
 
 def _arguments(kind: type) -> set[str]:
-    """Return the names of what a class's constructor, and those it passes them on to, is given."""
+    """Return the parameter names of a class's constructor and of its base classes'."""
     found: set[str] = set()
     for each in kind.__mro__:
         if "__init__" in vars(each) and each is not object:
@@ -329,7 +330,7 @@ def _all_of(schedule: Any) -> Iterator[Any]:
 
 
 def _comparable(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # of torch or numpy
+    if hasattr(value, "tolist"):  # a torch or numpy value
         return _comparable(value.tolist())
     if isinstance(value, list | tuple):
         return tuple(map(_comparable, value))

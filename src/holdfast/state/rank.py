@@ -1,10 +1,11 @@
-"""State that each rank has of its own: random number generators and position in the data.
+"""Per-rank state: random number generators and position in the data.
 
-Owns capturing the generators (python, numpy, torch CPU and every CUDA device) and how such state
-goes to the ranks of a run of another size: to the same reader where there is one, resharded by the
-iterator itself where it can, refused otherwise; generators without a saved state are reseeded, each
-rank with its own stream, the same on every machine. Promises that the next draw after a restore is
-the next draw after the capture, and that `check_data` touches nothing. Reads and writes no files.
+Owns capturing the generators (python, numpy, torch CPU and every CUDA device) and how per-rank
+state is distributed to a run with another number of ranks: to the same data-parallel reader if
+there is one, resharded by the iterator itself if it can, refused otherwise; generators without a
+saved state are reseeded, with a separate stream for each rank, the same on every machine. Promises
+that the next draw after a restore equals the next draw after the capture, and that `check_data`
+changes nothing. Reads and writes no files.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from holdfast.protocol import ReshardableData, Stateful
 
 
 def capture_rng() -> dict[str, Any]:
-    """Return the state of every generator as plain values and tensors, drawing from none."""
+    """Return the state of every generator as plain values and tensors, without drawing."""
     legacy: Any = np.random.get_state(legacy=True)
     kind, keys, position, has_gauss, cached = legacy
     version, internal, gauss_next = random.getstate()
@@ -38,7 +39,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def apply_rng(state: dict[str, Any]) -> list[str]:
-    """Restore what `capture_rng` returned; the result names every generator that could not be."""
+    """Restore what `capture_rng` returned; return the names of generators missing here."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -52,7 +53,7 @@ def apply_rng(state: dict[str, Any]) -> list[str]:
 
 
 def reseed(run_id: str, iteration: int, rank: int) -> None:
-    """Seed every generator from the identity of a checkpoint and the rank, nothing else."""
+    """Seed every generator from the identity of a checkpoint and the rank only."""
     digest = hashlib.sha256(f"{run_id}/{iteration}/{rank}".encode()).digest()
     seed = int.from_bytes(digest[:8], "little") >> 1
     random.seed(seed)
@@ -65,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands in the job."""
+    """A rank's coordinates in the job."""
 
     rank: int
     world_size: int
@@ -82,14 +83,14 @@ class Place:
         return cls(rank, world_size, group.rank(), group.size())
 
     def reads_on_from(self, state: Mapping[str, Any]) -> bool:
-        """Whether a rank's saved data state is that of the reader which this rank is now."""
+        """Whether a saved data state has this rank's data-parallel rank and size."""
         saved = (state["data_rank"], state["data_size"])
         return saved == (self.data_rank, self.data_size)
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a checkpoint says of the run that wrote it, as far as applying needs it."""
+    """What applying per-rank state needs to know of the run that wrote the checkpoint."""
 
     run_id: str
     iteration: int
@@ -99,10 +100,10 @@ class SavedRun:
 def check_data(
     data: Stateful, rank: Mapping[str, Any], place: Place, path: str, accept_restart: bool
 ) -> None:
-    """Say early whether an iterator can take over the data state, touching nothing.
+    """Check early whether an iterator can restore the data state, changing nothing.
 
     Raises:
-        DataReshardError: another data-parallel size, and the iterator cannot reshard.
+        DataReshardError: the data-parallel size differs and the iterator cannot reshard.
     """
     saved_data_size = rank["data_size"]
     if rank["data"] is None or saved_data_size == place.data_size:
@@ -117,7 +118,7 @@ def check_data(
 
 
 def warn_of_lost_position(data: Any | None) -> bool:
-    """Name an iterator whose position cannot be saved; return whether there was one to look at."""
+    """Warn of an iterator whose position cannot be saved; return whether there is an iterator."""
     if data is None:
         return False
     missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(data, name)]
@@ -132,22 +133,22 @@ def warn_of_lost_position(data: Any | None) -> bool:
 
 
 def apply_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place) -> bool:
-    """Give an iterator its position; False: there is none for it, or it starts over.
+    """Restore an iterator's position; False: none was saved, or it starts from the beginning.
 
     `states`: of this rank alone, or of every rank of the run that saved.
     """
-    # Other ranks may have been the reader that this one is now, but never other readers.
+    # Another rank may have saved this reader's state; another reader's state is never restored.
     reader = next((each for each in states if place.reads_on_from(each)), None)
     if reader is None:
         return _reshard_data(data, states, place)
     if reader["data"] is None:
         return False
-    data.load_state_dict(copy.deepcopy(reader["data"]))  # it may be asked for again
+    data.load_state_dict(copy.deepcopy(reader["data"]))  # it may be applied again
     return True
 
 
 def apply_generators(states: Sequence[Mapping[str, Any]], saved: SavedRun, place: Place) -> bool:
-    """Restore every generator; False: of another number of ranks, they were seeded instead."""
+    """Restore every generator; False: the number of ranks differs, so they were reseeded."""
     if saved.world_size == place.world_size:
         own = own_state(states, place)
         for name in apply_rng(own["rng"]):
@@ -164,7 +165,7 @@ def apply_generators(states: Sequence[Mapping[str, Any]], saved: SavedRun, place
 
 
 def own_state(states: Sequence[Mapping[str, Any]], place: Place) -> Mapping[str, Any]:
-    """Return the state of this rank, or where there are fewer, of the last one."""
+    """Return the state of this rank, or of the last one if there are fewer."""
     return states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
 
 

@@ -1,1 +1,1 @@
-"""Bytes of a store: names, durable writes, the commit."""
+"""Files of a store: names, durable writes, the commit."""

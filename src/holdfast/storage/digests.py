@@ -1,9 +1,9 @@
-"""What the bytes of a file should be, block by block: part of on-disk format 1.
+"""Digests of a file, block by block: part of on-disk format 1.
 
 Owns the digest of a file (xxh3-128 over the concatenated xxh3-128 digests of its 8 MiB blocks) and
-where the block digests stand: in the manifest, or, for a shard file, in the footer behind the body
-that they cover. Promises that a changed byte anywhere in a file, footer included, is found and told
-as a range of bytes. Knows no file system: it reads streams.
+where the block digests are stored: in the manifest, or, for a shard file, in the footer after the
+body that they cover. Promises that a changed byte anywhere in a file, footer included, is found and
+reported as a byte range. Knows no file system: it reads streams.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ BLOCK_BYTES = 8 << 20
 ALIGNMENT_BYTES = 4096
 """Bodies and footers are multiples of it, so that they can be written past the page cache."""
 DIGEST_BYTES = 16
-_TAIL = struct.Struct("<16sQQ")
-"""At the very end of a footer: the mark, the bytes of the body, the number of its blocks."""
+_TRAILER = struct.Struct("<16sQQ")
+"""The end of a footer: the mark, the size of the body in bytes, the number of its blocks."""
 _MARK = b"holdfast shard 1"
 
 
@@ -34,8 +34,8 @@ class FileRecord:
     digest: str
     """32 hexadecimal digits."""
     blocks: tuple[str, ...] | None
-    """The digest of each 8 MiB block, in file order; the last may be shorter. None: they stand in
-    the file's own footer, and cover the body before it."""
+    """The digest of each 8 MiB block, in file order; the last may be shorter. None: they are in the
+    file's own footer, and cover the body before it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Difference:
 
     reason: str
     byte_range: tuple[int, int] | None = None
-    """The first and the last byte of the block concerned; None: not one block's matter."""
+    """The first and the last byte of the block; None: it does not concern one block."""
 
     def __str__(self) -> str:
         return self.reason
@@ -57,7 +57,7 @@ class Difference:
 
 
 class DifferenceError(Exception):
-    """A file was found to differ while its block digests were looked for; never leaves a reader."""
+    """A file differs, found while reading its block digests; readers never let this escape."""
 
     def __init__(self, difference: Difference) -> None:
         super().__init__(difference.reason)
@@ -66,10 +66,10 @@ class DifferenceError(Exception):
 
 @dataclass(frozen=True)
 class Blocks:
-    """The block digests of one file, known to be those that were committed."""
+    """The block digests of one file, verified to be those committed."""
 
     covered_bytes: int
-    """So many bytes from the start of the file; a footer follows."""
+    """Bytes from the start of the file that the digests cover; a footer follows."""
     digests: Sequence[str]
 
 
@@ -86,22 +86,22 @@ def describe_content(path: str, content: bytes) -> FileRecord:
 
 
 def describe_body(path: str, body_bytes: int, digests: Sequence[bytes]) -> FileRecord:
-    """Return the record of a file that is a body and the footer made from its block digests."""
+    """Return the record of a file that is a body and the footer with its block digests."""
     return FileRecord(path, body_bytes + footer_size(body_bytes), _root_digest(digests), None)
 
 
 def footer_size(body_bytes: int) -> int:
-    """Return the bytes that the footer of a body takes."""
+    """Return the size of the footer of a body, in bytes."""
     table_bytes = block_count(body_bytes) * DIGEST_BYTES
-    return round_up(table_bytes + _TAIL.size, ALIGNMENT_BYTES)
+    return round_up(table_bytes + _TRAILER.size, ALIGNMENT_BYTES)
 
 
 def make_footer(body_bytes: int, digests: Sequence[bytes]) -> bytes:
-    """Return the footer of a body: digests of 16 bytes, zeros, and the tail."""
+    """Return the footer of a body: digests of 16 bytes, zeros, and the trailer."""
     assert len(digests) == block_count(body_bytes)
     table = b"".join(digests)
-    tail = _TAIL.pack(_MARK, body_bytes, len(digests))
-    return table.ljust(footer_size(body_bytes) - len(tail), b"\0") + tail
+    trailer = _TRAILER.pack(_MARK, body_bytes, len(digests))
+    return table.ljust(footer_size(body_bytes) - len(trailer), b"\0") + trailer
 
 
 def read_blocks(record: FileRecord, stream: BinaryIO) -> Blocks:
@@ -113,12 +113,12 @@ def read_blocks(record: FileRecord, stream: BinaryIO) -> Blocks:
     """
     if record.blocks is not None:
         return Blocks(record.size_bytes, record.blocks)
-    start = max(record.size_bytes - _TAIL.size, 0)
+    start = max(record.size_bytes - _TRAILER.size, 0)
     stream.seek(start)
-    tail = stream.read(_TAIL.size)
-    if len(tail) == _TAIL.size:
-        mark, body_bytes, _ = _TAIL.unpack(tail)
-        # The size from the manifest decides how much is read, not a number that may be damaged.
+    trailer = stream.read(_TRAILER.size)
+    if len(trailer) == _TRAILER.size:
+        mark, body_bytes, _ = _TRAILER.unpack(trailer)
+        # The manifest's size decides how much is read, not this number, which may be damaged.
         if mark == _MARK and body_bytes + footer_size(body_bytes) == record.size_bytes:
             stream.seek(body_bytes)
             footer = stream.read(record.size_bytes - body_bytes)
@@ -139,7 +139,7 @@ def read_blocks(record: FileRecord, stream: BinaryIO) -> Blocks:
 
 
 def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
-    """Say where a stream first differs from its record; None: it does not."""
+    """Return where a stream first differs from its record; None: it does not."""
     try:
         expected = read_blocks(record, stream)
     except DifferenceError as error:
@@ -166,12 +166,12 @@ def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
 
 
 def block_count(size_bytes: int) -> int:
-    """Return how many blocks so many bytes are."""
+    """Return the number of blocks in `size_bytes`."""
     return -(-size_bytes // BLOCK_BYTES)
 
 
 def round_up(size_bytes: int, multiple: int) -> int:
-    """Return the next multiple."""
+    """Round up to the next multiple."""
     return -(-size_bytes // multiple) * multiple
 
 
@@ -180,7 +180,7 @@ def _blocks(
 ) -> Iterator[memoryview]:
     """Yield the stream in blocks of 8 MiB through one buffer; each is valid until the next.
 
-    `expected_bytes`: if that is less than a block, so are all blocks, and the buffer.
+    `expected_bytes`: if less than a block, the buffer and all blocks have this size.
     `limit_bytes`: where to stop. None: at the end.
     """
     buffer = bytearray(min(BLOCK_BYTES, expected_bytes))
@@ -188,10 +188,10 @@ def _blocks(
     position = 0
     while True:
         rest = len(buffer) if limit_bytes is None else limit_bytes - position
-        wanted = min(len(buffer), rest)
+        target = min(len(buffer), rest)
         filled = 0
-        while filled < wanted:
-            count = stream.readinto(view[filled:wanted])  # type: ignore[attr-defined]  # BinaryIO lacks it
+        while filled < target:
+            count = stream.readinto(view[filled:target])  # type: ignore[attr-defined]  # BinaryIO lacks it
             if not count:
                 break
             filled += count

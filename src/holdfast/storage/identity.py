@@ -1,14 +1,14 @@
-"""Whose checkpoints a store holds: the run id and the attempts at that run.
+"""The identity of a store: the run id and the attempts at that run.
 
-Owns run.json and the attempt_*.json claims beside it. A run id is made by the first job that uses
-an empty store; each start of the run that saves takes the next attempt number by exclusive creation
-of its claim, so two jobs never hold one number, without locks, clocks or cleaning up. The claims
-are the truth, each with its digest; run.json repeats them for people, and for a claim that was
-damaged since. Refuses another run's id and an attempt that has been overtaken. Fields that this
-version does not know are ignored; a format above its own is an error and never damage.
+Owns run.json and the attempt_*.json claims beside it. The first job that uses an empty store makes
+the run id. Each start of the run that saves takes the next attempt number by exclusive creation of
+its claim, so two jobs never hold one number, without locks, clocks or clean-up. The claims are
+authoritative, each with its digest; run.json repeats them for people, and for claims damaged later.
+Refuses another run's id and an attempt that has been superseded. Unknown fields are ignored; a
+format above this version's is an error, never damage.
 
-A claim also records the process that made it: host, pid, and the boot and start time that tell two
-processes with the same pid apart. Nothing but a warning depends on that.
+A claim also records the process that made it: host, pid, and the boot and start time that
+distinguish two processes with the same pid. Only a warning depends on that.
 """
 
 from __future__ import annotations
@@ -44,44 +44,44 @@ class Process:
     host: str
     pid: int
     start_mark: str | None
-    """None: the system does not say."""
+    """None: the system does not report it."""
 
 
 def this_process() -> Process:
-    """Return the process that calls; not cached, since a fork is another one."""
+    """Return the calling process; not cached, since a fork is another process."""
     pid = os.getpid()
     return Process(socket.gethostname(), pid, find_start_mark(pid))
 
 
 def find_start_mark(pid: int) -> str | None:
-    """Return boot and start time of a process of this host; None: it has ended, or no /proc."""
+    """Return boot id and start time of a process of this host; None: ended, or no /proc."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
         boot = _BOOT_ID.read_text().strip()
     except OSError:
         return None
-    # The name of the program stands in brackets and may contain anything: count from the last one.
+    # The program name is in brackets and may contain anything: count from the last bracket.
     fields = content[content.rfind(b")") + 1 :].split()
     if len(fields) < 20 or fields[0] in (b"Z", b"X", b"x"):
-        return None  # ended, and its parent has not asked for its exit code yet
+        return None  # ended, but not yet reaped by its parent
     return f"{boot}/{fields[19].decode()}"  # field 22 of proc(5), in ticks since the boot
 
 
 RUN_NAME = "run.json"
 FORMAT = 1
-"""Of run.json and of each claim. Every version seals a claim and numbers its format like this."""
+"""Of run.json and of each claim. Every version seals claims and numbers formats this way."""
 _TRIES = 5
-"""A sweep comes once a save: more of them in a row than this are something else."""
+"""A sweep runs once per save: more failures in a row than this have another cause."""
 _CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
 
 
 @dataclass(frozen=True)
 class CommitIdentity:
-    """What a commit is given by whoever admits saves."""
+    """Attempt and sequence of a commit, assigned by the tier that admits saves."""
 
     attempt: int
     sequence: int
-    """Larger than that of any commit of the run before, in either tier."""
+    """Larger than that of any earlier commit of the run, in either tier."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Parent:
 
     path: str
     run_id: str | None
-    """None: it names no run."""
+    """None: it has no run id."""
     iteration: int | None
     what: str
     """`weights` or `everything`."""
@@ -105,23 +105,23 @@ class Attempt:
     resumed_from: int | None = None
     """The iteration of this store that it loaded; None: it started fresh or from another store."""
     resumed_path: str | None = None
-    """The checkpoint that was loaded, in whatever store."""
+    """The checkpoint that was loaded, in any store."""
     asked_step: int | None = field(default=None, compare=False)
-    """What `load.step` was at that load."""
+    """The value of `load.step` at that load."""
     parent: Parent | None = None
-    """What the run began from; None: it began from nothing, or this attempt loaded its own."""
-    # Who made the claim and when. Warnings name it; it decides nothing, so it does not compare.
+    """The checkpoint that the run began from; None: none, or this attempt loaded one of its own."""
+    # Who made the claim and when: used in warnings only, so it is not compared.
     host: str | None = field(default=None, compare=False)
     pid: int | None = field(default=None, compare=False)
     """Of rank 0."""
     start_mark: str | None = field(default=None, compare=False)
-    """Tells that process from a later one with its pid; None: the system did not say."""
+    """Distinguishes that process from a later one with its pid; None: not reported."""
     claimed_at: str | None = field(default=None, compare=False)
     """UTC, ISO 8601."""
 
 
 class RunIdentity:
-    """The run id and the attempts recorded at the root of one store."""
+    """The run id and the attempts, stored at the root of one store."""
 
     def __init__(self, root: Path, filesystem: Filesystem) -> None:
         self._root = root
@@ -131,7 +131,7 @@ class RunIdentity:
         """Return the run id; None: no job has saved here yet.
 
         Raises:
-            CorruptCheckpointError: run.json is there and cannot be read.
+            CorruptCheckpointError: run.json exists and cannot be read.
             FormatTooNewError: a newer holdfast wrote it.
         """
         path = self._root / RUN_NAME
@@ -148,7 +148,7 @@ class RunIdentity:
         except CorruptCheckpointError:
             if self._claims():
                 raise
-            return None  # torn by a crash before anybody could claim an attempt under it
+            return None  # torn by a crash before any attempt could be claimed under it
         return run_id
 
     def attempts(self) -> list[Attempt]:
@@ -161,8 +161,8 @@ class RunIdentity:
         for number, name in self._claims():
             claim = self._read_claim(self._root / name)
             if claim is None or claim.number != number:
-                # The number is taken by the name alone. Where run.json does not know it either, a
-                # crash tore the claim before it could matter.
+                # The file name alone takes the number. If run.json does not have it either, a crash
+                # tore the claim before anything depended on it.
                 claim = self._repeated_in_run_json().get(number, Attempt(number))
             found.append(claim)
         return found
@@ -173,7 +173,7 @@ class RunIdentity:
             try:
                 text = unseal(content, str(path))
             except CorruptCheckpointError:
-                _parse_known(content, path)  # whole, and of a newer format that seals differently?
+                _parse_known(content, path)  # an intact claim of a newer format, sealed otherwise?
                 raise
             return _attempt_of(_parse_known(text, path))
         except (CorruptCheckpointError, KeyError, TypeError):
@@ -196,8 +196,8 @@ class RunIdentity:
         run_id = self.read_run_id()
         if run_id is None:
             fresh = {"format": FORMAT, "run_id": configured or secrets.token_hex(8), "attempts": []}
-            # Its name is synced with the first claim, before anything is saved under it.
-            with suppress(FileExistsError):  # another job was first: its id is the store's
+            # Its name is synced with the first claim, before any save uses the run id.
+            with suppress(FileExistsError):  # another job was first: use its id
                 self._despite_sweeps(create_once, RUN_NAME, _encode(fresh))
             run_id = self.read_run_id()
             if run_id is None:
@@ -229,12 +229,12 @@ class RunIdentity:
         asked_step: int | None = None,
         parent: Parent | None = None,
     ) -> Attempt:
-        """Take the next attempt number; every earlier attempt may no longer commit.
+        """Claim the next attempt number; no earlier attempt may commit from then on.
 
         Raises:
             FormatTooNewError: a newer holdfast made one of the claims; nothing was written.
         """
-        self.attempts()  # before a claim of ours supersedes what this version cannot read
+        self.attempts()  # before our claim supersedes one that this version cannot read
         process = this_process()
         while True:
             claims = self._claims()
@@ -254,18 +254,18 @@ class RunIdentity:
                 claim = seal(_encode({"format": FORMAT, **asdict(attempt)}))
                 self._despite_sweeps(create_once, _claim_name(number), claim)
             except FileExistsError:
-                continue  # a twin took this number between the listing and the claim
-            # For people; a twin's later version may win, and is rebuilt from the claims as well.
+                continue  # another job took this number after the listing
+            # For people; another job's later version may win: it too is rebuilt from the claims.
             summary = [asdict(each) for each in self.attempts()]
             shown = {"format": FORMAT, "run_id": run_id, "attempts": summary}
             self._despite_sweeps(replace_file, RUN_NAME, _encode(shown))
-            # Before any checkpoint can be seen that is of this attempt: the number is then taken
-            # for good, and so is what the attempt supersedes.
+            # Before any checkpoint of this attempt can be visible: from here on the number and what
+            # the attempt supersedes are durable.
             self._filesystem.sync_directory(self._root)
             return attempt
 
     def check_newest(self, attempt: Attempt) -> None:
-        """Refuse to go on for an attempt that has been overtaken.
+        """Refuse an attempt that has been superseded.
 
         Raises:
             SupersededAttemptError: a newer attempt of this run has begun to save.
@@ -282,7 +282,7 @@ class RunIdentity:
     def _despite_sweeps(
         self, write: Callable[[Filesystem, Path, bytes], None], name: str, content: bytes
     ) -> None:
-        """Write a file again if a twin's sweep has taken its pending form for a leftover."""
+        """Retry a write if another job's sweep removed its pending file as a leftover."""
         for tried in range(1, _TRIES + 1):
             try:
                 write(self._filesystem, self._root / name, content)
@@ -312,10 +312,10 @@ def _encode(values: dict[str, Any]) -> bytes:
 
 
 def _attempt_of(values: dict[str, Any]) -> Attempt:
-    """Read what a claim says; fields that older versions did not write are None.
+    """Parse a claim; fields that older versions did not write are None.
 
     Raises:
-        KeyError, TypeError: it is no attempt.
+        KeyError, TypeError: it is not an attempt.
     """
     parent = values.get("parent")
     attempt = Attempt(
@@ -335,20 +335,20 @@ def _attempt_of(values: dict[str, Any]) -> Attempt:
             raise TypeError("an attempt's numbers are whole")
     for name in (attempt.host, attempt.start_mark, attempt.claimed_at):
         if type(name) not in (str, type(None)):
-            raise TypeError("who made an attempt is told in strings")
+            raise TypeError("the process of an attempt is described by strings")
     return attempt
 
 
 def _parse_known(content: bytes, path: Path) -> dict[str, Any]:
-    """Parse what this version can read.
+    """Parse a record that this version can read.
 
     Raises:
-        CorruptCheckpointError: it is no JSON object.
+        CorruptCheckpointError: it is not a JSON object.
         FormatTooNewError: its format is above the one that this version writes.
     """
     values = _parse(content, path)
     try:
-        check_format({"format": FORMAT, **values}, FORMAT, str(path))  # claims had none at first
+        check_format({"format": FORMAT, **values}, FORMAT, str(path))  # early claims had none
     except FormatTooNewError:
         raise
     except (ValueError, TypeError) as error:

@@ -19,16 +19,16 @@ from holdfast.errors import CorruptCheckpointError, FormatTooNewError
 from holdfast.storage.digests import FileRecord
 
 PERSISTENT, LOCAL, FOREIGN = "persistent", "local", "foreign"
-"""Tiers; a foreign checkpoint was written by torch alone."""
+"""Tiers; a foreign checkpoint is one written by torch alone."""
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 FEATURES: frozenset[str] = frozenset()
-"""What a file may list under `requires` and this version understands."""
+"""Features that this version understands, of those a file may list under `requires`."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was committed, by whom, and in which order."""
+    """The commit record: what was committed, by which attempt, in which order."""
 
     run_id: str
     attempt: int
@@ -40,9 +40,9 @@ class Manifest:
     world_size: int
     """Ranks that wrote it."""
     saved_at: str
-    """UTC, ISO 8601. For people: nothing is decided by a clock."""
+    """UTC, ISO 8601. Informative: no decision depends on a clock."""
     files: tuple[FileRecord, ...]
-    """Every file but the manifest itself, by path."""
+    """Every file except the manifest, by path."""
     written_by: str = "holdfast"
     """Name and version of the writer."""
     parent: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files together, the manifest not counted."""
+        """Total bytes of all files, without the manifest."""
         return sum(each.size_bytes for each in self.files)
 
     def to_bytes(self) -> bytes:
@@ -63,13 +63,13 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, content: bytes, path: str) -> Manifest:
-        """Read the content of manifest.json; `path` is for messages.
+        """Parse the content of manifest.json; `path` is for messages.
 
-        Fields that this version does not know are ignored: a later one may add some.
+        Unknown fields are ignored: a later version may add some.
 
         Raises:
             CorruptCheckpointError: torn, altered, or with paths that leave the checkpoint.
-            FormatTooNewError: of a later format, or it requires a feature of a later version.
+            FormatTooNewError: it has a later format, or requires a feature of a later version.
         """
         try:
             body = unseal(content, path)
@@ -93,13 +93,13 @@ class Manifest:
 
 
 def check_format(values: Mapping[str, Any], known: int, path: str) -> None:
-    """Refuse a record whose format, or a feature that it requires, this version does not know.
+    """Refuse a record whose format or required features this version does not know.
 
     `values`: as read from JSON. `known`: the latest format of such records.
 
     Raises:
         FormatTooNewError: it is of a later version.
-        ValueError: its format is no number, or one that never was.
+        ValueError: its format is not a number, or below 1.
     """
     found, sequence = values["format"], values.get("sequence")
     place = sequence if type(sequence) is int else None
@@ -117,9 +117,9 @@ def check_format(values: Mapping[str, Any], known: int, path: str) -> None:
 
 
 def _check_unsealed(content: bytes, path: str) -> None:
-    """Refuse a whole record of a later format that is sealed in another way, or not at all.
+    """Refuse an intact record of a later format that is sealed in another way, or not at all.
 
-    A record of this format ends with its digest, and is no JSON as a whole, whatever was damaged.
+    A record of this format ends with its digest, so it is never JSON as a whole, damaged or not.
 
     Raises:
         FormatTooNewError: it is of a later version.
@@ -144,15 +144,15 @@ def _read_record(values: Mapping[str, Any]) -> FileRecord:
 
 
 def seal(text: bytes) -> bytes:
-    """Return a text that ends with a newline and, as one more line, the digest of it."""
+    """Append the digest of `text`, which ends with a newline, as one more line."""
     return text + xxhash.xxh3_128_hexdigest(text).encode() + b"\n"
 
 
 def unseal(content: bytes, path: str) -> bytes:
-    """Return the text that `seal` was given; `path` is for messages.
+    """Return the text without its digest line; `path` is for messages.
 
     Raises:
-        CorruptCheckpointError: torn or altered, by as little as the last newline.
+        CorruptCheckpointError: torn or altered, even if only the last newline is missing.
     """
     text = content[: content.rfind(b"\n", 0, -1) + 1]
     if seal(text) != content:
@@ -161,7 +161,7 @@ def unseal(content: bytes, path: str) -> bytes:
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Refuse what would fail far from here: decisions compare these numbers and join these texts.
+    """Refuse values that would fail later: decisions compare these numbers and join these strings.
 
     Raises:
         TypeError: naming the first field of the wrong type.
@@ -190,7 +190,7 @@ def _as_tuple(blocks: list[str] | None) -> tuple[str, ...] | None:
 
 
 def _stays_inside(path: str) -> bool:
-    if not path or "\\" in path or not path.isprintable():  # a name that a message can show
+    if not path or "\\" in path or not path.isprintable():  # only names that a message can show
         return False
     parts = PurePosixPath(path)
     return not parts.is_absolute() and ".." not in parts.parts and str(parts) == path

@@ -1,10 +1,9 @@
-"""Every durable step on a disk, one method each: the seam at which faults are injected.
+"""Every durable step on a disk, one method each: the interface at which tests inject faults.
 
 Owns the calls that change or read a file system, and the few compositions of them that make a small
-file appear whole or not at all. Promises that whatever a method reports as synced survives power
-loss, that files are written in full or an OSError with errno and path is raised, and that no
-symbolic link is followed out of a directory. Knows nothing of checkpoints. Importing this module
-does not import torch.
+file appear whole or not at all. Promises that what a method has synced survives power loss, that
+files are written in full or an OSError with errno and path is raised, and that no symbolic link is
+followed out of a directory. Knows nothing about checkpoints. Importing it does not import torch.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class DirectoryEntry:
 
 
 class Filesystem(Protocol):
-    """The primitive steps. Every method raises OSError with errno and path, or succeeds."""
+    """The primitive operations. Each succeeds or raises OSError with errno and path."""
 
     def make_directory(self, path: Path) -> None: ...
     def open_new(self, path: Path) -> BinaryIO: ...
@@ -55,12 +54,12 @@ class LocalFilesystem:
     """A mounted POSIX file system."""
 
     def __init__(self, *, private: bool = True) -> None:
-        """Choose who may read what is created: `private`: its owner alone; else as umask says."""
+        """`private`: only the owner may read what is created; otherwise the umask decides."""
         self._file_mode = 0o600 if private else 0o666
         self._directory_mode = 0o700 if private else 0o777
 
     def make_directory(self, path: Path) -> None:
-        """Create one directory, with its parents where they are missing; present is fine."""
+        """Create one directory and its missing parents; it may exist already."""
         if not path.parent.exists():
             self.make_directory(path.parent)
         path.mkdir(self._directory_mode, exist_ok=True)
@@ -75,7 +74,7 @@ class LocalFilesystem:
     def sync_file(self, path: Path, stream: Any) -> None:
         """Make the bytes and the size of a file durable, through the stream that wrote them.
 
-        Of an error in writing back, the system need not tell a descriptor that was opened later.
+        The system need not report a write-back error to a descriptor that was opened later.
         """
         with naming(path):
             os.fsync(stream.fileno())
@@ -90,7 +89,7 @@ class LocalFilesystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or directory another name at once, over an existing file."""
+        """Rename a file or directory atomically, replacing an existing file."""
         source.rename(target)
 
     def link(self, source: Path, target: Path) -> None:
@@ -120,8 +119,8 @@ class LocalFilesystem:
         return sorted(found, key=lambda each: each.name)
 
     def open_existing(self, path: Path) -> BinaryIO:
-        """Open a regular file for reading; a link is refused (ELOOP), as is all else (EINVAL)."""
-        # Not blocking: a pipe in the place of a file would otherwise wait for a writer for ever.
+        """Open a regular file for reading; refuse a link (ELOOP) and anything else (EINVAL)."""
+        # Non-blocking: opening a pipe instead of a file would otherwise wait for a writer forever.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -137,7 +136,7 @@ class LocalFilesystem:
         return found.st_size
 
     def is_directory(self, path: Path) -> bool:
-        """Whether a directory, not a link to one, is there."""
+        """Whether the path is a directory and not a link to one."""
         try:
             return stat.S_ISDIR(path.lstat().st_mode)
         except (FileNotFoundError, NotADirectoryError):
@@ -145,25 +144,25 @@ class LocalFilesystem:
 
 
 def make_durable_directory(filesystem: Filesystem, path: Path) -> None:
-    """Create a directory with its missing parents, each durable under its name."""
+    """Create a directory and its missing parents, and make each name durable."""
     chain = [path]
     while not filesystem.is_directory(chain[-1]) and chain[-1] != chain[-1].parent:
         chain.append(chain[-1].parent)
     present = chain.pop() if filesystem.is_directory(chain[-1]) else None
     if present is not None:
-        # A killed process may have made it a moment ago. One that we may not read is not ours.
+        # A killed process may have created it without a sync. If we may not read it, we did not.
         with suppress(PermissionError):
             filesystem.sync_directory(present.parent)
     for each in reversed(chain):
         filesystem.make_directory(each)
-        filesystem.sync_directory(each.parent)  # or a power cut takes it with all that is in it
+        filesystem.sync_directory(each.parent)  # or a power cut removes it with its contents
 
 
 def write_new(filesystem: Filesystem, path: Path, content: bytes) -> None:
-    """Write a file that must not exist yet and make its bytes durable; its name is the caller's."""
+    """Write a new file and make its bytes durable; the caller syncs its name."""
     with naming(path), filesystem.open_new(path) as stream:
         stream.write(content)
-        stream.flush()  # a short write is continued
+        stream.flush()  # continues a short write
         filesystem.sync_file(path, stream)
 
 
@@ -173,9 +172,8 @@ def writing_past_cache(
 ) -> Iterator[Callable[[memoryview], None]]:
     """Open a file that must not exist yet; yield a function that appends a block to it.
 
-    Blocks go past the page cache where the file system takes that, if they start on a page of
-    memory and are whole pages; elsewhere through it. They are durable at the end; the name is the
-    caller's.
+    Blocks bypass the page cache where the file system supports it, if they are page-aligned whole
+    pages; otherwise they go through it. They are durable at the end; the caller syncs the name.
     """
     with naming(path):
         buffered: Any = filesystem.open_new(path)
@@ -188,7 +186,7 @@ def writing_past_cache(
                     try:
                         count = raw.write(block)
                     except OSError as error:
-                        # Some refuse only now, or what is left of a block that was cut short.
+                        # Some systems refuse only now, or refuse the rest after a short write.
                         if error.errno != errno.EINVAL or not bypassed:
                             raise
                         bypassed = _set_direct(raw, wanted=False)
@@ -200,24 +198,24 @@ def writing_past_cache(
 
 
 def _set_direct(raw: Any, *, wanted: bool) -> bool:
-    """Switch O_DIRECT on or off where there is such a thing; return whether it is on."""
+    """Switch O_DIRECT on or off where it is supported; return whether it is on."""
     flag = getattr(os, "O_DIRECT", 0)
     try:
         flags = fcntl.fcntl(raw.fileno(), fcntl.F_GETFL)
         fcntl.fcntl(raw.fileno(), fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
-    except OSError:  # refused (tmpfs did for long), or a file in memory
+    except OSError:  # refused (older tmpfs), or a file in memory
         return False
     return wanted and flag != 0
 
 
 def replace_file(filesystem: Filesystem, path: Path, content: bytes) -> None:
-    """Give a small file new content at once: at any crash it holds the old bytes or the new.
+    """Replace a small file atomically: after any crash it holds the old bytes or the new.
 
-    Which of the two is settled when the caller has synced the directory.
+    The new bytes are certain once the caller has synced the directory.
     """
     aside = set_aside(path)
     try:
-        write_new(filesystem, aside, content)  # durable before it has the name
+        write_new(filesystem, aside, content)  # durable before the rename
         filesystem.rename(aside, path)  # visible from here
     except OSError:
         _discard(filesystem, aside)
@@ -225,10 +223,10 @@ def replace_file(filesystem: Filesystem, path: Path, content: bytes) -> None:
 
 
 def create_once(filesystem: Filesystem, path: Path, content: bytes) -> None:
-    """Create a small file whole, as the first to do so; its name is the caller's to sync.
+    """Create a small file atomically and exclusively; the caller syncs its name.
 
     Raises:
-        FileExistsError: somebody else was first; nothing was changed.
+        FileExistsError: another process was first; nothing was changed.
     """
     aside = set_aside(path)
     try:
@@ -239,8 +237,8 @@ def create_once(filesystem: Filesystem, path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        # No hard links here: exclusive creation is still atomic as to who is first, but a crash
-        # may leave the name with torn bytes, which its readers must bear.
+        # No hard links here: exclusive creation still lets only one process be first, but a crash
+        # may leave torn bytes under the name, which readers must tolerate.
         write_new(filesystem, path, content)
     finally:
         _discard(filesystem, aside)
@@ -280,7 +278,7 @@ def read_into(stream: BinaryIO, offset: int, views: Sequence[memoryview]) -> int
 
 
 def remove_tree(filesystem: Filesystem, path: Path) -> None:
-    """Remove a directory and all in it, following no link; absent is fine."""
+    """Remove a directory and its contents, following no link; it may be absent."""
     try:
         entries = filesystem.list_directory(path)
     except FileNotFoundError:
@@ -294,13 +292,13 @@ def remove_tree(filesystem: Filesystem, path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Return a fresh pending name beside a path."""
+    """Return a new pending name in the directory of a path."""
     return path.with_name(f"{path.name}{PENDING_MARK}{secrets.token_hex(4)}")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError that names no file (a failed write or read) the path it happened on."""
+    """Add the path to an OSError that names no file, such as a failed write or read."""
     try:
         yield
     except OSError as error:
@@ -310,7 +308,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _discard(filesystem: Filesystem, path: Path) -> None:
-    """Remove a leftover where that is possible; the next save sweeps it otherwise."""
+    """Remove a leftover if possible; otherwise the next save sweeps it."""
     try:
         filesystem.remove_file(path)
     except OSError:

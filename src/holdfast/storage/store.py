@@ -3,8 +3,8 @@
 Owns the names on disk, the order of durable writes, and what counts as a checkpoint: a directory
 iter_N whose manifest is present and lists what is there, or a symbolic link of that name to such a
 directory (a checkpoint that was moved to an archive). Promises that a crash at any point leaves
-every earlier checkpoint loadable, that a partial one is never listed, and that what a link leads to
-is only ever read. Knows nothing about tensors, tiers, ranks, or when to save.
+every earlier checkpoint loadable, that a partial one is never listed, and that the target of a link
+is only read. Knows nothing about tensors, tiers, ranks, or when to save.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 REPLACED_MARK = ".replaced-"
 _NONCE = "[0-9a-f]{8}"
-_NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"  # as checkpoint_name writes it, and in no other way
+_NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"  # exactly as checkpoint_name writes it
 _COMMITTED = re.compile(f"iter_({_NUMBER})")
 _REPLACED = re.compile(f"iter_({_NUMBER}){re.escape(REPLACED_MARK)}{_NONCE}")
 _PENDING = re.compile(
@@ -64,7 +64,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Broken:
-    """A directory with a checkpoint's name whose manifest cannot be used."""
+    """A directory with a checkpoint's name but without a usable manifest."""
 
     path: Path
     iteration: int
@@ -73,7 +73,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class TooNew:
-    """A checkpoint of a later version of holdfast, which this one neither reads nor removes."""
+    """A checkpoint of a later version of holdfast: this version neither reads nor removes it."""
 
     path: Path
     iteration: int
@@ -84,7 +84,7 @@ class TooNew:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a store holds, newest commit first."""
+    """The contents of a store, newest commit first."""
 
     checkpoints: tuple[Checkpoint, ...]
     broken: tuple[Broken, ...]
@@ -93,13 +93,13 @@ class Listing:
 
 @dataclass(frozen=True)
 class Damage:
-    """One file that is not what the manifest says."""
+    """One file that differs from the manifest."""
 
     path: str
     """Relative to the store, starting with the checkpoint's directory."""
     reason: str
     byte_range: tuple[int, int] | None = None
-    """The block concerned, ends included; None: the file as a whole."""
+    """First and last byte of the damaged block; None: the file as a whole."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -111,13 +111,13 @@ def checkpoint_name(iteration: int) -> str:
 
 
 def parse_checkpoint_name(name: str) -> int | None:
-    """Return the iteration that a committed directory's name stands for; None: not such a name."""
+    """Return the iteration of a committed directory's name; None: it is no such name."""
     match = _COMMITTED.fullmatch(name)
     return int(match[1]) if match else None
 
 
 class Store:
-    """One root of checkpoints. Writing is for one process at a time; reading is for any."""
+    """One root of checkpoints. One process at a time may write; any may read."""
 
     def __init__(self, root: Path, filesystem: Filesystem) -> None:
         self.root = root
@@ -126,7 +126,7 @@ class Store:
     # -- reading ---------------------------------------------------------------------------------
 
     def listing(self) -> Listing:
-        """Read every manifest; an absent root holds nothing."""
+        """Read every manifest; a missing root holds nothing."""
         try:
             entries = self._filesystem.list_directory(self.root)
         except FileNotFoundError:
@@ -139,7 +139,7 @@ class Store:
             elif (match := _REPLACED.fullmatch(name)) and checkpoint_name(
                 int(match[1])
             ) not in names:
-                # Its successor was about to take the name: until it has, this one counts.
+                # Moved aside for a successor: it counts until the successor has the name.
                 places[name] = int(match[1])
         checkpoints: list[Checkpoint] = []
         broken: list[Broken] = []
@@ -158,12 +158,12 @@ class Store:
         return Listing(tuple(checkpoints), tuple(broken), tuple(too_new))
 
     def open(self, path: Path, iteration: int) -> Checkpoint:
-        """Read the manifest of one directory, or of the one that a link leads to.
+        """Read the manifest of one directory or of a link's target.
 
         Raises:
-            CorruptCheckpointError: it is missing, damaged, or speaks of another iteration.
+            CorruptCheckpointError: it is missing, damaged, or of another iteration.
             FormatTooNewError: a later version wrote it.
-            OSError: this process has too little memory or too many open files to read it.
+            OSError: this process has too little memory or too many open files.
         """
         manifest_path = path / MANIFEST_NAME
         try:
@@ -223,7 +223,7 @@ class Store:
         return int(text), ""
 
     def check_sizes(self, checkpoint: Checkpoint) -> list[Damage]:
-        """Compare the size of every listed file; cheap, and catches missing and cut files."""
+        """Compare the size of every listed file; cheap, finds missing and truncated files."""
         return self._damages(checkpoint, checkpoint.manifest.files, self._compare_size)
 
     def verify(
@@ -257,7 +257,7 @@ class Store:
         return damages
 
     def _find_link(self, checkpoint: Checkpoint, record: FileRecord) -> Difference | None:
-        """Refuse a folder on the way that is a link: it may show files of anywhere."""
+        """Refuse a parent folder that is a link: it may lead to files anywhere."""
         for name in reversed(PurePosixPath(record.path).parents[:-1]):
             if not self._filesystem.is_directory(checkpoint.path / name):
                 return Difference(f"cannot be read: {name} is missing or a link, not a directory")
@@ -270,7 +270,7 @@ class Store:
         return Difference(f"has {size_bytes} bytes, {record.size_bytes} were committed")
 
     def _compare_bytes(self, path: Path, record: FileRecord) -> Difference | None:
-        # The size first: of a cut file it says more than the digest of its last block.
+        # The size first: for a truncated file it is a clearer reason than a wrong digest.
         found = self._compare_size(path, record)
         if found is None:
             with naming(path), self._filesystem.open_existing(path) as stream:
@@ -280,18 +280,18 @@ class Store:
     # -- writing ---------------------------------------------------------------------------------
 
     def begin(self, iteration: int) -> Path:
-        """Create and return the pending directory of a checkpoint to come."""
+        """Create and return the pending directory of a new checkpoint."""
         pending = self.root / f"{checkpoint_name(iteration)}{PENDING_MARK}{secrets.token_hex(4)}"
         self._filesystem.make_directory(pending)
         return pending
 
     def write_file(self, pending: Path, name: str, content: bytes) -> FileRecord:
-        """Write one small file of a pending checkpoint, durable but for its name."""
+        """Write one small file of a pending checkpoint; its name is not durable yet."""
         path = pending / name
         if path.parent != pending:
             self._filesystem.make_directory(path.parent)
         write_new(self._filesystem, path, content)
-        return describe_content(name, content)  # what was meant, whatever the disk made of it
+        return describe_content(name, content)  # of the bytes given, not of what the disk holds
 
     def commit(self, pending: Path, manifest: Manifest) -> Checkpoint:
         """Make a pending checkpoint durable and visible, and move the tracker to it.
@@ -307,30 +307,30 @@ class Store:
         final = self.root / checkpoint_name(manifest.iteration)
         replaced = None
         if self._is_taken(final):
-            # What an earlier commit moved aside and removed must be gone for good before the name
-            # is free, or a power cut brings its ruins back as this iteration.
+            # The removal of what an earlier commit moved aside must be durable before the name is
+            # free, or a power cut could bring back its remains as this iteration.
             filesystem.sync_directory(self.root)
             replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
-            # Still counts as this iteration. No sync before the name is taken again: should only
-            # the second rename survive a power cut, the successor is there in full.
+            # It still counts as this iteration. No sync is needed before the next rename: if only
+            # that one survives a power cut, the successor is complete.
             filesystem.rename(final, replaced)
         try:
             filesystem.rename(pending, final)  # visible from here
         except OSError:
             if replaced is not None:
-                with suppress(OSError):  # it counts either way; the next sweep tries again
+                with suppress(OSError):  # it counts under either name; the next sweep retries
                     filesystem.rename(replaced, final)
             raise
         filesystem.sync_directory(self.root)  # durable from here; only now may the tracker move
         replace_file(filesystem, self.root / TRACKER_NAME, str(manifest.iteration).encode())
         filesystem.sync_directory(self.root)  # the tracker's new bytes under its name
         if replaced is not None:
-            with suppress(OSError):  # the commit stands; the next sweep goes on with it
+            with suppress(OSError):  # the commit is done; the next sweep removes it
                 self._remove_all(replaced)
         return Checkpoint(final, manifest)
 
     def _is_taken(self, path: Path) -> bool:
-        """Whether a directory, or a link to one, has this name."""
+        """Whether this name is a directory or a link."""
         return self._filesystem.is_directory(path) or self._is_link(path)
 
     def _is_link(self, path: Path) -> bool:
@@ -338,7 +338,7 @@ class Store:
         return any(each.is_link and each.name == path.name for each in entries)
 
     def _remove_all(self, path: Path) -> None:
-        """Remove a directory with all in it; of a link only the link, never what it leads to."""
+        """Remove a directory with its contents; of a link only the link, never its target."""
         if self._is_link(path):
             self._filesystem.remove_file(path)
         else:
@@ -349,23 +349,23 @@ class Store:
         remove_tree(self._filesystem, pending)
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Delete a committed checkpoint: first it is none any more, then its files go.
+        """Delete a committed checkpoint: first unlist it by a rename, then remove its files.
 
-        Of one that is a link to an archive, only the link.
+        If it is a link to an archive, remove only the link.
         """
-        doomed = self.root / (
+        removed = self.root / (
             f"{checkpoint_name(checkpoint.iteration)}{PENDING_MARK}{secrets.token_hex(4)}"
         )
-        self._filesystem.rename(checkpoint.path, doomed)  # not listed from here
+        self._filesystem.rename(checkpoint.path, removed)  # not listed from here
         self._filesystem.sync_directory(self.root)  # or a power cut could list it half deleted
-        self._remove_all(doomed)
+        self._remove_all(removed)
 
     def sweep(self, confirm: Callable[[], None] = lambda: None) -> list[str]:
-        """Remove what crashed saves left behind and return the names; foreign names stay.
+        """Remove leftovers of crashed saves and return their names; other names stay.
 
-        `confirm` is called when all that may be removed was listed, and refuses by raising. A
-        checkpoint moved aside for a successor that never came gets its name back. What cannot be
-        removed is left for the next sweep: a save does not fail over rubbish.
+        `confirm` is called after the leftovers were listed, and raises to refuse. A checkpoint
+        moved aside for a successor that was never committed gets its name back. What cannot be
+        removed is left for the next sweep: leftovers must not fail a save.
         """
         leftovers = (
             each
@@ -374,8 +374,9 @@ class Store:
         )
         if not any(leftovers):
             return []
-        # A commit whose last sync failed has left renames that are not durable: after the removal a
-        # power cut could bring back, half deleted, what is obsolete only by the new names.
+        # A commit whose last sync failed may have left renames that are not durable. Without this
+        # sync, a power cut after the removal could bring back, half deleted, a checkpoint that is
+        # obsolete only by the new names.
         self._filesystem.sync_directory(self.root)
         for checkpoint in self.listing().checkpoints:  # newest first: of two, the newer
             final = self.root / checkpoint_name(checkpoint.iteration)

@@ -1,1 +1,1 @@
-"""Where checkpoints live and for how long: writing to a tier, and choosing what to load."""
+"""The tiers: writing checkpoints to them, and choosing what to load."""

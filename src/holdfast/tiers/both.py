@@ -1,9 +1,9 @@
 """Both tiers of one run: where a save goes.
 
-Owns what needs the one and the other: one order of commits, one admission, and one snapshot for
-whichever is due. Promises that without a local tier nothing but the persistent one is ever asked,
-and that a local failure never costs a persistent save. What a tier does is its own business; what a
-load takes is `search`'s.
+Owns what spans both tiers: one order of commits, one admission, and one snapshot for the tiers that
+are due. Promises that without a local tier only the persistent one is used, and that a local
+failure never costs a persistent save. Leaves the work of a tier to that tier, and the choice of
+what to load to `search`.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ class Tiers:
     def __init__(
         self, config: CheckpointConfig, persistent: PersistentTier, filesystem: Filesystem
     ):
-        """Open nothing yet: whose run this is shows when the store is first looked at."""
+        """Open nothing yet: the run id is known only once the store has been read."""
         self.persistent = persistent
         self.local: LocalTier | None = None
         self._config = config
         self._filesystem = filesystem
         self._identity: CommitIdentity | None = None
-        """What the last local commit was given, on rank 0."""
+        """Attempt and sequence of the last local commit, on rank 0."""
         self._budgeted = b""
-        """The plan that the local tier is known to have room for."""
+        """Identity of the plan for which the local tier was found to have enough space."""
         self._is_ordered = False
-        """Whether what this attempt commits is newer than all that the local tier held before."""
+        """Whether commits of this attempt are newer than all earlier ones in the local tier."""
         self._restoring: Background[None] = Background()
-        """What nodes had lost of the commit that was loaded, while it is written again."""
+        """The background rewrite of shards that nodes had lost of the loaded commit."""
 
     # -- save ------------------------------------------------------------------------------------
 
     def check_save(self, *, to_local: bool) -> None:
-        """Refuse a save to a tier that there is not.
+        """Refuse a save to a tier that is not configured.
 
         Raises:
-            ConfigError: a local save is asked for, and there is no local tier.
+            ConfigError: a local save is requested, and there is no local tier.
         """
         if to_local and self._config.local.directory is None:
             raise ConfigError(
@@ -72,11 +72,11 @@ class Tiers:
             )
 
     def follow(self, admission: Admission, coordinator: Coordinator, *, to_local: bool) -> None:
-        """Let the local tier follow the persistent one into a save that was admitted there.
+        """Prepare the local tier for a save that the persistent tier has admitted.
 
         Raises:
-            StoreNotLoadedError: checkpoints are there and this job loaded none of them.
-            CheckpointError: on every rank: it was asked for, and cannot be used.
+            StoreNotLoadedError: it holds checkpoints and this job loaded none of them.
+            CheckpointError: on every rank: a local save was requested, and the tier cannot be used.
         """
         if self._config.local.directory is None:
             return
@@ -92,7 +92,7 @@ class Tiers:
         except StageFailedError as error:
             if to_local:
                 raise
-            # What this node holds is not known: what is committed now must be newer all the same.
+            # Advance the sequence past local commits that could not be read.
             coordinator.broadcast("outrank", self.persistent.outrank_unseen)
             if coordinator.rank == 0:
                 logger.warning("the local tier cannot be used for this save: %s", error)
@@ -100,8 +100,8 @@ class Tiers:
         self._is_ordered = True
 
     def _order(self, local: LocalTier, admission: Admission, coordinator: Coordinator) -> None:
-        """Let what this attempt commits be newer than all that the local tier holds."""
-        local.find(coordinator, lambda _: None)  # what is there, loadable or not
+        """Advance the sequence of this attempt past every commit in the local tier."""
+        local.find(coordinator, lambda _: None)  # every commit, loadable or not
         newest = local.newest_sequence
 
         def outrank() -> None:
@@ -117,15 +117,16 @@ class Tiers:
 
     @property
     def nodes(self) -> Sequence[int] | None:
-        """By rank, the node that it is on; None: there is no local tier."""
+        """The node of each rank; None: there is no local tier."""
         return None if self.local is None else self.local.topology.nodes
 
     @property
     def can_drain(self) -> bool:
         """Whether a persistent save is to be promoted from its local commit.
 
-        Only where the arena is the local file, which stays as it is while others take turns; on a
-        disk the next local save would overwrite the arena under the drain.
+        Only where the arena is the local file: the buffer pool keeps that file unchanged while
+        other buffers are used. On a disk the next local save would overwrite the arena during the
+        drain.
         """
         drains = self._config.persistent.from_local
         return drains and self.local is not None and self.local.in_memory
@@ -133,18 +134,18 @@ class Tiers:
     def begin_local(
         self, snapshot_of: int, plan: ShardPlan, coordinator: Coordinator, *, pinned: bool
     ) -> Arena | None:
-        """Return the memory of the local tier to stage into; None: the stager's own will do.
+        """Return the local tier's memory to stage into; None: stage into the stager's own.
 
         Raises:
-            ConfigError: on every rank: what it needs in all does not fit, with the numbers.
-            CheckpointError: on every rank: there is no room.
+            ConfigError: on every rank: the whole buffer pool does not fit, with the numbers.
+            CheckpointError: on every rank: not enough free space.
         """
         assert self.local is not None
         if not self._is_ordered:
             raise CheckpointError("the local tier could not be read when this save began")
         layout = plan.staged.layout
         if plan.identity != self._budgeted:
-            # Before anything is allocated: what all turns will need, and not only the next file.
+            # Before any allocation: the need of the whole buffer pool, not only of the next file.
             budget = self.local.budget(image_bytes(layout), coordinator)
             if coordinator.rank == 0:
                 logger.info("%s", budget.line)
@@ -152,7 +153,7 @@ class Tiers:
         return self.local.begin(snapshot_of, layout, coordinator, pinned=pinned)
 
     def abandon_local(self) -> None:
-        """Give that memory back: the staging failed."""
+        """Release that memory: the staging failed."""
         if self.local is not None:
             self.local.abandon()
 
@@ -165,14 +166,14 @@ class Tiers:
         to_persistent: bool,
         drains: bool = False,
     ) -> Committed:
-        """Write one snapshot to whichever tiers are due, together with every other rank.
+        """Write one snapshot to the tiers that are due; every rank calls it.
 
-        `drains`: not to both; `hold` is called for the persistent tier when this has returned a
-        local commit.
+        `drains`: skip the persistent tier if the local commit succeeds; the caller then promotes it
+        with `hold`.
 
         Raises:
-            CheckpointError: on every rank: the persistent save failed, or it was not due and the
-                local one did.
+            CheckpointError: on every rank: the persistent save failed, or only a local save was due
+                and it failed.
         """
         identities: list[CommitIdentity] = []
 
@@ -202,7 +203,8 @@ class Tiers:
     def hold(self, snapshot: Snapshot, coordinator: Coordinator) -> Callable[[], Committed]:
         """Keep the local commit of a snapshot from being overwritten; return what promotes it.
 
-        That is for a thread of its own: it writes to the persistent tier and lets go.
+        Call the returned function on a thread of its own: it writes to the persistent tier and
+        then releases the local commit.
         """
         assert self.local is not None
         kept = ExitStack()
@@ -241,50 +243,50 @@ class Tiers:
 
     # -- load ------------------------------------------------------------------------------------
 
-    def finish_load(self, beside: Coordinator) -> None:
-        """End a load of a local commit; what nodes have lost of it is written again on a thread.
+    def finish_load(self, channel: Coordinator) -> None:
+        """End a load of a local commit; rewrite on a thread the shards that nodes have lost.
 
-        `beside`: the channel of that thread, until `wait_restored` has returned.
+        `channel`: the one of that thread, in use until `wait_restored` has returned.
         """
         local = self.local
         assert local is not None
         if local.finish():
-            self._restoring.start(lambda: local.restore(beside), beside)
+            self._restoring.start(lambda: local.restore(channel), channel)
 
     def wait_restored(self, rank: int) -> None:
-        """Wait until what was lost is written again; all ranks call it together.
+        """Wait until lost shards are rewritten; every rank calls it.
 
         Raises:
             StageTimeoutError: a rank is gone. Any other failure is a warning: the state is loaded,
                 and the next save makes new copies, or fails for the same reason.
         """
-        self._tell_restored(self._restoring.wait(), rank)
+        self._report_restored(self._restoring.wait(), rank)
 
     def count_step(self) -> bool:
         """Count one training step; return whether `tell_restored_if_due` has work to do."""
         return self._restoring.count_step()
 
     def tell_restored_if_due(self, rank: int) -> None:
-        """As `wait_restored`, at the step at which all ranks do, without waiting for it."""
-        self._tell_restored(self._restoring.take_if_due(), rank)
+        """As `wait_restored`, without waiting: act at the step that all ranks agreed on."""
+        self._report_restored(self._restoring.take_if_due(), rank)
 
-    def _tell_restored(self, outcome: Outcome[None] | None, rank: int) -> None:
+    def _report_restored(self, outcome: Outcome[None] | None, rank: int) -> None:
         if outcome is None or outcome.error is None:
             return
         error = outcome.error
         if isinstance(error, StageTimeoutError) or not isinstance(error, CheckpointError):
             raise error
-        if rank == 0:  # all were told the same
+        if rank == 0:  # every rank has the same error
             logger.warning("copies were not restored, the next save makes new ones: %s", error)
 
     def close(self) -> None:
-        """Let go of the local tier's files; what is published stays."""
+        """Release the local tier's files; committed checkpoints stay."""
         if self.local is not None:
             self.local.close()
             self.local = None
 
     def open_local(self, run_id: str, coordinator: Coordinator) -> LocalTier:
-        """Return the local tier of a run; every rank calls it together."""
+        """Return the local tier of a run; every rank calls it."""
         from holdfast.tiers.local.tier import LocalTier
 
         if self.local is None or self.local.run_id != run_id:

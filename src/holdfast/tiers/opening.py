@@ -1,13 +1,13 @@
 """Open a selected checkpoint, and if asked verify it in full, before anything live is touched.
 
-Owns how ranks share the work of verifying and which small files a rank needs. Every rank is given
-every damage that any rank found, and all small state was read and matched its digests when
-`open_contents` returns. Decides nothing.
+Owns how ranks share the work of verifying and which small files a rank needs. Promises that every
+rank receives all damage found on any rank, and that `open_contents` returns only after all small
+state was read and matched its digests. Decides nothing.
 
-Owns also how a directory that torch.distributed.checkpoint wrote without holdfast is recognised and
-what stands for the parts that it lacks: a manifest that lists nothing, counters that leave
-everything as it is. A checkpoint of ours is never taken for one, whatever it has lost, and a load
-warns that nothing vouches for the bytes.
+Owns also how a directory that torch.distributed.checkpoint wrote without holdfast is recognised,
+and the substitutes for its missing parts: an empty manifest, and counters that change nothing. A
+damaged checkpoint of holdfast is never mistaken for one. A load warns that its bytes are not
+covered by digests.
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ _ITERATION = re.compile("iter_([0-9]+)")
 
 @dataclass(frozen=True)
 class ForeignCheckpoint(Checkpoint):
-    """A checkpoint of torch's own making, with a manifest that says nothing of its files."""
+    """A checkpoint written by torch alone, with a manifest that lists no files."""
 
     @classmethod
     def at(cls, path: Path) -> ForeignCheckpoint:
-        """Name one; its iteration is that of a name `iter_N`, and 0 for any other."""
+        """Make one for a directory; the iteration is N for a name `iter_N`, else 0."""
         match = _ITERATION.fullmatch(path.name)
         iteration = int(match[1]) if match else 0
         return cls(path, Manifest("", 0, 0, iteration, FOREIGN, 1, "", ()))
 
 
 def is_foreign(path: Path, filesystem: Filesystem) -> bool:
-    """Whether a directory is a checkpoint of torch's own making.
+    """Whether a directory is a checkpoint written by torch alone.
 
-    One with any file that only we write is ours, and damaged if its manifest is gone.
+    A directory with any file that only holdfast writes is holdfast's, and damaged without manifest.
     """
     names = {each.name for each in filesystem.list_directory(path)}
     return METADATA_NAME in names and not names & _OURS
 
 
 def warn_of_foreign(path: Path) -> None:
-    """Say what such a checkpoint cannot promise."""
+    """Warn that such a checkpoint has no digests and only model and optimizer."""
     logger.warning(
         "%s was written without holdfast: nothing vouches for its bytes, and only model and "
         "optimizer are loaded from it",
@@ -76,7 +76,7 @@ def warn_of_foreign(path: Path) -> None:
 
 
 def open_foreign(checkpoint: ForeignCheckpoint, filesystem: Filesystem) -> ForeignReader:
-    """Understand what lies in the directory.
+    """Read the metadata of the directory.
 
     Raises:
         CorruptCheckpointError: its metadata cannot be read, or names files that are not there.
@@ -95,7 +95,7 @@ def open_foreign(checkpoint: ForeignCheckpoint, filesystem: Filesystem) -> Forei
 
 
 def unchanged_counters() -> dict[str, Any]:
-    """Return counters that leave those of the run as they are."""
+    """Return counters that change none of the run's."""
     return {"train_state": {}, "num_floating_point_operations_so_far": 0}
 
 
@@ -104,31 +104,31 @@ _SHARD = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds, tensors not yet read."""
+    """The contents of a checkpoint, tensors not yet read."""
 
     checkpoint: Checkpoint
     reader: ShardReader
     values: dict[str, Any]
-    """Everything among the shards that is no tensor, by flat name."""
+    """All values in the shards that are not tensors, by flat name."""
     counters: dict[str, Any]
     """`train_state`, and `num_floating_point_operations_so_far`."""
     shared_state: bytes | None
-    """None, and no rank has a state either: the checkpoint is a foreign one."""
+    """None: a foreign checkpoint, which has no rank states either."""
 
     def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
         """Return the state file of one of the saving ranks.
 
         Raises:
-            CorruptCheckpointError: it is not listed, so that nothing vouches for it, or damaged.
+            CorruptCheckpointError: it is damaged, or not listed and so without a digest.
         """
         return _read_checked(self.checkpoint, rank_state_name(rank), filesystem)
 
     def bring(
         self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
     ) -> None:
-        """Fetch what these tensors need and only other ranks can read; here every rank reads all.
+        """Fetch what these tensors need and only other ranks can read; no-op here.
 
-        Every rank calls it together, before any reads.
+        In this class every rank can read all files. Every rank calls it, before any rank reads.
         """
 
     def sources(self) -> tuple[ShardSource, ...]:
@@ -143,7 +143,7 @@ class Contents:
 def verify_together(
     checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem
 ) -> list[Damage]:
-    """Read every file once, each rank its share; return all damages on every rank."""
+    """Read every file once, each rank its share; return all damage on every rank."""
     store = Store(checkpoint.path.parent, filesystem)
     share = _shares(checkpoint.manifest.files, coordinator.world_size)[coordinator.rank]
 
@@ -158,7 +158,7 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     """Read the small state of a checkpoint.
 
     Raises:
-        CorruptCheckpointError: a file is missing, or is not what it should be.
+        CorruptCheckpointError: a file is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
         foreign = open_shards(checkpoint, filesystem)
@@ -167,14 +167,14 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
     content = _read_checked(checkpoint, TRAIN_STATE_NAME, filesystem)
     try:
         counters = json.loads(content)
-        # Whether the live counters can take the rest over is asked before anything is touched.
+        # Whether the live counters accept the other values is checked later, before any change.
         step = dict(counters["train_state"])["step"]
         int(counters["num_floating_point_operations_so_far"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(str(where), f"is not a train state: {error}") from error
     if type(step) is not int or step != checkpoint.iteration:
         raise CorruptCheckpointError(str(where), f"is of step {step!r}")
-    _read_checked(checkpoint, RUN_CONFIG_NAME, filesystem)  # vouched for too
+    _read_checked(checkpoint, RUN_CONFIG_NAME, filesystem)  # only to check its digest
     reader = open_shards(checkpoint, filesystem)
     return Contents(
         checkpoint,
@@ -186,10 +186,10 @@ def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
 
 
 def open_shards(checkpoint: Checkpoint, filesystem: Filesystem) -> ShardReader:
-    """Understand where tensors and values lie, reading none of them.
+    """Find where tensors and values are stored, reading none of them.
 
     Raises:
-        CorruptCheckpointError: `.metadata` is missing, or is not what it should be.
+        CorruptCheckpointError: `.metadata` is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
         return open_foreign(checkpoint, filesystem)
@@ -199,7 +199,7 @@ def open_shards(checkpoint: Checkpoint, filesystem: Filesystem) -> ShardReader:
 
 
 def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> bytes:
-    """Return the content of a small file, held against its digest."""
+    """Return the content of a small file, checked against its digest."""
     record = next((each for each in checkpoint.manifest.files if each.path == name), None)
     if record is None:
         raise CorruptCheckpointError(
@@ -208,7 +208,7 @@ def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> 
     path = checkpoint.path / name
     try:
         content = read_bytes(filesystem, path)
-    except FileNotFoundError as error:  # gone since, or not seen from this node yet
+    except FileNotFoundError as error:  # removed since, or not visible on this node yet
         raise CorruptCheckpointError(str(path), "is missing") from error
     if (difference := find_difference(record, BytesIO(content))) is not None:
         raise CorruptCheckpointError(str(path), difference.reason, difference.byte_range)
@@ -216,13 +216,13 @@ def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> 
 
 
 def _owner_of(path: str) -> int | None:
-    """Return the rank that wrote a shard file, if its name says so as torch's do."""
+    """Return the rank that wrote a shard file, if it has a name as torch gives it."""
     match = _SHARD.fullmatch(path)
     return int(match[1]) if match else None
 
 
 def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:
-    """Deal files to ranks, largest first, each to the rank that has least."""
+    """Assign files to ranks, largest first, each to the least loaded rank."""
     shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for record in sorted(records, key=lambda each: (-each.size_bytes, each.path)):

@@ -1,9 +1,9 @@
 """The durable tier: snapshots become committed checkpoints of one store, agreed by all ranks.
 
-Owns the order of a save across ranks (begin, write, commit, retain), who may save here, and
+Owns the order of a save across ranks (begin, write, commit, retain), which job may save here, and
 the names of the files beside the shards. Promises that every rank learns the outcome, that a failed
-save leaves nothing listed and the next one works, and that only the newest attempt of the right run
-commits. Knows the live state only as the captured value it is given.
+save lists nothing and the next one works, and that only the newest attempt of the right run
+commits. Sees the live state only as a captured snapshot.
 """
 
 from __future__ import annotations
@@ -49,61 +49,61 @@ def rank_state_name(rank: int) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one save writes, out of training's reach: this rank's shard, the rest as bytes."""
+    """What one save writes, unaffected by training: this rank's shard, the rest as bytes."""
 
     iteration: int
     shard: StagedShard
-    """Model and optimizer, as far as this rank writes them."""
+    """The parts of model and optimizer that this rank writes."""
     rank_state: bytes
-    """This rank's own; each rank writes it."""
+    """State of this rank; each rank writes its own."""
     shared_state: bytes
-    """The same on every rank, as the two below; rank 0 writes it."""
+    """Equal on every rank, like the next two fields; rank 0 writes it."""
     train_state: bytes
     run_config: bytes
     confirm: Callable[[], None] = lambda: None
-    """Called when all of it has been read, before anything may count: returns if training has kept
-    away until then, and raises if it may not have."""
+    """Called when all of it has been read, before the commit. Returns if training cannot have
+    changed the state until then; otherwise raises."""
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What a job was granted by the store."""
+    """The result of admitting a job to the store."""
 
     run_id: str
     is_new: bool
-    """Whether it was granted just now."""
+    """Whether this call admitted the job."""
     goes_on: bool
     """Whether this job loaded a checkpoint of this run."""
     resumed_from: int | None
-    """The iteration that it loaded."""
+    """The iteration that this job loaded."""
 
 
 @dataclass(frozen=True)
 class _Resumed:
-    """What was loaded."""
+    """The checkpoint that was loaded."""
 
     run_id: str
     iteration: int
     path: Path
     is_own: bool
-    """Whether it is of this store's run, and not one that another run left."""
+    """Whether it belongs to this store's run, not to another run."""
     asked_step: int | None
-    """What `load.step` was."""
+    """The value of `load.step`."""
 
 
 @dataclass
 class _Grant:
-    """What rank 0 holds since the first save."""
+    """The state that rank 0 keeps from the first save on."""
 
     run_id: str
     attempt: Attempt
     next_sequence: int
     parent: Parent | None
-    """What the run began from, whichever of its attempts did."""
+    """The checkpoint that the run began from, in whichever attempt."""
 
 
 class PersistentTier:
-    """One store as all ranks of a job write it."""
+    """One store, written by all ranks of a job."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class PersistentTier:
         keep_last: int | None,
         bytes_per_second: float | None = None,
     ) -> None:
-        root = root.resolve()  # the store may be named by a link; inside it none is followed
+        root = root.resolve()  # the root may be a link; inside it no link is followed
         self.store = Store(root, filesystem)
         self.identity = RunIdentity(root, filesystem)
         self._filesystem = filesystem
@@ -125,7 +125,7 @@ class PersistentTier:
         self._parent: Parent | None = None
 
     def begin_from(self, parent: Parent) -> None:
-        """Note on every rank what a new run begins from; its first attempt records it."""
+        """Record on every rank what a new run begins from; its first attempt saves it."""
         self._parent = parent
 
     def resume_from(
@@ -135,37 +135,37 @@ class PersistentTier:
         is_own: bool | None = None,
         asked_step: int | None = None,
     ) -> None:
-        """Note on every rank what was loaded; a later first save goes on from there.
+        """Record on every rank what was loaded; the first save continues from there.
 
-        `is_own`: whether it is of this store's run. None: if it lies in this store. `asked_step`:
-        what `load.step` was, which the attempt records.
+        `is_own`: whether it belongs to this store's run. None: true if it is in this store.
+        `asked_step`: the value of `load.step`, which the attempt records.
         """
         if is_own is None:
             is_own = checkpoint.path.parent.resolve() == self.store.root.resolve()
         run_id = checkpoint.manifest.run_id
         self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own, asked_step)
         if is_own:
-            self._parent = None  # the first attempt at this run has recorded what it began from
-        self._grant = None  # what follows is another lineage of this store: a new attempt
+            self._parent = None  # the first attempt of this run has recorded its parent
+        self._grant = None  # later saves need a new attempt: they continue from another point
 
     def prove_writable(self) -> None:
-        """Write and remove a file in the store, on rank 0: a first save must not fail hours later.
+        """Write and remove a file in the store, on rank 0: fail now, not at the first save.
 
         Raises:
             StoreNotWritableError: the directory cannot be created or written to.
         """
         root = self.store.root
-        probe = set_aside(root / RUN_NAME)  # under a name that is swept, should we die here
+        probe = set_aside(root / RUN_NAME)  # a name that a sweep removes if we die here
         try:
             make_durable_directory(self._filesystem, root)
-            with suppress(FileNotFoundError):  # a twin's sweep may take it for a leftover
+            with suppress(FileNotFoundError):  # a concurrent attempt's sweep may remove it
                 write_new(self._filesystem, probe, b"")
                 self._filesystem.remove_file(probe)
         except OSError as error:
             raise StoreNotWritableError(str(root), error) from error
 
     def admit(self) -> Admission:
-        """Take an attempt at this store, on rank 0, before the first save; repeated calls are free.
+        """Claim an attempt at this store, on rank 0, before the first save; idempotent.
 
         Raises:
             StoreIdentityError: the store belongs to another run.
@@ -201,25 +201,25 @@ class PersistentTier:
         )
         newest = max((each.manifest.sequence for each in listing.checkpoints), default=0)
         if listing.broken or listing.too_new:
-            # One of these may be the newest, and be readable again tomorrow: what this attempt
-            # commits must outrank it all the same. Only the newest attempt commits.
+            # One of these may be the newest commit and become readable again: advance the sequence
+            # past it. Only the newest attempt commits, so a stride per attempt is enough.
             newest = max(newest, attempt.number * SEQUENCE_STRIDE)
         parents = [each.parent for each in self.identity.attempts() if each.parent is not None]
         self._grant = _Grant(run_id, attempt, newest + 1, parents[0] if parents else None)
         return Admission(run_id, True, own is not None, resumed_from)
 
     def outrank(self, sequence: int) -> None:
-        """Let what is committed from here on be newer than a commit elsewhere, on rank 0."""
+        """Make later commits newer than a commit in the other tier, on rank 0."""
         assert self._grant is not None
         self._grant.next_sequence = max(self._grant.next_sequence, sequence + 1)
 
     def outrank_unseen(self) -> None:
-        """Let what is committed from here on be newer than any earlier attempt's, on rank 0."""
+        """Make later commits newer than those of any earlier attempt, on rank 0."""
         assert self._grant is not None
         self.outrank(self._grant.attempt.number * SEQUENCE_STRIDE)
 
     def reserve(self) -> CommitIdentity:
-        """Give the next commit its place in the order, on rank 0; spent even if it fails.
+        """Return the next sequence number, on rank 0; it is used up even if the commit fails.
 
         Raises:
             SupersededAttemptError: a newer attempt has taken over.
@@ -238,9 +238,10 @@ class PersistentTier:
         coordinator: Coordinator,
         identity: CommitIdentity | None = None,
     ) -> Committed:
-        """Write, commit and retain, together with every other rank; any thread may do it.
+        """Write, commit and retain; every rank calls it, on any thread.
 
-        `identity`: what `reserve` gave to the same snapshot elsewhere, on rank 0. None: its own.
+        `identity`: what `reserve` returned for the local commit of this snapshot, on rank 0. None:
+        reserve one.
 
         Raises:
             CheckpointError: on every rank, naming the stage, the ranks and the cause.
@@ -267,8 +268,8 @@ class PersistentTier:
         assert self._grant is not None
         attempt = self._grant.attempt
         self.identity.check_newest(attempt)
-        # Once more between listing and removing: what looks like a leftover may be the pending
-        # checkpoint of a newer attempt, which had claimed its number before it began.
+        # Check again between listing and removing: what looks like a leftover may be the pending
+        # checkpoint of a newer attempt, which claimed its number before it began.
         self.store.sweep(lambda: self.identity.check_newest(attempt))
         return self.store.begin(iteration)
 
@@ -276,8 +277,8 @@ class PersistentTier:
         records: list[FileRecord] = []
         with self._naming_successor():
             if not self._filesystem.is_directory(pending):
-                # Rank 0 has made it; a rank that does not see it would write to a disk of its own
-                # what nobody else could ever read.
+                # Rank 0 has created it: a rank that does not see it would write to its own disk,
+                # which no other rank can read.
                 raise FileNotFoundError(errno.ENOENT, _NOT_SHARED, str(pending))
             if not snapshot.shard.is_empty:
                 record = snapshot.shard.write(self._filesystem, pending, self._bytes_per_second)
@@ -289,7 +290,7 @@ class PersistentTier:
 
     @contextmanager
     def _naming_successor(self) -> Iterator[None]:
-        """Where a newer attempt has swept our files away, say that instead of what is missing."""
+        """Report a newer attempt that swept our files instead of the missing file."""
         try:
             yield
         except OSError:
@@ -328,11 +329,11 @@ class PersistentTier:
             written_by=f"holdfast {__version__}",
             parent=asdict(grant.parent) if grant.parent is not None else None,
         )
-        self.identity.check_newest(grant.attempt)  # the last moment before it is visible
+        self.identity.check_newest(grant.attempt)  # the last check before it is visible
         return store.commit(pending, manifest)
 
     def _retain(self) -> tuple[int, ...]:
-        """Remove what retention does not keep; the checkpoint just committed stands either way."""
+        """Remove what retention does not keep; a failure does not undo the commit."""
         if self._keep_last is None:
             return ()
         removed = []
@@ -348,7 +349,7 @@ class PersistentTier:
                     logger.info("removed iteration %d: %s", verdict.iteration, verdict.reason)
                     removed.append(verdict.iteration)
         except OSError as error:
-            logger.warning("retention stopped, the next save goes on with it: %s", error)
+            logger.warning("retention stopped, the next save continues it: %s", error)
         return tuple(removed)
 
     def _abandon(self, pending: Path) -> None:

@@ -1,13 +1,12 @@
 """What a path names, and whether checkpoints may be written there.
 
-Owns how a person may spell the place of a load (through links, a file inside a checkpoint,
-`latest`, the tracker), and what to say when nothing is there: what the directory holds, and where
-nearby a checkpoint is. Owns also what is checked when a manager is made: the directories of the two
-tiers are apart, neither is inside a committed checkpoint, and no path leads through a file, a
-circle of links or a directory that this user may not enter. And it warns of an accidental second
-start: the newest attempt at a store may still be running, by its process on the same host, by its
-last checkpoint's age on another. Writes nothing, reads no tensors, and does not decide which
-checkpoint to take.
+Owns how a path of a load is resolved (links, a file inside a checkpoint, `latest`, the tracker),
+and the message when it holds no checkpoint: what is there, and where nearby a checkpoint is. Owns
+also the checks when a manager is made: the two tiers' directories do not overlap, neither is inside
+a committed checkpoint, and no path passes through a file, a circle of links or a directory that
+this user may not enter. Warns of an accidental second start: the newest attempt may still be
+running, judged by its process on the same host and by its last checkpoint's age on another. Writes
+nothing, reads no tensors, and does not decide which checkpoint to load.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from holdfast.tiers.local.shard_file import parse_shard_name
 from holdfast.tiers.opening import is_foreign
 
 LASTING = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
-"""What no waiting changes."""
+"""Errors that a retry cannot fix."""
 
 
 def check_directories(config: CheckpointConfig, filesystem: Filesystem) -> None:
@@ -68,24 +67,24 @@ def check_directories(config: CheckpointConfig, filesystem: Filesystem) -> None:
         if relation is not None:
             problems.append(
                 f"{other_field}: {other} is {relation} {field} ({path}); the tiers would remove "
-                "one another's files: name two directories that lie apart"
+                "one another's files: name two directories that are separate"
             )
     if problems:
         raise ConfigError(problems)
 
 
 def find_obstacle(path: Path) -> str | None:
-    """Say why no directory can be, or be made, at a path; None: nothing is in the way."""
+    """Return why a path cannot be a directory; None: it is one, or can be created."""
     for each in (path, *path.parents):
         try:
             mode = each.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
-            continue  # may come to be; if a file is in the way, that is one of the parents
+            continue  # may be created later; a file in the way is one of the parents
         except ValueError:
             return f"{str(path)!r} is no path: it holds a null character"
         except OSError as error:
             if error.errno not in LASTING:
-                return None  # a fault that may pass: opening it reports it
+                return None  # possibly transient: opening it reports it
             return (
                 f"{each} cannot be reached: {errno.errorcode[error.errno or 0]} {error.strerror}; "
                 "name a directory that this user may write to"
@@ -101,17 +100,17 @@ def _resolve(directory: str) -> Path:
     path = Path(directory)
     try:
         return path.resolve()
-    except (OSError, RuntimeError):  # links in a circle: opening it reports so
+    except (OSError, RuntimeError):  # a circle of links: opening it reports that
         return path.absolute()
 
 
 def _find_checkpoint_around(path: Path, filesystem: Filesystem) -> Path | None:
-    """Return the directory, or the closest one above it, that is a checkpoint; None: none is."""
+    """Return the directory or its closest parent that is a checkpoint; None: there is none."""
     for each in (path, *path.parents):
         is_named = parse_checkpoint_name(each.name) is not None
         if is_named and _is_file(each / MANIFEST_NAME, filesystem):
             return each
-        if _is_file(each / METADATA_NAME, filesystem):  # under whatever name, by whomever written
+        if _is_file(each / METADATA_NAME, filesystem):  # any name, any writer
             return each
     return None
 
@@ -133,7 +132,7 @@ def _find_relation(one: Path, other: Path) -> str | None:
 
 
 def _holds(outer: Path, inner: Path) -> bool:
-    """Whether a directory is another one or lies above it, by its path or by what it is."""
+    """Whether a directory is another one or a parent of it, by path or by device and inode."""
     if inner.is_relative_to(outer):
         return True
     identity = _identify(outer)  # one directory may be mounted at two places
@@ -152,29 +151,29 @@ def _identify(path: Path) -> tuple[int, int] | None:
 
 LATEST_NAME = "latest"
 _LEVELS_UP = 3
-"""How far a file can lie inside a checkpoint."""
+"""The largest depth of a file inside a checkpoint."""
 _SHOWN = 6
 _LOOKED_AT = 200
-"""Entries of one directory, where a neighbour is looked for."""
+"""Entries of one directory that the search for a nearby checkpoint reads at most."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a path names, links resolved."""
+    """What a path names, with links resolved."""
 
     store: Path
-    """The store, or the directory that the one checkpoint lies in."""
+    """The store, or the parent directory of the one checkpoint."""
     checkpoint: Path | None = None
-    """The one checkpoint that is named; None: the store."""
+    """The one checkpoint that the path names; None: it names the store."""
 
 
 def find_place(path: Path, filesystem: Filesystem) -> Place | None:
-    """Return what a path names; None: nothing that holds a checkpoint, or can be reached."""
+    """Return what a path names; None: it holds no checkpoint or cannot be reached."""
     try:
         start = _find_start(path, filesystem)
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in LASTING:
-            raise  # a fault that may pass does not say that nothing is there
+            raise  # a transient error does not prove that nothing is there
         return None
     if start is None:
         return None
@@ -183,20 +182,20 @@ def find_place(path: Path, filesystem: Filesystem) -> Place | None:
     for directory in start.parents[:_LEVELS_UP]:
         place = _look_at(directory, filesystem)
         if place is not None and place.checkpoint is not None:
-            return place  # of which something inside was named
+            return place  # the path names something inside it
     return None
 
 
 def is_same_directory(first: Path, second: Path) -> bool:
-    """Whether two paths lead to one directory, however they are spelled or mounted."""
+    """Whether two paths are one directory, however spelled or mounted."""
     try:
         return first.resolve() == second.resolve() or first.samefile(second)
-    except (OSError, RuntimeError, ValueError):  # links in a circle, or no path at all
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or not a valid path
         return False
 
 
 def describe(path: Path, filesystem: Filesystem) -> str:
-    """Say what is at a path that holds no checkpoint, and where nearby one is."""
+    """Return what is at a path that holds no checkpoint, and where nearby one is."""
     try:
         exists = path.exists()
     except OSError as error:
@@ -206,10 +205,10 @@ def describe(path: Path, filesystem: Filesystem) -> str:
         return f"{path} is a link that leads nowhere."
     if not exists:
         present = next(each for each in path.absolute().parents if each.exists())
-        told = [f"{path} does not exist."]
+        lines = [f"{path} does not exist."]
         if near := _find_near(present, filesystem, levels=1):
-            told.append(f"Nearby: {near}.")
-        return "\n".join(told)
+            lines.append(f"Nearby: {near}.")
+        return "\n".join(lines)
     if not path.is_dir():
         return f"{path} is a file, and belongs to no checkpoint."
     entries = _entries(path, filesystem)
@@ -219,25 +218,25 @@ def describe(path: Path, filesystem: Filesystem) -> str:
             f"Leave load.directory null, and set checkpoint.run_id={runs[0]} and "
             "checkpoint.local.directory."
         )
-    told = [f"{path} holds no checkpoint: {_describe_entries(entries)}."]
+    lines = [f"{path} holds no checkpoint: {_describe_entries(entries)}."]
     near = _find_near(path, filesystem, levels=2)
     if not near and (place := _look_at(path.resolve().parent, filesystem)) is not None:
         near = _describe_place(place)
     if near:
-        told.append(f"Did you mean {near}?")
-    return "\n".join(told)
+        lines.append(f"Did you mean {near}?")
+    return "\n".join(lines)
 
 
 def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
-    """Return the directory that a path leads to; of a file, the one that it lies in."""
+    """Return the directory that a path resolves to; for a file, its directory."""
     parent = path.parent.resolve()
     if path.name == TRACKER_NAME:
         return parent
     if path.name == LATEST_NAME and not (path.is_dir() and not path.is_symlink()):
         if _is_store(parent, filesystem) or not path.exists():
-            return parent  # the newest, whatever a link of this name was last set to
+            return parent  # the newest commit, wherever a link of this name points
         if path.is_file():
-            # A text file that names a directory beside it, as some trainers keep one.
+            # A text file with the name of a sibling directory, as some trainers write it.
             with suppress(OSError, UnicodeDecodeError):
                 named = read_bytes(filesystem, path.resolve()).decode().strip()
                 if named and (parent / named).is_dir():
@@ -250,14 +249,14 @@ def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
 
 def _look_at(directory: Path, filesystem: Filesystem) -> Place | None:
     if not directory.is_dir() or PENDING_MARK in directory.name:
-        return None  # what was never committed is nothing to load from
+        return None  # never committed: not loadable
     if is_checkpoint(directory, filesystem) or is_foreign(directory, filesystem):
         return Place(directory.parent, directory)
     return Place(directory) if _is_store(directory, filesystem) else None
 
 
 def is_checkpoint(directory: Path, filesystem: Filesystem) -> bool:
-    """Whether a directory is a checkpoint of ours, damaged or not: by its name, or its manifest."""
+    """Whether a directory is a holdfast checkpoint, damaged or not, by its name or manifest."""
     if parse_checkpoint_name(directory.name) is not None:
         return True
     return any(each.name == MANIFEST_NAME for each in _entries(directory, filesystem))
@@ -271,7 +270,7 @@ def _is_store(directory: Path, filesystem: Filesystem) -> bool:
 
 
 def _find_near(path: Path, filesystem: Filesystem, levels: int) -> str:
-    """Name the stores and checkpoints that directories under a path hold; empty: there are none."""
+    """Name the stores and checkpoints below a path; empty: there are none."""
     found: list[str] = []
     folders = [path]
     for _ in range(levels):
@@ -292,7 +291,7 @@ def _find_near(path: Path, filesystem: Filesystem, levels: int) -> str:
 
 
 def _find_local_runs(path: Path, filesystem: Filesystem) -> list[str]:
-    """Return the runs whose local checkpoints lie in a directory, or the one that it is of."""
+    """Return the runs with local checkpoints in a directory, or the run whose directory it is."""
 
     def holds_shards(folder: Path) -> bool:
         return any(
@@ -335,9 +334,9 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_living_attempt(root: Path, filesystem: Filesystem) -> None:
-    """Warn if the newest attempt at a store lives; call it on rank 0, at the load.
+    """Warn if the newest attempt at a store may be running; call it on rank 0, at the load.
 
-    What cannot be read is left to the load, which reports it.
+    Read errors are left to the load, which reports them.
     """
     try:
         reason = _find_in_store(root, filesystem)
@@ -360,7 +359,7 @@ def _find_in_store(root: Path, filesystem: Filesystem) -> str | None:
         return None
     attempt = attempts[-1]
     commits: list[datetime] = []
-    if attempt.host != here.host:  # only then the manifests are asked
+    if attempt.host != here.host:  # only then are the manifests needed
         for each in Store(root, filesystem).listing().checkpoints:
             found = _parse_time(each.manifest.saved_at)
             if each.manifest.attempt == attempt.number and found is not None:
@@ -376,17 +375,17 @@ def find_living_attempt(
     living_mark: str | None,
     now: datetime,
 ) -> str | None:
-    """Say why an attempt seems to be running; None: nothing speaks for it.
+    """Return why an attempt seems to be running; None: there is no sign of it.
 
-    `commits` are the times of its checkpoints, `living_mark` the start mark of the process that has
-    its pid on this host now, None if there is none.
+    `commits`: the times of its checkpoints. `living_mark`: the start mark of the process that has
+    its pid on this host now; None: there is none.
     """
     since = f", since {attempt.claimed_at}" if attempt.claimed_at is not None else ""
     if attempt.host is None:
-        return None  # the claim is of an older version, or damaged
+        return None  # a claim of an older version, or damaged
     if attempt.host == here.host:
         if attempt.start_mark is None or attempt.start_mark != living_mark:
-            return None  # it has ended, and its pid may be in use again
+            return None  # it has ended; its pid may have been reused
         if (attempt.pid, attempt.start_mark) == (here.pid, here.start_mark):
             return None
         return (
@@ -408,7 +407,7 @@ def find_living_attempt(
 
 
 def _parse_time(value: str | None) -> datetime | None:
-    """Return a time of a manifest or of a claim; None: it is no time."""
+    """Parse a time of a manifest or a claim; None: it is invalid."""
     with suppress(TypeError, ValueError):
         found = datetime.fromisoformat(value or "")
         return found if found.tzinfo is not None else found.replace(tzinfo=UTC)

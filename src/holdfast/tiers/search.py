@@ -1,11 +1,10 @@
-"""The search of one load: look at what is there, let `select` choose, try it, and choose again.
+"""The search of one load: survey what is there, let `select` choose, try it, choose again.
 
-Owns how the facts for that choice come together on all ranks (rank 0 surveys directories, the local
-tier's ranks agree on what they hold), what is remembered of candidates that turned out to be
-damaged, and the error or the warning in which a choice is told. Promises that every rank is given
-the same candidate, and that nothing of a place is looked at that the choice does not ask for.
-Decides only which place a path names, and whether it is the run's own: all
-else is in `select`.
+Owns how all ranks get the facts for that choice (rank 0 surveys directories, the local tier's ranks
+agree on what they hold), the record of candidates found damaged, and the error or warning that
+reports a choice. Promises that every rank gets the same candidate, and that a directory is read
+only if the choice needs it. Decides only which place a path names and whether it is the run's own;
+all other rules are in `select`.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Selected:
-    """What a load tries now."""
+    """The candidate that a load tries now."""
 
     candidate: Checkpoint | Candidate
     commit: Commit
@@ -78,23 +77,23 @@ class Selected:
 
     @property
     def local(self) -> Candidate:
-        """The candidate, which is known to be of the local tier."""
+        """The candidate, which must be of the local tier."""
         assert not isinstance(self.candidate, Checkpoint)
         return self.candidate
 
     @property
     def is_own(self) -> bool:
-        """Whether it is of the run itself."""
+        """Whether it belongs to the run itself."""
         return self.action is Action.LOAD
 
     @property
     def is_parent(self) -> bool:
-        """Whether it is of another run, from which this one begins."""
+        """Whether it belongs to another run, from which this one begins."""
         return self.action is Action.LOAD_PARENT
 
 
 class Search:
-    """The candidates of one load, one after the other; every rank calls each method alike."""
+    """The candidates of one load, one after another; every rank calls each method."""
 
     def __init__(
         self,
@@ -115,13 +114,13 @@ class Search:
         self._coordinator = coordinator
         self._root = tiers.persistent.store.root
         self._places: dict[Action, Survey] = {}
-        """What was looked at, by what would be loaded from it."""
+        """The surveys made so far, by the action that would load from each."""
         self._failed: list[Commit] = []
         """Local commits that were tried and found damaged."""
         self._tried: list[Commit] = []
-        """All that were, in both tiers."""
+        """All commits that were tried and found damaged, in both tiers."""
         self._local: list[Commit] = []
-        """What the local tier held when it was last asked."""
+        """Commits of the local tier at its last survey."""
         self._asked, own, orphans = coordinator.broadcast("survey", self._survey_own)
         self._places[Action.LOAD] = own
         if coordinator.rank == 0:
@@ -133,15 +132,16 @@ class Search:
             tiers.open_local(run_id, coordinator)
 
     def next(self, *, touched: bool = False) -> Selected | None:
-        """Return what to try; None: there is nothing, and the run starts fresh.
+        """Return the next candidate; None: there is none, and the run starts fresh.
 
         `touched`: whether live state was overwritten by an earlier try.
 
         Raises:
-            CheckpointNotFoundError: what was named is not there, or nothing is and that is refused.
+            CheckpointNotFoundError: the named checkpoint is missing, or none exists and
+                `load.on_missing` is `error`.
             CorruptCheckpointError: the one checkpoint that was named is damaged.
-            NoLoadableCheckpointError: checkpoints are there and none can be loaded.
-            FormatTooNewError: a later version of holdfast wrote what would be loaded.
+            NoLoadableCheckpointError: checkpoints exist and none can be loaded.
+            FormatTooNewError: a later version of holdfast wrote the checkpoint to load.
             OwnCheckpointsExistError: another place is named, and the run has its own checkpoints.
         """
         stop_if_left()
@@ -167,7 +167,7 @@ class Search:
         return Selected(survey.checkpoints[choice.commit], choice.commit, choice.action)
 
     def pass_over(self, selected: Selected, error: CorruptCheckpointError) -> None:
-        """Note why a candidate was not loaded, so that the next one is another."""
+        """Record why a candidate was not loaded, so that `next` returns another one."""
         commit = selected.commit
         if commit.tier == LOCAL:
             local = self._tiers.local
@@ -186,11 +186,11 @@ class Search:
         self._tried.append(replace(commit, condition=Condition.DAMAGED, reason=reason))
         is_one = effective_step(self._asked) is not None or self._places[selected.action].is_one
         if self._coordinator.rank == 0 and not is_one:
-            told = reason_inside(commit.path, reason)
-            logger.warning("%s cannot be loaded and is passed over: %s", commit.path, told)
+            shown = reason_inside(commit.path, reason)
+            logger.warning("%s cannot be loaded and is passed over: %s", commit.path, shown)
 
     def skipped(self, selected: Selected) -> tuple[SkippedCheckpoint, ...]:
-        """Return what was tried in vain, and what belongs to a later iteration, largest first."""
+        """Return failed candidates and unusable later iterations, largest iteration first."""
         iteration = selected.commit.iteration or 0
         tried = {_identity(each) for each in self._tried}
         passed = [
@@ -204,7 +204,7 @@ class Search:
         return tuple(map(as_skipped, found))
 
     def warn(self, selected: Selected) -> None:
-        """Say on rank 0 what is not as it should be about the checkpoint that was loaded."""
+        """Log warnings about the loaded checkpoint, on rank 0."""
         if self._coordinator.rank != 0:
             return
         iteration = selected.commit.iteration or 0
@@ -233,10 +233,10 @@ class Search:
             )
 
     def resume_from(self, selected: Selected, checkpoint: Checkpoint) -> None:
-        """Note on every rank what was loaded; a later first save goes on from there."""
+        """Record on every rank what was loaded; the first save continues from there."""
         manifest, tier = checkpoint.manifest, self._tiers.persistent
         is_own = selected.is_own
-        if manifest.run_id:  # else of no run: there is no lineage to go on with
+        if manifest.run_id:  # else it has no run, and no lineage to continue
             step = effective_step(self._asked) if is_own else None
             tier.resume_from(checkpoint, is_own=is_own, asked_step=step)
         if not is_own:
@@ -273,7 +273,7 @@ class Search:
         return asked, own, orphans
 
     def _understand_directory(self) -> tuple[bool, int | None]:
-        """Return whether `load.directory` is another place, and which own iteration is named."""
+        """Return whether `load.directory` is another place, and the named own iteration."""
         load = self._config.load
         if load.directory is None:
             return False, load.step
@@ -295,7 +295,7 @@ class Search:
         if place.checkpoint is None:
             return False, load.step
         if is_foreign(place.checkpoint, self._filesystem):
-            return True, load.step  # it lies in this store, and is of no run
+            return True, load.step  # in this store, but of no run
         survey = survey_place(path, self._filesystem)
         (commit,) = survey.commits
         if load.step is not None and load.step != commit.iteration:
@@ -304,10 +304,10 @@ class Search:
         return False, commit.iteration
 
     def _is_other_inside(self, path: Path) -> bool:
-        """Whether an entry of the own store is something else than a part of the run.
+        """Whether an entry of the own store is not part of the run.
 
-        Its checkpoints are known by their names, also where they have been removed meanwhile or are
-        links to an archive; files, and `latest`, stand for the store.
+        The run's checkpoints are recognised by name, also if they were removed meanwhile or are
+        links to an archive; files, and `latest`, name the store.
         """
         if parse_checkpoint_name(path.name) is not None:
             return path.is_dir() and is_foreign(path, self._filesystem)
@@ -323,7 +323,7 @@ class Search:
         )
 
     def _look_at_local(self) -> tuple[list[Commit], Candidate | None]:
-        """Return what the local tier holds, and the newest that all ranks can load."""
+        """Return the local tier's commits and the newest one that all ranks can load."""
         if not self._has_local:
             return [], None
         tier = self._tiers.local
@@ -368,7 +368,7 @@ class Search:
         )
 
     def _list_all(self, action: Action) -> list[Commit]:
-        """Return what one place holds, or what the run itself has in both tiers."""
+        """Return the commits of one place; for the run itself, of both tiers."""
         commits = list(self._places[action].commits)
         if action is Action.LOAD:
             commits += self._local
@@ -382,21 +382,22 @@ class Search:
             for each in survey.commits
         )
 
-    # -- what is said ----------------------------------------------------------------------------
+    # -- messages --------------------------------------------------------------------------------
 
     def _warn_of_own(self, orphans: list[tuple[str, int]]) -> None:
         asked = self._asked
         if asked.spent_by is not None and not asked.allow_rewind:
             logger.warning(
-                "checkpoint.load.step=%s was applied by attempt %d: the run goes on from what came "
-                "after.\nRemove the setting, or set checkpoint.allow_rewind=true to go back again.",
+                "checkpoint.load.step=%s was applied by attempt %d: the run resumes from its "
+                "newest checkpoint.\nRemove the setting, or set checkpoint.allow_rewind=true to "
+                "go back again.",
                 asked.step,
                 asked.spent_by,
             )
         for run_id, iteration in orphans:
             logger.warning(
                 "%s holds no checkpoint, but %s has local ones of run %s that was saved there, up "
-                "to iteration %d.\nTo go on from them set checkpoint.run_id=%s; to give them up, "
+                "to iteration %d.\nTo resume from them set checkpoint.run_id=%s; to discard them, "
                 "remove %s.",
                 self._root,
                 self._config.local.directory,

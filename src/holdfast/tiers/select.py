@@ -1,10 +1,10 @@
-"""Select what a load restores: one pure function over what is asked for and what is there.
+"""Select the checkpoint to load: one pure function of the settings and of what exists.
 
 Owns every rule about which checkpoint a load takes, when it may take another one instead, when a
-run starts fresh or from the checkpoint of another run, and when it is refused. Promises that the
-same facts give the same choice on every rank, each with its reason. Reads nothing: `survey` and the
-local tier say what is there, and whoever loads asks again with what it found to be damaged.
-`docs/loading.md` prints these rules as a table.
+run starts fresh or from another run's checkpoint, and when it is refused. Promises that equal facts
+give the same choice on every rank, with its reason. Reads nothing: `survey` and the local tier
+supply the facts, and the caller asks again after it found a checkpoint damaged. `docs/loading.md`
+has these rules as a table.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ class Condition(Enum):
     """What is known of a checkpoint before its tensors are read."""
 
     SOUND = "sound"
-    """As far as its record and the sizes of its files say."""
+    """Judged by its record and the sizes of its files."""
     DAMAGED = "damaged"
     """Its record or its files are not what was committed, or cannot be read."""
     TOO_NEW = "too new"
     """A later version of holdfast wrote it."""
     SUPERSEDED = "superseded"
-    """A later start of the run went back to before it."""
+    """A later start of the run resumed from an earlier iteration."""
     OTHER_RUN = "another run's"
-    """It was put into this store, and belongs to another run, or to none."""
+    """It is in this store, but belongs to another run or to none."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One checkpoint of one tier, as it was seen."""
+    """One checkpoint of one tier, as surveyed."""
 
     tier: str
     iteration: int | None
-    """None: not even that can be read."""
+    """None: it cannot be read."""
     sequence: int | None
     """Its place in the order of commits over both tiers. None: it cannot be read."""
     condition: Condition = Condition.SOUND
@@ -46,24 +46,24 @@ class Commit:
     """Why it is not sound."""
     path: str = ""
     error: CheckpointError | None = field(default=None, compare=False)
-    """What to raise where this one was asked for and cannot be loaded."""
+    """The error to raise if this one was requested and cannot be loaded."""
 
     @property
     def order(self) -> tuple[int, bool]:
-        """Larger is tried first: the newest commit, and of two equally new the local one."""
+        """Larger is tried first: the newest commit; of two equally new, the local one."""
         return (self.sequence or 0, self.tier == LOCAL)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the configuration says about a load."""
+    """The settings of a load."""
 
     names_other_place: bool = False
     """`load.directory` is set, and is not the run's own store."""
     step: int | None = None
     """`load.step`."""
     spent_by: int | None = None
-    """The attempt of this run that has applied this `load.step` already."""
+    """The attempt of this run that has already applied this `load.step`."""
     pretrained: bool = False
     """`load.pretrained.directory` is set."""
     pretrained_step: int | None = None
@@ -74,7 +74,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is there. None: nobody has looked yet."""
+    """The checkpoints that exist. None: not surveyed yet."""
 
     own: Sequence[Commit] = ()
     """Of the run itself, in both tiers."""
@@ -88,11 +88,11 @@ class Action(Enum):
     """What a load does next."""
 
     LOAD = "load"
-    """The commit; it is of the run itself."""
+    """The chosen commit, which belongs to the run itself."""
     LOAD_OTHER = "load from load.directory"
     LOAD_PARENT = "load from load.pretrained"
     LOOK_AT_OTHER = "look at load.directory"
-    """Then ask again."""
+    """Then choose again."""
     LOOK_AT_PARENT = "look at load.pretrained"
     START_FRESH = "start fresh"
     REFUSE = "refuse"
@@ -108,9 +108,9 @@ class Refusal(Enum):
     OWN_EXISTS = "the run has its own"
     """`load.directory` names another place, and the run has checkpoints of its own."""
     DAMAGED = "damaged"
-    """The one checkpoint that was named."""
+    """The one named checkpoint is damaged."""
     NONE_LOADABLE = "none loadable"
-    """Checkpoints are there, and none of them can be loaded."""
+    """Checkpoints exist, and none of them can be loaded."""
     TOO_NEW = "too new"
 
 
@@ -123,7 +123,7 @@ class Choice:
     refusal: Refusal | None = None
     reason: str = ""
     step: int | None = None
-    """The iteration that was named and counts; None: the newest was asked for."""
+    """The requested iteration, if it applies; None: the newest was requested."""
 
     def __str__(self) -> str:
         what = self.refusal.value if self.refusal is not None else ""
@@ -133,10 +133,10 @@ class Choice:
 
 
 def effective_step(asked: Asked) -> int | None:
-    """Return the iteration of the run itself that is asked for; None: the newest.
+    """Return the requested iteration of the run itself; None: the newest.
 
-    A `load.step` that stays in the configuration applies once: a start that finds it applied by an
-    earlier attempt goes on from what came after, unless `allow_rewind` says that it may go back.
+    A `load.step` that stays in the configuration applies once: if an earlier attempt has applied
+    it, a later start continues from the newest checkpoint, unless `allow_rewind` is set.
     """
     if asked.names_other_place or asked.spent_by is None or asked.allow_rewind:
         return asked.step
@@ -144,7 +144,7 @@ def effective_step(asked: Asked) -> int | None:
 
 
 def choose(asked: Asked, seen: Seen) -> Choice:
-    """Choose what a load does, from what is asked for and what is there."""
+    """Choose what a load does, from the settings and the existing checkpoints."""
     step = effective_step(asked)
     if asked.names_other_place:
         own = [each for each in seen.own if each.condition is not Condition.OTHER_RUN]
@@ -166,9 +166,9 @@ def choose(asked: Asked, seen: Seen) -> Choice:
 
 
 def object_to(asked: Asked, iteration: int, superseded: str | None) -> str | None:
-    """Say why a sound commit of the run itself must not be loaded; None: it may be.
+    """Return why a sound commit of the run itself must not be loaded; None: it may be.
 
-    The local tier asks this while its ranks agree on what they can load.
+    The local tier calls this while its ranks agree on what they can load.
     """
     step = effective_step(asked)
     if step is not None:
@@ -179,7 +179,7 @@ def object_to(asked: Asked, iteration: int, superseded: str | None) -> str | Non
 def mark_damaged(
     commits: Sequence[Commit], damaged: Commit, reason: str, error: CheckpointError
 ) -> tuple[Commit, ...]:
-    """Return what is there once an attempt to load one of them has found damage."""
+    """Return the commits after a load has found one of them damaged."""
     found = replace(damaged, condition=Condition.DAMAGED, reason=reason, error=error)
     return tuple(found if each == damaged else each for each in commits)
 
@@ -191,7 +191,7 @@ def _choose_from(commits: Sequence[Commit], step: int | None, load: Action) -> C
         return _choose_newest(ordered, load)
     named = [each for each in ordered if each.iteration == step]
     for each in named:
-        # Asked for by number: that it was superseded, or lies here from another run, is known.
+        # Requested by number: that it was superseded or is of another run does not matter.
         if each.condition not in (Condition.DAMAGED, Condition.TOO_NEW):
             return Choice(load, each, step=step)
     for each in named:
@@ -216,7 +216,7 @@ def _choose_newest(ordered: Sequence[Commit], load: Action) -> Choice:
 
 
 def _may_be_newer(later: Commit, sound: Commit) -> bool:
-    """Whether a checkpoint of a later version may be the newer one, as far as can be known."""
+    """Whether a checkpoint of a later version may be newer than a sound one."""
     if later.sequence is not None and sound.sequence is not None:
         return later.sequence > sound.sequence
     if later.iteration is None or sound.iteration is None:

@@ -1,9 +1,9 @@
 """Survey a directory before a load: which checkpoints it holds, and the condition of each.
 
-Owns reading what a store's names, manifests and attempts say, on one rank, into the values that
-`select` decides by. Promises that everything that was seen is in the survey with a reason where it
-is not sound, and that what people should know of a store (a tracker that is not followed, say) is
-logged. Reads manifests and sizes only; decides nothing and never touches live state.
+Owns reading a store's names, manifests and attempts, on one rank, into the values that `select`
+decides by. Promises that every checkpoint found is in the survey, with a reason if it is not sound,
+and that notable facts about a store (such as a tracker that is not followed) are logged. Reads
+manifests and sizes only; decides nothing and never touches live state.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ PERSISTENT = "persistent"
 
 @dataclass(frozen=True)
 class Survey:
-    """What one directory holds."""
+    """The checkpoints of one directory."""
 
     root: Path
     commits: tuple[Commit, ...] = ()
-    """All there are, largest iteration first."""
+    """All commits, largest iteration first."""
     checkpoints: dict[Commit, Checkpoint] = field(default_factory=dict)
-    """Those whose record could be read."""
+    """The commits whose manifest could be read."""
     is_one: bool = False
-    """Whether one checkpoint was named, and not a store."""
+    """Whether one checkpoint was named instead of a store."""
     has_record: bool = False
-    """Whether a record of the run is there: it has saved here before."""
+    """Whether run.json exists: the run has saved here before."""
     run_id: str | None = None
-    """Whose checkpoints count; None: nobody's are there, or one was named."""
+    """The run whose checkpoints count; None: there are none, or one was named."""
     attempts: tuple[Attempt, ...] = ()
-    """Those whose resuming supersedes what came after."""
+    """Attempts that supersede later iterations by where they resumed."""
 
 
 def survey_store(
@@ -64,15 +64,15 @@ def survey_store(
     run_id: str | None = None,
     step: int | None = None,
 ) -> Survey:
-    """Look at a store; one that does not exist holds nothing.
+    """Survey a store; one that does not exist holds nothing.
 
-    `is_own`: whether it is the run's. `run_id`: the configured one, where it is. `step`: what is
-    asked for by number, so that it does not matter whose it is.
+    `is_own`: whether it is the run's. `run_id`: the configured one, if it is. `step`: the requested
+    iteration, for which it does not matter whose checkpoint it is.
 
     Raises:
-        StoreIdentityError: it belongs to another run than the one configured, or, without a record
-            of its run, holds checkpoints of several.
-        FormatTooNewError: a later version of holdfast wrote the record of its run.
+        StoreIdentityError: it belongs to another run than the one configured, or has no run.json
+            and holds checkpoints of several runs.
+        FormatTooNewError: a later version of holdfast wrote its run.json.
     """
     if not filesystem.is_directory(root):
         return Survey(root)
@@ -104,9 +104,9 @@ def survey_store(
 
 
 def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) -> Survey:
-    """Look at a place that a configuration names: a store, or one checkpoint.
+    """Survey a path of the configuration: a store or one checkpoint.
 
-    One that holds nothing gives a survey without commits.
+    A path without checkpoints gives a survey without commits.
 
     Raises:
         StoreIdentityError, FormatTooNewError: as `survey_store`.
@@ -120,7 +120,7 @@ def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) ->
 
 
 def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
-    """Look at one checkpoint that was named."""
+    """Survey one checkpoint that was named."""
     path = place.checkpoint
     assert path is not None
     if is_foreign(path, filesystem):
@@ -132,7 +132,7 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
     iteration = parse_checkpoint_name(path.name)
     bare = Commit(PERSISTENT, iteration, None, path=str(path))
     try:
-        if iteration is None:  # a copy under another name: the manifest says what it is
+        if iteration is None:  # a copy under another name: use the manifest's iteration
             manifest_path = path / MANIFEST_NAME
             content = read_bytes(filesystem, manifest_path)
             iteration = Manifest.from_bytes(content, str(manifest_path)).iteration
@@ -152,9 +152,9 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
 def make_refusal(
     choice: Choice, survey: Survey, field_name: str, filesystem: Filesystem
 ) -> CheckpointError:
-    """Return the error of a load that is refused because of what one place holds.
+    """Return the error of a load that is refused because of the contents of one place.
 
-    `field_name`: the setting that names the place, `load.directory` say.
+    `field_name`: the setting that names the place, for example `load.directory`.
     """
     refusal, commits = choice.refusal, survey.commits
     if refusal in (Refusal.TOO_NEW, Refusal.DAMAGED):
@@ -187,20 +187,20 @@ def list_iterations(commits: Sequence[Commit]) -> str:
 
 
 def list_reasons(commits: Sequence[Commit]) -> list[str]:
-    """Return why each of them was not loaded, newest first."""
+    """Return why each of them was not loaded, largest iteration first."""
     ordered = sorted(commits, key=lambda each: each.iteration or 0, reverse=True)
     return [join_path(each.path, each.reason) for each in ordered if each.reason]
 
 
 def as_skipped(commit: Commit) -> SkippedCheckpoint:
-    """Return a commit that was not loaded in the words of a load's result."""
+    """Return a commit that was not loaded as an entry of a load's result."""
     return SkippedCheckpoint(commit.path, commit.reason, commit.iteration, commit.tier)
 
 
 def find_supersession(
     attempt_number: int, iteration: int, attempts: Sequence[Attempt]
 ) -> str | None:
-    """Say why a checkpoint of an attempt does not count any more; None: it does."""
+    """Return why a checkpoint of an attempt no longer counts; None: it counts."""
     for attempt in attempts:
         if (
             attempt.number > attempt_number
@@ -260,10 +260,10 @@ def _check_sizes(commit: Commit, checkpoint: Checkpoint, store: Store) -> Commit
 
 
 def _has_footing(attempt: Attempt, listing: Listing) -> bool:
-    """Whether an attempt committed anything, or could still be resumed where it resumed.
+    """Whether an attempt committed anything, or the iteration it resumed from still exists.
 
-    A start that loaded long before its first save may find that another start's retention has since
-    removed what it loaded. Dead before its first commit, it would supersede all that is left.
+    Between a start's load and its first save, another start's retention may remove the checkpoint
+    that it loaded. If it then dies before its first commit, it must not supersede all that is left.
     """
     present = {each.iteration for each in listing.checkpoints}
     present |= {each.iteration for each in listing.broken}
@@ -276,7 +276,7 @@ def _has_footing(attempt: Attempt, listing: Listing) -> bool:
 def _only_run_id(
     root: Path, checkpoints: Sequence[Checkpoint], configured: str | None
 ) -> str | None:
-    """Return the run that a store without run.json belongs to; None: it holds nothing."""
+    """Return the run of a store without run.json; None: it has no checkpoint."""
     if configured is not None:
         return configured
     found = sorted({each.manifest.run_id for each in checkpoints})
@@ -291,12 +291,12 @@ def _only_run_id(
 def _was_written_by_torch(path: Path, filesystem: Filesystem) -> bool:
     try:
         return is_foreign(path, filesystem)
-    except OSError:  # it cannot be read: whatever it is, it is damaged
+    except OSError:  # unreadable: treat it as damaged
         return False
 
 
 def _warn_of_tracker(store: Store, commits: Sequence[Commit]) -> None:
-    """Say where the tracker does not name the checkpoint that a load would take."""
+    """Warn if the tracker does not name the checkpoint that a load would take."""
     newest = max(
         (each for each in commits if each.condition is Condition.SOUND),
         key=lambda each: each.order,
@@ -308,7 +308,7 @@ def _warn_of_tracker(store: Store, commits: Sequence[Commit]) -> None:
     if iteration is not None and iteration != newest.iteration:
         named = [each for each in commits if each.iteration == iteration]
         if named and named[0].condition not in (Condition.SOUND, Condition.SUPERSEDED):
-            return  # what is wrong with it is reported as such
+            return  # its condition is reported elsewhere
         problem = f"names iteration {iteration}, which is not there"
         if named:
             problem = (

@@ -1,8 +1,8 @@
-"""Tensors of a committed checkpoint for people who only look at them: inference, evaluation.
+"""Read-only access to the tensors of a committed checkpoint, for inference and evaluation.
 
-Owns the way from a path to tensors without a manager, a model or a job. Promises the checkpoint
-that a load would try first, and to touch nothing but `.metadata`, the manifest and the tensors
-asked for. Falls back to no older checkpoint: damage is an error here.
+Owns the way from a path to tensors without a manager, a model or a job. Promises to open the
+checkpoint that a load would try first, and to read only `.metadata`, the manifest and the requested
+tensors. Does not fall back to an older checkpoint: damage is an error here.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def open_tensors(
 ) -> LazyTensors:
     """Open the tensors of a checkpoint without reading them, by name.
 
-    `path`: one `iter_*` directory, or a store, whose newest checkpoint it then is, or that of
-    iteration `step`. `prefix`: only names that begin so, given without it; `model.` leaves what
-    `load_state_dict(..., assign=True)` takes. `verify`: hold each block against its digest when a
-    tensor in it is first asked for.
+    `path`: one `iter_*` directory, or a store, of which the newest checkpoint or iteration
+    `step` is opened. `prefix`: only names with this prefix, which is removed; `model.` gives the
+    names that `load_state_dict(..., assign=True)` takes. `verify`: check each block against its
+    digest at the first access to a tensor in it.
 
     Raises:
-        WrongArgumentError: `path` is no path.
-        CheckpointNotFoundError: there is nothing of that name, or nothing in the store.
-        CorruptCheckpointError: a file is missing or is not what it should be.
+        WrongArgumentError: `path` is not a path.
+        CheckpointNotFoundError: the path or the iteration does not exist, or the store is empty.
+        CorruptCheckpointError: a file is missing or damaged.
         NoLoadableCheckpointError: the store holds checkpoints, and none can be loaded.
     """
     _check_path(path)

@@ -1,9 +1,10 @@
-"""Which local commit all ranks can load, judged from what each of them sees; with reasons.
+"""Decide which local commit all ranks can load, from the files each rank lists.
 
-Owns the grouping of shard files into commits and the decision which of these is whole. Promises one
-verdict for all ranks, newest commit first, that names everything it passed over and why; files of
+Owns the grouping of shard files into commits and the decision which of them is complete. Promises
+one verdict for all ranks, newest commit first, naming everything it passed over and why; files of
 one commit are never mixed with another's, even of the same iteration. A commit that lacks shards is
-given back as one whose rest may still cover the state: who can read the files must say. Pure.
+returned as a candidate whose remaining shards may cover the state: the caller, which can read the
+files, decides. Pure.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from holdfast.tiers.local.shard_file import Found, ShardRecord
 from holdfast.tiers.select import Condition
 
 Commit = tuple[int, int, int]
-"""Sequence, attempt, iteration: larger is newer."""
+"""Sequence, attempt, iteration; larger is newer."""
 Objection = Callable[[ShardRecord], str | None]
 """Why a sound commit must not be loaded; None: it may be."""
 _SHOWN = 4
@@ -24,7 +25,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Inventory:
-    """What one rank sees, of the directories that fall to it."""
+    """The files in the directories that one rank lists."""
 
     found: tuple[Found, ...]
     damaged: frozenset[tuple[int, str, int]] = frozenset()
@@ -33,10 +34,10 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Copy:
-    """One file that holds a shard, or its small states."""
+    """One file with a shard, or with its small states alone."""
 
     rank: int
-    """That lists it, and can read it; so can every rank at its place."""
+    """The rank that lists it; every rank at its place can read it."""
     path: str
     """Relative to the run's directory."""
     is_whole: bool
@@ -47,7 +48,7 @@ class Candidate:
     """One commit, and where its shards are."""
 
     record: ShardRecord
-    """Of any of its files: what they all have in common holds for the commit."""
+    """Of any one of its files: use only the fields that all files of a commit share."""
     copies: tuple[tuple[Copy, ...], ...]
     """By owner."""
 
@@ -58,7 +59,7 @@ class Candidate:
 
     @property
     def lost(self) -> tuple[int, ...]:
-        """Owners whose shard is nowhere."""
+        """Ranks whose shard has no copy left."""
         return tuple(
             owner
             for owner, copies in enumerate(self.copies)
@@ -66,14 +67,14 @@ class Candidate:
         )
 
     @property
-    def mute(self) -> tuple[int, ...]:
-        """Owners of whom not even the small states are anywhere."""
+    def without_files(self) -> tuple[int, ...]:
+        """Ranks with no surviving file."""
         return tuple(owner for owner, copies in enumerate(self.copies) if not copies)
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A commit, or a file, that was passed over."""
+    """A commit or a file that was passed over."""
 
     path: str
     iteration: int
@@ -86,15 +87,15 @@ class Passed:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks are told."""
+    """The decision that all ranks receive."""
 
     candidate: Candidate | None
-    """The newest that may be loaded; None: there is none."""
+    """The newest commit that may be loaded; None: there is none."""
     passed: tuple[Passed, ...]
     whole: tuple[Commit, ...]
     """Commits with every shard, newest first."""
     newest_sequence: int
-    """Over everything found, whatever became of it."""
+    """Over all files found, passed over or not."""
 
 
 def judge(
@@ -103,10 +104,10 @@ def judge(
     rejected: dict[Commit, str],
     covered: Collection[Commit] = (),
 ) -> Verdict:
-    """Choose the newest commit that all ranks can load, or whose rest may cover the state.
+    """Choose the newest commit that is complete or whose remaining shards may cover the state.
 
-    `rejected`: commits that cannot be loaded after all, with reasons. `covered`: commits known to
-    be loadable without the shards they lack.
+    `rejected`: commits found unloadable earlier, with reasons. `covered`: commits known to be
+    loadable without the shards they lack.
     """
     damaged = frozenset().union(*(each.damaged for each in inventories))
     candidates, passed = _group(inventories, damaged)
@@ -119,7 +120,7 @@ def judge(
             continue
         reason = rejected.get(candidate.commit)
         if reason is None and candidate.commit not in covered:
-            reason = _lack(candidate)
+            reason = _why_unloadable(candidate)
         if reason is not None:
             passed.append(_pass_over(candidate, reason))
             continue
@@ -171,10 +172,10 @@ def _group(
     return sorted(candidates, key=lambda each: each.commit, reverse=True), passed
 
 
-def _lack(candidate: Candidate) -> str | None:
-    """Say what keeps a commit from being loaded at all; None: nothing that is known already."""
-    if mute := candidate.mute:
-        return f"nothing is left of {_ranks(mute, candidate)}"
+def _why_unloadable(candidate: Candidate) -> str | None:
+    """Return why a commit cannot be loaded; None: no known reason."""
+    if without_files := candidate.without_files:
+        return f"nothing is left of {_ranks(without_files, candidate)}"
     lost = candidate.lost
     if not lost:
         return None
@@ -182,11 +183,11 @@ def _lack(candidate: Candidate) -> str | None:
         return "no shard is left of it"
     if candidate.record.state_names is None:
         return f"no shard is left of {_ranks(lost, candidate)}"
-    return None  # what is left may cover the state
+    return None  # the remaining shards may cover the state
 
 
 def lacks_cover(candidate: Candidate, gap: str) -> str:
-    """Say that what is left of a commit does not cover the state."""
+    """Return the message that the remaining shards do not cover the state."""
     return f"no shard is left of {_ranks(candidate.lost, candidate)}, and {gap}"
 
 

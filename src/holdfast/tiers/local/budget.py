@@ -1,15 +1,15 @@
-"""Which ranks share a node, and what the local tier will need of each, computed before training.
+"""Which ranks share a node, and what the local tier will need on each, estimated before training.
 
 Owns the two groupings of ranks: a node, which is lost as a whole, and a place, a directory that
-several ranks of a node see. Copies are placed on different nodes as far as there are such, spread
-evenly, for any number of nodes and of ranks on each; where the world divides evenly these are the
-cliques of nvidia-resiliency-ext.
+several ranks of a node see. Copies are placed on different nodes as far as possible, spread evenly,
+for any number of nodes and of ranks on each; where the world divides evenly these are the cliques
+of nvidia-resiliency-ext.
 
 Owns the sum (each rank's shard, times the files of its buffer pool, plus the copies it holds for
-others; on a disk also the memory that a shard is copied into) and what it is held against: the room
-in the directory and what memory the machine or its control group has left. Promises one line for
-people and, where it cannot fit on some node, an error with the numbers on every rank. What the run
-left there before counts as room. Allocates nothing.
+others; on a disk also the memory that a shard is copied into) and the limits it is compared with:
+free space in the directory and memory left on the machine or in its control group. Promises one
+log line and, where it cannot fit on some node, an error with the numbers on every rank. Files that
+the run left there count as free space. Allocates nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def node_name(override: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where one rank sits."""
+    """The placement of one rank."""
 
     node: str
     directory: tuple[int, int] = (0, 0)
@@ -51,7 +51,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Topology:
-    """Where all ranks sit, by rank."""
+    """The placement of all ranks, by rank."""
 
     seats: tuple[Seat, ...]
 
@@ -71,12 +71,12 @@ class Topology:
         return _numbered([(each.node, each.directory) for each in self.seats])
 
     def place_mates(self, rank: int) -> list[int]:
-        """Return the ranks that see the same files as this one, itself among them."""
+        """Return the ranks that see the same files as this one, itself included."""
         places = self.places
         return [each for each, place in enumerate(places) if place == places[rank]]
 
     def node_mates(self, rank: int) -> list[int]:
-        """Return the ranks that are lost together with this one, itself among them."""
+        """Return the ranks that are lost together with this one, itself included."""
         nodes = self.nodes
         return [each for each, node in enumerate(nodes) if node == nodes[rank]]
 
@@ -89,11 +89,11 @@ def _numbered(values: Sequence[object]) -> tuple[int, ...]:
 def assign_holders(
     nodes: Sequence[int], factor: int, jump: int | None = None
 ) -> list[tuple[int, ...]]:
-    """Return for each rank those that hold its shard, itself first.
+    """Return for each rank the holders of its shard, itself first.
 
-    `nodes` is the node of each rank, `factor` the copies in all, fewer where the world is smaller.
-    `jump` takes each so many consecutive ranks for one node instead. Nodes form groups of `factor`,
-    in order; those that are left over join the last one, in which copies then go round.
+    `nodes`: the node of each rank. `factor`: the total copies of a shard, fewer in a smaller world.
+    `jump`: count this many consecutive ranks as one node instead. Nodes form groups of `factor`, in
+    order; remaining nodes join the last group, in which copies are then placed as on a ring.
     """
     if jump is not None:
         nodes = [rank // jump for rank in range(len(nodes))]
@@ -114,7 +114,7 @@ def assign_holders(
 
 
 def _first_of(ring: Sequence[Sequence[int]], column: int, count: int) -> tuple[int, ...]:
-    """Return the ranks of one column, node by node; where nodes are few, of the next column too."""
+    """Return the ranks of one column, node by node, continuing with the next column if needed."""
     found: dict[int, None] = {}
     for shift in range(max(map(len, ring))):
         for ranks in ring:
@@ -127,23 +127,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Budget:
-    """What one place of the local tier needs, and has."""
+    """What one place of the local tier needs, and has available."""
 
     directory: str
     own_bytes: int
-    """Of the files of its ranks' own shards, all turns together."""
+    """Of all files for its ranks' own shards."""
     copy_bytes: int
-    """Of the copies that its ranks hold for others, all turns together."""
-    turns: int
+    """Of all files for copies that its ranks hold for others."""
+    buffers: int
+    """Files per shard, reused in rotation."""
     room: Room | None
-    """The tightest limit; None: the system does not say."""
+    """The tightest limit; None: unknown."""
     arena_bytes: int = 0
-    """Of memory beside the files, where they lie on a disk: what its ranks copy their state into;
-    0: it is there already, or the files are that memory."""
+    """Of the memory its ranks copy their state into, where the files are on a disk; 0: it is
+    allocated already, or the files are that memory."""
     memory: Room | None = None
-    """For that; None: the system does not say."""
+    """The limit for that; None: unknown."""
     note: str = ""
-    """What a reader should know of the sum."""
+    """A remark on the sum."""
 
     @property
     def needed_bytes(self) -> int:
@@ -152,7 +153,7 @@ class Budget:
 
     @property
     def line(self) -> str:
-        """The sum in words."""
+        """The sum as a log line."""
         needed, room, beside = self.needed_bytes, "", ""
         if self.room is not None:
             room = f" of {describe_size(self.room.free_bytes, needed)} free"
@@ -162,13 +163,13 @@ class Budget:
                 beside += f" of {describe_size(self.memory.free_bytes, self.arena_bytes)} left"
         return (
             f"local tier at {self.directory}: {describe_size(needed)}{room} "
-            f"({self.turns} files in turn: own shards {describe_size(self.own_bytes)}, copies "
-            f"for others {describe_size(self.copy_bytes)}){beside}{self.note}"
+            f"({self.buffers} files in rotation: own shards {describe_size(self.own_bytes)}, "
+            f"copies for others {describe_size(self.copy_bytes)}){beside}{self.note}"
         )
 
     @property
     def fullness(self) -> float:
-        """The part of its room that it needs; above 1: it does not fit."""
+        """The needed fraction of what is available; above 1: it does not fit."""
         return max(_part_of(self.needed_bytes, self.room), _part_of(self.arena_bytes, self.memory))
 
     @property
@@ -185,7 +186,7 @@ class Budget:
         return f"checkpoint.local: {self.line}; limited by {limit.limited_by}; {advice}"
 
     def check(self) -> None:
-        """Refuse what cannot fit.
+        """Refuse a budget that cannot fit.
 
         Raises:
             ConfigError: with the numbers.
@@ -204,56 +205,56 @@ def find_budget(
     directory: Path,
     image_bytes: Sequence[int],
     held: Sequence[Sequence[int]],
-    turns: int,
+    buffers: int,
     *,
     in_memory: bool,
     reused: Sequence[Path],
 ) -> Budget:
-    """Return the budget of one place from its ranks' image sizes, and those of copies they hold.
+    """Return the budget of one place from the sizes of its ranks' images and of the copies held.
 
-    `reused`: folders in which all files make way for what is to come.
+    `reused`: directories whose present files will be replaced, so that their space counts as free.
     """
-    own = turns * sum(image_bytes)
-    copies = turns * sum(size for sizes in held for size in sizes)
+    own = buffers * sum(image_bytes)
+    copies = buffers * sum(size for sizes in held for size in sizes)
     taken = sum(map(_taken_bytes, reused))
     found = os.statvfs(directory)
     rooms = [Room(found.f_bavail * found.f_frsize + taken, "the free space of the directory")]
     if in_memory and (memory := find_room()) is not None:
         rooms.append(Room(memory.free_bytes + taken, memory.limited_by))
     tightest = min(rooms, key=lambda each: each.free_bytes)
-    return Budget(str(directory), own, copies, turns, tightest)
+    return Budget(str(directory), own, copies, buffers, tightest)
 
 
 def take_seats(config: LocalConfig, filesystem: Filesystem, coordinator: Coordinator) -> Topology:
-    """Make the directory where it is missing, and agree on who sees the same one.
+    """Create the directory where it is missing, and gather which ranks see the same one.
 
     Raises:
-        ConfigError: it is not this user's alone, or a rank lacks the package that the tier stands
-            on, or what copies are to travel by.
-        StageFailedError: it cannot be made, on some rank.
+        ConfigError: it is not this user's alone, or a rank lacks the tier's package or what the
+            transport for copies needs.
+        StageFailedError: it cannot be created, on some rank.
     """
     assert config.directory is not None
     directory = Path(config.directory).absolute()
 
-    def sit() -> Seat:
-        import_adapter()  # on a fresh store too, and not hours later at the first save
+    def find_seat() -> Seat:
+        import_adapter()  # fail here, even on a fresh store, not hours later at the first save
         device_of(config.replication.transport)
         make_durable_directory(filesystem, directory)
         check_owned(directory)
         found = directory.stat()
         return Seat(node_name(), (found.st_dev, found.st_ino))
 
-    return Topology(tuple(coordinator.all_gather("local seats", sit)))
+    return Topology(tuple(coordinator.all_gather("local seats", find_seat)))
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one rank foresees."""
+    """The estimate of one rank."""
 
     image_bytes: int
     """Of its shard."""
     uncounted: Sequence[str] = ()
-    """Optimizers of which nobody can say yet what they will keep."""
+    """Optimizers whose state size cannot be estimated yet."""
 
 
 def report_budget(
@@ -265,10 +266,10 @@ def report_budget(
     *,
     drains: bool,
 ) -> Budget:
-    """Return the budget of the fullest place, and tell it; every rank gives its own need.
+    """Return and log the budget of the fullest place; every rank passes its own need.
 
-    `run_id`: whose files make way; None: there are none. `drains`: commits are held while they are
-    promoted, for which there is one more turn.
+    `run_id`: the run whose files will be replaced; None: there are none. `drains`: commits are held
+    while they are promoted, for which there is one more file.
 
     Raises:
         ConfigError: on every rank: it does not fit somewhere, with the numbers of each such place.
@@ -276,15 +277,15 @@ def report_budget(
     assert config.directory is not None
     assert config.keep.last is not None
     directory = Path(config.directory).absolute()
-    turns = config.keep.last + 1 + drains
+    buffers = config.keep.last + 1 + drains
     needs = coordinator.all_gather("local needs", lambda: need)
     rank = coordinator.rank
     mates = topology.place_mates(rank)
     factor, jump = config.replication.factor, config.replication.jump
-    # With factor 1 copies are of small states alone: they weigh nothing here.
+    # With factor 1 only the small states are copied: negligible here.
     holders = assign_holders(topology.nodes, factor, jump) if factor > 1 else []
     if rank == 0:
-        useless = _find_useless_copies(config, topology, needs, holders, turns)
+        useless = _find_useless_copies(config, topology, needs, holders, buffers)
         if useless is not None:
             logger.warning("%s", useless)
 
@@ -302,7 +303,7 @@ def report_budget(
         ]
         in_memory = is_memory(directory)
         reused = [] if run_id is None else [directory / run_id]
-        found = find_budget(directory, sizes, held, turns, in_memory=in_memory, reused=reused)
+        found = find_budget(directory, sizes, held, buffers, in_memory=in_memory, reused=reused)
         if not in_memory:
             found = replace(found, arena_bytes=sum(sizes), memory=find_room())
         return replace(found, note=_note(topology, rank, needs))
@@ -320,9 +321,9 @@ def _find_useless_copies(
     topology: Topology,
     needs: Sequence[Need],
     holders: Sequence[Sequence[int]],
-    turns: int,
+    buffers: int,
 ) -> str | None:
-    """Say that copies protect nothing where all ranks fail together, and what they cost."""
+    """Return a warning, with the cost, if all ranks are on one node: copies then do not help."""
     factor, jump = config.replication.factor, config.replication.jump
     world_size = topology.world_size
     nodes = len(set(topology.nodes)) if jump is None else math.ceil(world_size / jump)
@@ -333,24 +334,24 @@ def _find_useless_copies(
             f"checkpoint.local.replication.factor is {factor}, but the job has one rank: no copy "
             "is made, and a lost node loses its local checkpoints."
         )
-    cost = turns * sum(
+    cost = buffers * sum(
         needs[owner].image_bytes * (len(ranks) - 1) for owner, ranks in enumerate(holders)
     )
     return (
         f"checkpoint.local.replication.factor is {factor}, but all {world_size} ranks are on one "
         f"node ({topology.seats[0].node}): its copies protect against nothing, since they are lost "
         f"together with what they copy, and take {describe_size(cost)} there "
-        f"({turns} files in turn).\n"
-        "Set local.replication.factor=1; or, where host names do not tell nodes apart, name them "
+        f"({buffers} files in rotation).\n"
+        "Set local.replication.factor=1; or, where host names do not identify nodes, name them "
         "with HOLDFAST_NODE or local.replication.jump."
     )
 
 
 def _fullest(budgets: Sequence[Budget | None]) -> Budget:
-    """Return the budget of the place with the least to spare.
+    """Return the budget of the fullest place.
 
     Raises:
-        ConfigError: somewhere it does not fit.
+        ConfigError: it does not fit at some place.
     """
     found = [each for each in budgets if each is not None]
     if problems := [each.problem for each in found if each.problem is not None]:
@@ -369,7 +370,7 @@ def _note(topology: Topology, rank: int, needs: Sequence[Need]) -> str:
 
 
 def _taken_bytes(directory: Path) -> int:
-    """Return what files under a directory take already: their room will be used again."""
+    """Return the space of the files under a directory, which will be reused."""
     total = 0
     for folder, _, names in os.walk(directory):
         for name in names:

@@ -1,10 +1,10 @@
-"""Shards written by N ranks, read by M: their indexes merged, and the blocks that lie elsewhere.
+"""Shards written by N ranks, read by M: merge their indexes and divide the remote blocks.
 
-Owns what the index of a shard file says, whether a set of shards covers the state, the merged view
-of them as the shard reader takes it, and who fetches which remote block. Promises that a state is
-called covered only if every name is there and every tensor is tiled exactly, that a file at this
-place is preferred to a peer's, that a remote block is fetched once for all ranks of a place, and
-that nothing is fetched that nobody reads.
+Owns reading the index of a shard file, the check that a set of shards covers the state, the merged
+view of them for the shard reader, and the division of remote blocks among the ranks that fetch
+them. Promises that a state counts as covered only if every name is present and every tensor is
+tiled exactly, that a file at this place is preferred to a peer's, that a remote block is fetched
+once for all ranks of a place, and that only blocks that some rank reads are fetched.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from holdfast.storage.posix import Filesystem, naming, read_into
 from holdfast.tiers.local.shard_file import ShardRecord
 
 Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Name, size of the whole, offsets, lengths."""
+"""Name, size of the whole tensor, offsets, lengths."""
 Block = tuple[int, int]
 """Owner of the shard, and number in its file."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What one shard file holds, verified."""
+    """The verified index of one shard file."""
 
     content: bytes
     offset: int
     """Of the index in the file."""
     digests: tuple[str, ...]
-    """Of the blocks of the body."""
+    """Of the body's blocks."""
 
     def entries(self, path: str) -> list[Entry]:
         """Return the items.
 
         Raises:
-            CorruptCheckpointError: it contradicts itself.
+            CorruptCheckpointError: it is inconsistent.
         """
         try:
             return parse_index(self.content, self.offset)
@@ -64,10 +64,10 @@ class Index:
 
 
 def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) -> Index:
-    """Read the index of a published shard, held against the digests of its blocks.
+    """Read the index of a published shard, verified against the digests of its blocks.
 
     Raises:
-        CorruptCheckpointError: it is damaged, or gone.
+        CorruptCheckpointError: it is damaged or missing.
         OSError: it cannot be read.
     """
     image = record.image_record(str(path))
@@ -97,7 +97,11 @@ def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) ->
 def read_shard_values(
     path: Path, record: ShardRecord, index: Index, filesystem: Filesystem
 ) -> dict[str, bytes]:
-    """Return what a shard holds that is no tensor, by name, verified; errors as its index."""
+    """Return the values of a shard that are not tensors, by name, verified.
+
+    Raises:
+        CorruptCheckpointError, OSError: as `read_shard_index`.
+    """
     entries = [each for each in index.entries(str(path)) if each.dtype is None]
     contents = [bytearray(each.length) for each in entries]
     parts = [
@@ -109,15 +113,15 @@ def read_shard_values(
 
 
 def outline(path: Path, record: ShardRecord, filesystem: Filesystem) -> list[Chunk]:
-    """Return the chunks in a published shard; errors as `read_shard_index`."""
+    """Return the chunks in a published shard; raises as `read_shard_index`."""
     entries = read_shard_index(path, record, filesystem).entries(str(path))
     return [(each.name, each.size, each.offsets, each.lengths) for each in entries]
 
 
 def find_gap(chunks: Sequence[Chunk], state_names: int | None) -> str | None:
-    """Say what a set of chunks lacks of the whole state; None: nothing.
+    """Return what a set of chunks lacks of the whole state; None: nothing.
 
-    `state_names`: how many names the whole state has. None: nobody knows, so nothing is certain.
+    `state_names`: how many names the whole state has. None: unknown, so coverage is not provable.
     """
     sizes: dict[str, tuple[int, ...]] = {}
     different: dict[tuple[str, tuple[int, ...], tuple[int, ...]], None] = {}
@@ -143,9 +147,9 @@ def find_gap(chunks: Sequence[Chunk], state_names: int | None) -> str | None:
 
 
 def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
-    """Return one view of many shard files, as torch's planner takes it: path and items of each.
+    """Return one view of many shard files, given as path and entries, for torch's planner.
 
-    Where several hold the same chunk, the first one is read.
+    Where several files hold the same chunk, the first one is read.
     """
     described: dict[str, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
@@ -176,33 +180,33 @@ def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """What a rank needs of a shard that does not lie at its place."""
+    """The blocks that a rank needs of a shard that is not at its place."""
 
     numbers: tuple[int, ...]
-    """Of blocks, in order."""
+    """Block numbers, in order."""
     by_file: bool = False
-    """Whether it must have them in a file."""
+    """Whether the rank must read them from a file."""
 
 
 def divide(
-    wishes: Sequence[Mapping[int, ReadRequest]], places: Sequence[int]
+    requests: Sequence[Mapping[int, ReadRequest]], places: Sequence[int]
 ) -> tuple[list[list[Block]], list[list[Block]]]:
-    """Divide blocks to fetch so that each place gets each block once.
+    """Divide blocks to fetch so that each place receives each block once.
 
-    `wishes`: by rank and owner. Return by rank the blocks that go straight to the one rank of a
-    place that wants them, and those that it fetches into a file for all of its place.
+    `requests`: by rank and owner. Return by rank the blocks sent straight to the only rank of a
+    place that needs them, and the blocks it fetches into a file for all ranks of its place.
     """
-    straight: list[list[Block]] = [[] for _ in wishes]
-    filed: list[list[Block]] = [[] for _ in wishes]
+    straight: list[list[Block]] = [[] for _ in requests]
+    filed: list[list[Block]] = [[] for _ in requests]
     for place in sorted(set(places)):
         ranks = [rank for rank, each in enumerate(places) if each == place]
         wanting: dict[Block, list[int]] = {}
         by_file: set[Block] = set()
         for rank in ranks:
-            for owner, wish in wishes[rank].items():
-                for number in wish.numbers:
+            for owner, request in requests[rank].items():
+                for number in request.numbers:
                     wanting.setdefault((owner, number), []).append(rank)
-                    if wish.by_file:
+                    if request.by_file:
                         by_file.add((owner, number))
         shared = []
         for block, those in sorted(wanting.items()):
@@ -210,7 +214,7 @@ def divide(
                 straight[those[0]].append(block)
             else:
                 shared.append(block)
-        # Runs, not every n-th: a rank reads and sends its part in file order.
+        # Contiguous runs, not every n-th block: blocks are then read and sent in file order.
         size = -(-len(shared) // len(ranks))
         for position, rank in enumerate(ranks):
             filed[rank] = shared[position * size : (position + 1) * size]

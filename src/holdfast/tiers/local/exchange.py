@@ -1,11 +1,11 @@
-"""Copies of shards travel between ranks: off the training thread, over a group of their own.
+"""Send copies of shards between ranks, off the training thread, over a separate process group.
 
-Owns the transport (a gloo group that nobody else uses, any backend beside it) and the strategy that
-nvidia-resiliency-ext asks for it. Promises that nothing is sent which all ranks have not agreed on
-before, that a rank whose own disk fails goes on receiving so that nobody waits for it, that every
-block a copy is made of matched its digest when the copy is whole, that a wait ends a little before
-the group's timeout, and that nothing arrives in anybody's memory once a transfer has ended, however
-it did. Refuses nothing: what failed is told to the caller, who agrees on it.
+Owns the transport (a gloo group used for nothing else, whatever backend training uses) and the
+replication strategy that nvidia-resiliency-ext calls. Promises that only transfers agreed on by all
+ranks are sent; that a rank whose own disk fails keeps receiving, so that no rank waits for it; that
+every block of a complete copy matched its digest; that a wait ends a little before the group's
+timeout; and that nothing is received into memory once a transfer has ended, failed or not. Refuses
+nothing: failures are reported to the caller, which agrees on them with the other ranks.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from torch import distributed
 from holdfast.read.requests import MOST_PIECES
 
 _WINDOW = 4
-"""Blocks of one stream under way at a time: one arrives while one is digested and written."""
+"""Blocks of one stream in flight: one is received while another is digested and written."""
 _PLACED_WINDOW = 8
-"""Likewise, where blocks arrive in memory that is there anyway: no gaps between them, then."""
+"""Likewise for blocks received in place, which need no buffers: keeps the link busy."""
 _CUTS_TAG = 1 << 16
-"""Added to a stream's tag where its receiver says how blocks are cut."""
+"""Added to a stream's tag for the message in which its receiver says how blocks are cut."""
 _TAKERS = 2
-"""Threads that digest and place what arrives: one alone is no faster than the network."""
+"""Threads that digest and place received blocks: one alone is no faster than the network."""
 _PATIENCE = 0.75
-"""Of the group's timeout: who waited in vain here must still be in time to say so elsewhere."""
+"""Fraction of the group's timeout: leaves a rank time to report a failed wait to the others."""
 _HEADER = struct.Struct("<QQQ")
-"""Of a stream: its bytes, those of them that block digests cover, and how many a message has."""
+"""Of a stream: its bytes, the bytes covered by block digests, and the bytes per message."""
 
 
 class Source(Protocol):
@@ -56,7 +56,7 @@ class Source(Protocol):
 
     @property
     def body_bytes(self) -> int:
-        """So many from the start are covered by block digests."""
+        """Bytes, from the start, that block digests cover."""
         ...
 
     @property
@@ -65,22 +65,22 @@ class Source(Protocol):
         ...
 
     def view(self, offset: int, length: int) -> memoryview | None:
-        """Return the bytes where they lie, if that is memory that can be sent from."""
+        """Return the bytes in place, if they are in memory that can be sent from."""
         ...
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill memory from an offset.
 
         Raises:
-            OSError, CheckpointError: they cannot be had.
+            OSError, CheckpointError: the bytes cannot be read.
         """
         ...
 
 
 class Sink(Protocol):
-    """Where received bytes go, block after block.
+    """Takes received bytes, block after block.
 
-    One whose `in_any_order` is true is given several blocks at a time, on several threads.
+    If `in_any_order` is true, blocks are passed concurrently, on several threads.
     """
 
     def begin(self, size_bytes: int, body_bytes: int) -> None: ...
@@ -89,7 +89,7 @@ class Sink(Protocol):
 
 
 class PlacedSink(Sink, Protocol):
-    """A sink that has memory for what arrives, block by block and piece by piece."""
+    """A sink that provides the memory that blocks are received into, piece by piece."""
 
     @property
     def cuts(self) -> Sequence[Sequence[int]]:
@@ -97,11 +97,11 @@ class PlacedSink(Sink, Protocol):
         ...
 
     def expect(self, number: int, spare: memoryview) -> Sequence[memoryview]:
-        """Return where the pieces of a block are to arrive; `spare` serves where nothing does."""
+        """Return the memory for each piece of a block; parts of `spare` for unneeded pieces."""
         ...
 
     def arrived(self, number: int) -> None:
-        """Take in what lies there now; called for several blocks at a time, on several threads."""
+        """Take a received block; called concurrently, on several threads."""
         ...
 
 
@@ -112,50 +112,50 @@ class Outgoing:
     receiver: int
     source: Source
     is_cut: bool = False
-    """Whether the receiver says in which pieces it takes each block."""
+    """Whether the receiver sends the pieces in which it takes each block."""
 
 
 @dataclass
 class Incoming:
-    """One stream from another rank, and what went wrong with it here."""
+    """One stream from another rank, and its first local error."""
 
     sender: int
     sink: Sink
     error: Exception | None = None
     placed: PlacedSink | None = None
-    """The sink, if the sender was told that blocks are cut; a transport may send them whole yet."""
+    """The sink, if the sender expects cuts; a transport may still send blocks whole."""
 
     def guard(self, step: Callable[[], None]) -> None:
-        """Note the first failure here, and go on taking what the other rank sends."""
+        """Record the first failure; the stream is still received to its end."""
         if self.error is None:
             try:
                 step()
-            except Exception as error:  # noqa: BLE001  # told to every rank after the exchange
+            except Exception as error:  # noqa: BLE001  # reported to every rank after the exchange
                 self.error = error
 
 
 class GroupBrokenError(Exception):
-    """The group cannot be used any more: a rank is gone, or did not answer in time."""
+    """The group is unusable: a rank is gone, or did not answer in time."""
 
 
 class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no types
-    """A gloo group for host memory, whatever the trainer uses.
+    """A gloo group for host memory, whatever backend training uses.
 
-    `isend_state_dict` and `irecv_state_dict` are overridden: the stock ones go through CUDA even on
-    gloo, pickle the state, and leave the sender's object hollow when the transfer fails.
+    `isend_state_dict` and `irecv_state_dict` are overridden: the stock ones use CUDA even on gloo,
+    pickle the state, and leave the sender's object hollow when the transfer fails.
     """
 
     def __init__(self, group: Any, timeout_seconds: float) -> None:
         super().__init__(group)
         self._wait = timedelta(seconds=timeout_seconds * _PATIENCE)
         self.is_broken = False
-        self.land: Callable[[], Any] | None = None
-        """Makes what `irecv_state_dict` fills: a sink that is a state dict."""
+        self.make_sink: Callable[[], Any] | None = None
+        """Makes the sink, passed off as a state dict, that `irecv_state_dict` fills."""
 
     def stream(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
-        """Carry out all transfers of this rank; every rank of the group calls it together.
+        """Carry out all transfers of this rank; a collective call over the group.
 
-        Errors of sources and sinks are noted in the transfers, and the transfer goes on.
+        Errors of sources and sinks are recorded in the transfers, which still run to their end.
 
         Raises:
             GroupBrokenError: a rank is gone or silent.
@@ -181,37 +181,38 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
             for coming, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True):
                 beside = several if getattr(coming.sink, "in_any_order", False) else one
                 lanes.append(_ReceiveLane(self, coming, tag, beside))
-            # In rounds, and everything of a round posted before any of it is waited for: whoever is
-            # furthest behind finds its counterparts posted, so that no ranks wait for one another
-            # in a circle, however streams cross.
+            # In rounds, posting all operations of a round before waiting for any of them: the rank
+            # furthest behind then finds its counterparts posted, so there is no circular wait
+            # between ranks, however streams cross.
             under_way = list(lanes)
             while under_way:
                 for lane in under_way:
                     lane.post()
                 under_way = [lane for lane in under_way if lane.finish()]
         except BaseException as error:
-            # Whoever handles the error keeps its traceback, and the calls that ended in it would
-            # keep what they had begun to receive.
+            # The error's handler keeps its traceback, whose frames would keep alive the buffers of
+            # receives that were posted.
             traceback.clear_frames(error.__traceback__)
-            # gloo closes all connections if a wait took too long; else peers are left half-way.
+            # gloo closes all connections if a wait times out; otherwise peers are mid-transfer.
             self.is_broken = True
             if not isinstance(error, RuntimeError):
                 raise
             reason = str(error).rpartition("] ")[2] or str(error)
             raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
         finally:
-            # If a rank is gone, connections to the others are open yet, and by the time these send
-            # the memory may hold what was loaded elsewhere. What nobody holds is received no more.
+            # If a rank is gone, connections to the others are still open, and by the time these
+            # send, the memory may hold state loaded from elsewhere. Dropping the last reference to
+            # a posted receive ends it.
             for lane in lanes:
                 lane.abandon()
 
     def renew(self, group: Any) -> None:
-        """Go on over another group: this one is broken."""
+        """Replace the broken group."""
         self._group = group
         self.is_broken = False
 
     def share(self, content: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """Return what every rank of the group gave; `sizes` were agreed on before.
+        """All-gather the content of every rank of the group; `sizes` were agreed on before.
 
         Raises:
             GroupBrokenError: as `stream`.
@@ -231,34 +232,34 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
         return shared
 
     def isend_state_dict(self, state_dict: Any, dst: int) -> dict[str, float]:
-        """Send a shard as it is, from wherever it lies."""
+        """Send a shard as it is, from memory or a file."""
         self.stream([Outgoing(dst, state_dict)], [])
         return {"data_sent": state_dict.size_bytes}
 
     def irecv_state_dict(self, src: int) -> tuple[Any, dict[str, float]]:
         """Receive a shard into a file."""
-        assert self.land is not None
-        sink = self.land()
+        assert self.make_sink is not None
+        sink = self.make_sink()
         transfer = Incoming(src, sink)
         self.stream([], [transfer])
         sink.error = transfer.error
         return sink, {"data_recv": sink.size_bytes}
 
     def post_send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-        """Begin to send."""
+        """Post a send."""
         return distributed.isend(tensor, self.get_global_rank(rank), group=self.group, tag=tag)
 
     def post_receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-        """Begin to receive."""
+        """Post a receive."""
         return distributed.irecv(tensor, self.get_global_rank(rank), group=self.group, tag=tag)
 
     def wait(self, work: Any) -> None:
-        """Wait for what was begun."""
+        """Wait for a posted operation."""
         work.wait(self._wait)
 
 
 def _tags(peers: Iterable[int]) -> list[int]:
-    """Tell the streams to, or from, one rank apart; both sides list them in one order."""
+    """Number the streams to, or from, one rank; both sides list them in the same order."""
     counts: Counter[int] = Counter()
     tags = []
     for peer in peers:
@@ -268,7 +269,7 @@ def _tags(peers: Iterable[int]) -> list[int]:
 
 
 class _Buffers:
-    """The window of one lane: as many buffers as operations under way."""
+    """The buffers of one lane, one for each operation in flight."""
 
     def __init__(self, size_bytes: int, count: int) -> None:
         self._size_bytes, self._count = size_bytes, count
@@ -282,19 +283,19 @@ class _Buffers:
 
 
 class _Lane:
-    """One stream, an operation after the other: its header, how blocks are cut, and the blocks."""
+    """One stream as a sequence of operations: its header, how blocks are cut, and the blocks."""
 
     def __init__(self, group: OwnGroup) -> None:
         self._group = group
         self._under_way: deque[tuple[list[Any], Callable[[], None] | None]] = deque()
-        """What each operation waits for, oldest first, and what is done then."""
+        """For each operation, oldest first: what to wait for, and what to call then."""
         self._size, self._step = 0, 1
-        """Of the stream, 0 until blocks may be posted, and of a block."""
+        """Bytes of the stream, 0 until blocks may be posted, and of a block."""
         self._window = _WINDOW
         self._posted = 0
 
     def post(self) -> None:
-        """Begin as many operations as the window takes."""
+        """Post as many operations as the window allows."""
         while len(self._under_way) < self._window and self._has_more:
             offset = self._posted * self._step
             works, then = self._begin(self._posted, min(self._step, self._size - offset))
@@ -302,7 +303,7 @@ class _Lane:
             self._posted += 1
 
     def finish(self) -> bool:
-        """Wait for the oldest operation; False: it was the last of the stream."""
+        """Wait for the oldest operation; return whether the stream has more."""
         works, then = self._under_way.popleft()
         for each in works:
             self._group.wait(each)
@@ -311,7 +312,7 @@ class _Lane:
         return bool(self._under_way) or self._has_more
 
     def abandon(self) -> None:
-        """Let go of what was begun: nothing is sent from memory, or received into it, any more."""
+        """Drop posted operations: memory is no longer sent from or received into."""
         self._under_way.clear()
 
     @property
@@ -341,8 +342,8 @@ class _SendLane(_Lane):
         else:
             self._window = _PLACED_WINDOW
             self._cuts = _no_cuts(-(-size_bytes // self._step))
-            told = torch.from_numpy(self._cuts).view(torch.uint8)
-            work = group.post_receive(told, self._receiver, _CUTS_TAG + tag)
+            message = torch.from_numpy(self._cuts).view(torch.uint8)
+            work = group.post_receive(message, self._receiver, _CUTS_TAG + tag)
             self._under_way.append(([work], may_post))
         self._buffers = _Buffers(min(self._step, size_bytes), self._window)
 
@@ -354,14 +355,14 @@ class _SendLane(_Lane):
         return [self._group.post_send(each, self._receiver, self._tag) for each in pieces], None
 
     def _fill(self, number: int, length: int) -> torch.Tensor:
-        """Return a block: where it lies, if that is memory, or in a buffer."""
+        """Return a block: in place, if it is in memory, or copied into a buffer."""
         offset = number * self._step
         if (in_place := self._source.view(offset, length)) is not None:
             return torch.frombuffer(in_place, dtype=torch.uint8)
         tensor = self._buffers.at(number, length)
         try:
             self._source.read_into(offset, bytes_of(tensor))
-        except Exception:  # noqa: BLE001  # the receiver finds the digest wrong, and says so
+        except Exception:  # noqa: BLE001  # the receiver reports the digest mismatch
             tensor.zero_()
         return tensor
 
@@ -373,9 +374,9 @@ class _ReceiveLane(_Lane):
         super().__init__(group)
         self._transfer, self._tag = transfer, tag
         self._beside = beside
-        """Where blocks are digested and written while the next ones arrive."""
+        """Digests and writes blocks while the next ones are received."""
         self._busy: dict[int, Future[None]] = {}
-        """By place in the window: what must end before its buffer is filled again."""
+        """By slot of the window: what must end before its buffer is filled again."""
         self._header = bytearray(_HEADER.size)
         tensor = torch.frombuffer(self._header, dtype=torch.uint8)
         work = group.post_receive(tensor, transfer.sender, tag)
@@ -387,16 +388,16 @@ class _ReceiveLane(_Lane):
             table = _no_cuts(len(cuts))
             for row, lengths in zip(table, cuts, strict=True):
                 row[: len(lengths)] = lengths
-            told = torch.from_numpy(table).view(torch.uint8)
-            work = group.post_send(told, transfer.sender, _CUTS_TAG + tag)
+            message = torch.from_numpy(table).view(torch.uint8)
+            work = group.post_send(message, transfer.sender, _CUTS_TAG + tag)
             self._under_way.append(([work], None))
 
     def finish(self) -> bool:
-        goes_on = super().finish()
-        if not goes_on:
+        has_more = super().finish()
+        if not has_more:
             for each in self._busy.values():
                 each.result()
-        return goes_on
+        return has_more
 
     def _read_header(self) -> None:
         size_bytes, body_bytes, self._step = _HEADER.unpack(self._header)
@@ -423,7 +424,7 @@ class _ReceiveLane(_Lane):
         lengths = placed.cuts[number]
         found: list[memoryview] = []
         self._transfer.guard(lambda: found.extend(placed.expect(number, bytes_of(buffer))))
-        if not found:  # what comes is taken none the less, and forgotten
+        if not found:  # the sink failed: still receive the block, and discard it
             return _split(buffer, lengths)
         return [torch.frombuffer(each, dtype=torch.uint8) for each in found]
 
@@ -432,29 +433,29 @@ class _ReceiveLane(_Lane):
 
 
 def _no_cuts(blocks: int) -> Any:
-    """Return a table for the pieces of so many blocks, with room for as many as there may be."""
+    """Return an empty table of piece lengths, `MOST_PIECES` for each block."""
     return np.zeros((blocks, MOST_PIECES), dtype=np.uint32)
 
 
 def _split(block: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """Return views of consecutive bytes; there may be more of them behind."""
+    """Return views of consecutive pieces of a block, which may be longer than all of them."""
     ends = list(itertools.accumulate(lengths))
     return [block[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of bytes that lie on the host."""
+    """Return the memory of a uint8 tensor on the host."""
     array: Any = tensor.numpy()
     return memoryview(array)
 
 
 class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ships no types
-    """Who holds whose copies, and how they get there.
+    """Which rank holds whose copies, and how copies are sent.
 
     `replicate` is overridden: the stock one sends every tensor while training waits, rewrites the
-    caller's object, and has only as many cliques as divide the world. `retrieve_plan` likewise: the
-    stock one knows a clique alone, asks it in a collective that others may never reach, and raises
-    on some ranks only.
+    caller's object, and needs a clique size that divides the world. `retrieve_plan` likewise: the
+    stock one considers a single clique, queries it in a collective that other ranks may never
+    reach, and raises on some ranks only.
     """
 
     def __init__(
@@ -464,23 +465,23 @@ class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ship
         self.holders = list(holders)
         """By owner: the ranks that hold its shard, the owner first."""
         self.sends_images = sends_images
-        """Whether holders get the whole shard; else the small states alone."""
+        """Whether holders receive the whole shard; otherwise the small states alone."""
 
     @property
     def sends_anything(self) -> bool:
-        """Whether any rank holds anything of another one."""
+        """Whether any rank holds a copy for another one."""
         return any(len(each) > 1 for each in self.holders)
 
     def replicate(self, local_ckpt: Any, id_: Any) -> tuple[list[Any], list[Any]]:
-        """Return the own shard at once; `exchange` sends it, later and elsewhere."""
+        """Return the own shard at once; `exchange` sends it later, on another thread."""
         return [local_ckpt], [id_]
 
     def exchange(
         self, source: Source | None, rank: int, sinks: dict[int, Sink]
     ) -> dict[int, Exception]:
-        """Send this rank's shard to its holders and receive theirs, by owner; return what failed.
+        """Send this rank's shard to its holders, receive others' copies; return errors by owner.
 
-        Every rank calls it together, on whatever thread writes.
+        A collective call, on the thread that writes.
 
         Raises:
             GroupBrokenError: a rank is gone or silent.
@@ -493,16 +494,16 @@ class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ship
         return {each.sender: each.error for each in incoming if each.error is not None}
 
     def owners_held_by(self, rank: int) -> list[int]:
-        """Return whose copies a rank holds beside its own shard."""
+        """Return the owners of the copies that a rank holds."""
         return [
             owner for owner, ranks in enumerate(self.holders) if rank in ranks and owner != rank
         ]
 
     def retrieve_plan(self, globally_available_ids: Any, wanted: Sequence[Any]) -> ExchangePlan:
-        """Return who sends what to whom: the same on every rank, from what all ranks know.
+        """Return who sends what to whom, computed alike on every rank from shared knowledge.
 
         `globally_available_ids`: by rank, the ids it can send; `wanted`: pairs of rank and id. An
-        id that nobody has is left out: what that means is decided where the wish came from.
+        id without a sender is left out; the caller decides what that means.
         """
         plan = ExchangePlan(group=self.local_group)
         loads = [0] * len(globally_available_ids)

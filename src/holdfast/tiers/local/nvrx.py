@@ -1,10 +1,10 @@
 """The adapter to nvidia-resiliency-ext: its local checkpoint manager and its view of a shard.
 
 Owns the order of a local save across ranks once shards are sealed (exchange, publish, prune), the
-agreement on what can be loaded, and fetching a lost shard from a peer. Each override names the
-defect of the stock body that it covers. Promises that ranks agree through the coordinator before
-and after every exchange, that a failed save leaves what was published before it, and that the stock
-names stay. `ShardState` is one uint8 tensor over the image and never holds live objects: the
+agreement on the commit to load, and fetching a lost shard from a peer. Each override names the
+defect of the stock method that it covers. Promises that ranks agree through the coordinator before
+and after every exchange, that a failed save leaves earlier published files intact, and that the
+stock names stay. `ShardState` is one uint8 tensor over the image and never holds live objects: the
 package's own class takes a live optimizer apart, demands tensors on a GPU, and sends strided ones
 wrongly. Importing this module imports the package, which not every platform has.
 """
@@ -41,21 +41,21 @@ from holdfast.tiers.local.transport import DeviceGroup
 
 
 class ShardState(TensorAwareStateDict):  # type: ignore[misc]  # the package ships no types
-    """The image of one shard, its tail, and where it lies until it is published."""
+    """The image of one shard, its trailer, and its path until it is published."""
 
     def __init__(
-        self, image: memoryview, tail: Trailer, pending: Path, file: PooledFile | None
+        self, image: memoryview, trailer: Trailer, pending: Path, file: PooledFile | None
     ) -> None:
-        self.tail = tail
+        self.trailer = trailer
         self.image = image
         self.pending = pending
-        """Where it lies, sealed, until it is published."""
+        """Its path, sealed, until it is published."""
         self.file = file
-        """The same, where files take turns."""
+        """The pooled file at that path, for a save in RAM; otherwise None."""
         self._image: torch.Tensor | None = torch.frombuffer(image, dtype=torch.uint8)
 
     def pop_tensors(self) -> list[torch.Tensor]:
-        """Return the image; the state is hollow until it is given one back."""
+        """Return the image and leave the state hollow, until `insert_tensors`."""
         (tensor,) = self.tensors
         self._image = None
         return [tensor]
@@ -76,21 +76,21 @@ class ShardState(TensorAwareStateDict):  # type: ignore[misc]  # the package shi
         (self._image,) = tensor_data
 
     def init_tensors(self) -> None:
-        """Make room for an image."""
-        self._image = torch.empty(self.tail.record.image_bytes, dtype=torch.uint8, device="cpu")
+        """Allocate memory for an image."""
+        self._image = torch.empty(self.trailer.record.image_bytes, dtype=torch.uint8, device="cpu")
 
     def copy_tensors_to_cpu(self, non_blocking: bool = False) -> None:
-        """The image lies in host memory: there is nothing to copy, and nothing to wait for."""
+        """No-op: the image is in host memory already."""
 
     def restore_tensor_device(self, non_blocking: bool = True) -> None:
-        """Where tensors belong is the business of whoever reads them from the image."""
+        """No-op: the reader of the image places tensors on their devices."""
 
 
 logger = logging.getLogger(__name__)
 
 
 class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package ships no types
-    """The shard files of one rank, and what all ranks do about theirs."""
+    """The shard files of one rank, and the collective steps over those of all ranks."""
 
     def __init__(
         self,
@@ -103,37 +103,37 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         in_memory: bool,
     ) -> None:
         super().__init__(run.root.parent, session_id=run.run_id, repl_strategy=strategy)
-        self._rank = rank  # the stock property asks torch.distributed, which one process needs not
+        self._rank = rank  # the stock property needs torch.distributed, a single process does not
         self.run = run
         self.topology = topology
         self.in_memory = in_memory
         self.coordinator: Coordinator = SingleProcess()
-        """The channel of the thread that calls; set by whoever calls."""
+        """The coordinator of the calling thread; set by the caller."""
         self.kept: list[Commit] = []
-        """What retention leaves, newest first."""
+        """The commits that retention keeps, newest first."""
         self._keep_last = keep_last
         held = len(strategy.owners_held_by(rank)) if strategy is not None else 0
-        self.shelf = ShardDirectory(
-            run, rank, topology, turns=keep_last + 1, copies=held, in_memory=in_memory
+        self.shards = ShardDirectory(
+            run, rank, topology, buffers=keep_last + 1, copies=held, in_memory=in_memory
         )
-        self.recovery = Recovery(self.shelf, strategy)
+        self.recovery = Recovery(self.shards, strategy)
         self._received: dict[int, tuple[ReceivedShard, Trailer | None]] = {}
-        """Copies of the save under way, by owner."""
+        """Copies received in the current save, by owner."""
 
     # -- save ------------------------------------------------------------------------------------
 
     def save(
         self, state_dict: ShardState, iteration: int, is_async: bool = False
     ) -> AsyncRequest | None:
-        """Exchange, publish and prune, together with every other rank, on whatever thread writes.
+        """Exchange, publish and prune; a collective call, on the thread that writes.
 
-        Overridden: the stock body refuses an iteration that is not the newest, replicates while
-        training waits, meets the others on the trainer's group, in which a rank that failed leaves
-        them waiting, and asks CUDA to synchronise.
+        Overridden: the stock method refuses an iteration that is not the newest, replicates while
+        training waits, runs collectives on the trainer's group, in which a failed rank leaves the
+        others waiting, and synchronises CUDA.
         """
-        # By name: the defaults of this tuple differ between versions of the package.
+        # Keyword arguments: this tuple's defaults differ between versions of the package.
         request = AsyncRequest(
-            async_fn=self._save_together,
+            async_fn=self._save_collectively,
             async_fn_args=(state_dict, iteration),
             finalize_fns=[],
             async_fn_kwargs={},
@@ -143,12 +143,12 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         request.async_fn(*request.async_fn_args)
         return None
 
-    def _save_together(self, state: ShardState, iteration: int) -> None:
+    def _save_collectively(self, state: ShardState, iteration: int) -> None:
         strategy, coordinator = self.repl_strategy, self.coordinator
-        commit = state.tail.record.commit
+        commit = state.trailer.record.commit
         try:
             if strategy is not None and strategy.sends_anything:
-                # All ranks have sealed their shards, as the caller agreed: nobody stays away.
+                # The caller agreed that all ranks have sealed their shards, so all take part.
                 coordinator.all_reduce(
                     "local exchange", lambda: self._exchange(strategy, state), _nothing
                 )
@@ -156,20 +156,20 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         except BaseException:
             self._cleanup_failed_save(iteration)
             raise
-        self.shelf.settle()
-        # An older commit of the same iteration has served: it stood until this one was agreed on.
+        self.shards.settle()
+        # An older commit of the same iteration was kept until this one was agreed on.
         others = [each for each in self.kept if each[2] != iteration]
         self.kept = [commit, *others][: self._keep_last]
         self._cleanup(iteration)
 
     def _exchange(self, strategy: ShardReplication, state: ShardState) -> None:
-        tail = state.tail
-        record = tail.record
+        trailer = state.trailer
+        record = trailer.record
         if strategy.sends_images:
-            source = MemoryShard(state.image, record.body_bytes, tail.to_bytes())
+            source = MemoryShard(state.image, record.body_bytes, trailer.to_bytes())
         else:
-            source = MemoryShard(memoryview(b""), 0, tail.without_image().to_bytes())
-        sinks = {owner: self.shelf.sink() for owner in strategy.owners_held_by(self.rank)}
+            source = MemoryShard(memoryview(b""), 0, trailer.without_image().to_bytes())
+        sinks = {owner: self.shards.sink() for owner in strategy.owners_held_by(self.rank)}
         self._received = {owner: (sink, None) for owner, sink in sinks.items()}
         failed = strategy.exchange(source, self.rank, dict(sinks))
         for owner, sink in sinks.items():
@@ -178,47 +178,47 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
             self._received[owner] = (sink, sealed)
 
     def _publish_all(self, state: ShardState) -> None:
-        self._save(state, self._ckpt_id(state.tail.record.iteration))
-        for sink, tail in self._received.values():
-            assert tail is not None
-            self.shelf.publish_received(sink, tail)
+        self._save(state, self._ckpt_id(state.trailer.record.iteration))
+        for sink, trailer in self._received.values():
+            assert trailer is not None
+            self.shards.publish_received(sink, trailer)
         self._received = {}
-        self.shelf.sync_names()
+        self.shards.sync_names()
 
     def _save(self, state_dict: ShardState, ckpt_id: CkptId) -> None:
         """Publish a sealed shard.
 
-        Overridden: the stock body pickles, has no digest, never syncs, and fails for ever at the
-        leftover of a killed save.
+        Overridden: the stock method pickles, has no digest, never syncs, and fails permanently on
+        the leftover of a killed save.
         """
-        self.shelf.publish(state_dict.pending, state_dict.tail.record, state_dict.file)
+        self.shards.publish(state_dict.pending, state_dict.trailer.record, state_dict.file)
 
     def _cleanup(self, iteration: int) -> None:
-        """Remove every published file that is not of a kept commit.
+        """Remove every published file that does not belong to a kept commit.
 
-        Overridden: the stock body keeps one iteration, lets stale newer ones live, and loses the
-        only good one to a save that not all ranks finished.
+        Overridden: the stock method keeps one iteration, leaves stale newer ones, and removes the
+        only good one after a save that not all ranks finished.
         """
         try:
-            self.shelf.prune(self.kept)
-        except OSError as error:  # the commit stands on every rank, whatever becomes of older ones
-            logger.warning("pruning stopped, the next save goes on with it: %s", error)
+            self.shards.prune(self.kept)
+        except OSError as error:  # the new commit is complete even if older ones are not removed
+            logger.warning("pruning stopped, the next save continues it: %s", error)
 
     def _cleanup_failed_save(self, iteration: int) -> None:
-        """Take back what a failed save has done here, and no more.
+        """Undo what a failed save has done here, and nothing else.
 
-        Overridden: the stock body removes whatever has the iteration's name, an older sound save of
-        the same iteration among it.
+        Overridden: the stock method removes every file named for the iteration, including an older
+        sound save of it.
         """
         for sink, _ in self._received.values():
-            self.shelf.drop_received(sink)
+            self.shards.drop_received(sink)
         self._received = {}
-        self.shelf.take_back()
+        self.shards.take_back()
 
     # -- load ------------------------------------------------------------------------------------
 
     def vote(self, objection: Objection) -> Verdict:
-        """Agree with all ranks on the newest commit that can be loaded, and on what is kept."""
+        """Agree with all ranks on the newest loadable commit, and on the commits to keep."""
         verdict = self.recovery.vote(objection, self.coordinator)
         candidate = verdict.candidate
         self.latest_iteration = -1 if candidate is None else candidate.record.iteration
@@ -227,10 +227,10 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         return verdict
 
     def _my_ckpt_ids(self) -> list[CkptId]:
-        """Return the shards in this rank's share whose tails are sound.
+        """Return the shards in this rank's share whose trailers are sound.
 
-        Overridden: the stock body goes by names alone, and looks into one directory, so that ranks
-        which were numbered anew find nothing.
+        Overridden: the stock method goes by names alone and lists one directory, so that ranks with
+        new numbers find nothing.
         """
         records = [each.record for each in self.recovery.inventory().found]
         return [
@@ -240,23 +240,23 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         ]
 
     def find_latest(self) -> int:
-        """Return the iteration that `vote` settles on; -1: none.
+        """Return the iteration that all ranks agree on; -1: none.
 
-        Overridden: the stock body believes names, meets the others on the trainer's group, and
-        takes 2 of 4 shards for a checkpoint of 2 ranks.
+        Overridden: the stock method trusts names, runs collectives on the trainer's group, and
+        mistakes 2 of 4 shards for a checkpoint of 2 ranks.
         """
         self.vote(lambda record: None)
         return int(self.latest_iteration)
 
     def load(self) -> tuple[ShardState, CkptId]:
-        """Return this rank's own shard of the agreed commit, brought home where it was missing.
+        """Return this rank's own shard of the agreed commit, restored from a peer if missing.
 
-        Overridden: the stock body raises on some ranks only, never asks for the replica of a
-        damaged file, and does not write again what it has recovered.
+        Overridden: the stock method raises on some ranks only, never requests the replica of a
+        damaged file, and does not write recovered shards to disk.
 
         Raises:
             CheckpointingException: nothing was agreed on, or another number of ranks wrote it.
-            CorruptCheckpointError: on every rank; vote again.
+            CorruptCheckpointError: on every rank; call `vote` again.
         """
         verdict = self.recovery.verdict
         candidate = verdict.candidate if verdict is not None else None
@@ -267,16 +267,16 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         return self._load(ckpt_id), ckpt_id
 
     def _load(self, ckpt_id: CkptId) -> ShardState:
-        """Return a shard that lies here, all of it verified.
+        """Return a shard from this rank's directory, fully verified.
 
-        Overridden: the stock body runs code from the file, and returns flipped bits as they are.
+        Overridden: the stock method runs code from the file, and does not detect flipped bits.
         """
         iteration, owner, _ = ckpt_id
         path = f"{self.rank}/{shard_name(iteration, owner)}"
         full = self.run.root / path
         try:
-            tail = self.run.read_trailer(path)
-            record = tail.record
+            trailer = self.run.read_trailer(path)
+            record = trailer.record
             image = memoryview(bytearray(record.image_bytes))
             parts = [Part(0, image[: record.body_bytes])]
             read_verified(self.run.filesystem, full, record.image_record(path), parts)
@@ -284,11 +284,11 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
                 read_into(stream, record.body_bytes, [image[record.body_bytes :]])
         except (CorruptCheckpointError, OSError) as error:
             raise CheckpointingException(str(error)) from error
-        return ShardState(image, tail, full, None)
+        return ShardState(image, trailer, full, None)
 
     def close(self) -> None:
-        """Let go of every file; what is published stays."""
-        self.shelf.close()
+        """Close every file; published files stay."""
+        self.shards.close()
 
 
 def make_strategy(
@@ -299,9 +299,9 @@ def make_strategy(
     sends_images: bool,
     device: torch.device | None = None,
 ) -> ShardReplication:
-    """Return the strategy of a job over a process group of its own.
+    """Return the replication strategy of a job, over a separate process group.
 
-    `device`: what copies travel through. None: they travel out of host memory.
+    `device`: the device that copies are sent through. None: they are sent from host memory.
     """
     own = (
         OwnGroup(group, timeout_seconds)

@@ -1,11 +1,11 @@
-"""Blocks of shards that lie at no file of this place, borrowed from peers for one load.
+"""Fetch blocks of a lost shard from the ranks that hold a copy, for one load.
 
-Owns what a rank reads of each shard and from where, and the exchange that brings remote blocks into
-live tensors; what several ranks of a place want goes through a file beside their own, sparse and
-gone when the load is over. Promises that each place fetches a block once, that every block which is
-put in place matched its digest when the exchange ends, or the load is told so, that a block which
-does not is told as damage of its provider's file, and that every rank takes part or none. Chooses
-no commit and opens none.
+Owns what a rank reads of each shard and from where, and the exchange that receives remote blocks
+into live tensors; blocks that several ranks of a place need go through a sparse file beside their
+own, removed after the load. Promises that each place fetches a block once, that when the exchange
+ends every block put in place matched its digest or the load fails, that a mismatch is reported as
+damage of the provider's file, and that either every rank takes part or none does. Neither chooses
+nor opens a commit.
 """
 
 from __future__ import annotations
@@ -48,68 +48,71 @@ class Shard:
 
     owner: int
     path: str
-    """Relative to the run's directory: of the file itself, or of what is borrowed of it."""
+    """Relative to the run's directory: the file itself, or the file for its fetched blocks."""
     index: Index
     body_bytes: int
     provider: int | None
-    """Who sends its blocks; None: it lies here."""
+    """The rank that sends its blocks; None: the file is at this place."""
 
     @property
     def record(self) -> FileRecord:
-        """The digests its blocks are held against."""
+        """The digests its blocks are checked against."""
         return FileRecord(self.path, self.body_bytes, "", self.index.digests)
 
 
 @dataclass(frozen=True)
 class MergedShards(ShardReader):
-    """Reads tensors and values out of several shards; damage is noted on its way out."""
+    """Read tensors and values from several shards; note damage before the error propagates."""
 
-    loan: PeerFetch
+    fetch: PeerFetch
 
     @classmethod
     def of(
-        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], loan: PeerFetch
+        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], fetch: PeerFetch
     ) -> Self:
-        """Return the merged view of shards, of which some may be borrowed."""
+        """Return the merged view of shards, some of which may be fetched from peers."""
         metadata = merge(
             [(each.path, each.index.entries(str(root / each.path))) for each in shards]
         )
-        loan.shards = shards
-        return cls(root, filesystem, metadata, {each.path: each.record for each in shards}, loan)
+        fetch.shards = shards
+        return cls(root, filesystem, metadata, {each.path: each.record for each in shards}, fetch)
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
-        """As its base; what lies elsewhere was told."""
-        told = {
+        """As its base; values of remote shards were sent by their providers."""
+        received = {
             name: content
             for name in names
-            if (content := self.loan.values.get((self._path_of(name), name))) is not None
+            if (content := self.fetch.values.get((self._path_of(name), name))) is not None
         }
         with self._noting():
-            return {**super().read_contents([each for each in names if each not in told]), **told}
+            return {
+                **super().read_contents([each for each in names if each not in received]),
+                **received,
+            }
 
     def _path_of(self, name: str) -> str:
         path: str = self.place_of_value(name).relative_path
         return path
 
     def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors from files and from peers; together with every other rank, after `bring`."""
+        """Fill tensors from files and from peers; a collective call, after `bring`."""
         with self._noting():
-            self.loan.fill(self, targets)
+            self.fetch.fill(self, targets)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
         try:
             yield
         except CorruptCheckpointError as error:
-            with suppress(ValueError):  # a path of another kind: of a tensor's name, say
+            with suppress(ValueError):  # not a path under the root: a tensor's name, for instance
                 path = str(Path(error.path).relative_to(self.path))
-                self.loan.manager.recovery.note_damage(path)
+                self.fetch.manager.recovery.note_damage(path)
             raise
 
     def widen(self, shards: Sequence[Shard]) -> None:
-        """Read from these shards from now on."""
-        wider = self.of(self.path, self.filesystem, shards, self.loan)
-        # In place: whoever holds this reader goes on with it.
+        """Switch this reader to these shards."""
+        wider = self.of(self.path, self.filesystem, shards, self.fetch)
+        # In place: callers keep using this reader object.
         self.metadata.state_dict_metadata = wider.metadata.state_dict_metadata
         self.metadata.planner_data = wider.metadata.planner_data
         self.metadata.storage_data = wider.metadata.storage_data
@@ -119,27 +122,27 @@ class MergedShards(ShardReader):
 
 @dataclass
 class PeerFetch:
-    """What is borrowed for one load, and what this rank lends."""
+    """What this rank receives from peers for one load, and what it sends them."""
 
     manager: ShardManager
     commit: Commit
     shards: Sequence[Shard] = ()
-    """What this rank reads from."""
-    lent: Mapping[int, str] = field(default_factory=dict)
-    """By owner whose blocks this rank sends: the path of its file."""
+    """The shards this rank reads from."""
+    served: Mapping[int, str] = field(default_factory=dict)
+    """The shards whose blocks this rank sends, by owner: the path of the file."""
     sizes: Mapping[int, int] = field(default_factory=dict)
-    """By owner whose blocks are sent by anybody: the bytes of the body."""
+    """The shards whose blocks any rank sends, by owner: the bytes of the body."""
     provided: Mapping[int, str] = field(default_factory=dict)
-    """By owner: the path of the file at its provider."""
+    """By owner: the path of the provider's file."""
     values: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
-    """By path and name: the values in shards that lie elsewhere, as their providers told them."""
+    """By path and name: the values in remote shards, as their providers sent them."""
     is_empty: bool = True
-    """Whether no rank reads anything from afar, as all know."""
+    """Whether no rank reads anything from a peer; the same on every rank."""
     widen: Callable[[MergedShards], None] | None = None
-    """Finds out, together with every other rank, what all other shards hold."""
+    """Collective: exchange the indexes of all shards and extend the reader."""
     _plan: Mapping[str, Wanted] | None = None
     _straight: Sequence[Sequence[Block]] = ()
-    """By rank: the blocks that go from their provider into its tensors."""
+    """By rank: the blocks that are received straight into its tensors."""
     _has_files: bool = False
 
     # -- agree -----------------------------------------------------------------------------------
@@ -150,26 +153,26 @@ class PeerFetch:
         find_targets: Callable[[], Mapping[str, torch.Tensor]],
         coordinator: Coordinator,
     ) -> None:
-        """Agree on who sends what to whom; fetch into files what several ranks of a place want."""
+        """Agree on who sends what to whom; fetch blocks that several ranks of a place need."""
 
-        def wish() -> dict[int, ReadRequest] | None:
+        def find_requests() -> dict[int, ReadRequest] | None:
             try:
                 self._plan = reader.plan(find_targets())
             except CorruptCheckpointError:
                 if self.widen is None:
                     raise
-                return None  # what is known so far of shards does not cover what is live here
-            return self._wishes()
+                return None  # the shards known so far do not cover this rank's state
+            return self._requests()
 
-        wishes = self._agree(wish, coordinator)
-        if wishes is None:
+        requests = self._agree(find_requests, coordinator)
+        if requests is None:
             assert self.widen is not None
             self.widen(reader)
             self.widen = None
-            wishes = self._agree(wish, coordinator)
-        assert wishes is not None
+            requests = self._agree(find_requests, coordinator)
+        assert requests is not None
         places = self.manager.topology.places
-        self._straight, filed = divide(wishes, places)
+        self._straight, filed = divide(requests, places)
         if any(filed):
             self._has_files = True
             problems = coordinator.all_reduce(
@@ -180,38 +183,38 @@ class PeerFetch:
             self._raise(problems)
 
     def _agree(
-        self, wish: Callable[[], dict[int, ReadRequest] | None], coordinator: Coordinator
+        self, find_requests: Callable[[], dict[int, ReadRequest] | None], coordinator: Coordinator
     ) -> Sequence[Mapping[int, ReadRequest]] | None:
-        """Return the wishes of all ranks; None: some rank does not know enough."""
-        if self.is_empty:  # what each rank is told does not grow with their number
+        """Return the read requests of all ranks; None: some rank needs more indexes to plan."""
+        if self.is_empty:  # a reduction: its result does not grow with the number of ranks
             is_covered = coordinator.all_reduce(
-                "local wishes", wish, lambda found: None not in found
+                "local wishes", find_requests, lambda found: None not in found
             )
             return [{} for _ in self.manager.topology.seats] if is_covered else None
-        wishes = coordinator.all_gather("local wishes", wish)
-        known = [each for each in wishes if each is not None]
-        return known if len(known) == len(wishes) else None
+        requests = coordinator.all_gather("local wishes", find_requests)
+        known = [each for each in requests if each is not None]
+        return known if len(known) == len(requests) else None
 
-    def _wishes(self) -> dict[int, ReadRequest]:
-        """Return the blocks that this rank needs from afar, by owner."""
+    def _requests(self) -> dict[int, ReadRequest]:
+        """Return the blocks that this rank needs from peers, by owner."""
         assert self._plan is not None
         by_path = {each.path: each for each in self.shards if each.provider is not None}
         is_unusual = self.commit in self.manager.recovery.unusual
-        wishes = {}
+        requests = {}
         for path, wanted in self._plan.items():
             if (shard := by_path.get(path)) is None:
                 continue
             by_file = is_unusual or bool(wanted.foreign)
             numbers = blocks_of(wanted.containers if by_file else wanted.ranges)
-            wishes[shard.owner] = ReadRequest(tuple(sorted(numbers)), by_file)
-        return wishes
+            requests[shard.owner] = ReadRequest(tuple(sorted(numbers)), by_file)
+        return requests
 
-    # -- carry out -------------------------------------------------------------------------------
+    # -- transfer --------------------------------------------------------------------------------
 
     def fill(self, reader: MergedShards, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill what was planned: from files on a thread, and meanwhile from peers.
+        """Fill what was planned: from files on a thread, and at the same time from peers.
 
-        Without a plan, since nobody has agreed on any: all of it from files.
+        Without an agreed plan everything is read from files.
 
         Raises:
             CorruptCheckpointError: a block did not match; it was not put in place.
@@ -232,7 +235,7 @@ class PeerFetch:
         else:
             with ThreadPoolExecutor(1, thread_name_prefix="holdfast-reader") as beside:
                 reading = beside.submit(reader.read, rest)
-                # Whatever happens to the files here: other ranks wait for this one's blocks.
+                # Exchange even if reading files fails: other ranks wait for this one's blocks.
                 problems = self._exchange(self._straight, intakes)
                 reading.result()
             self._raise(problems)
@@ -261,11 +264,11 @@ class PeerFetch:
         shares: Sequence[Sequence[Block]],
         intakes: Mapping[str, Intake] | None = None,
     ) -> list[str]:
-        """Send and receive blocks, into tensors or, without any, files; return what is damaged."""
+        """Send and receive blocks, into `intakes` or, where None, files; return the damage."""
         manager = self.manager
         own_rank, root = manager.rank, self._root
         outgoing, incoming = [], []
-        # Everybody computes everybody's streams from the same shares, so both ends agree.
+        # Every rank computes all streams from the same shares, so both ends agree.
         wanted: dict[int, list[tuple[Shard, int]]] = {}
         shards = {each.owner: each for each in self.shards}
         for owner, number in shares[own_rank]:
@@ -282,9 +285,9 @@ class PeerFetch:
         ]
         with ExitStack() as opened:
             for receiver, share in enumerate(shares):
-                blocks = [each for each in share if each[0] in self.lent]
+                blocks = [each for each in share if each[0] in self.served]
                 if blocks and receiver != own_rank:
-                    mine = [(root / self.lent[owner], number) for owner, number in blocks]
+                    mine = [(root / self.served[owner], number) for owner, number in blocks]
                     sizes = [_block_size(self.sizes[owner], number) for owner, number in blocks]
                     source = _BlockSource(
                         manager.run.filesystem, mine, sizes, in_memory=manager.in_memory
@@ -308,7 +311,7 @@ class PeerFetch:
     # -- afterwards ------------------------------------------------------------------------------
 
     def sources(self, taken: Mapping[str, int]) -> tuple[ShardSource, ...]:
-        """Return where tensors came from; `taken`: by path, what was read of it."""
+        """Return where tensors came from; `taken`: by path, the bytes read of it."""
         manager, found = self.manager, []
         for shard in self.shards:
             size_bytes = taken.get(shard.path, 0)
@@ -316,7 +319,7 @@ class PeerFetch:
                 continue
             path, rank = shard.path, shard.provider
             if rank is None:
-                rank = manager.shelf.lister(int(path.partition("/")[0]))
+                rank = manager.shards.lister(int(path.partition("/")[0]))
             else:
                 path = self.provided[shard.owner]
             node = manager.topology.seats[rank].node
@@ -325,7 +328,7 @@ class PeerFetch:
         return tuple(found)
 
     def return_all(self) -> None:
-        """Remove what was borrowed by file, if this rank leads its place."""
+        """Remove the files of fetched blocks, if this is the first rank of its place."""
         mates = self.manager.topology.place_mates(self.manager.rank)
         if self.manager.rank != mates[0] or not self._has_files:
             return
@@ -336,10 +339,11 @@ class PeerFetch:
 
 
 class _BlockSource:
-    """Blocks of several files, one a message; the last of a file is filled up.
+    """Blocks of several files, one per message; the last block of a file is padded.
 
-    Files in RAM are sent from where they lie, and mapped a little ahead on a thread: that is where
-    the time goes. On a disk a block that cannot be read must be an error, and not a signal.
+    Files in RAM are sent from their mapping, whose pages a thread populates a little ahead, since
+    that takes most of the time. Files on a disk are not mapped: a block that cannot be read must be
+    an error, not a signal.
     """
 
     def __init__(
@@ -360,10 +364,10 @@ class _BlockSource:
         self._is_over = False
         self._ahead: threading.Thread | None = None
         if in_memory:
-            with suppress(OSError, ValueError):  # gone, or empty: told by whoever reads it
+            with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
                 for path in {path for path, _ in blocks}:
                     descriptor = self._stream(path).fileno()
-                    # Private, since torch wants memory that may be written; nobody does.
+                    # Private: torch requires writable memory, though nothing writes to it.
                     self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
                 self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
                 self._ahead.start()
@@ -400,12 +404,12 @@ class _BlockSource:
             length = min(BLOCK_BYTES, len(mapped) - start)
             if self._is_over or length <= 0:
                 return
-            with suppress(OSError):  # an older kernel maps them when they are sent
+            with suppress(OSError):  # an older kernel maps pages when they are sent
                 mapped.madvise(_POPULATE_READ, start, length)
 
 
 class _BlockSink(Sink):
-    """Takes blocks that match their digests."""
+    """Check received blocks against their digests; take those that match."""
 
     in_any_order = False
 
@@ -437,11 +441,11 @@ class _BlockSink(Sink):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close files."""
 
 
 class _TensorSink(_BlockSink):
-    """Puts blocks where they belong, or has them arrive there."""
+    """Put blocks into tensors, or receive them in place."""
 
     in_any_order = True
 
@@ -472,7 +476,7 @@ class _TensorSink(_BlockSink):
 
 
 class _FileSink(_BlockSink):
-    """Writes blocks to where they are borrowed."""
+    """Write blocks to the place's file of fetched blocks."""
 
     def __init__(self, root: Path, blocks: Sequence[tuple[Shard, int]]) -> None:
         super().__init__(blocks)
@@ -484,7 +488,7 @@ class _FileSink(_BlockSink):
         with naming(path):
             descriptor = self._descriptors.get(shard.path)
             if descriptor is None:
-                # Others at this place write other blocks of the same file.
+                # Other ranks of this place write other blocks of the same file.
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 descriptor = self._descriptors[shard.path] = os.open(path, flags, 0o600)
             if os.pwrite(descriptor, content, number * BLOCK_BYTES) < len(content):
@@ -496,7 +500,7 @@ class _FileSink(_BlockSink):
 
 
 def _take_filed(path: Path, shard: Shard, intake: Intake) -> None:
-    """Take in what came by a file, for several ranks of this place."""
+    """Read the blocks that this place fetched into a file for several of its ranks."""
     numbers = sorted(intake.blocks)
     if not numbers:
         return

@@ -1,10 +1,10 @@
-"""Files that take turns: what is kept of the last saves, and the one that the next save fills.
+"""A pool of memory-mapped buffers, reused in rotation: the last saves, and the next one.
 
-Owns the files of one rank in a directory that lies in RAM, where a snapshot's memory is the file
-itself. Promises that every byte of a file has been allocated before anybody writes to it, so that a
-full directory is an error and never a signal; that a file is out of every reader's sight before it
-is filled again; and that no more than `limit` of them exist, or one more while it is read. A save
-that finds none free waits for whoever holds one, and says so. Knows no format.
+Owns the files of one rank in a directory in RAM, where a snapshot's memory is the file itself.
+Promises that every byte of a file is allocated before it is written, so that a full directory is an
+error and never a signal; that a file is renamed out of every reader's sight before it is filled
+again; and that at most `limit` of them exist, or one more while it is read. A save that finds none
+free waits for a reader to release one, and logs that. Knows no format.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class Laid(Protocol):
-    """What somebody has laid out in the memory of a file."""
+    """What a user of a file has laid out in its memory."""
 
     def release(self) -> None: ...
 
 
 class PooledFile:
-    """One file, open; if it is to be an arena, mapped, with all of its bytes allocated."""
+    """One open file; if it serves as an arena, mapped and fully allocated."""
 
     def __init__(
         self,
@@ -45,26 +45,26 @@ class PooledFile:
         mapped: bool,
         in_memory: bool,
     ) -> None:
-        """Create it, and allocate what is mapped: all else is told by the write that has no room.
+        """Create it, and allocate a mapped file; for any other, a write reports a full directory.
 
-        `in_memory`: whether the directory lies in RAM, as one must where files are mapped; what
-        huge pages there are for the file are its own at once.
+        `in_memory`: whether the directory is in RAM, as it must be where files are mapped; the file
+        then gets the huge pages that the kernel grants it here.
 
         Raises:
-            OSError: there is no room.
+            OSError: there is not enough space.
         """
         self.path = path
         self.size_bytes = size_bytes
-        """Of the image; a tail may follow."""
+        """Of the image; a trailer may follow."""
         self.content: Laid | None = None
-        """What its user has laid out in its memory, to be found again at the next turn."""
+        """What its user has laid out in its memory, for reuse by the next save in this file."""
         self.holders = 0
         self.is_retired = False
-        """Free as soon as its last holder lets go."""
+        """Free as soon as its last reader releases it."""
         self._filesystem = filesystem
         with naming(path), filesystem.open_new(path) as stream:
             self._descriptor = os.dup(stream.fileno())
-        # Also where nobody closes it: a manager has no end of its own.
+        # A finalizer, since a manager need not be closed.
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._memory: memoryview | None = None
         try:
@@ -90,7 +90,7 @@ class PooledFile:
 
     @property
     def is_there(self) -> bool:
-        """Whether its name still leads to it: a directory may have been wiped meanwhile."""
+        """Whether its name still refers to it: the directory may have been wiped meanwhile."""
         try:
             found = self.path.lstat()
         except OSError:
@@ -101,7 +101,7 @@ class PooledFile:
         """Write all of it.
 
         Raises:
-            OSError: there is no room, say.
+            OSError: there is not enough space, for instance.
         """
         rest = memoryview(content)
         try:
@@ -114,7 +114,7 @@ class PooledFile:
             ) from error
 
     def cut(self, size_bytes: int) -> None:
-        """End the file here.
+        """Truncate the file to this size.
 
         Raises:
             OSError: it cannot be changed.
@@ -123,21 +123,21 @@ class PooledFile:
             os.ftruncate(self._descriptor, size_bytes)
 
     def sync(self) -> None:
-        """Make the bytes durable; for a file in RAM there is nothing to do.
+        """Make the bytes durable; no effect for a file in RAM.
 
         Raises:
-            OSError: they are not.
+            OSError: the sync failed.
         """
         with naming(self.path):
             os.fsync(self._descriptor)
 
     def rename(self, path: Path) -> None:
-        """Give it another name, over an existing file."""
+        """Rename it, replacing an existing file."""
         self._filesystem.rename(self.path, path)
         self.path = path
 
     def close(self) -> None:
-        """Let go of it; whoever still views its memory keeps that alive."""
+        """Close it; a remaining view of its memory keeps the mapping alive."""
         self._close()
         self._memory = None
         if self.content is not None:
@@ -145,7 +145,7 @@ class PooledFile:
             self.content = None
 
     def remove(self) -> None:
-        """Remove it and let go of it."""
+        """Remove and close it."""
         with suppress(FileNotFoundError):
             self._filesystem.remove_file(self.path)
         self.close()
@@ -164,9 +164,9 @@ class BufferPool:
         mapped: bool,
         in_memory: bool,
     ) -> None:
-        """`limit`: of files in all; None: no limit. `spares`: of files kept for another turn.
+        """`limit`: the most files; None: no limit. `spares`: the most free files kept for reuse.
 
-        `mapped`, `in_memory`: of each file.
+        `mapped`, `in_memory`: as for each `PooledFile`.
         """
         self._directory = directory
         self._limit = limit
@@ -179,19 +179,19 @@ class BufferPool:
         self._changed = threading.Condition()
 
     def take(self, size_bytes: int, timeout_seconds: float) -> PooledFile:
-        """Return a file of this size that nobody reads, under a pending name.
+        """Return a file of this size that has no reader, under a pending name.
 
         Raises:
-            NoFileFreeError: all of them are held, and stayed so.
-            OSError: there is no room for another one.
+            NoFileFreeError: readers held all of them until the timeout.
+            OSError: there is no space for another one.
         """
         with self._changed:
-            if not self._has_turn():
+            if not self._has_free_file():
                 logger.warning(
-                    "%s: the save waits: a reader holds the file whose turn it is",
+                    "%s: the save waits: a reader holds the file to be reused next",
                     self._directory,
                 )
-                if not self._changed.wait_for(self._has_turn, timeout_seconds):
+                if not self._changed.wait_for(self._has_free_file, timeout_seconds):
                     raise NoFileFreeError(
                         f"{self._directory}: no file became free within {timeout_seconds:g} s; "
                         f"all {self._limit} are held by a reader."
@@ -201,20 +201,20 @@ class BufferPool:
             return file
 
     @property
-    def has_turn(self) -> bool:
+    def has_free_file(self) -> bool:
         """Whether a file can be taken at once."""
         with self._changed:
-            return self._has_turn()
+            return self._has_free_file()
 
-    def _has_turn(self) -> bool:
+    def _has_free_file(self) -> bool:
         return bool(self._free) or self._may_create()
 
     def _may_create(self) -> bool:
         return self._limit is None or self._count() < self._limit
 
     def _count(self) -> int:
-        """Return how many files exist, but one that only its reader still needs: a drain takes
-        longer than a save, and should not keep the next one waiting.
+        """Return how many files exist, not counting one retired file that is still being read:
+        a drain takes longer than a save and should not delay the next one.
         """
         count = len(self._free) + len(self._published) + len(self._taken)
         return count - any(each.is_retired for each in self._published.values())
@@ -225,10 +225,10 @@ class BufferPool:
             file.close()
         for file in self._free:
             if file.size_bytes == size_bytes:
-                file.cut(size_bytes)  # its tail, without which it is no shard
+                file.cut(size_bytes)  # removes the trailer: without it the file is no shard
                 self._free.remove(file)
                 return file
-        while self._free:  # of another size: their room is needed
+        while self._free:  # of another size: their space is needed
             self._free[-1].remove()
             self._free.pop()
         return self._create(size_bytes)
@@ -241,43 +241,43 @@ class BufferPool:
         )
 
     def top_up(self, size_bytes: int) -> None:
-        """Allocate now what the next save would have to.
+        """Allocate the next save's file now, if none is free.
 
         Raises:
-            OSError: there is no room; the files that are there stand.
+            OSError: there is not enough space; existing files are kept.
         """
         with self._changed:
             if not self._free and self._may_create():
                 self._free.append(self._create(size_bytes))
 
     def published_as(self, file: PooledFile, path: Path) -> None:
-        """Note that a taken file has got its name."""
+        """Record that a taken file was published under this name."""
         with self._changed:
             self._taken.discard(file)
             file.path = path
             self._published[path] = file
 
     def renamed(self, path: Path, target: Path) -> None:
-        """Note that a published file has got another name that counts."""
+        """Record that a published file was renamed and still counts."""
         with self._changed:
             if (file := self._published.pop(path, None)) is not None:
                 file.path = target
                 self._published[target] = file
 
     def has(self, path: Path) -> bool:
-        """Whether this is a file that was published here, by this process."""
+        """Whether this file was published here by this process."""
         with self._changed:
             return path in self._published
 
     def give_back(self, file: PooledFile) -> None:
-        """Return a taken file whose content is of no use."""
+        """Return a taken file whose content is not needed."""
         with self._changed:
             if file in self._taken:
                 self._taken.discard(file)
                 self._keep_or_remove(file)
 
     def retire(self, path: Path) -> None:
-        """Take a published file out of sight: free for another turn, or removed if not one of ours.
+        """Unpublish a file: free it for reuse, or remove it if this process did not write it.
 
         Raises:
             OSError: it cannot be renamed or removed.
@@ -295,7 +295,7 @@ class BufferPool:
     def _put_away(self, file: PooledFile) -> None:
         self._published.pop(file.path, None)
         file.is_retired = False
-        if not file.is_there:  # somebody has removed it
+        if not file.is_there:  # removed by another process
             file.close()
             return
         file.rename(self._directory / pending_name("spare"))
@@ -310,7 +310,7 @@ class BufferPool:
 
     @contextmanager
     def keep(self, path: Path) -> Iterator[None]:
-        """Keep the bytes of a published file as they are meanwhile; nothing of that can fail."""
+        """Protect a published file from reuse inside this context; this cannot fail."""
         with self._changed:
             file = self._published.get(path)
             if file is not None:
@@ -324,12 +324,12 @@ class BufferPool:
                     if file.is_retired and not file.holders:
                         try:
                             self._put_away(file)
-                        except OSError as error:  # the next pruning finds it by its name
+                        except OSError as error:  # the next prune finds it by its name
                             logger.warning("%s is left behind: %s", path, error)
 
     @contextmanager
     def hold(self, path: Path) -> Iterator[BinaryIO]:
-        """Open a published file and keep its bytes as they are while somebody reads it.
+        """Open a published file and protect it from reuse while it is read.
 
         Raises:
             OSError: it cannot be opened.
@@ -338,7 +338,7 @@ class BufferPool:
             yield stream
 
     def close(self) -> None:
-        """Remove what is free, and let go of the rest."""
+        """Remove free and taken files, and close the published ones."""
         with self._changed:
             for file in (*self._free, *self._taken):
                 file.remove()

@@ -1,10 +1,10 @@
-"""A local commit, opened: one view of shards that lie here, at peers, or partly at both.
+"""Open a local commit: one view of shards that are here, at peers, or partly at both.
 
-Owns the steps between a commit that was voted for and tensors that can be read: which files are
-read from where, and who tells whom what lies elsewhere. Promises that a job which finds on each
-node what it had there when it saved communicates no index at all, that else only shards that are
-missing somewhere are told of while they suffice, that what is damaged is noted, so that the next
-vote takes it for missing, and that every exchange is agreed before and after.
+Owns the steps between an agreed commit and readable tensors: which files are read from where, and
+which ranks describe remote shards to the others. Promises that a job whose nodes still hold what
+they held at the save communicates no index at all; that otherwise only shards missing from some
+node are described, as long as these suffice; that damage is noted, so that the next availability
+check counts the file as missing; and that ranks agree before and after every exchange.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from holdfast.tiers.opening import Contents
 
 _COUNT = struct.Struct("<Q")
 _SMALL = ("rank_state", "shared_state", "train_state")
-"""Of a tail: what a load needs of it."""
+"""The parts of a trailer that a load needs."""
 
 
 @dataclass(frozen=True)
 class LocalContents(Contents):
-    """What a local commit holds, as a checkpoint of the persistent tier would show it."""
+    """The contents of a local commit, with the interface of a persistent checkpoint's."""
 
     rank_states: Mapping[int, bytes]
-    """Of the ranks that saved: all of them, or this one's alone where it needs no other."""
-    loan: PeerFetch
+    """By saving rank: all of them, or this rank's alone where it needs no other."""
+    fetch: PeerFetch
 
     def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
         """Return the small state of one of the saving ranks.
 
         Raises:
-            CorruptCheckpointError: it was not told that another rank's would be asked for.
+            CorruptCheckpointError: the commit was opened without the states of other ranks.
         """
         if rank not in self.rank_states:
             raise CorruptCheckpointError(str(self.checkpoint.path), f"no state of rank {rank} here")
@@ -58,26 +58,26 @@ class LocalContents(Contents):
     def bring(
         self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
     ) -> None:
-        """Agree on the blocks that `read_tensors` gets from peers; every rank calls it together.
+        """Agree on the blocks that `read_tensors` gets from peers; a collective call.
 
         Raises:
-            CorruptCheckpointError: on every rank: a copy was damaged, vote again.
+            CorruptCheckpointError: on every rank: a copy was damaged; find a commit again.
             StageFailedError: they could not be written, or a rank is gone.
         """
         assert isinstance(self.reader, MergedShards)
-        self.loan.bring(self.reader, find_targets, coordinator)
+        self.fetch.bring(self.reader, find_targets, coordinator)
 
     def sources(self) -> tuple[ShardSource, ...]:
         """As its base."""
-        return self.loan.sources(self.reader.taken)
+        return self.fetch.sources(self.reader.taken)
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a rank was told of a shard that another one has."""
+class _Description:
+    """What the rank that holds a shard sent about it."""
 
     index: Index | None
-    """None: its tensors are nowhere."""
+    """None: no copy of its tensors is left."""
     body_bytes: int
     small: Mapping[str, bytes]
     values: Mapping[str, bytes]
@@ -85,32 +85,32 @@ class _Told:
 
 @dataclass
 class Opening:
-    """What one rank knows while a commit is opened."""
+    """The state of one rank while a commit is opened."""
 
     manager: ShardManager
     candidate: Candidate
     coordinator: Coordinator
 
     def run(self, suffices: Callable[[bytes], bool] | None) -> LocalContents:
-        """Open it together with every other rank; see `LocalTier.open`."""
+        """Open it, a collective call; see `LocalTier.open`."""
         self._here = self._find_here()
         self._providers = _choose_providers(self.candidate)
-        homes = self._homes()
-        if homes is not None:
+        node_shards = self._node_shards()
+        if node_shards is not None:
             held = self._held_by_place()
-            away = {
+            remote = {
                 owner
-                for place, owners in zip(self.manager.topology.places, homes, strict=True)
+                for place, owners in zip(self.manager.topology.places, node_shards, strict=True)
                 for owner in owners - held[place]
             }
-            if away <= self._providers.keys():
-                home = sorted(homes[self.manager.rank])
-                if (contents := self._open_home(home, away, suffices)) is not None:
+            if remote <= self._providers.keys():
+                own = sorted(node_shards[self.manager.rank])
+                if (contents := self._open_own_node(own, remote, suffices)) is not None:
                     return contents
         return self._open_anywhere()
 
     def _find_here(self) -> dict[int, str]:
-        """Return by owner the file of each shard at this place, this rank's directory first."""
+        """Return by owner the file of each shard at this place, preferring the own directory."""
         places, rank = self.manager.topology.places, self.manager.rank
         found = {}
         for owner, copies in enumerate(self.candidate.copies):
@@ -131,10 +131,10 @@ class Opening:
                     held[places[each.rank]].add(owner)
         return held
 
-    def _homes(self) -> list[set[int]] | None:
-        """Return by rank the shards that its node had when it saved; None: other ranks saved.
+    def _node_shards(self) -> list[set[int]] | None:
+        """Return by rank the shards its node held at the save; None: another world size saved.
 
-        Among them each node holds all that its ranks had, where they still are as they were.
+        Where ranks are placed as they were, each node still holds all that its ranks saved.
         """
         record = self.candidate.record
         if record.world_size != self.manager.topology.world_size:
@@ -144,56 +144,56 @@ class Opening:
             mates.setdefault(node, set()).add(owner)
         return [mates[node] for node in record.nodes]
 
-    def _open_home(
+    def _open_own_node(
         self,
-        home: Sequence[int],
-        away: Collection[int],
+        own: Sequence[int],
+        remote: Collection[int],
         suffices: Callable[[bytes], bool] | None,
     ) -> LocalContents | None:
-        """Open the shards that this rank's node had; None, on every rank: that is not enough.
+        """Open the shards that this rank's node held; None, on every rank: not sufficient.
 
-        `away`: those of any rank that its place has lost, which are told of by who has a copy.
+        `remote`: shards lost at the place of some rank, described by the rank that has a copy.
         """
         opened: list[LocalContents] = []
         rank, record = self.manager.rank, self.candidate.record
         shards: dict[int, Shard] = {}
 
         def read() -> None:
-            for owner in home:
+            for owner in own:
                 if owner in self._here:
                     shards[owner] = self._shard(owner, self._here[owner])
 
-        def join(told: Mapping[int, _Told]) -> bool:
+        def join(described: Mapping[int, _Description]) -> bool:
             if rank in self._here:
                 small: Mapping[str, bytes] = self._trailer_of(self._here[rank]).parts
             else:
-                small = told[rank].small
-            loan = self._loan(told, is_empty=not away)
-            loan.widen = self._widen
-            for owner in home:
+                small = described[rank].small
+            fetch = self._make_fetch(described, is_empty=not remote)
+            fetch.widen = self._widen
+            for owner in own:
                 if owner not in shards:
-                    shards[owner] = self._borrowed(owner, told[owner])
-            reader = self._reader([shards[each] for each in home], loan)
+                    shards[owner] = self._remote_shard(owner, described[owner])
+            reader = self._reader([shards[each] for each in own], fetch)
             if len(reader.metadata.state_dict_metadata) != record.state_names or not (
                 suffices is None or suffices(small["rank_state"])
             ):
                 return False
             states = {rank: small["rank_state"]}
-            opened.append(self._contents(reader, small, states, loan))
+            opened.append(self._contents(reader, small, states, fetch))
             return True
 
         def read_and_join() -> bool:
             read()
             return join({})
 
-        if not away:
+        if not remote:
             is_enough = self.coordinator.all_reduce("local index", read_and_join, all)
         else:
             descriptions: list[bytes] = []
 
             def read_and_describe() -> int:
                 read()
-                descriptions.append(self._describe(away))
+                descriptions.append(self._describe(remote))
                 return len(descriptions[0])
 
             sizes = self.coordinator.all_gather("local index", read_and_describe)
@@ -204,7 +204,7 @@ class Opening:
 
     @contextmanager
     def _noting(self, path: str) -> Iterator[None]:
-        """Remember that a file is damaged if it turns out to be."""
+        """Note the file as damaged if reading it fails."""
         try:
             yield
         except (CorruptCheckpointError, OSError) as error:
@@ -220,46 +220,46 @@ class Opening:
                 raise CorruptCheckpointError(path, "is missing") from error
 
     def _shard(self, owner: int, path: str) -> Shard:
-        tail = self._trailer_of(path)
+        trailer = self._trailer_of(path)
         run = self.manager.run
         with self._noting(path):
-            index = read_shard_index(run.root / path, tail.record, run.filesystem)
-        return Shard(owner, path, index, tail.record.body_bytes, None)
+            index = read_shard_index(run.root / path, trailer.record, run.filesystem)
+        return Shard(owner, path, index, trailer.record.body_bytes, None)
 
-    def _borrowed(self, owner: int, told: _Told) -> Shard:
-        assert told.index is not None
+    def _remote_shard(self, owner: int, described: _Description) -> Shard:
+        assert described.index is not None
         leader = self.manager.topology.place_mates(self.manager.rank)[0]
         mark = zlib.crc32(repr(self.candidate.commit).encode())
         path = f"{leader}/borrowed_{owner}{PENDING_MARK}{mark:08x}"
-        return Shard(owner, path, told.index, told.body_bytes, self._providers[owner][0])
+        return Shard(owner, path, described.index, described.body_bytes, self._providers[owner][0])
 
     def _open_anywhere(self) -> LocalContents:
-        """Let each shard's provider tell everybody what is in it, and what lies nowhere here."""
-        told = self._tell_all()
+        """Open with the index of every shard, sent to all ranks by the shard's provider."""
+        described = self._describe_all()
         opened: list[LocalContents] = []
 
         def read() -> None:
-            states = {owner: each.small["rank_state"] for owner, each in told.items()}
-            loan = self._loan(told, is_empty=len(self.manager.topology.seats) == 1)
-            reader = self._reader(self._shards_of(told), loan)
-            first = told[min(told)].small
-            opened.append(self._contents(reader, first, states, loan))
+            states = {owner: each.small["rank_state"] for owner, each in described.items()}
+            fetch = self._make_fetch(described, is_empty=len(self.manager.topology.seats) == 1)
+            reader = self._reader(self._shards_of(described), fetch)
+            first = described[min(described)].small
+            opened.append(self._contents(reader, first, states, fetch))
 
         self.coordinator.all_reduce("local values", read, lambda _: None)
         return opened[0]
 
     def _widen(self, reader: MergedShards) -> None:
-        """Let a reader of home shards read all there are."""
-        told = self._tell_all()
-        wider = self._loan(told, is_empty=len(self.manager.topology.seats) == 1)
-        loan = reader.loan
-        loan.lent, loan.sizes, loan.provided = wider.lent, wider.sizes, wider.provided
-        loan.is_empty = wider.is_empty
+        """Extend a reader of the own node's shards to all shards."""
+        described = self._describe_all()
+        wider = self._make_fetch(described, is_empty=len(self.manager.topology.seats) == 1)
+        fetch = reader.fetch
+        fetch.served, fetch.sizes, fetch.provided = wider.served, wider.sizes, wider.provided
+        fetch.is_empty = wider.is_empty
         self.coordinator.all_reduce(
-            "local widen", lambda: reader.widen(self._shards_of(told)), lambda _: None
+            "local widen", lambda: reader.widen(self._shards_of(described)), lambda _: None
         )
 
-    def _tell_all(self) -> dict[int, _Told]:
+    def _describe_all(self) -> dict[int, _Description]:
         owners = range(len(self.candidate.copies))
         descriptions: list[bytes] = []
 
@@ -268,7 +268,7 @@ class Opening:
             return len(descriptions[0])
 
         sizes = self.coordinator.all_gather("local describe", describe)
-        shared: list[dict[int, _Told]] = []
+        shared: list[dict[int, _Description]] = []
         self.coordinator.all_reduce(
             "local share",
             lambda: shared.append(self._share(descriptions[0], sizes)),
@@ -276,15 +276,15 @@ class Opening:
         )
         return shared[0]
 
-    def _shards_of(self, told: Mapping[int, _Told]) -> list[Shard]:
-        """Return what this rank reads of each shard: what lies here, its own directory first."""
+    def _shards_of(self, described: Mapping[int, _Description]) -> list[Shard]:
+        """Return each shard as this rank reads it: own directory, this place, then peers."""
         shards = []
-        for owner, each in told.items():
+        for owner, each in described.items():
             if each.index is None:
                 continue
             here = self._here.get(owner)
             if here is None:
-                shards.append(self._borrowed(owner, each))
+                shards.append(self._remote_shard(owner, each))
             else:
                 shards.append(Shard(owner, here, each.index, each.body_bytes, None))
         own = f"{self.manager.rank}/"
@@ -293,17 +293,17 @@ class Opening:
         )
         return shards
 
-    def _loan(self, told: Mapping[int, _Told], *, is_empty: bool) -> PeerFetch:
+    def _make_fetch(self, described: Mapping[int, _Description], *, is_empty: bool) -> PeerFetch:
         providers, rank = self._providers, self.manager.rank
         return PeerFetch(
             self.manager,
             self.candidate.commit,
-            lent={owner: path for owner, (each, path) in providers.items() if each == rank},
-            sizes={owner: each.body_bytes for owner, each in told.items()},
+            served={owner: path for owner, (each, path) in providers.items() if each == rank},
+            sizes={owner: each.body_bytes for owner, each in described.items()},
             provided={owner: path for owner, (_, path) in providers.items()},
             values={
-                (self._borrowed(owner, each).path, name): content
-                for owner, each in told.items()
+                (self._remote_shard(owner, each).path, name): content
+                for owner, each in described.items()
                 if each.index is not None and owner not in self._here
                 for name, content in each.values.items()
             },
@@ -311,7 +311,7 @@ class Opening:
         )
 
     def _describe(self, owners: Collection[int]) -> bytes:
-        """Return what this rank has to tell of these shards: index, values and small states."""
+        """Return what this rank provides of these shards: index, values and small states."""
         described: list[bytes] = []
         run = self.manager.run
         for owner, copies in enumerate(self.candidate.copies):
@@ -320,27 +320,29 @@ class Opening:
             rank, path = self._providers.get(owner, (copies[0].rank, copies[0].path))
             if rank != self.manager.rank:
                 continue
-            tail = self._trailer_of(path)
-            head = {"owner": owner, "body_bytes": tail.record.body_bytes, "offset": None}
+            trailer = self._trailer_of(path)
+            head = {"owner": owner, "body_bytes": trailer.record.body_bytes, "offset": None}
             content, digests, values = b"", b"", b""
             if owner in self._providers:
                 index = self._shard(owner, path).index
                 head["offset"] = index.offset
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
                 with self._noting(path):
-                    found = read_shard_values(run.root / path, tail.record, index, run.filesystem)
+                    found = read_shard_values(
+                        run.root / path, trailer.record, index, run.filesystem
+                    )
                 pairs = [(name.encode(), value) for name, value in found.items()]
                 values = _pack([frame for pair in pairs for frame in pair])
-            small = [tail.parts[each] for each in _SMALL]
+            small = [trailer.parts[each] for each in _SMALL]
             described.append(_pack([json.dumps(head).encode(), content, digests, values, *small]))
         return zlib.compress(_pack(described), 1)
 
-    def _share(self, content: bytes, sizes: Sequence[int]) -> dict[int, _Told]:
-        """Return by owner what all ranks had to tell."""
+    def _share(self, content: bytes, sizes: Sequence[int]) -> dict[int, _Description]:
+        """Exchange the descriptions of all ranks; return them by owner."""
         contents = [content]
         if len(sizes) > 1:
             contents = self.manager.repl_strategy.local_group.share(content, sizes)
-        told = {}
+        described = {}
         for each in contents:
             for packed in _unpack(zlib.decompress(each)):
                 head, index, digests, values, *small = _unpack(packed)
@@ -355,19 +357,19 @@ class Opening:
                     for name, value in zip(frames[::2], frames[1::2], strict=True)
                 }
                 parts = dict(zip(_SMALL, small, strict=True))
-                told[facts["owner"]] = _Told(found, facts["body_bytes"], parts, named)
-        return dict(sorted(told.items()))
+                described[facts["owner"]] = _Description(found, facts["body_bytes"], parts, named)
+        return dict(sorted(described.items()))
 
-    def _reader(self, shards: Sequence[Shard], loan: PeerFetch) -> MergedShards:
+    def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
         run = self.manager.run
-        return MergedShards.of(run.root, run.filesystem, shards, loan)
+        return MergedShards.of(run.root, run.filesystem, shards, fetch)
 
     def _contents(
         self,
         reader: MergedShards,
         parts: Mapping[str, bytes],
         states: Mapping[int, bytes],
-        loan: PeerFetch,
+        fetch: PeerFetch,
     ) -> LocalContents:
         record = self.candidate.record
         where = str(self.manager.run.root)
@@ -393,12 +395,12 @@ class Opening:
         checkpoint = Checkpoint(self.manager.run.root, manifest)
         values = reader.read_values()
         return LocalContents(
-            checkpoint, reader, values, counters, parts["shared_state"], states, loan
+            checkpoint, reader, values, counters, parts["shared_state"], states, fetch
         )
 
 
 def _choose_providers(candidate: Candidate) -> dict[int, tuple[int, str]]:
-    """Return for each shard that is anywhere who tells of it, and sends it: rank and path."""
+    """Return for each available shard the rank that describes and sends it, and the path."""
     loads: dict[int, int] = {}
     chosen = {}
     for owner, copies in enumerate(candidate.copies):

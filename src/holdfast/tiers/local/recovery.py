@@ -1,10 +1,10 @@
-"""What can be loaded, agreed by vote, and what nodes have lost, brought back from peers.
+"""Agree on the commit to load, and restore from peers the files that nodes have lost.
 
-Owns the vote on the newest commit, the memory of what was found damaged on the way, and the
-fetching of whole shards from ranks that hold copies, which may run beside training. Promises that
-every rank makes the same decisions from the same facts, that a file which was found damaged counts
-as missing from then on until it was written anew, and that a shard which arrives is published only
-if all of it verified. Reads no tensors.
+Owns the agreement on the newest available commit, the list of files found damaged on the way, and
+the transfer of whole shards from ranks that hold copies, which may run beside training. Promises
+that every rank makes the same decisions from the same facts, that a file found damaged counts as
+missing until it is written again, and that a received shard is published only if all of it
+verified. Reads no tensors.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ Problem = tuple[int, str, str]
 
 
 class Recovery:
-    """What one rank does about commits that are there, together with the others."""
+    """One rank's side of the agreement on existing commits, and of their repair."""
 
-    def __init__(self, shelf: ShardDirectory, strategy: ShardReplication | None) -> None:
+    def __init__(self, shards: ShardDirectory, strategy: ShardReplication | None) -> None:
         self.verdict: Verdict | None = None
-        """Of the last vote."""
+        """Of the last agreement."""
         self.damaged: set[tuple[int, str, int]] = set()
         """Files that were found damaged: the rank that lists them, path, sequence."""
         self.rejected: dict[Commit, str] = {}
         self.unusual: set[Commit] = set()
-        """Commits whose containers are not as this torch makes them."""
+        """Commits whose containers another version of torch wrote."""
         self._covered: set[Commit] = set()
-        self._shelf = shelf
-        self._run = shelf.run
+        self._shards = shards
+        self._run = shards.run
         self._strategy = strategy
 
     def inventory(self) -> Inventory:
-        """Return what this rank sees, by name and tail."""
-        self._run.prepare(self._shelf.rank)  # again: what was lost may be the directory itself
-        return Inventory(self._shelf.scan(), frozenset(self.damaged))
+        """Return the files this rank lists, read by name and trailer."""
+        self._run.prepare(self._shards.rank)  # again: the directory itself may have been lost
+        return Inventory(self._shards.scan(), frozenset(self.damaged))
 
     def vote(self, objection: Objection, coordinator: Coordinator) -> Verdict:
         """Agree with all ranks on the newest commit that can be loaded."""
@@ -72,7 +72,7 @@ class Recovery:
             self._look_closer(candidate, coordinator)
 
     def _look_closer(self, candidate: Candidate, coordinator: Coordinator) -> None:
-        """Settle with all ranks whether what is left of a commit covers the state."""
+        """Agree with all ranks whether the remaining shards of a commit cover the state."""
         gap = coordinator.all_reduce(
             "local cover",
             lambda: self._outline(candidate),
@@ -86,11 +86,11 @@ class Recovery:
             self.rejected[candidate.commit] = lacks_cover(candidate, gap)
 
     def _outline(self, candidate: Candidate) -> list[Any]:
-        """Describe the chunks in the shards of a commit that this rank lists."""
+        """Return the chunks in the shards of a commit that this rank lists."""
         found: list[Any] = []
         for copies in candidate.copies:
             for copy in copies:
-                if copy.rank == self._shelf.rank and copy.is_whole:
+                if copy.rank == self._shards.rank and copy.is_whole:
                     try:
                         record = self._run.read_trailer(copy.path).record
                         found += outline(self._run.root / copy.path, record, self._run.filesystem)
@@ -104,7 +104,7 @@ class Recovery:
         """Read every file of a commit that this rank lists; note and return what is damaged."""
         problems = []
         for copy in [each for copies in candidate.copies for each in copies]:
-            if copy.rank != self._shelf.rank or not copy.is_whole:
+            if copy.rank != self._shards.rank or not copy.is_whole:
                 continue
             path = self._run.root / copy.path
             try:
@@ -119,51 +119,51 @@ class Recovery:
         return problems
 
     def note_damage(self, path: str, lister: int | None = None) -> None:
-        """Remember that a published file is damaged; the next vote takes it for missing.
+        """Note that a published file is damaged; the next `vote` counts it as missing.
 
-        `lister`: who lists it, where that is not at this rank's place.
+        `lister`: the rank that lists it, where it is not at this rank's place.
         """
         if self.verdict is None or self.verdict.candidate is None:
             return
         if parse_shard_name(path.rpartition("/")[2]) is None:
-            return  # a file that was borrowed: nothing published is to blame
-        rank = self._shelf.lister(_directory(path)) if lister is None else lister
+            return  # a file of fetched blocks, not a published one
+        rank = self._shards.lister(_directory(path)) if lister is None else lister
         self.damaged.add((rank, path, self.verdict.candidate.record.sequence))
 
     def note_unusual(self) -> None:
-        """Remember that the commit's containers are another torch's; vote again, for the same."""
+        """Note that the commit's containers are another torch's; the next `vote` finds it again."""
         assert self.verdict is not None
         assert self.verdict.candidate is not None
         record = self.verdict.candidate.record
         self.unusual.add(record.commit)
-        # Of no file, and yet something that was not known before: the commit is not passed over.
-        self.damaged.add((self._shelf.rank, "", record.sequence))
+        # Names no file, but counts as new damage: so the commit itself is not passed over.
+        self.damaged.add((self._shards.rank, "", record.sequence))
 
     def bring_home(self, candidate: Candidate, coordinator: Coordinator) -> Candidate:
-        """Write again, from a peer's copy, each rank's own shard that is not at its place.
+        """Restore, from a peer's copy, each rank's own shard that is missing at its place.
 
-        Return the commit with the copies that it has then.
+        Return the commit with the restored copies.
 
         Raises:
-            CorruptCheckpointError: on every rank: a copy was damaged, vote again.
+            CorruptCheckpointError: on every rank: a copy was damaged; find a commit again.
             StageFailedError: a shard could not be written, or a rank is gone.
         """
         candidate, problems = self._fetch(
-            candidate, self._homeless(candidate), "local restore", coordinator
+            candidate, self._missing_own_shards(candidate), "local restore", coordinator
         )
         self._raise(problems)
         return candidate
 
     def lacks(self, candidate: Candidate) -> list[tuple[int, int]]:
-        """Return the files that should be somewhere and are not: pairs of holder and owner.
+        """Return the missing files, as pairs of holder and owner, that a copy can restore.
 
-        Each rank's own shard at its place, and with replication every copy at its holder. The
-        same on every rank; one process has nobody to ask.
+        Expected are each rank's own shard at its place, and with replication every copy at its
+        holder. The same on every rank; a single process has no peers to fetch from.
         """
         strategy = self._strategy
-        if strategy is None or candidate.record.world_size != self._shelf.topology.world_size:
+        if strategy is None or candidate.record.world_size != self._shards.topology.world_size:
             return []
-        wanted = self._homeless(candidate)
+        wanted = self._missing_own_shards(candidate)
         if strategy.sends_images:
             wanted += [
                 (holder, owner)
@@ -177,15 +177,15 @@ class Recovery:
         return [
             pair
             for pair in dict.fromkeys(wanted)
-            # From another rank: what one has already, in whatever directory, is there.
+            # From another rank: a shard the holder has in any directory counts as present.
             if any(each.is_whole and each.rank != pair[0] for each in candidate.copies[pair[1]])
         ]
 
     def restore(self, candidate: Candidate, coordinator: Coordinator) -> None:
-        """Write again everything that `lacks` names, from whatever sound copy there is.
+        """Restore every file that `lacks` names, from any sound copy.
 
         Raises:
-            CorruptCheckpointError: on every rank: copies were damaged; what could be was written.
+            CorruptCheckpointError: on every rank: copies were damaged; the rest was restored.
             StageFailedError: a file could not be written, or a rank is gone.
         """
         problems: list[Problem] = []
@@ -193,7 +193,7 @@ class Recovery:
         while wanted := self.lacks(candidate):
             candidate, found = self._fetch(candidate, wanted, "local redundancy", coordinator)
             problems += found
-            # Damaged ones are lacking themselves, as long as there is another to write them from.
+            # A damaged file is missing too, as long as another copy can restore it.
             bad = {(rank, path) for rank, path, _ in found}
             sound = [
                 tuple(each for each in copies if (each.rank, each.path) not in bad)
@@ -203,9 +203,9 @@ class Recovery:
         if set(candidate.lost) > lost_before:
             self._raise(problems)
 
-    def _homeless(self, candidate: Candidate) -> list[tuple[int, int]]:
-        """Return the ranks whose own shard is not at their place, as pairs of holder and owner."""
-        places = self._shelf.topology.places
+    def _missing_own_shards(self, candidate: Candidate) -> list[tuple[int, int]]:
+        """Return ranks whose own shard is missing at their place, as pairs of holder and owner."""
+        places = self._shards.topology.places
         return [
             (rank, rank)
             for rank, copies in enumerate(candidate.copies)
@@ -224,14 +224,14 @@ class Recovery:
         stage: str,
         coordinator: Coordinator,
     ) -> tuple[Candidate, list[Problem]]:
-        """Send shards to ranks that want them: pairs of receiver and owner, the same everywhere.
+        """Send shards to the ranks in `wanted`, pairs of receiver and owner, equal on all ranks.
 
-        Return the commit with the copies that it has then, and which of its files are damaged.
+        Return the commit with the restored copies, and which of its files are damaged.
         """
         if not wanted or self._strategy is None:
             return candidate, []
         iteration = candidate.record.iteration
-        listed: list[dict[CkptId, Copy]] = [{} for _ in self._shelf.topology.seats]
+        listed: list[dict[CkptId, Copy]] = [{} for _ in self._shards.topology.seats]
         for owner, copies in enumerate(candidate.copies):
             for copy in copies:
                 if copy.is_whole:
@@ -259,54 +259,54 @@ class Recovery:
     def _carry_out(
         self, plan: Any, listed: Sequence[dict[CkptId, Copy]], candidate: Candidate
     ) -> list[tuple[int, str, str | None]]:
-        """Return what was written here, or why not: who lists it, path, reason."""
-        strategy, shelf, root = self._strategy, self._shelf, self._run.root
+        """Return what was written here, or why not: the rank that lists it, path, reason."""
+        strategy, shards, root = self._strategy, self._shards, self._run.root
         assert strategy is not None
         sources = {
             each: FileShard(
                 self._run.filesystem,
-                root / listed[self._shelf.rank][each].path,
-                self._body_bytes(listed[self._shelf.rank][each].path),
+                root / listed[self._shards.rank][each].path,
+                self._body_bytes(listed[self._shards.rank][each].path),
             )
-            for each in plan.required_ids(self._shelf.rank)
+            for each in plan.required_ids(self._shards.rank)
         }
-        strategy.local_group.land = shelf.sink
+        strategy.local_group.make_sink = shards.sink
         try:
             received = strategy.retrieve_execute(plan, sources)
         finally:
             for source in sources.values():
                 source.close()
         senders = {
-            each.id_: each.sender for each in plan.entries if each.receiver == self._shelf.rank
+            each.id_: each.sender for each in plan.entries if each.receiver == self._shards.rank
         }
         outcomes: list[tuple[int, str, str | None]] = []
         for ckpt_id, sink in received.items():
             owner = ckpt_id[1]
             try:
-                tail = sink.seal(self._run.run_id, candidate.commit, owner)
+                trailer = sink.seal(self._run.run_id, candidate.commit, owner)
             except CorruptCheckpointError as error:
                 sender = senders[ckpt_id]
                 path = listed[sender][ckpt_id].path
                 self.note_damage(path, sender)
-                shelf.drop_received(sink)
+                shards.drop_received(sink)
                 outcomes.append((sender, path, f"{path} on rank {sender}: {error.reason}"))
                 continue
             except OSError:
-                shelf.drop_received(sink)
+                shards.drop_received(sink)
                 raise
-            shelf.publish_received(sink, tail)
-            for final, replaced in shelf.settle():
-                outcomes.append((shelf.rank, f"{shelf.rank}/{final.name}", None))
+            shards.publish_received(sink, trailer)
+            for final, replaced in shards.settle():
+                outcomes.append((shards.rank, f"{shards.rank}/{final.name}", None))
                 if replaced is not None:
-                    shelf.retire(replaced)  # damaged: a sound one would not have been sent for
-        shelf.sync_names()
+                    shards.retire(replaced)  # damaged: a sound file would not have been fetched
+        shards.sync_names()
         return outcomes
 
     def _body_bytes(self, path: str) -> int:
         try:
             return self._run.read_trailer(path).record.body_bytes
         except (CorruptCheckpointError, OSError):
-            return 0  # damaged since it was listed: what is sent will not be taken
+            return 0  # damaged since it was listed: the receiver will reject what is sent
 
 
 def _directory(path: str) -> int:

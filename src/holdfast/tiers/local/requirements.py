@@ -1,9 +1,9 @@
 """What the local tier requires of this process: nvidia-resiliency-ext, a device, a process group.
 
-Owns the one place where the package is imported, when a job first uses a local tier: where it is
-missing or broken, the error says what to do. Owns the choice of what copies travel through: gloo
-out of host memory, or NCCL through each rank's GPU. What this rank lacks for it is an error before
-anything is connected; NCCL, which ends the process at its timeout, gets a longer one than ours.
+Owns the only import of the package, made when a job first uses a local tier: where it is missing or
+broken, the error says what to do. Owns the choice of transport for copies: gloo from host memory,
+or NCCL through each rank's GPU. A requirement this rank does not meet is an error before anything
+is connected. NCCL, which ends the process at its timeout, gets a longer one than ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from holdfast.read.shared import BACKEND_PATIENCE
 
 
 def import_adapter() -> Any:
-    """Return the module that stands on the package.
+    """Return the module that adapts the package.
 
     Raises:
         ConfigError: it is missing, or does not work here.
@@ -42,10 +42,10 @@ def import_adapter() -> Any:
 
 
 def device_of(transport: str) -> torch.device | None:
-    """Return the GPU of this rank, as training has set it; None: copies need none.
+    """Return this rank's current GPU, as training has set it; None: the transport needs none.
 
     Raises:
-        ConfigError: they do, and there is none, or torch has no NCCL.
+        ConfigError: the transport needs a GPU and there is none, or torch has no NCCL.
     """
     if transport != "nccl":
         return None
@@ -61,7 +61,7 @@ def device_of(transport: str) -> torch.device | None:
 
 
 def new_group(device: torch.device | None, timeout_seconds: float) -> Any:
-    """Make a group that exchanges run over; all ranks together, on the training thread."""
+    """Create a group for exchanges; a collective call, on the training thread."""
     if device is None:
         return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     patience = timedelta(seconds=timeout_seconds * BACKEND_PATIENCE)

@@ -1,8 +1,8 @@
-"""A staged snapshot becomes one rank's shard, whole under a pending name.
+"""Turn a staged snapshot into one rank's shard, complete under a pending name.
 
-Owns what a local save is given, the memory it is staged into where files take turns, and the pass
-that digests it. Promises that the shard is sealed, and on a disk durable, when `seal` returns, and
-that neither counts before it is published. Knows one rank.
+Owns the input of a local save, the arena in a pooled file that it is staged into, and the pass that
+digests it. Promises that the shard is sealed, and on a disk durable, when `seal` returns, and that
+it does not count before it is published. Knows one rank.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from holdfast.tiers.local.shards import ShardDirectory
 
 @dataclass(frozen=True)
 class LocalSnapshot:
-    """What one local save writes, out of training's reach."""
+    """What one local save writes, in memory that training does not change."""
 
     iteration: int
     arena: Arena
-    """Staged; where files take turns, the one that `begin` gave."""
+    """Staged; in RAM, the one that `LocalTier.begin` returned."""
     structure: bytes
-    """Of what this rank has live: `structure_of(items)`."""
+    """Of this rank's live state: `structure_of(items)`."""
     plan: bytes
     """Of the decision which rank writes what."""
     state_names: int | None
-    """Different names in the whole state; None: not known, so that no shard can be done without."""
+    """Distinct names in the whole state; None: unknown, so that a load needs every shard."""
     rank_state: bytes
     shared_state: bytes
     train_state: bytes
@@ -43,13 +43,13 @@ class LocalSnapshot:
 
 
 def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
-    """Return the arena that a file holds from an earlier turn, or make it."""
+    """Return the arena that a file holds from an earlier save, or create it."""
     arena = file.content
     if isinstance(arena, Arena):
         if arena.layout == layout:
             return arena
         arena.release()
-        file.memory[:] = bytes(len(file.memory))  # an arena is laid out in zeros
+        file.memory[:] = bytes(len(file.memory))  # an arena starts as zeros
     arena = Arena(layout, file.memory, pinned=pinned)
     file.content = arena
     return arena
@@ -58,48 +58,48 @@ def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
 def seal(
     snapshot: LocalSnapshot,
     identity: CommitIdentity,
-    shelf: ShardDirectory,
+    shards: ShardDirectory,
     file: PooledFile | None,
 ) -> tuple[Path, Trailer]:
-    """Make a rank's shard whole; `file` is the one it was staged into, None: on a disk.
+    """Complete a rank's shard; `file` is the one it was staged into, None: on a disk.
 
-    Return its pending path, and its tail.
+    Return its pending path and its trailer.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it but a pending name.
+        OSError: it cannot be written; only a pending name is left.
     """
     arena = snapshot.arena
-    name = shard_name(snapshot.iteration, shelf.rank)
+    name = shard_name(snapshot.iteration, shards.rank)
     if file is not None:
         pending = file.path
         written = seal_image(arena.memory, arena.body_bytes, name)
     else:
-        shelf.run.filesystem.make_directory(shelf.directory)
-        pending = shelf.directory / pending_name(name)
-        written = write_shard(shelf.run.filesystem, pending, name, arena)
-        _read_footer(shelf, pending, arena)
-    tail = _trailer_of(snapshot, identity, shelf, written)
-    image_size = tail.record.image_bytes
+        shards.run.filesystem.make_directory(shards.directory)
+        pending = shards.directory / pending_name(name)
+        written = write_shard(shards.run.filesystem, pending, name, arena)
+        _read_footer(shards, pending, arena)
+    trailer = _trailer_of(snapshot, identity, shards, written)
+    image_size = trailer.record.image_bytes
     if file is not None:
-        file.write_at(image_size, tail.to_bytes())
+        file.write_at(image_size, trailer.to_bytes())
     else:
-        _append(shelf.run.filesystem, pending, tail.to_bytes())
-    return pending, tail
+        _append(shards.run.filesystem, pending, trailer.to_bytes())
+    return pending, trailer
 
 
 def _trailer_of(
-    snapshot: LocalSnapshot, identity: CommitIdentity, shelf: ShardDirectory, written: FileRecord
+    snapshot: LocalSnapshot, identity: CommitIdentity, shards: ShardDirectory, written: FileRecord
 ) -> Trailer:
     record = ShardRecord(
-        run_id=shelf.run.run_id,
+        run_id=shards.run.run_id,
         attempt=identity.attempt,
         sequence=identity.sequence,
         iteration=snapshot.iteration,
-        world_size=shelf.topology.world_size,
-        nodes=shelf.topology.nodes,
+        world_size=shards.topology.world_size,
+        nodes=shards.topology.nodes,
         plan=snapshot.plan.hex(),
         state_names=snapshot.state_names,
-        owner=shelf.rank,
+        owner=shards.rank,
         structure=snapshot.structure.hex(),
         body_bytes=snapshot.arena.body_bytes,
         digest=written.digest,
@@ -114,10 +114,10 @@ def _trailer_of(
     return Trailer(record, parts)
 
 
-def _read_footer(shelf: ShardDirectory, path: Path, arena: Arena) -> None:
-    """Put the footer that was made on the way to the disk behind the body in memory too."""
+def _read_footer(shards: ShardDirectory, path: Path, arena: Arena) -> None:
+    """Read the footer, computed while writing to disk, into memory behind the body."""
     footer = arena.memory[arena.body_bytes : image_bytes(arena.layout)]
-    with naming(path), shelf.run.filesystem.open_existing(path) as stream:
+    with naming(path), shards.run.filesystem.open_existing(path) as stream:
         read_into(stream, arena.body_bytes, [footer])
 
 

@@ -1,14 +1,13 @@
-"""A shard file of the local tier: its name, its directory, and the trailer that makes it whole.
+"""A shard file of the local tier: its name, its directory, and the trailer that completes it.
 
-Names are `<directory>/<run id>/<rank>/iter_<N>_<owner>_local.pt`, which is the grammar of
-nvidia-resiliency-ext, with any number of digits. Nothing outside it is touched or counted,
-leftovers never stand in the way of a save, and a shard is published under its name only when it is
-whole: a predecessor of the same iteration stays beside it under a name that still counts, until the
-new commit is agreed.
+Names are `<directory>/<run id>/<rank>/iter_<N>_<owner>_local.pt`, the pattern of
+nvidia-resiliency-ext, with any number of digits. Files with other names are neither touched nor
+counted, leftovers never block a save, and a shard is published under its name only when it is
+complete: a file of the same name is renamed, and still counts, until the new commit is agreed.
 
 The trailer is the record (identity, sizes, digest of the image), this rank's and the shared small
-states, and a sealed end that says where all this is. A file without a sound trailer is none of
-ours. A trailer is read back exactly or refused with a reason, and nothing in it is unpickled here.
+states, and a sealed end that says where these are. A file without a sound trailer is not accepted.
+A trailer is read back exactly or refused with a reason, and nothing in it is unpickled here.
 Part of on-disk format 1 of the local tier. Knows no tensors and no other rank.
 """
 
@@ -49,16 +48,16 @@ from holdfast.storage.posix import (
 
 FORMAT = 1
 PART_NAMES = ("rank_state", "shared_state", "train_state", "run_config")
-"""The small states, in this order behind the record."""
+"""The small states, in this order after the record."""
 
 _MARK = b"holdfast local 1"
 _END = struct.Struct("<16sQQ16s")
-"""The mark, the bytes of the image, those of the rest before this end, and the digest of that."""
+"""Magic, bytes of the image, bytes between the image and this end, and their digest."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What one shard file says of itself; those of one commit agree in all but the last fields."""
+    """The record of one shard file; files of one commit differ only in `owner` and below."""
 
     run_id: str
     attempt: int
@@ -66,28 +65,28 @@ class ShardRecord:
     """The order of commits in a run, over both tiers; larger is newer."""
     iteration: int
     world_size: int
-    """Ranks that wrote the commit."""
+    """The number of ranks that wrote the commit."""
     nodes: tuple[int, ...]
-    """The node that each of them sat on, numbered in the order of first ranks."""
+    """The node of each of them, numbered in the order of first ranks."""
     plan: str
-    """Hexadecimal; of the decision which rank writes what."""
+    """Hexadecimal digest of the plan which rank writes what."""
     state_names: int | None
-    """Different names in the whole state; None: not known, so that no shard can be done without."""
+    """Distinct names in the whole state; None: unknown, so that a load needs every shard."""
     owner: int
     """The rank whose shard this is."""
     structure: str
-    """Hexadecimal; of what this rank had live, by name, type, size and part."""
+    """Hexadecimal digest of this rank's live state: names, types, sizes and parts."""
     body_bytes: int
     digest: str
-    """Of the image: of its block digests, which stand in its footer."""
+    """Of the image: the digest of its block digests, which are in its footer."""
     is_whole: bool = True
-    """Whether the image is here; a copy of the small states alone has none."""
+    """Whether the file has the image; a copy of the small states alone has none."""
     written_by: str = "holdfast"
     format: int = FORMAT
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the image, body and footer, in a file that is whole."""
+        """Bytes of the image, body and footer, in a complete file."""
         return self.body_bytes + footer_size(self.body_bytes)
 
     @property
@@ -96,20 +95,20 @@ class ShardRecord:
         return self.sequence, self.attempt, self.iteration
 
     def image_record(self, path: str) -> FileRecord:
-        """Return the record of the image as the shard reader takes it."""
+        """Return the record of the image for the shard reader."""
         return FileRecord(path, self.image_bytes, self.digest, None)
 
 
 @dataclass(frozen=True)
 class Trailer:
-    """Everything of a shard file but its image."""
+    """Everything in a shard file except its image."""
 
     record: ShardRecord
     parts: Mapping[str, bytes]
     """By `PART_NAMES`."""
 
     def without_image(self) -> Trailer:
-        """Return the tail of a copy that holds the small states alone."""
+        """Return the trailer of a copy with the small states alone."""
         return replace(self, record=replace(self.record, is_whole=False))
 
     def to_bytes(self) -> bytes:
@@ -123,10 +122,10 @@ class Trailer:
 
 
 def read_trailer(stream: BinaryIO, size_bytes: int, path: str) -> Trailer:
-    """Read the tail of a file of so many bytes; `path` is for messages.
+    """Read the trailer of a file of this size; `path` is for messages.
 
     Raises:
-        CorruptCheckpointError: torn or altered.
+        CorruptCheckpointError: it is truncated or altered.
         FormatTooNewError: a later version of holdfast wrote it.
         OSError: it cannot be read.
     """
@@ -135,7 +134,7 @@ def read_trailer(stream: BinaryIO, size_bytes: int, path: str) -> Trailer:
     stream.seek(size_bytes - _END.size)
     end = stream.read(_END.size)
     if len(end) != _END.size:
-        raise CorruptCheckpointError(path, "ends before its tail: it was torn")
+        raise CorruptCheckpointError(path, "ends before its trailer: it was torn")
     mark, image_bytes, rest_bytes, _ = _END.unpack(end)
     if mark != _MARK or image_bytes + rest_bytes + _END.size != size_bytes:
         raise CorruptCheckpointError(path, "does not end as a shard file does: it was torn")
@@ -145,17 +144,17 @@ def read_trailer(stream: BinaryIO, size_bytes: int, path: str) -> Trailer:
 
 
 def parse_trailer(content: bytes, path: str) -> Trailer:
-    """Understand what `Trailer.to_bytes` made; `path` is for messages.
+    """Parse the output of `Trailer.to_bytes`; `path` is for messages.
 
     Raises:
         CorruptCheckpointError: as `read_trailer`.
     """
     if len(content) < _END.size:
-        raise CorruptCheckpointError(path, "ends before its tail: it was torn")
+        raise CorruptCheckpointError(path, "ends before its trailer: it was torn")
     rest, end = content[: -_END.size], content[-_END.size :]
     mark, image_bytes, rest_bytes, digest = _END.unpack(end)
     if mark != _MARK or rest_bytes != len(rest) or digest != _digest(image_bytes, rest):
-        raise CorruptCheckpointError(path, "the tail does not match its digest")
+        raise CorruptCheckpointError(path, "the trailer does not match its digest")
     text, _, states = rest.partition(b"\n")
     try:
         values = json.loads(text)
@@ -181,7 +180,7 @@ _COUNTS = ("attempt", "sequence", "iteration", "world_size", "owner", "body_byte
 
 
 def _check(record: ShardRecord, image_bytes: int) -> None:
-    """Refuse what would fail far from here: decisions compare these numbers.
+    """Refuse invalid fields here rather than where decisions compare them.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -192,7 +191,7 @@ def _check(record: ShardRecord, image_bytes: int) -> None:
             raise TypeError(f"{name} is {value!r}")
     for each in fields(record):
         if each.type == "str" and type(getattr(record, each.name)) is not str:
-            raise TypeError(f"{each.name} is no text")
+            raise TypeError(f"{each.name} is not a string")
     for name, kinds in (("is_whole", (bool,)), ("state_names", (int, type(None)))):
         if type(getattr(record, name)) not in kinds:
             raise TypeError(f"{name} is of another type")
@@ -205,7 +204,7 @@ def _check(record: ShardRecord, image_bytes: int) -> None:
 
 
 def _split(states: bytes, sizes: Any) -> dict[str, bytes]:
-    """Return the parts by name; those that a later version may add lie behind them."""
+    """Return the parts by name; a later version may append others."""
     if not set(sizes) >= set(PART_NAMES) or sum(sizes.values()) != len(states):
         raise ValueError("the small states are not those of this format")
     parts = {}
@@ -226,7 +225,7 @@ _STOCK_PENDING = re.compile(rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.dirty\.pt
 _RANK = re.compile("0|[1-9][0-9]*")
 _MEMORY_TYPES = ("tmpfs", "ramfs")
 UNREAD = "cannot be read"
-"""How the reason begins of a file that may be sound: the system kept us from seeing it."""
+"""Start of the reason for a file that may be sound but that the system could not read."""
 
 
 def shard_name(iteration: int, owner: int) -> str:
@@ -235,13 +234,13 @@ def shard_name(iteration: int, owner: int) -> str:
 
 
 def parse_shard_name(name: str) -> tuple[int, int] | None:
-    """Return the iteration and the owner that a shard's name stands for; None: not such a name."""
+    """Return the iteration and the owner in a shard's name; None: not the name of a shard."""
     match = _SHARD.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def pending_name(stem: str) -> str:
-    """Return a fresh name for something that does not count yet, or no more."""
+    """Return a unique name for a file that does not count, either not yet or no longer."""
     return f"{stem}{PENDING_MARK}{secrets.token_hex(4)}"
 
 
@@ -260,12 +259,12 @@ class Found:
 
     @property
     def is_unread(self) -> bool:
-        """Whether nothing is known of it but its name."""
+        """Whether only its name is known."""
         return self.reason is not None and self.reason.startswith(UNREAD)
 
 
 class RunDirectory:
-    """What one place keeps of one run."""
+    """The files of one run at one place."""
 
     def __init__(self, directory: Path, run_id: str, filesystem: Filesystem) -> None:
         self.root = directory / run_id
@@ -274,10 +273,10 @@ class RunDirectory:
         self._directory = directory
 
     def prepare(self, rank: int) -> None:
-        """Create this rank's directory; what is there already must be this user's alone.
+        """Create this rank's directory; existing directories must be writable by this user alone.
 
         Raises:
-            ConfigError: a directory on the way belongs to somebody else, or others may write to it.
+            ConfigError: a directory of the path is another user's, or others may write to it.
             OSError: it cannot be created.
         """
         for path in (self._directory, self.root, self.root / str(rank)):
@@ -285,9 +284,9 @@ class RunDirectory:
             check_owned(path)
 
     def note_store(self, store: Path) -> None:
-        """Write beside the shards which store this run has, for when that store is lost.
+        """Record beside the shards which store this run has, in case that store is lost.
 
-        Best effort: nothing that counts depends on it.
+        Best effort: no load or save depends on it.
         """
         path, content = self.root / STORE_NAME, f"{store}\n".encode()
         with suppress(OSError):
@@ -299,10 +298,10 @@ class RunDirectory:
         return self.root / str(rank)
 
     def ranks(self) -> list[int]:
-        """Return every rank that has a directory here, whether or not it still exists."""
+        """Return every rank that has a directory here, whether or not the rank still exists."""
         try:
             entries = self.filesystem.list_directory(self.root)
-        except FileNotFoundError:  # wiped under our feet: nothing is here
+        except FileNotFoundError:  # the directory was wiped meanwhile
             return []
         return sorted(
             int(each.name) for each in entries if each.is_directory and _RANK.fullmatch(each.name)
@@ -347,10 +346,10 @@ class RunDirectory:
         return Found(path, iteration, owner, record)
 
     def read_trailer(self, path: str) -> Trailer:
-        """Return the tail of a published file.
+        """Return the trailer of a published file.
 
         Raises:
-            CorruptCheckpointError: it has no sound one.
+            CorruptCheckpointError: it has no sound trailer.
             OSError: it cannot be read.
         """
         full = self.root / path
@@ -360,9 +359,9 @@ class RunDirectory:
     def publish(
         self, pending: Path, rank: int, iteration: int, owner: int
     ) -> tuple[Path, Path | None]:
-        """Give a whole, synced file its name in a rank's directory.
+        """Rename a complete, synced file to its published name in a rank's directory.
 
-        Return its path, and that of a predecessor of the same name: it counts until it is removed.
+        Return its path, and that of the file it replaced, which counts until it is removed.
         """
         final = self.rank_directory(rank) / shard_name(iteration, owner)
         replaced = None
@@ -373,7 +372,7 @@ class RunDirectory:
         return final, replaced
 
     def sweep(self, ranks: Iterable[int]) -> None:
-        """Remove what killed processes left behind; only while nobody saves."""
+        """Remove the leftovers of killed processes; call only while no rank saves."""
         for rank in ranks:
             for name in self._names(rank):
                 if _PENDING.fullmatch(name) or _STOCK_PENDING.fullmatch(name):
@@ -381,16 +380,16 @@ class RunDirectory:
                         self.filesystem.remove_file(self.rank_directory(rank) / name)
 
     def remove_empty(self, ranks: Collection[int]) -> None:
-        """Remove directories with nothing in them, of ranks that are no more."""
+        """Remove the empty directories of ranks that no longer exist."""
         for rank in ranks:
-            with suppress(OSError):  # somebody else's file is in it, or it is gone
+            with suppress(OSError):  # it contains another file, or is gone
                 self.filesystem.remove_directory(self.rank_directory(rank))
 
 
 def find_orphans(directory: Path, store: Path, filesystem: Filesystem) -> list[tuple[str, int]]:
-    """Return the runs whose local checkpoints lie here and whose store was the given one.
+    """Return the runs with local checkpoints here that recorded the given store.
 
-    Each with its newest iteration. It is for the owner of the store to say that it is gone.
+    Each with its newest iteration. Whether the store is gone is for the caller to know.
     """
     found = []
     with suppress(OSError):
@@ -415,7 +414,7 @@ def _read_or_nothing(filesystem: Filesystem, path: Path) -> bytes:
 
 
 def check_owned(path: Path) -> None:
-    """Refuse a directory in which somebody else could put, or take away, what this job trusts.
+    """Refuse a directory in which another user could add or remove files that this job trusts.
 
     Raises:
         ConfigError: it is another user's, or others may write to it.
@@ -434,7 +433,7 @@ def check_owned(path: Path) -> None:
 
 
 def is_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether files under an existing directory lie in RAM."""
+    """Whether files under an existing directory are in RAM."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
@@ -449,10 +448,10 @@ def is_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
 
 
 def reserve(descriptor: int, size_bytes: int, path: Path) -> None:
-    """Take room for so many bytes: a sparse file in a full memory file system kills who maps it.
+    """Allocate bytes of a file: writing to a mapped hole of a full file system kills the process.
 
     Raises:
-        OSError: there is no such room (ENOSPC), with the path.
+        OSError: there is not enough space (ENOSPC), with the path.
     """
     try:
         os.posix_fallocate(descriptor, 0, max(size_bytes, 1))
@@ -461,7 +460,7 @@ def reserve(descriptor: int, size_bytes: int, path: Path) -> None:
 
 
 def as_problem(error: OSError, size_bytes: int) -> OSError:
-    """Say with the numbers what a full directory means."""
+    """Return the error of a full directory with the needed and the free bytes."""
     if error.errno != errno.ENOSPC or error.filename is None:
         return error
     free = os.statvfs(Path(error.filename).parent)

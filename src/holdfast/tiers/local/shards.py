@@ -1,10 +1,9 @@
-"""The shard files that one rank's node holds: its own and copies of others'.
+"""The shard files in one rank's directory: its own and the copies it holds for others.
 
-Owns what is published, listed, shared with other ranks and pruned in one rank's directory, and how
-a shard becomes a stream (out of memory or a file) and a stream a file again. Promises that a
-received shard is sealed only if every block of its body, its footer and its trailer are those that
-were sent, and are of the commit that was expected, and that nothing of a save counts before it is
-published. Knows no other rank's directory.
+Owns publishing, listing and pruning in that directory, and the conversion of a shard (in memory or
+in a file) to a stream and back to a file. Promises that a received shard is sealed only if every
+block of its body, its footer and its trailer are those that were sent and belong to the expected
+commit, and that nothing of a save counts before it is published. Knows no other rank's directory.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ from holdfast.tiers.local.shard_file import Found, RunDirectory, ShardRecord, Tr
 
 
 class MemoryShard:
-    """A shard whose image lies in memory; empty for a copy of the small states."""
+    """A shard whose image is in memory; empty for a copy of the small states."""
 
     block_bytes = BLOCK_BYTES
 
-    def __init__(self, image: memoryview, body_bytes: int, tail: bytes) -> None:
+    def __init__(self, image: memoryview, body_bytes: int, trailer: bytes) -> None:
         self.body_bytes = body_bytes
-        self.size_bytes = len(image) + len(tail)
+        self.size_bytes = len(image) + len(trailer)
         self._image = image
-        self._tail = memoryview(tail)
+        self._trailer = memoryview(trailer)
 
     def view(self, offset: int, length: int) -> memoryview | None:
-        """Return bytes of the image; None: part of them are the tail's."""
+        """Return bytes of the image; None: part of them belong to the trailer."""
         inside = offset + length <= len(self._image)
         return self._image[offset : offset + length] if inside else None
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Copy bytes from where they lie."""
+        """Copy bytes of the image and the trailer."""
         inside = max(min(len(self._image) - offset, len(target)), 0)
         if inside:
             target[:inside] = self._image[offset : offset + inside]
         start = max(offset - len(self._image), 0)
-        target[inside:] = self._tail[start : start + len(target) - inside]
+        target[inside:] = self._trailer[start : start + len(target) - inside]
 
 
 class FileShard:
@@ -58,9 +57,9 @@ class FileShard:
     block_bytes = BLOCK_BYTES
 
     def __init__(self, filesystem: Filesystem, path: Path, body_bytes: int) -> None:
-        """Open it; what cannot be opened is sent as nothing, which no receiver takes for a shard.
+        """Open it; a file that cannot be opened is sent as zero bytes, which receivers reject.
 
-        Who should send must not stay away: the receiver waits.
+        The sender must take part all the same, since the receiver waits for it.
         """
         self.body_bytes = body_bytes
         self.path = path
@@ -71,11 +70,11 @@ class FileShard:
             self.size_bytes = os.fstat(self._stream.fileno()).st_size
 
     def view(self, offset: int, length: int) -> memoryview | None:
-        """Nothing of a file is in memory that could be relied on."""
+        """Return None: a file's bytes are not reliably in memory."""
         return None
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Read bytes; those behind an end that came too early are zeros, and no digest fits."""
+        """Read bytes; past the end of a truncated file they are zeros, which fail the digest."""
         assert self._stream is not None, "of nothing no byte is asked for"
         with naming(self.path):
             filled = read_into(self._stream, offset, [target])
@@ -88,24 +87,24 @@ class FileShard:
 
 
 class ReceivedShard:
-    """A shard that arrives and becomes a file, under a pending name until it is published."""
+    """A shard being received into a file, under a pending name until it is published."""
 
     def __init__(self, take: Callable[[int], PooledFile]) -> None:
         self.size_bytes = 0
         self.file: PooledFile | None = None
         self.error: Exception | None = None
-        """What went wrong on the way, here."""
+        """The first local error during the transfer."""
         self._take = take
         self._body_bytes = 0
         self._digests: list[bytes] = []
         self._rest = bytearray()
-        """What followed the body: footer and tail."""
+        """What followed the body: footer and trailer."""
 
     def begin(self, size_bytes: int, body_bytes: int) -> None:
-        """Take a file for so many bytes.
+        """Take a file for the stream.
 
         Raises:
-            OSError: there is no room.
+            OSError: there is not enough space.
         """
         self.size_bytes, self._body_bytes = size_bytes, body_bytes
         self.file = self._take(_image_bytes(body_bytes))
@@ -124,19 +123,19 @@ class ReceivedShard:
         self.file.write_at(offset, block)
 
     def seal(self, run_id: str, commit: tuple[int, int, int], owner: int) -> Trailer:
-        """Return the tail of the whole file, all of it verified.
+        """Verify the whole file and return its trailer.
 
         Raises:
-            CorruptCheckpointError: it is not what was to be sent.
-            OSError: it could not be written, on the way.
+            CorruptCheckpointError: it is not the shard that was expected.
+            OSError: it could not be written during the transfer.
         """
         if self.error is not None:
             raise self.error
         assert self.file is not None
         path, body_bytes = str(self.file.path), self._body_bytes
         footer_bytes = _image_bytes(body_bytes) - body_bytes
-        tail = parse_trailer(bytes(self._rest[footer_bytes:]), path)
-        record = tail.record
+        trailer = parse_trailer(bytes(self._rest[footer_bytes:]), path)
+        record = trailer.record
         if (record.run_id, record.commit, record.owner) != (run_id, commit, owner):
             raise CorruptCheckpointError(path, "another shard arrived than was to be sent")
         if body_bytes != (record.body_bytes if record.is_whole else 0):
@@ -146,7 +145,7 @@ class ReceivedShard:
             or describe_body(path, body_bytes, self._digests).digest != record.digest
         ):
             raise CorruptCheckpointError(path, "the bytes that arrived do not match their digests")
-        return tail
+        return trailer
 
 
 def _image_bytes(body_bytes: int) -> int:
@@ -157,7 +156,7 @@ logger = logging.getLogger(__name__)
 
 
 class ShardDirectory:
-    """The files of one rank."""
+    """The shard files of one rank."""
 
     def __init__(
         self,
@@ -165,42 +164,42 @@ class ShardDirectory:
         rank: int,
         topology: Topology,
         *,
-        turns: int,
+        buffers: int,
         copies: int,
         in_memory: bool,
     ) -> None:
-        """`turns`: files of the own shard; `copies`: shards of others that are held besides."""
+        """`buffers`: files of the own shard; `copies`: copies of other ranks' shards held here."""
         self.run = run
         self.rank = rank
         self.topology = topology
         self.directory = run.rank_directory(rank)
-        self.turns = BufferPool(
+        self.pool = BufferPool(
             self.directory,
             run.filesystem,
-            limit=turns,
-            spares=turns,
+            limit=buffers,
+            spares=buffers,
             mapped=True,
             in_memory=in_memory,
         )
-        """Of the own shard, where files take turns."""
+        """Files of the own shard, reused in rotation where the directory is in RAM."""
         self._copies = BufferPool(
             self.directory, run.filesystem, spares=copies, mapped=False, in_memory=in_memory
         )
         self._in_memory = in_memory
-        self._keep = turns - 1
+        self._keep = buffers - 1
         self.spared: frozenset[int] = frozenset()
-        """Iterations that may be sound but could not be read when it was settled what is kept."""
+        """Iterations that may be sound but were unreadable when the kept set was agreed."""
         self._fresh: list[tuple[Path, Path | None]] = []
-        """What was published since the last commit, with the predecessor of each."""
+        """Files published since the last commit, each with the file it replaced."""
 
-    # -- what there is ---------------------------------------------------------------------------
+    # -- list ------------------------------------------------------------------------------------
 
     def share(self) -> list[int]:
-        """Return the rank directories that this rank lists: its own, and a part of the orphans."""
+        """Return the rank directories this rank lists: its own, and a share of the orphaned."""
         return [each for each in self.run.ranks() if self.lister(each) == self.rank]
 
     def lister(self, directory: int) -> int:
-        """Return who lists a rank directory of this place."""
+        """Return the rank that lists a rank directory of this place."""
         mates = self.topology.place_mates(self.rank)
         return directory if directory in mates else mates[directory % len(mates)]
 
@@ -208,35 +207,35 @@ class ShardDirectory:
         """Return every published file in this rank's share."""
         return tuple(self.run.scan(self.share()))
 
-    # -- publish and take back -------------------------------------------------------------------
+    # -- publish and roll back -------------------------------------------------------------------
 
     def take(self, size_bytes: int, timeout_seconds: float, kept: Collection[Commit]) -> PooledFile:
-        """Return a file for the next shard that nobody reads.
+        """Return a file for the next shard that has no reader.
 
         Raises:
-            NoFileFreeError: all of them are held, and stayed so.
-            OSError: there is no room, or what a failed save has left cannot be removed.
+            NoFileFreeError: readers held all of them until the timeout.
+            OSError: there is not enough space, or leftovers of a failed save cannot be removed.
         """
-        if not self.turns.has_turn:
-            self.prune(kept)  # left of a save that failed, or of pruning that did
-        return self.turns.take(size_bytes, timeout_seconds)
+        if not self.pool.has_free_file:
+            self.prune(kept)  # remove leftovers of a failed save or a failed prune
+        return self.pool.take(size_bytes, timeout_seconds)
 
     def sink(self) -> ReceivedShard:
-        """Return what receives a shard into a file of this rank."""
+        """Return a sink that receives a shard into a file of this rank."""
         return ReceivedShard(lambda size_bytes: self._copies.take(size_bytes, 0.0))
 
     def publish(self, pending: Path, record: ShardRecord, file: PooledFile | None) -> None:
-        """Give the own shard, sealed and synced, its name."""
+        """Publish the own shard, already sealed and synced, under its name."""
         final = self._publish(pending, record)
         if file is not None:
-            self.turns.published_as(file, final)
+            self.pool.published_as(file, final)
 
-    def publish_received(self, sink: ReceivedShard, tail: Trailer) -> None:
-        """Give a sealed copy its name."""
+    def publish_received(self, sink: ReceivedShard, trailer: Trailer) -> None:
+        """Publish a sealed copy under its name."""
         assert sink.file is not None
         if not self._in_memory:
             sink.file.sync()  # durable before it has the name that counts
-        final = self._publish(sink.file.path, tail.record)
+        final = self._publish(sink.file.path, trailer.record)
         self._copies.published_as(sink.file, final)
 
     def _publish(self, pending: Path, record: ShardRecord) -> Path:
@@ -247,16 +246,16 @@ class ShardDirectory:
         return final
 
     def _rename(self, path: Path, target: Path) -> None:
-        for turns in (self.turns, self._copies):
-            turns.renamed(path, target)
+        for pool in (self.pool, self._copies):
+            pool.renamed(path, target)
 
     def sync_names(self) -> None:
-        """Make the names durable: without them the bytes are not found after a power cut."""
+        """Make the names durable: without them the bytes cannot be found after a power cut."""
         if not self._in_memory:
             self.run.filesystem.sync_directory(self.directory)
 
     def settle(self) -> list[tuple[Path, Path | None]]:
-        """Return what was published, with the predecessor of each, which is not taken back now."""
+        """Return what was published, each with the file it replaced; it is no longer undone."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
@@ -268,33 +267,33 @@ class ShardDirectory:
                 if replaced is not None:
                     self.run.filesystem.rename(replaced, final)
                     self._rename(replaced, final)
-            except OSError as error:  # it is of a commit that no vote will find whole
+            except OSError as error:  # its commit is incomplete and never chosen for a load
                 logger.warning("%s is left of a save that failed: %s", final, error)
 
     def drop(self, pending: Path, file: PooledFile | None) -> None:
-        """Take a shard that was not published out of the way."""
+        """Free or remove a shard that was not published."""
         if file is not None:
-            self.turns.give_back(file)
+            self.pool.give_back(file)
         else:
-            with suppress(OSError):  # published and taken back already, or the next start sweeps it
+            with suppress(OSError):  # published and undone already, or the next start sweeps it
                 self.run.filesystem.remove_file(pending)
 
     def drop_received(self, sink: ReceivedShard) -> None:
-        """Take a copy that was not published out of the way."""
+        """Free or remove a copy that was not published."""
         if sink.file is not None:
             self._copies.give_back(sink.file)
 
     # -- prune -----------------------------------------------------------------------------------
 
     def prune(self, kept: Collection[Commit]) -> None:
-        """Remove every published file of this rank's share that is surely not of a kept commit.
+        """Remove every published file of this rank's share known not to belong to a kept commit.
 
         Raises:
-            OSError: one cannot be removed; the others were.
+            OSError: a file could not be removed; the others were.
         """
         failures = []
         for found in self.scan():
-            if self._is_doomed(found, kept):
+            if self._should_remove(found, kept):
                 try:
                     self.retire(self.run.root / found.path)
                 except OSError as error:
@@ -304,43 +303,41 @@ class ShardDirectory:
         mates = self.topology.place_mates(self.rank)
         self.run.remove_empty([each for each in self.share() if each not in mates])
 
-    def _is_doomed(self, found: Found, kept: Collection[Commit]) -> bool:
+    def _should_remove(self, found: Found, kept: Collection[Commit]) -> bool:
         if found.too_new is not None:
-            return False  # a later version of holdfast wrote it: not this one's to judge
+            return False  # a later version of holdfast wrote it: this one must not remove it
         if found.record is None:
-            # Nothing but its name tells what it may be the only copy of.
+            # Only its name says which shard it may be the last copy of.
             is_kept = found.iteration in {iteration for _, _, iteration in kept}
             return not (found.is_unread and (is_kept or found.iteration in self.spared))
         if found.record.commit in kept:
             return False
         newest_attempt = max((attempt for _, attempt, _ in kept), default=0)
         if found.record.attempt > newest_attempt:
-            return False  # a later start has taken over meanwhile: what it commits is not ours
-        is_spared = found.iteration in self.spared and not self.turns.has(
-            self.run.root / found.path
-        )
+            return False  # a later attempt has taken over: its commits are not ours to remove
+        is_spared = found.iteration in self.spared and not self.pool.has(self.run.root / found.path)
         return not is_spared or (len(kept) >= self._keep and found.record.commit < min(kept))
 
-    def discard(self, is_doomed: Callable[[ShardRecord], bool]) -> None:
-        """Remove the published files of this rank's share whose record is doomed.
+    def discard(self, should_remove: Callable[[ShardRecord], bool]) -> None:
+        """Remove the published files of this rank's share whose record satisfies `should_remove`.
 
         Raises:
-            OSError: one cannot be removed.
+            OSError: a file could not be removed.
         """
         for found in self.scan():
-            if found.record is not None and is_doomed(found.record):
+            if found.record is not None and should_remove(found.record):
                 self.retire(self.run.root / found.path)
 
     def retire(self, path: Path) -> None:
-        """Take one published file out of sight.
+        """Unpublish one file: free it for reuse, or remove it.
 
         Raises:
             OSError: it cannot be renamed or removed.
         """
-        turns = self.turns if self.turns.has(path) else self._copies
-        turns.retire(path)
+        pool = self.pool if self.pool.has(path) else self._copies
+        pool.retire(path)
 
     def close(self) -> None:
-        """Let go of every file; what is published stays."""
-        self.turns.close()
+        """Close every file; published files stay."""
+        self.pool.close()
         self._copies.close()

@@ -1,11 +1,11 @@
-"""The fast tier: snapshots on each node's own RAM or disk, replicated, loadable by any world.
+"""The fast tier: snapshots on each node's RAM or disk, replicated, loadable at any world size.
 
-Owns the order in which a job uses its local checkpoints: memory to stage into, sealing, the hand to
-nvidia-resiliency-ext's manager (exchange, publish, prune), the vote at a load, opening, and what is
-written again afterwards. Promises that a failed save leaves the commits before it, that what is
-found was sealed by all its ranks and that everything passed over has a reason, and that no rank
-waits in an exchange that not all have agreed to. Power loss and a lost node without copies are what
-the persistent tier is for.
+Owns the order in which a job uses its local checkpoints: memory to stage into, sealing, the call to
+nvidia-resiliency-ext's manager (exchange, publish, prune), the agreement on a commit to load,
+opening it, and restoring missing files afterwards. Promises that a failed save leaves earlier
+commits intact, that a commit it finds was sealed by all its ranks, that everything passed over has
+a reason, and that ranks enter an exchange only after all have agreed to it. Power loss and a lost
+node without copies are left to the persistent tier.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 0.75
-"""Of the timeout: who waits here for a reader must still be in time to tell the other ranks."""
+"""Fraction of the timeout: leaves a rank that waits for a reader time to report to the others."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class LocalCommitted:
 
 
 class LocalTier:
-    """The local checkpoints of one run, as all ranks of a job use them.
+    """The local checkpoints of one run.
 
-    Made by all ranks together on the training thread, when the run id is known.
+    Created collectively, on the training thread, once the run id is known.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class LocalTier:
         drains: bool = False,
         store: Path | None = None,
     ) -> None:
-        """Check the directory, meet the other ranks, sweep leftovers.
+        """Check the directory, gather all ranks' placements, sweep leftovers.
 
         `node`: the name of this node. None: HOLDFAST_NODE, or the host name. `drains`: commits will
-        be held while they are promoted, for which the budget has one more turn. `store`: where the
-        run's persistent checkpoints are, noted beside the shards.
+        be held while they are promoted, for which the budget has one more buffer. `store`: where
+        the run's persistent checkpoints are, recorded beside the shards.
 
         Raises:
             ConfigError: nvidia-resiliency-ext is missing, or the directory is not this user's.
@@ -97,16 +97,16 @@ class LocalTier:
         assert config.directory is not None
         keep_last = config.keep.last
         if keep_last is None or keep_last < 2:
-            rule = "it must be 2 or more: one whole commit must stand while the next is made"
+            rule = "it must be 2 or more: one whole commit must be kept while the next is made"
             raise ConfigError([f"checkpoint.local.keep.last is {keep_last}; {rule}"])
         self.directory = Path(config.directory).absolute()
         self.run_id = run_id
         self._filesystem = filesystem
         self._timeout_seconds = timeout_seconds
-        self._turns_count = keep_last + 1 + drains
+        self._buffer_count = keep_last + 1 + drains
         rank = coordinator.rank
         run = RunDirectory(self.directory, run_id, filesystem)
-        # Within the stage: where the package is missing on one node only, all hear of it.
+        # Within the stage, so that a package missing on one node only is reported on all ranks.
         transport = config.replication.transport
         places = coordinator.all_gather(
             "local prepare", lambda: _prepare(run, rank, node, transport)
@@ -118,11 +118,11 @@ class LocalTier:
         self.topology = Topology(tuple(seat for seat, _ in places))
         factor, jump = config.replication.factor, config.replication.jump
         nodes = self.topology.nodes
-        # With one copy of each shard its small states still go to another node: where the shards
-        # that are left cover the state, they are all that a lost node would be missed for.
+        # Even without copies of shards the small states go to another node: where the remaining
+        # shards cover the state, the small states are all that a lost node would take with it.
         copies = factor if factor > 1 else min(2, len(set(nodes)))
         self.holders = assign_holders(nodes, copies, jump)
-        """By rank: who holds its shard, or with `replication.factor` 1 its small states."""
+        """By rank: the holders of its shard, or with `replication.factor` 1 of its small states."""
         self.in_memory = places[rank][1]
         strategy = None
         if coordinator.world_size > 1:
@@ -145,10 +145,10 @@ class LocalTier:
         self._newest_sequence = 0
         self._candidate: Candidate | None = None
         self._noted: frozenset[Any] = frozenset()
-        """Damage that was known when the candidate was opened."""
+        """Damage known when the candidate was opened."""
         self._opened: LocalContents | None = None
-        shelf = self.manager.shelf
-        coordinator.all_reduce("local sweep", lambda: run.sweep(shelf.share()), lambda _: None)
+        shards = self.manager.shards
+        coordinator.all_reduce("local sweep", lambda: run.sweep(shards.share()), lambda _: None)
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -157,22 +157,22 @@ class LocalTier:
     ) -> Arena | None:
         """Return the memory to stage into, on the training thread; None: the caller's own arena.
 
-        Waits while every file is held by a reader, and says so.
+        Waits, and logs that, while readers hold every file.
 
         Raises:
-            StageFailedError: on every rank: there is no room on some, say.
+            StageFailedError: on every rank: some rank has no space, for instance.
             CheckpointError: no file became free.
         """
         if self.manager.recovery.verdict is None:
-            self.find(coordinator, lambda record: None)  # what retention must not remove
+            self.find(coordinator, lambda record: None)  # learn what retention must not remove
         self._give_back()
 
         def take() -> bool:
             if self.in_memory:
-                self._filesystem.make_directory(self.manager.shelf.directory)  # it may be wiped
+                self._filesystem.make_directory(self.manager.shards.directory)  # it may be wiped
                 patience = self._timeout_seconds * _PATIENCE
-                shelf, kept = self.manager.shelf, self.manager.kept
-                self._file = shelf.take(image_bytes(layout), patience, kept)
+                shards, kept = self.manager.shards, self.manager.kept
+                self._file = shards.take(image_bytes(layout), patience, kept)
                 arenas.append(lay_out_in(self._file, layout, pinned=pinned))
             return self._group_is_broken()
 
@@ -181,12 +181,12 @@ class LocalTier:
         return arenas[0] if arenas else None
 
     def abandon(self) -> None:
-        """Give the memory back: the staging failed."""
+        """Release the memory of a save whose staging failed."""
         self._give_back()
 
     def _give_back(self) -> None:
         if self._file is not None:
-            self.manager.shelf.turns.give_back(self._file)
+            self.manager.shards.pool.give_back(self._file)
             self._file = None
 
     def write(
@@ -195,13 +195,13 @@ class LocalTier:
         identify: Callable[[], CommitIdentity],
         coordinator: Coordinator,
     ) -> LocalCommitted:
-        """Seal, exchange, publish and prune, together with every other rank, on any thread.
+        """Seal, exchange, publish and prune; a collective call, on any thread.
 
         `identify` is called on rank 0 and may refuse the save.
 
         Raises:
-            CheckpointError: on every rank, naming the stage, the ranks and the cause; what was
-                published before stands.
+            CheckpointError: on every rank, naming the stage, the ranks and the cause; earlier
+                commits are intact.
         """
         self.manager.coordinator = coordinator
         engine = import_adapter()
@@ -211,18 +211,18 @@ class LocalTier:
             identity = coordinator.broadcast("local identity", identify)
 
             def seal_own() -> tuple[int, int]:
-                pending, tail = seal(snapshot, identity, self.manager.shelf, self._file)
+                pending, trailer = seal(snapshot, identity, self.manager.shards, self._file)
                 image = snapshot.arena.memory[:size]
-                sealed.append(engine.ShardState(image, tail, pending, self._file))
+                sealed.append(engine.ShardState(image, trailer, pending, self._file))
                 return snapshot.iteration, size
 
             total = coordinator.all_reduce("local seal", seal_own, _agree_on_iteration)
-            self._file = None  # the manager's, from here on
+            self._file = None  # owned by the manager from here on
             self.manager.save(sealed[0], snapshot.iteration)
         except BaseException:
             self._give_back()
             for state in sealed:
-                self.manager.shelf.drop(state.pending, state.file)
+                self.manager.shards.drop(state.pending, state.file)
             raise
         if self.in_memory:
             self._prepare_next(size)
@@ -231,37 +231,37 @@ class LocalTier:
         return LocalCommitted(own, total)
 
     def _prepare_next(self, size: int) -> None:
-        """Allocate now, beside training, what the next save would have to."""
+        """Allocate the next save's file now, beside training."""
         try:
-            self.manager.shelf.turns.top_up(size)
+            self.manager.shards.pool.top_up(size)
         except OSError as error:
-            logger.warning("%s: the next save may find no room: %s", self.directory, error)
+            logger.warning("%s: the next save may lack space: %s", self.directory, error)
 
     # -- load ------------------------------------------------------------------------------------
 
     def find(self, coordinator: Coordinator, objection: Objection) -> Candidate | None:
         """Agree on the newest commit that all ranks can load; None: there is none.
 
-        `objection` is asked on rank 0 why a commit must not be loaded: it is superseded, say. Call
-        again after damage was found: files noted as damaged count as missing then. `passed` has the
-        reasons.
+        `objection` returns, on rank 0, why a commit must not be loaded, for instance because it is
+        superseded. Call again after damage was found: files noted as damaged then count as missing.
+        `passed` has the reasons.
 
         Raises:
             StageFailedError: a directory cannot be read, on some rank, or a rank is gone.
         """
-        self._return_loan()
+        self._end_fetch()
         self.manager.coordinator = coordinator
         self._renew_group(coordinator.all_reduce("local group", self._group_is_broken, any))
         verdict = self.manager.vote(objection)
         self._newest_sequence = max(self._newest_sequence, verdict.newest_sequence)
-        # What cannot be read at the moment may be the newest commit there is.
+        # A file that cannot be read at the moment may belong to the newest commit.
         unread = {each.iteration for each in verdict.passed if each.reason.startswith(UNREAD)}
-        self.manager.shelf.spared = frozenset(unread)
+        self.manager.shards.spared = frozenset(unread)
         return verdict.candidate
 
     @property
     def passed(self) -> tuple[Passed, ...]:
-        """What the last `find` passed over, newest first, with reasons."""
+        """Commits and files that the last `find` passed over, newest first, with reasons."""
         verdict = self.manager.recovery.verdict
         return () if verdict is None else verdict.passed
 
@@ -276,14 +276,14 @@ class LocalTier:
         coordinator: Coordinator,
         suffices: Callable[[bytes], bool] | None = None,
     ) -> LocalContents:
-        """Open a commit that `find` returned, together with every other rank.
+        """Open a commit that `find` returned; a collective call.
 
-        What a node has lost is read from peers, and written again by `restore`. `suffices`: says of
-        this rank's own small state whether it needs no other rank's.
+        Shards that a node has lost are read from peers, and restored by `restore`. `suffices`:
+        returns whether this rank's own small state is all it needs of the small states.
 
         Raises:
-            CorruptCheckpointError: on every rank; call `find` again for what else there is.
-            StageFailedError: a rank failed, for which the commit is not to blame, or is gone.
+            CorruptCheckpointError: on every rank; call `find` again for another commit.
+            StageFailedError: a rank is gone, or failed for a reason other than the commit.
         """
         from holdfast.tiers.local.reading import Opening
 
@@ -304,10 +304,10 @@ class LocalTier:
         return self._opened
 
     def pass_over(self, candidate: Candidate, coordinator: Coordinator, reason: str) -> None:
-        """Make sure that the next `find` offers something else, where a commit could not be loaded.
+        """Make the next `find` return something else after a commit could not be loaded.
 
-        Together with every other rank. Damage that was noted since `open` is enough; without any
-        the whole commit is passed over, for this reason.
+        A collective call. Damage noted since `open` suffices; without any, the whole commit is
+        passed over with this reason.
         """
         found = coordinator.all_reduce(
             "local pass over", lambda: not self._noted >= self.manager.recovery.damaged, any
@@ -316,7 +316,7 @@ class LocalTier:
             self.manager.recovery.rejected[candidate.commit] = reason
 
     def verify(self, candidate: Candidate, coordinator: Coordinator) -> None:
-        """Read every file of a commit, each rank its share.
+        """Read and verify every file of a commit, each rank its share.
 
         Raises:
             CorruptCheckpointError: on every rank; call `find` again.
@@ -330,57 +330,57 @@ class LocalTier:
             raise CorruptCheckpointError(str(self.manager.run.root), "; ".join(problems[:3]))
 
     def finish(self) -> bool:
-        """End a load that succeeded; say, on every rank alike, whether `restore` has work to do."""
-        self._return_loan()
+        """End a successful load; return, alike on every rank, whether `restore` has work to do."""
+        self._end_fetch()
         candidate = self._candidate
         return candidate is not None and bool(self.manager.recovery.lacks(candidate))
 
     def restore(self, coordinator: Coordinator) -> None:
-        """Write again what nodes have lost of the commit that was loaded, on any thread.
+        """Restore the files that nodes have lost of the loaded commit; collective, on any thread.
 
         Raises:
-            CheckpointError: on every rank: something could not be written, or has no sound copy.
+            CheckpointError: on every rank: a file could not be written, or has no sound copy.
         """
         assert self._candidate is not None
         self.manager.recovery.restore(self._candidate, coordinator)
 
-    def _return_loan(self) -> None:
+    def _end_fetch(self) -> None:
         if self._opened is not None:
-            self._opened.loan.return_all()
+            self._opened.fetch.return_all()
             self._opened = None
 
     def discard_after(self, iteration: int | None, coordinator: Coordinator) -> None:
         """Remove the commits that resuming from an iteration supersedes; None: all of them.
 
-        Call it before the first save of the attempt that resumed there, on every rank.
+        A collective call, before the first save of the attempt that resumed there.
         """
 
         def is_superseded(record: ShardRecord) -> bool:
             return iteration is None or record.iteration > iteration
 
         coordinator.all_reduce(
-            "local discard", lambda: self.manager.shelf.discard(is_superseded), lambda _: None
+            "local discard", lambda: self.manager.shards.discard(is_superseded), lambda _: None
         )
         self.manager.kept = [
             each for each in self.manager.kept if iteration is not None and each[2] <= iteration
         ]
 
-    # -- besides ---------------------------------------------------------------------------------
+    # -- other -----------------------------------------------------------------------------------
 
     @contextmanager
     def hold(self, iteration: int) -> Iterator[BinaryIO]:
-        """Open this rank's own shard of a commit, and keep it as it is meanwhile, on any thread.
+        """Open this rank's own shard of a commit, protected from reuse meanwhile, on any thread.
 
         Raises:
             OSError: it cannot be opened.
         """
-        with self.manager.shelf.turns.hold(self._own_path(iteration)) as stream:
+        with self.manager.shards.pool.hold(self._own_path(iteration)) as stream:
             yield stream
 
     @contextmanager
     def keep(self, iteration: int) -> Iterator[None]:
-        """Keep this rank's own shard of a commit as it is meanwhile; nothing of that can fail."""
-        with self.manager.shelf.turns.keep(self._own_path(iteration)):
+        """Protect this rank's own shard of a commit from reuse meanwhile; this cannot fail."""
+        with self.manager.shards.pool.keep(self._own_path(iteration)):
             yield
 
     def _own_path(self, iteration: int) -> Path:
@@ -388,7 +388,7 @@ class LocalTier:
         return self.manager.run.rank_directory(rank) / shard_name(iteration, rank)
 
     def budget(self, image_size_bytes: int, coordinator: Coordinator) -> Budget:
-        """Return what this place needs for shards of such sizes, one given by each rank.
+        """Return what this place needs for shards of these sizes, each rank passing its own.
 
         Raises:
             ConfigError: on every rank: it does not fit, with the numbers.
@@ -408,7 +408,7 @@ class LocalTier:
                 self.directory,
                 [sizes[each] for each in mates],
                 held,
-                self._turns_count,
+                self._buffer_count,
                 in_memory=self.in_memory,
                 reused=[self.manager.run.root],
             )
@@ -421,15 +421,15 @@ class LocalTier:
         return budgets[0]
 
     def close(self) -> None:
-        """Let go of every file and the group; what is published stays."""
-        self._return_loan()
+        """Close every file; published files stay."""
+        self._end_fetch()
         self._give_back()
         self.manager.close()
 
     # -- the group -------------------------------------------------------------------------------
 
     def _new_group(self) -> Any:
-        """Make the group that exchanges run over; all ranks together, on the training thread."""
+        """Create the group for exchanges; a collective call, on the training thread."""
         return new_group(self._device, self._timeout_seconds)
 
     def _group_is_broken(self) -> bool:
@@ -437,13 +437,13 @@ class LocalTier:
         return strategy is not None and strategy.local_group.is_broken
 
     def _renew_group(self, is_broken: bool) -> None:
-        """Replace a group in which a rank left another waiting: gloo has closed its connections."""
+        """Replace a group in which a wait timed out: gloo has closed its connections."""
         if is_broken:
             self.manager.repl_strategy.local_group.renew(self._new_group())
 
 
 def _prepare(run: RunDirectory, rank: int, node: str | None, transport: str) -> tuple[Seat, bool]:
-    """Return where this rank sits, and whether its directory lies in RAM."""
+    """Return where this rank is placed, and whether its directory is in RAM."""
     import_adapter()
     device_of(transport)
     run.prepare(rank)
@@ -452,7 +452,7 @@ def _prepare(run: RunDirectory, rank: int, node: str | None, transport: str) -> 
 
 
 def _agree_on_iteration(sealed: list[tuple[int, int]]) -> int:
-    """Return the bytes of all shards.
+    """Return the bytes of all shards together.
 
     Raises:
         StageFailedError: ranks save different iterations.

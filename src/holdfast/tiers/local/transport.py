@@ -1,11 +1,11 @@
-"""Copies that travel through the memory of a device: for a backend that knows no host memory.
+"""Send copies through device memory, for a backend without host memory support (NCCL).
 
-Owns the second transport: a block is copied to the device, sent from there, and copied back where
-it arrives, beside the one that is under way. Promises what `OwnGroup` does, by other means: such a
-backend has no tags and matches by order alone, so that all ranks go in rounds, post everything of a
-round at once and in one order on both sides of a pair, and begin no round before the last one has
-ended. A wait that fails ends the group here, before the backend ends the process. It runs on any
-device that torch has copies to and a backend for.
+Owns the second transport: a block is copied to the device, sent from there, and copied back at the
+receiver, while the next one is in flight. Keeps the promises of `OwnGroup` by other means: such a
+backend has no tags and matches operations by order alone, so all ranks proceed in rounds, post all
+operations of a round at once and in the same order on both sides of a pair, and start no round
+before the last one has ended. A failed wait aborts the group here, before the backend ends the
+process. Runs on any device that torch can copy to and has a backend for.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from holdfast.caller import in_normal_mode
 from holdfast.tiers.local.exchange import GroupBrokenError, Incoming, Outgoing, OwnGroup, bytes_of
 
 _SLOTS = 2
-"""Blocks of one stream on the device: one is under way, one is copied."""
+"""Blocks of one stream on the device: one is in flight, one is copied."""
 _HEADER = struct.Struct("<QQQ")
-"""Of a stream: its bytes, those of them that block digests cover, and how many a message has."""
+"""Of a stream: its bytes, the bytes covered by block digests, and the bytes per message."""
 _POLL_SECONDS = 0.0005
 
 
@@ -39,38 +39,38 @@ class Operation:
     tensor: torch.Tensor
     """On the device."""
     rank: int
-    """The other one."""
+    """The peer."""
 
 
 class DeviceGroup(OwnGroup):
-    """A group of a backend that sends from the memory of one device."""
+    """A group whose backend sends from the memory of one device."""
 
     def __init__(self, group: Any, timeout_seconds: float, device: torch.device) -> None:
-        """Connect all ranks of the group, which make it together."""
+        """Connect all ranks of the group; a collective call."""
         super().__init__(group, timeout_seconds)
         self.device = device
-        # Training's own stream would make each copy wait for what training has queued.
+        # On training's own stream each copy would wait for the work that training has queued.
         self._queue: Any = None
         if device.type == "cuda":
             self._queue = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._connect()
 
     def renew(self, group: Any) -> None:
-        """Go on over another group: this one is broken."""
+        """Replace the broken group, and connect all ranks of the new one."""
         super().renew(group)
         self._connect()
 
     def _connect(self) -> None:
-        # Here, where all ranks are: the first operation connects them, and in an exchange some may
-        # have nothing to send or to receive.
+        # The first operation connects ranks. Run it where all ranks take part: in an exchange some
+        # may have nothing to send or to receive.
         with self._beside_training():
             tensor = torch.zeros(1, device=self.device)
             self.wait(distributed.all_reduce(tensor, group=self.group, async_op=True))
 
     def stream(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
-        """Carry out all transfers of this rank; every rank of the group calls it together.
+        """Carry out all transfers of this rank; a collective call over the group.
 
-        Errors of sources and sinks are noted in the transfers, and the transfer goes on.
+        Errors of sources and sinks are recorded in the transfers, which still run to their end.
 
         Raises:
             GroupBrokenError: a rank is gone or silent.
@@ -92,8 +92,9 @@ class DeviceGroup(OwnGroup):
             raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
 
     def _go_in_rounds(self, lanes: Sequence[_Lane]) -> None:
-        # Both sides of a stream count its rounds alike, so a round of one rank meets the same round
-        # of its peers: whoever is furthest behind finds them there, however streams cross.
+        # Both sides of a stream have the same number of rounds, so a round of one rank matches the
+        # same round of its peers: the rank furthest behind finds theirs posted, however streams
+        # cross.
         while lanes:
             works = self.post([lane.operation() for lane in lanes])
             for lane in lanes:
@@ -103,7 +104,7 @@ class DeviceGroup(OwnGroup):
             lanes = [lane for lane in lanes if lane.advance()]
 
     def share(self, content: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """Return what every rank of the group gave; `sizes` were agreed on before.
+        """All-gather the content of every rank of the group; `sizes` were agreed on before.
 
         Raises:
             GroupBrokenError: as `stream`.
@@ -126,7 +127,7 @@ class DeviceGroup(OwnGroup):
         return tensor.cpu().numpy().tobytes()
 
     def post(self, operations: Sequence[Operation]) -> list[Any]:
-        """Begin all operations of a round, in one piece."""
+        """Post all operations of a round as one batch."""
         posted = [
             distributed.P2POp(
                 distributed.isend if each.sends else distributed.irecv,
@@ -140,26 +141,26 @@ class DeviceGroup(OwnGroup):
         return works
 
     def wait(self, work: Any) -> None:
-        """Wait for what was begun, a little less long than the backend would.
+        """Wait for a posted operation, a little shorter than the backend would.
 
         Raises:
-            RuntimeError: it failed, or took too long.
+            RuntimeError: it failed or timed out.
         """
         if self._queue is None:
             super().wait(work)
             return
-        # No timeout of the backend's: when such a one has passed, NCCL's watchdog ends the process.
+        # Do not use the backend's timeout: when it expires, NCCL's watchdog ends the process.
         deadline = time.monotonic() + self._wait.total_seconds()
         while not work.is_completed():
             if time.monotonic() > deadline:
                 distributed.distributed_c10d._abort_process_group(self.group)
                 raise RuntimeError(f"no answer within {self._wait.total_seconds():g} s")
             time.sleep(_POLL_SECONDS)
-        work.wait()  # raises what went wrong
+        work.wait()  # raises the operation's error
 
     @in_normal_mode  # other threads copy into it
     def host_buffer(self, size_bytes: int) -> torch.Tensor:
-        """Return host memory that the device copies to and from as it likes best."""
+        """Return host memory for copies to and from the device, pinned where that is CUDA."""
         return torch.empty(
             size_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._queue is not None
         )
@@ -182,20 +183,20 @@ class _Lane(Protocol):
     """One stream, round by round; the first round is its header."""
 
     def operation(self) -> Operation:
-        """Return what this round posts."""
+        """Return the operation to post in this round."""
         ...
 
     def meanwhile(self) -> None:
-        """Copy what can be copied while the round is under way."""
+        """Do the copies that can run while the round is in flight."""
         ...
 
     def advance(self) -> bool:
-        """Go on to the next round; False: the stream has ended."""
+        """Advance to the next round; False: the stream has ended."""
         ...
 
 
 class _Slots:
-    """Buffers that take turns, made when they are first needed."""
+    """Buffers reused in rotation, allocated on first use."""
 
     def __init__(self, make: Callable[[int], torch.Tensor], size_bytes: int) -> None:
         self._make, self._size = make, size_bytes
@@ -220,7 +221,7 @@ class _SendLane:
         self._under_way = torch.frombuffer(header, dtype=torch.uint8).to(group.device)
         self._coming: torch.Tensor | None = None
         self._number = 0
-        """Of the block that is copied next."""
+        """Of the block to copy next."""
 
     def operation(self) -> Operation:
         return Operation(True, self._under_way, self._receiver)
@@ -240,7 +241,7 @@ class _SendLane:
         tensor = self._on_host.at(self._number, length)
         try:
             self._source.read_into(offset, bytes_of(tensor))
-        except Exception:  # noqa: BLE001  # the receiver finds the digest wrong, and says so
+        except Exception:  # noqa: BLE001  # the receiver reports the digest mismatch
             tensor.zero_()
         return tensor
 
@@ -259,9 +260,9 @@ class _ReceiveLane:
         self._size, self._step = 0, 1
         self._on_device = self._on_host = _Slots(group.device_buffer, 0)
         self._arrived: tuple[int, torch.Tensor] | None = None
-        """The number of a block, and where it lies on the device."""
+        """The number of a received block, and its memory on the device."""
         self._number = 0
-        """Of the block that is under way."""
+        """Of the block in flight."""
         self._puts: dict[int, Future[None]] = {}
         """By slot: what must end before its host buffer is filled again."""
 

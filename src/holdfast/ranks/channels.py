@@ -1,0 +1,114 @@
+"""The channels on which the ranks of one manager communicate.
+
+Owns how a channel is named, so that ranks meet on the same one: by the directory of the store. It
+makes no difference which other managers a rank has made or used. Managers of one directory share
+the count of calls, which is kept in the rendezvous store. Without an initialised torch.distributed,
+or with one rank, each channel is a `SingleProcess`; one that was opened before torch.distributed
+was initialised is opened again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+from holdfast.errors import CheckpointError
+from holdfast.ranks.coordinator import Call, Coordinator, SingleProcess, StoreCoordinator
+
+R = TypeVar("R")
+
+
+def open_channels(count: int, timeout_seconds: float, name: str) -> list[Coordinator]:
+    """Open independent channels, one for each thread that will communicate.
+
+    `name`: the same on all ranks, and of no other channels that are in use.
+    """
+    if not _has_peers():
+        return [SingleProcess() for _ in range(count)]
+    from torch import distributed
+
+    store: Any = distributed.distributed_c10d._get_default_store()
+    return [
+        StoreCoordinator(
+            store.clone(),  # a client of its own: a blocking wait holds the client's lock
+            distributed.get_rank(),
+            distributed.get_world_size(),
+            timeout_seconds,
+            f"holdfast/{name}/{number}",
+        )
+        for number in range(count)
+    ]
+
+
+def _has_peers() -> bool:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1
+
+
+class Channels:
+    """The channels of one manager, for its calls and for each thread of its own; opened late.
+
+    torch.distributed may be initialised after the manager is made, and before its first call.
+    """
+
+    def __init__(self, count: int, timeout_seconds: float, name: str) -> None:
+        """`name`: see `open_channels`."""
+        self._count = count
+        self._timeout_seconds = timeout_seconds
+        self._name = name
+        self._channels: list[Coordinator] = []
+        self._has_peers = False
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.open()[0].rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.open()[0].world_size
+
+    def open(self) -> list[Coordinator]:
+        """Return the channels: first that of calls."""
+        if not self._channels or (not self._has_peers and _has_peers()):
+            self._has_peers = _has_peers()
+            self._channels = open_channels(self._count, self._timeout_seconds, self._name)
+        return self._channels
+
+    def begin_call(
+        self,
+        stage: str,
+        enter: Callable[[], Call],
+        admit: Callable[[], R],
+        refusal: BaseException | None,
+        in_use: Collection[int],
+    ) -> R:
+        """Meet the other ranks in a new call and return what `admit` did; see `Coordinator.begin`.
+
+        `refusal`: what this rank has to raise; the others get it too. None: it takes part.
+        `in_use`: numbers of channels on which a job still communicates; they stay in their call.
+
+        Raises:
+            BaseException: the refusal itself, whatever another rank raises.
+            CheckpointError: on every rank: ranks are in different calls, or one refused it.
+        """
+
+        def refuse() -> Call:
+            assert refusal is not None
+            raise refusal
+
+        control, *others = self.open()
+        try:
+            call, admitted = control.begin(stage, refuse if refusal else enter, admit)
+        except CheckpointError:
+            if refusal is not None:
+                raise refusal from None
+            raise
+        for number, each in enumerate(others, 1):
+            if number not in in_use:
+                each.follow(call)
+        return admitted
