@@ -137,7 +137,7 @@ class LoadConfig:
     `rng`, `train_state` (except its step), `train_state.<field>`."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """All settings of a checkpoint manager."""
 

@@ -86,7 +86,12 @@ def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
         _check_allowed(path, allowlist)
     manager_class = _load_class(path)
     _check_constructor(path, manager_class)
-    manager = manager_class(checkpoint_config)
+    try:
+        manager = manager_class(checkpoint_config)
+    except Exception as error:
+        if path != DEFAULT_MANAGER:
+            error.add_note(f"raised by the constructor of {path}")
+        raise
     for name in LOOP_CALLS:
         _check_method(path, manager, name)
     if path != DEFAULT_MANAGER:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -48,7 +49,7 @@ from holdfast.ranks.channels import Channels
 from holdfast.ranks.coordinator import Call as Entry
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed, FailureRule, Flight, Progress, Save
-from holdfast.restoring import LastLoad, Opened, Restoration, open_local, open_verified
+from holdfast.restoring import LastLoad, Opened, Restoration, open_candidate
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.model import run_each
@@ -133,7 +134,7 @@ class DefaultCheckpointManager:
     def save(self, ctx: CheckpointSaveContext, callback_manager: Any | None = None) -> None:
         """Save at `ctx.state.train_state.step`; with `async_save` return once the copy is taken.
 
-        An interrupt is raised when the copy is complete: the save goes on, and is told of later.
+        An interrupt is raised when the copy is complete: the save goes on, and is reported later.
 
         Raises:
             WrongArgumentError, ConcurrentUseError: before anything is touched.
@@ -177,7 +178,7 @@ class DefaultCheckpointManager:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
         config = self._config
         gate = Gate()
-        confirm = gate.wait if config.async_save else lambda: _confirm(call, save)
+        confirm = gate.wait if config.async_save else lambda: save.confirm(call)
         try:
             admission = self._begin_call("admit", check_own, admit, refusal)
             self._tiers.follow(admission, control, to_local=not is_persistent)
@@ -210,7 +211,7 @@ class DefaultCheckpointManager:
         self._saving.start(save, write, writer, drain if drains else None)
         try:
             self._snapshotter.finish(snapshot)  # while the thread prepares to write
-            _confirm(call, save)
+            save.confirm(call)
         except SaveAbandonedError as error:
             gate.fail(error)  # and is reported with the outcome
             return
@@ -254,23 +255,14 @@ class DefaultCheckpointManager:
             self._tiers.tell_restored_if_due(rank)
             self._warn_if_overdue(rank)
             return
-        failures: list[Exception] = []
+        waits = (self._saving.wait, self._draining.wait, self._tiers.wait_restored)
         try:
-            for wait in (self._saving.wait, self._draining.wait, self._tiers.wait_restored):
-                try:
-                    wait(rank)
-                except Exception as error:  # noqa: BLE001  # raised below; a callback's, say
-                    failures.append(error)
-            self._warn_if_overdue(rank)
+            run_each(*(partial(each, rank) for each in (*waits, self._warn_if_overdue)))
         finally:
             if terminate:
                 self._alarm.end()
                 self._snapshotter.release()
                 self._tiers.close()
-        if failures:
-            for other in failures[1:]:
-                failures[0].add_note(f"and: {other}")
-            raise failures[0]
 
     def _warn_if_overdue(self, rank: int) -> None:
         self._alarm.warn(self._describe_flight(), str(self._tier.store.root), rank)
@@ -282,8 +274,8 @@ class DefaultCheckpointManager:
     def wait_staged(self) -> None:
         """Return when the last save no longer reads live tensors.
 
-        With overlapped staging, for whoever changes parameters or optimizer state by another road
-        than an optimizer's step; elsewhere it has nothing to wait for.
+        With overlapped staging, call it before anything but an optimizer's step changes parameters
+        or optimizer state. Otherwise there is nothing to wait for.
         """
         self._snapshotter.wait()
 
@@ -305,7 +297,7 @@ class DefaultCheckpointManager:
             NoLoadableCheckpointError: checkpoints are there and none can be loaded.
             StateMismatchError, DataReshardError: the checkpoint is sound but does not fit this run.
             StoreNotWritableError: nothing was found, and a first save could not be written either.
-            ConfigError: what local checkpoints will take does not fit on some node.
+            ConfigError: what local checkpoints will need does not fit on some node.
         """
         try:
             check_load(ctx, overlaps=self._overlaps)
@@ -335,7 +327,14 @@ class DefaultCheckpointManager:
             self._report_budget(ctx, selected.candidate, control)
             try:
                 with collection_put_off():
-                    opened = self._open(selected, ctx, control)
+                    opened = open_candidate(
+                        selected.candidate,
+                        self._tiers.local,
+                        control,
+                        self._filesystem,
+                        _place(ctx, control),
+                        verify_first=self._config.load.verify == "first",
+                    )
                     restoration = self._compare(ctx, selected, opened, control)
                     touched = self._is_torn = True
                     restoration.fill(control)
@@ -352,9 +351,8 @@ class DefaultCheckpointManager:
             return result
         self._report_budget(ctx, None, control)
         self._last_load.note(None)
-        control.broadcast(
-            "probe", self._tier.prove_writable
-        )  # now, not at the first save hours away
+        # Now, and not at the first save hours away.
+        control.broadcast("probe", self._tier.prove_writable)
         self._steps.note_load(None)
         self._alarm.begin()
         self._end_load(call)
@@ -393,28 +391,14 @@ class DefaultCheckpointManager:
         candidate: Checkpoint | Candidate | None,
         control: Coordinator,
     ) -> None:
-        """Say once, before anything is touched, what the local tier will take of each node."""
+        """Report once, before anything is touched, what the local tier will need of each node."""
         is_off = self._config.local.directory is None
         if is_off or self._is_budgeted or ctx.skip_load_to_model_and_opt:
             return
-        resumed = None if isinstance(candidate, Checkpoint) else candidate
+        app = _app_state(ctx, control)
         with collection_put_off():
-            self._snapshotter.report_budget(
-                _app_state(ctx, control), resumed, self._filesystem, control
-            )
+            self._snapshotter.report_budget(app, candidate, self._filesystem, control)
         self._is_budgeted = True
-
-    def _open(self, selected: Selected, ctx: CheckpointLoadContext, control: Coordinator) -> Opened:
-        place = _place(ctx, control)
-        verify_first = self._config.load.verify == "first"
-        candidate = selected.candidate
-        if isinstance(candidate, Checkpoint):
-            return open_verified(
-                candidate, control, self._filesystem, place, verify_first=verify_first
-            )
-        local = self._tiers.local
-        assert local is not None
-        return open_local(candidate, local, control, place, verify_first=verify_first)
 
     def _compare(
         self,
@@ -423,7 +407,7 @@ class DefaultCheckpointManager:
         opened: Opened,
         control: Coordinator,
     ) -> Restoration:
-        """Hold a checkpoint against the live state, on every rank, touching nothing."""
+        """Compare a checkpoint with the live state, on every rank, touching nothing."""
         load = self._config.load
         takes_weights_only = selected.is_parent and load.pretrained.what == "weights"
         restoration = Restoration(
@@ -481,12 +465,11 @@ class DefaultCheckpointManager:
 
         It is raised after the ranks have met: the others may know nothing of a callback's error.
         """
-        rank = self._channels.rank
-        waits = [self.wait_staged, lambda: self._saving.wait(rank)]
+        waits = [self._saving.wait, self._tiers.wait_restored]
         if drains:
-            waits.append(lambda: self._draining.wait(rank))
+            waits.insert(1, self._draining.wait)
         try:
-            run_each(*waits, lambda: self._tiers.wait_restored(rank))
+            run_each(self.wait_staged, *(partial(each, self._channels.rank) for each in waits))
         except BaseException as error:  # noqa: BLE001  # raised by the caller
             return error
         return None
@@ -507,28 +490,11 @@ class DefaultCheckpointManager:
         raise refusal
 
 
-def _confirm(call: Call[None], save: Save) -> None:
-    """Return if whoever saves has kept away from live state until now.
-
-    Raises:
-        SaveAbandonedError: it may not have.
-    """
-    try:
-        call.confirm()
-    except CallerLeftError:
-        raise SaveAbandonedError(save.name) from None
-
-
 def _app_state(
     ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator
 ) -> AppState:
-    return AppState(
-        ctx.model,
-        ctx.optimizer,
-        ctx.opt_param_scheduler,
-        ctx.train_data_iterator,
-        _place(ctx, control),
-    )
+    scheduler, data = ctx.opt_param_scheduler, ctx.train_data_iterator
+    return AppState(ctx.model, ctx.optimizer, scheduler, data, _place(ctx, control))
 
 
 def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator) -> Place:

@@ -78,6 +78,22 @@ class Opened:
         return self.contents.checkpoint
 
 
+def open_candidate(
+    candidate: Checkpoint | Candidate,
+    local: LocalTier | None,
+    coordinator: Coordinator,
+    filesystem: Filesystem,
+    place: Place,
+    *,
+    verify_first: bool,
+) -> Opened:
+    """Open a candidate of either tier on all ranks; raises as `open_verified`."""
+    if isinstance(candidate, Checkpoint):
+        return open_verified(candidate, coordinator, filesystem, place, verify_first=verify_first)
+    assert local is not None
+    return open_local(candidate, local, coordinator, place, verify_first=verify_first)
+
+
 @in_normal_mode  # live objects may keep what is read here
 def open_verified(
     checkpoint: Checkpoint,

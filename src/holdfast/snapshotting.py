@@ -38,6 +38,7 @@ from holdfast.state.counters import read_counters
 from holdfast.state.estimate import estimate
 from holdfast.state.model import check_reachable, run_each
 from holdfast.storage.posix import Filesystem
+from holdfast.storage.store import Checkpoint
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.budget import Need, report_budget, take_seats
 from holdfast.tiers.local.shard_file import shard_name
@@ -179,16 +180,16 @@ class Snapshotter:
     def report_budget(
         self,
         app: AppState,
-        resumed: Candidate | None,
+        candidate: Checkpoint | Candidate | None,
         filesystem: Filesystem,
         control: Coordinator,
     ) -> None:
         """Report what the local tier will need on each node; copy nothing.
 
-        `resumed`: a local commit that may be loaded; with the same number of ranks, the size of its
-        shard is used and no plan is made. Otherwise the need is computed from the current state,
-        including what optimizers will keep after their first step. The plan made for this is
-        reused by the first save if the state matches the estimate.
+        `candidate`: what may be loaded. For a local commit with the same number of ranks, the size
+        of the shard is used and no plan is made. Otherwise the need is computed from the current
+        state, including what optimizers will keep after their first step. The plan made for this
+        is reused by the first save if the state matches the estimate.
 
         Raises:
             ConfigError: on every rank: it does not fit somewhere, with the numbers.
@@ -196,6 +197,7 @@ class Snapshotter:
         """
         config, tiers = self._config.local, self._tiers
         topology = take_seats(config, filesystem, control)
+        resumed = None if isinstance(candidate, Checkpoint) else candidate
         if resumed is not None and resumed.record.world_size == control.world_size:
             need = Need(self._size_before(resumed, control.rank))
         else:

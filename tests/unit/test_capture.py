@@ -652,3 +652,16 @@ def test_a_load_into_live_objects_leaves_gradients_alone(tmp_path: Path) -> None
         assert parameter is same
         assert parameter.grad is gradient
     assert digest([gradient for _, gradient in kept]) == before
+
+
+class ShardedTensor(Tensor):
+    """Named as the tensors of FSDP1 are, which have no device mesh."""
+
+
+def test_a_sharded_tensor_of_fsdp1_is_refused_by_name(tmp_path: Path) -> None:
+    """With the way out, and not with the words of torch's own refusal."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("part", torch.ones(2).as_subclass(ShardedTensor))
+    with pytest.raises(UnsupportedStateError, match=r"model\.part is a ShardedTensor") as caught:
+        Live(model).save(manager_of(tmp_path))
+    assert "fully_shard" in str(caught.value)

@@ -423,6 +423,7 @@ def test_what_the_constructor_raises_comes_through(write_module: Write, error: s
     with pytest.raises((TypeError, ValueError, KeyError), match="mine") as caught:
         create_checkpoint_manager(_config(path))
     assert type(caught.value).__name__ == error.split("(")[0]
+    assert f"raised by the constructor of {path}" in caught.value.__notes__
 
 
 CALLS = {

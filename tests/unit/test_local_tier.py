@@ -204,7 +204,7 @@ def test_a_commit_is_pruned_only_by_one_that_all_ranks_have(root: Path) -> None:
 
     class Refusing(SingleProcess):
         def all_reduce(self, stage: str, work: Any, judge: Any) -> Any:
-            value = super().settle(stage, work, judge)
+            value = super().all_reduce(stage, work, judge)
             if stage == "local publish":
                 raise StageFailedError(stage, [])
             return value

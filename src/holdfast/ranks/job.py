@@ -25,11 +25,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from holdfast.caller import end_calls
+from holdfast.caller import Call, CallerLeftError, end_calls
 from holdfast.config import CheckpointConfig
 from holdfast.errors import (
     CheckpointError,
     RankFailure,
+    SaveAbandonedError,
     SaveFailedError,
     StageFailedError,
     StageTimeoutError,
@@ -270,6 +271,17 @@ class Save:
     def name(self) -> str:
         """How messages name it."""
         return f"the save of iteration {self.event.iteration}"
+
+    def confirm(self, call: Call[Any]) -> None:
+        """Return if the caller has kept away from live state until now.
+
+        Raises:
+            SaveAbandonedError: it may not have.
+        """
+        try:
+            call.confirm()
+        except CallerLeftError:
+            raise SaveAbandonedError(self.name) from None
 
     def tell(self, event_name: str) -> None:
         """Fire an event at the listener of this save, where it has one that knows it."""

@@ -31,6 +31,7 @@ _SHOWN = 5
 _META = "on the meta device, with no memory to hold values"
 _SPARSE = "not dense"
 _QUANTISED = "quantised"
+_SHARDED = "a ShardedTensor, as FSDP1 makes without a device mesh"
 _OVERLAPPING = "of elements that share memory (expanded)"
 _REMEDIES = {
     _META: "Materialise first: build the model, call model.to_empty(device=...), make the "
@@ -39,6 +40,8 @@ _REMEDIES = {
     "dense parts, such as its indices and values, which can be saved.",
     _QUANTISED: "Save the model before it is quantised, or keep int_repr(), scale and zero point "
     "as plain buffers.",
+    _SHARDED: "Pass device_mesh= to FullyShardedDataParallel, or use fully_shard: their parameters "
+    "are DTensors, which can be saved.",
     _OVERLAPPING: "Give it memory of its own, with .clone() or .contiguous(), before loading.",
 }
 _DENSE = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -52,11 +55,10 @@ def check_reachable(state: Mapping[str, Any], *, written_to: bool = False) -> No
     """
     found: dict[str, list[str]] = {}
     for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            local = getattr(value, "_local_tensor", value)
-            if (reason := _why_not(local, written_to)) is not None:
-                layout = f" ({local.layout})" if reason == _SPARSE else ""
-                found.setdefault(reason, []).append(name + layout)
+        reason = _why_not(value, written_to) if isinstance(value, torch.Tensor) else None
+        if reason is not None:
+            layout = f" ({_local(value).layout})" if reason == _SPARSE else ""
+            found.setdefault(reason, []).append(name + layout)
     for reason, names in found.items():
         listed = ", ".join(names[:_SHOWN])
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -64,7 +66,10 @@ def check_reachable(state: Mapping[str, Any], *, written_to: bool = False) -> No
         raise UnsupportedStateError(f"{listed}{more} {verb} {reason}.\n{_REMEDIES[reason]}")
 
 
-def _why_not(tensor: torch.Tensor, written_to: bool) -> str | None:
+def _why_not(value: torch.Tensor, written_to: bool) -> str | None:
+    if type(value).__name__ == "ShardedTensor":  # by name: its module is torch's own, and may move
+        return _SHARDED
+    tensor = _local(value)
     if tensor.device.type == "meta":
         return _META
     if tensor.layout is not torch.strided:
@@ -74,6 +79,11 @@ def _why_not(tensor: torch.Tensor, written_to: bool) -> str | None:
     if written_to and type(tensor) in _DENSE and _overlaps(tensor):
         return _OVERLAPPING
     return None
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    local: torch.Tensor = getattr(value, "_local_tensor", value)
+    return local
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
@@ -222,7 +232,7 @@ def run_each(*works: Callable[[], Any]) -> list[Any]:
     that left after the first failure would keep the others waiting in the next one.
 
     Raises:
-        BaseException: the first that was raised, when all have run.
+        BaseException: the first that was raised, when all have run, with the others in its notes.
     """
     results: list[Any] = []
     first: BaseException | None = None
@@ -230,6 +240,8 @@ def run_each(*works: Callable[[], Any]) -> list[Any]:
         try:
             results.append(work())
         except BaseException as error:  # noqa: BLE001  # raised below
+            if first is not None:
+                first.add_note(f"and: {error}")
             first = first or error
     if first is not None:
         raise first

@@ -150,11 +150,12 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
 
 
 def make_refusal(
-    choice: Choice, survey: Survey, field_name: str, filesystem: Filesystem
+    choice: Choice, survey: Survey, field_name: str | None, filesystem: Filesystem
 ) -> CheckpointError:
     """Return the error of a load that is refused because of the contents of one place.
 
-    `field_name`: the setting that names the place, for example `load.directory`.
+    `field_name`: the setting that names the place, for example `load.directory`. None: the caller
+    of `open_tensors` named it.
     """
     refusal, commits = choice.refusal, survey.commits
     if refusal in (Refusal.TOO_NEW, Refusal.DAMAGED):
@@ -165,10 +166,9 @@ def make_refusal(
             return commits[0].error
         return NoLoadableCheckpointError(str(survey.root), list_reasons(commits))
     if not commits:
-        return CheckpointNotFoundError(
-            f"checkpoint.{field_name}: {describe(survey.root, filesystem)}"
-        )
-    if survey.is_one:
+        place = "open_tensors" if field_name is None else f"checkpoint.{field_name}"
+        return CheckpointNotFoundError(f"{place}: {describe(survey.root, filesystem)}")
+    if survey.is_one and field_name is not None:
         found = f"iteration {commits[0].iteration}: {commits[0].path}"
         step_name = field_name.replace("directory", "step")
         return ConfigError(

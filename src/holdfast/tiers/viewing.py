@@ -46,7 +46,7 @@ def open_tensors(
     asked = Asked(names_other_place=True, step=step)
     choice = choose(asked, Seen(other=survey.commits))
     if choice.commit is None or choice.action is Action.REFUSE:
-        raise make_refusal(choice, survey, "load.directory", filesystem)
+        raise make_refusal(choice, survey, None, filesystem)
     checkpoint = survey.checkpoints[choice.commit]
     has_digests = not isinstance(checkpoint, ForeignCheckpoint)
     reader = open_shards(checkpoint, filesystem)
