@@ -36,6 +36,8 @@ from saving import SaveRecord
 
 PLAIN_WIDTH = 100
 """Columns where there is no terminal to ask."""
+_RESTORE = b"\r\x1b[2K\x1b[?25h"
+"""To the start of the line, erase it, show the cursor: ECMA-48, and DEC's private mode 25."""
 BUDGET_LOGGER = "holdfast.tiers.both"
 """Says, once, how much room the local tier takes."""
 
@@ -89,8 +91,11 @@ class Display:
             signal.signal(signal.SIGTERM, self._before)
 
     def _end(self, number: int, _: FrameType | None) -> None:
-        """Take the bar down, and end as the signal does."""
-        self._progress.stop()
+        """Clear the bar's line, show the cursor, and end as the signal does.
+
+        By hand: the signal may have come in the middle of what rich does.
+        """
+        os.write(self._console.file.fileno(), _RESTORE)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

@@ -38,7 +38,13 @@ from holdfast.state.counters import (
     without_fields,
 )
 from holdfast.state.model import run_each
-from holdfast.state.options import COMPONENTS, LiveOptions, Overrides, describe_differences
+from holdfast.state.options import (
+    COMPONENTS,
+    LiveOptions,
+    Overrides,
+    check_kind,
+    describe_differences,
+)
 from holdfast.state.rank import (
     Place,
     SavedRun,
@@ -364,6 +370,8 @@ class Restoration:
         if self._overrides.names and not self.takes_weights_only:
             counters = list(read_counters(self._train_state))
             self._overrides.check(optimizers, given.scheduler, counters, schedule, len(groups))
+        if saved is not None:
+            check_kind(self._app.optimizers, saved.option_names(), path)
         self._app.check(path, saved, opened.shared, own, strict)
         self._app.check_data(own, path, accept_data_restart)
         check_counters(self._train_state, self._counters, path)

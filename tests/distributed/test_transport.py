@@ -46,7 +46,7 @@ def _message(sender: int, receiver: int) -> bytes:
 
 def _send_to_all(group: Any, rank: int, size: int) -> list[bytes]:
     """Everybody sends to everybody, streams of very different length and one of nothing."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     others = [each for each in range(size) if each != rank]
     sinks = {each: Collected() for each in others}
@@ -193,7 +193,7 @@ def test_no_order_of_streams_waits_in_a_circle(ranks: int, is_late: bool) -> Non
 
 def test_two_streams_between_two_ranks_are_told_apart() -> None:
     """By their order: the longer one goes on when the other has ended; a third rank looks on."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     meeting = _Meeting()
     sinks = [Collected() for _ in range(3)]
@@ -216,7 +216,7 @@ def test_two_streams_between_two_ranks_are_told_apart() -> None:
 
 def _fail_in_the_middle() -> tuple[str, bytes, bytes]:
     """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     group = _group()
     rank = distributed.get_rank()
@@ -246,7 +246,8 @@ def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
 
 def _lose_one() -> tuple[str, float, bool]:
     """Rank 2 dies instead of sending; the others go on over a group without it."""
-    from holdfast.tiers.local.exchange import GroupBrokenError, Incoming
+    from holdfast.tiers.local.exchange import GroupBrokenError
+    from holdfast.tiers.local.streams import Incoming
 
     group = _group(8.0)
     distributed.barrier()
@@ -287,9 +288,9 @@ def test_every_rank_is_told_what_each_had_to_tell() -> None:
 def _replicate(folder: Path) -> bytes:
     """Send a shard of several blocks from memory to the next rank, which writes it to a file."""
     from holdfast.storage.posix import LocalFilesystem
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
     from holdfast.tiers.local.pool import BufferPool
     from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     group = _group()
     rank, size = distributed.get_rank(), distributed.get_world_size()

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn, optim
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from holdfast.format.items import Itemizer
 from holdfast.format.layout import Item
@@ -35,6 +39,21 @@ OPTIMIZERS: dict[str, Make] = {
     "centered": lambda each: optim.RMSprop(each, lr=0.1, momentum=0.9, centered=True),
     "rprop": lambda each: optim.Rprop(each, lr=0.1),
     "asgd": lambda each: optim.ASGD(each, lr=0.1),
+    "nesterov": lambda each: optim.SGD(each, lr=0.1, momentum=0.9, nesterov=True),
+    "foreach": lambda each: optim.Adam(each, lr=0.1, foreach=True),
+    "foreach asgd": lambda each: optim.ASGD(each, lr=0.1, foreach=True),
+    "foreach rprop": lambda each: optim.Rprop(each, lr=0.1, foreach=True),
+    "fused sgd": lambda each: optim.SGD(each, lr=0.1, momentum=0.9, fused=True),
+    "fused adam": lambda each: optim.Adam(each, lr=0.1, fused=True),
+    "fused amsgrad": lambda each: optim.AdamW(each, lr=0.1, amsgrad=True, fused=True),
+    "tensor lr": lambda each: optim.AdamW(each, lr=torch.tensor(0.1)),
+    "tensor lr asgd": lambda each: optim.ASGD(each, lr=torch.tensor(0.1)),
+    "tensor betas": lambda each: optim.Adam(
+        each, lr=0.1, betas=(torch.tensor(0.9), torch.tensor(0.99)), foreach=False
+    ),
+    "named": lambda each: optim.AdamW([(str(at), one) for at, one in enumerate(each)], lr=0.1),
+    "constructor of its own": lambda each: _Configured({"lr": 0.1}, each),
+    "step of its own": lambda each: _Odd(each, lr=0.1),
     "two groups": lambda each: optim.SGD(
         [{"params": each[:1]}, {"params": each[1:], "momentum": 0.9}], lr=0.1
     ),
@@ -43,6 +62,57 @@ OPTIMIZERS: dict[str, Make] = {
 
 class _Renamed(optim.AdamW):
     """Steps as its base does."""
+
+
+class _Configured(optim.RMSprop):
+    """Cannot be constructed from parameters and options."""
+
+    def __init__(self, config: dict[str, float], parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, **config)
+
+
+class _Odd(optim.Optimizer):
+    """Keeps numbers, nested entries, and tensors of other sizes and dtypes; draws numbers."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Keep something of everything."""
+        for group in self.param_groups:
+            for each in group["params"]:
+                if each.grad is not None:
+                    torch.rand(())
+                    rows = each.grad.new_zeros((*each.shape, 2))
+                    average = torch.zeros_like(each, dtype=torch.float32)
+                    self.state[each] = {"step": 1, "rows": rows, "of": {"average": average}}
+
+
+class _Greedy(optim.AdamW):
+    """Asks for memory on the CPU."""
+
+    def step(self, closure: Any = None) -> None:
+        """Keep what would be as large as the parameters."""
+        for each in self.param_groups[0]["params"]:
+            self.state[each]["copy"] = torch.zeros(16, 8)
+
+
+class _Failing(optim.AdamW):
+    """Fails after it has created state."""
+
+    def step(self, closure: Any = None) -> None:
+        """Look at the numbers."""
+        for each in self.param_groups[0]["params"]:
+            self.state[each]["step"] = 1
+            float(each.grad.sum())
+
+
+class _Demanding(_Odd):
+    """Needs an argument that is no option."""
+
+    def __init__(self, parameters: Any, model: nn.Module) -> None:
+        super().__init__(parameters, lr=0.1)
 
 
 class _Thrifty(optim.AdamW):
@@ -86,6 +156,63 @@ def test_a_matrix_optimizer_is_foreseen() -> None:
     assert structure_of(foreseen.items) == structure_of(_look(live)[1])
 
 
+CAPTURABLE = (optim.Adadelta, optim.Adam, optim.Adamax, optim.ASGD)
+CAPTURABLE += (optim.NAdam, optim.RAdam, optim.RMSprop, optim.Rprop)
+
+
+@pytest.mark.parametrize("option", ["capturable", "differentiable"])
+@pytest.mark.parametrize("kind", CAPTURABLE)
+def test_what_torch_creates_before_it_refuses_is_foreseen(
+    kind: type[optim.Optimizer], option: str
+) -> None:
+    """Leaves cannot be stepped differentiably, nor graphs be captured without a GPU."""
+    options: dict[str, Any] = {"lr": 0.1, option: True}
+    live = _live(lambda each: kind(each, **options), MODELS["mixed"]())
+    foreseen, before = _look(live)
+    with pytest.raises((AssertionError, RuntimeError)):
+        step(live)
+    _, items = _look(live)
+    assert len(items) > len(before)
+    assert structure_of(foreseen.items) == structure_of(items)
+    assert foreseen.uncounted == []
+
+
+UNKNOWN: dict[str, Make] = {
+    "Adafactor": optim.Adafactor,
+    "LBFGS": optim.LBFGS,
+    "SparseAdam": optim.SparseAdam,
+    "_Demanding": lambda each: _Demanding(each, nn.Identity()),
+    "_Failing": _Failing,
+    "_Greedy": _Greedy,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_whose_step_cannot_be_tried_is_named(name: str) -> None:
+    """It needs a closure, sparse gradients, numbers, memory, or an argument that is not known."""
+    foreseen, items = _look(_live(UNKNOWN[name], MODELS["small"]()))
+    assert foreseen.uncounted == [name]
+    assert list(foreseen.items) == list(items)
+
+
+def test_hooks_of_all_optimizers_are_not_run() -> None:
+    """Where a step of its own may run them, it is not tried."""
+    seen: list[Any] = []
+    hooks = [
+        register_optimizer_step_pre_hook(lambda *call: seen.append(call)),
+        register_optimizer_step_post_hook(lambda *call: seen.append(call)),
+    ]
+    try:
+        known, items = _look(_live(OPTIMIZERS["adamw"], MODELS["small"]()))
+        unknown, _ = _look(_live(OPTIMIZERS["step of its own"], MODELS["small"]()))
+    finally:
+        for each in hooks:
+            each.remove()
+    assert seen == []
+    assert len(known.items) == len(items) + 3 * 4
+    assert unknown.uncounted == ["_Odd"]
+
+
 def test_several_optimizers_are_foreseen_together() -> None:
     """Their states come before all their groups."""
     model = nn.Linear(4, 2)
@@ -113,21 +240,25 @@ def test_foreseeing_changes_nothing(kind: str) -> None:
     """No step, no state, no draw."""
     live = _live(OPTIMIZERS[kind], MODELS["mixed"]())
     before, state = live.digests(), digest(live.optimizer.state_dict()["state"])
+    options = digest([{**each, "params": 0} for each in live.optimizer.param_groups])
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     _look(live)
+    assert digest([{**each, "params": 0} for each in live.optimizer.param_groups]) == options
+    assert (torch.get_default_dtype(), torch.get_default_device()) == (dtype, device)
     assert live.digests() == before
     assert digest(live.optimizer.state_dict()["state"]) == state
     assert all(each.grad is None for each in live.model.parameters())  # type: ignore[union-attr]
     assert torch.is_grad_enabled()
 
 
-def _shard_and_look() -> tuple[bool, int]:
+def _shard_and_look(kind: str) -> tuple[bool, int]:
     """Foresee the state of a model that is sharded over ranks; say whether it came so."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = MODELS["small"]()
     fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    live = _live(OPTIMIZERS["adamw"], model)
+    live = _live(OPTIMIZERS[kind], model)
     foreseen, before = _look(live)
     inputs = torch.ones(2, FEATURES)
     model(inputs).sum().backward()
@@ -136,6 +267,7 @@ def _shard_and_look() -> tuple[bool, int]:
     return structure_of(foreseen.items) == structure_of(items), len(items) - len(before)
 
 
-def test_shards_are_foreseen_as_shards() -> None:
+@pytest.mark.parametrize("kind", ["adamw", "tensor lr", "adamax", "step of its own"])
+def test_shards_are_foreseen_as_shards(kind: str) -> None:
     """Each rank's part of a sharded parameter has its part of the state."""
-    assert run_ranks(_shard_and_look, 2) == [(True, 12), (True, 12)]
+    assert run_ranks(_shard_and_look, 2, kind) == [(True, 12), (True, 12)]

@@ -14,12 +14,8 @@ from holdfast.tiers.local.elastic import Index
 
 pytest.importorskip("nvidia_resiliency_ext")
 
-from holdfast.tiers.local.peers import (  # needs it
-    Shard,
-    _BlockSource,
-    _FileSink,
-    _TensorSink,
-)
+from holdfast.tiers.local.peers import Shard, _FileSink, _TensorSink  # needs it
+from holdfast.tiers.local.shards import BlockSource
 
 BODY_BYTES = 2 * BLOCK_BYTES + 4096
 
@@ -41,7 +37,7 @@ def test_blocks_of_several_files_arrive_at_their_places(tmp_path: Path) -> None:
         (tmp_path / f"file{owner}").write_bytes(content)
     wanted = [(0, 0), (0, 2), (1, 1)]
     shards = {owner: _shard(content, owner) for owner in (0, 1)}
-    source = _BlockSource(
+    source = BlockSource(
         LocalFilesystem(),
         [(tmp_path / f"file{owner}", number) for owner, number in wanted],
         [BLOCK_BYTES, 4096, BLOCK_BYTES],

@@ -71,7 +71,6 @@ def test_ranks_of_one_node_that_see_other_files_are_two_places() -> None:
     assert topology.nodes == (0, 0, 1, 0)
     assert topology.places == (0, 1, 2, 0)
     assert topology.place_mates(3) == [0, 3]
-    assert topology.node_mates(3) == [0, 1, 3]
 
 
 def test_the_name_of_a_node_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:

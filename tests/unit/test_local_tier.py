@@ -373,7 +373,6 @@ def test_it_is_the_packages_manager(root: Path) -> None:
     manager = job.tier.manager
     assert isinstance(manager, LocalCheckpointManager)
     assert manager.find_latest() == 20
-    assert sorted(manager._my_ckpt_ids()) == [(10, 0, RUN_ID), (20, 0, RUN_ID)]
     state, ckpt_id = manager.load()
     assert ckpt_id == (20, 0, RUN_ID)
     assert isinstance(state, TensorAwareStateDict)

@@ -14,7 +14,13 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from holdfast.errors import ConfigError, DataReshardError, NothingLoadedError, UnsupportedStateError
+from holdfast.errors import (
+    ConfigError,
+    DataReshardError,
+    NothingLoadedError,
+    StateMismatchError,
+    UnsupportedStateError,
+)
 from tests.support.managers import Live, counters, linear, manager_of, step
 from tests.support.states import ReshardableStream, SampleStream, digest, rng_digests
 
@@ -568,3 +574,44 @@ def test_names_of_nothing_are_refused_by_the_config(name: str) -> None:
     """Before any checkpoint is looked at, with the names that there can be."""
     with pytest.raises(ConfigError, match=r"load\.override names"):
         manager_of(Path("/nowhere"), load={"override": [name]})
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("live", KINDS)
+@pytest.mark.parametrize("saved", KINDS)
+def test_another_kind_of_optimizer_is_refused(
+    saved: str, live: str, steps: int, tmp_path: Path
+) -> None:
+    """By the options of both, before anything is touched; what has the same options is loaded."""
+
+    def build(kind: str, seed: int) -> Live:
+        torch.manual_seed(seed)
+        model = nn.Linear(2, 2)
+        return Live(model, KINDS[kind](model.parameters()))
+
+    before = build(saved, 1)
+    for _ in range(steps):
+        step(before)
+    before.save(manager_of(tmp_path))
+    after = build(live, 2)
+    was = after.digests()
+    same = {"sgd": "momentum", "adam": "adamw"}
+    if same.get(saved, saved) == same.get(live, live):
+        after.load(manager_of(tmp_path))
+        step(after)
+        return
+    with pytest.raises(StateMismatchError, match=r"load\.override=\[optimizer\]"):
+        after.load(manager_of(tmp_path))
+    assert after.digests() == was
+    after.load(manager_of(tmp_path, load={"override": ["optimizer"]}))
+    step(after)

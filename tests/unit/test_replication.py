@@ -74,7 +74,7 @@ def _message(sender: int, receiver: int) -> bytes:
 
 def _cross() -> list[bytes]:
     """Everybody sends to everybody, streams of very different length and one of nothing."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     group = _own_group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -98,7 +98,7 @@ def test_streams_cross_in_all_directions() -> None:
 
 def _hear_from_0(group: Any) -> bytes:
     """Return what rank 0 sends to all others now."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     heard = _Collected()
     if distributed.get_rank() == 0:
@@ -110,7 +110,7 @@ def _hear_from_0(group: Any) -> bytes:
 
 def _fail_in_the_middle() -> tuple[str, str, bytes]:
     """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     group = _own_group()
     rank = distributed.get_rank()
@@ -142,7 +142,8 @@ def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
 
 def _lose_one() -> tuple[str, float]:
     """Rank 2 dies instead of sending."""
-    from holdfast.tiers.local.exchange import GroupBrokenError, Incoming
+    from holdfast.tiers.local.exchange import GroupBrokenError
+    from holdfast.tiers.local.streams import Incoming
 
     group = _own_group(8.0)
     distributed.barrier()
@@ -214,7 +215,7 @@ def _cuts(size_bytes: int) -> list[list[int]]:
 
 def _cross_in_pieces() -> list[tuple[bytes, bytes, bool]]:
     """Everybody sends to everybody twice at once: in pieces, and in blocks."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     group = _own_group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -256,7 +257,7 @@ def test_blocks_arrive_in_the_pieces_that_were_asked_for() -> None:
 
 def _fail_in_pieces() -> tuple[str, bytes, set[int], bytes]:
     """Rank 1 has no memory for a block; rank 0 cannot read one that it sends to 2."""
-    from holdfast.tiers.local.exchange import Incoming, Outgoing
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     group = _own_group()
     rank = distributed.get_rank()
@@ -303,7 +304,8 @@ class _Deadly(_Bytes):
 
 def _receive_too_late() -> str:
     """Rank 1 dies in the middle; 2 sends once 0 has given up, to where that waited for it."""
-    from holdfast.tiers.local.exchange import GroupBrokenError, Incoming, Outgoing
+    from holdfast.tiers.local.exchange import GroupBrokenError
+    from holdfast.tiers.local.streams import Incoming, Outgoing
 
     group = _own_group(8.0)
     rank = distributed.get_rank()
@@ -341,7 +343,8 @@ class _Work:
 
 def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any]]:
     """Return a group of which a wait fails, and a reference to everything begun in it."""
-    from holdfast.tiers.local.exchange import _HEADER, OwnGroup
+    from holdfast.tiers.local.exchange import OwnGroup
+    from holdfast.tiers.local.streams import HEADER
 
     begun: list[Any] = []
 
@@ -355,8 +358,8 @@ def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any
             return self._begin()
 
         def post_receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-            if len(tensor) == _HEADER.size:
-                tensor.copy_(torch.frombuffer(bytearray(_HEADER.pack(9, 0, 3)), dtype=torch.uint8))
+            if len(tensor) == HEADER.size:
+                tensor.copy_(torch.frombuffer(bytearray(HEADER.pack(9, 0, 3)), dtype=torch.uint8))
             return self._begin()
 
         def wait(self, work: Any) -> None:
@@ -372,7 +375,7 @@ def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any
 @pytest.mark.parametrize("waits", [1, 2, 3, 5])
 def test_nothing_is_under_way_once_a_transfer_has_ended(failure: Any, waits: int) -> None:
     """However a transfer ends, also by an interrupt, nobody holds what it had begun to receive."""
-    from holdfast.tiers.local.exchange import Incoming
+    from holdfast.tiers.local.streams import Incoming
 
     group, begun = _group_that_fails(failure, waits)
     placed = _Placed(9, [[1, 1, 1]] * 3)

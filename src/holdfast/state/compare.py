@@ -58,6 +58,14 @@ class SavedTensors:
             for name in self.values[key]
         }
 
+    def option_names(self) -> set[str]:
+        """Return the names of the options that saved groups of parameters have."""
+        return {
+            path[3]
+            for path in self.key_paths.values()
+            if path[:2] == ("optimizer", "param_groups") and len(path) > 3
+        }
+
     def groups(self, filled: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the options of each saved group of parameters, in order.
 

@@ -1,45 +1,38 @@
 """Estimate the state that optimizers will keep, before their first step.
 
-Owns the table of what torch's own optimizers keep for each parameter. Promises to take no step, to
-make no optimizer create state, and never to overestimate on purpose: for an optimizer that is not
-in the table, or that overrides `step`, nothing is estimated and its name is reported. State that an
-optimizer already has is not estimated.
+Owns how a first step is tried: a clone of the optimizer takes it with parameters and gradients on
+the meta device, and the shapes and dtypes of the resulting state are read. Promises to change no
+live object and no random generator, to run no hook, to allocate nothing larger than a number, and
+never to overestimate on purpose: for an optimizer whose step fails there, nothing is estimated and
+its name is reported. State that an optimizer already has is not estimated.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import optim
+from torch import nn, optim
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
+from holdfast.format.items import Itemizer
 from holdfast.format.layout import Item
 from holdfast.state.bindings import Leaves
 
-_NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
-"""Kept as one-element tensors; everything else has the parameter's shape and dtype."""
-
-_KEPT: Mapping[type[Optimizer], Sequence[str | tuple[str, str]]] = {
-    # In the order of creation; the second of a pair is the group option that enables the first.
-    optim.SGD: [("momentum_buffer", "momentum")],
-    optim.Adam: ["step", "exp_avg", "exp_avg_sq", ("max_exp_avg_sq", "amsgrad")],
-    optim.AdamW: ["step", "exp_avg", "exp_avg_sq", ("max_exp_avg_sq", "amsgrad")],
-    optim.NAdam: ["step", "mu_product", "exp_avg", "exp_avg_sq"],
-    optim.RAdam: ["step", "exp_avg", "exp_avg_sq"],
-    optim.Adamax: ["step", "exp_avg", "exp_inf"],
-    optim.Adadelta: ["step", "square_avg", "acc_delta"],
-    optim.Adagrad: [],  # created with the optimizer
-    optim.RMSprop: [
-        "step", "square_avg", ("momentum_buffer", "momentum"), ("grad_avg", "centered"),
-    ],
-    optim.Rprop: ["step", "prev", "step_size"],
-    optim.ASGD: ["step", "eta", "mu", "ax"],
-    optim.Muon: ["momentum_buffer"],
-}  # fmt: skip
+_TORCH = "torch.optim"
+"""Modules of torch's own optimizers begin with this."""
+_SWITCHES = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""Options for how a step is computed, not for what is kept; off, since they need a real device."""
+_FAIL_WITH_STATE = (optim.ASGD, optim.Rprop)
+"""Their updates read numbers from the device, but only after all state has been created."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +49,25 @@ def estimate(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[It
     by_name: dict[str, list[Item]] = {}
     for item in items:
         by_name.setdefault(item.name, []).append(item)
+    by_path = {path: leaves.values[name] for name, path in leaves.paths.items()}
     added: list[Item] = []
     uncounted: set[str] = set()
-    number = 0
-    for optimizer in optimizers:
-        kept = _kept_by(optimizer)
-        for group in optimizer.param_groups:
-            lacking = list(_without_state(optimizer, group, _names_of(leaves, number)))
-            number += 1
-            if kept is None and lacking:
-                uncounted.add(type(optimizer).__name__)
-            for name in lacking if kept is not None else ():
-                for key in _chosen(kept or (), group):
-                    added += _like(by_name.get(f"model.{name}", ()), name, key)
+    groups = [(each, group) for each in optimizers for group in each.param_groups]
+    for number, (optimizer, group) in enumerate(groups):
+        names = by_path.get(("optimizer", "param_groups", number, "params"), ())
+        # Without `strict`: getters that name other parameters than the group are reported by save.
+        lacking = [
+            (at, name)
+            for at, (each, name) in enumerate(zip(group["params"], names, strict=False))
+            if each.requires_grad and not optimizer.state.get(each)
+        ]
+        states = _states_after_step(optimizer, group) if lacking else []
+        if states is None:
+            uncounted.add(type(optimizer).__name__)
+            continue
+        for at, name in lacking:
+            like = by_name.get(f"model.{name}", ())
+            added += _items_of(name, states[at], group["params"][at].shape, like)
     place = next(
         (at for at, item in enumerate(items) if item.path[:2] == ("optimizer", "param_groups")),
         len(items),
@@ -76,41 +75,82 @@ def estimate(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[It
     return Estimate([*items[:place], *added, *items[place:]], sorted(uncounted))
 
 
-def _kept_by(optimizer: Optimizer) -> Sequence[str | tuple[str, str]] | None:
-    """Return what the optimizer keeps; None: its `step` is not one of the table's."""
-    step = inspect.unwrap(type(optimizer).step)
-    for kind, kept in _KEPT.items():
-        if isinstance(optimizer, kind) and inspect.unwrap(kind.step) is step:
-            return kept
-    return None
+def _states_after_step(
+    optimizer: Optimizer, group: Mapping[str, Any]
+) -> Sequence[Mapping[str, Any]] | None:
+    """Return what a clone keeps for each parameter of the group; None: it cannot be known."""
+    step = inspect.unwrap(type(optimizer).step)  # without the wrapper that runs hooks
+    is_torchs = step.__module__.startswith(_TORCH)
+    kind: Any = type(optimizer)
+    if is_torchs:  # a subclass that inherits its step may have a constructor of its own
+        kind = next(each for each in kind.__mro__ if each.__module__.startswith(_TORCH))
+    elif _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        return None  # a call of super().step() would run them
+    # Torch's own keep the same for every parameter of a kind: one of each is enough, and faster.
+    keys = [
+        (each.shape, each.dtype, each.requires_grad) if is_torchs else number
+        for number, each in enumerate(group["params"])
+    ]
+    parameters: dict[Any, nn.Parameter] = {}
+    state: Mapping[Any, Mapping[str, Any]] = {}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _NumbersAlone():
+            parameters |= zip(keys, map(_on_meta, group["params"]), strict=True)
+            options, defaults = _copy_options(group), _copy_options(optimizer.defaults)
+            taken = inspect.signature(kind).parameters
+            clone = kind(
+                [{**options, "params": [*parameters.values()]}],
+                **{key: value for key, value in defaults.items() if key in taken},
+            )
+            state = clone.state
+            step(clone)
+    except Exception:  # noqa: BLE001  # a class that is not ours may raise anything
+        if not state or kind not in _FAIL_WITH_STATE:
+            return None
+    if not state and not is_torchs:
+        return None  # its step may have waited for something, such as a closure
+    return [state.get(parameters[key], {}) for key in keys]
 
 
-def _names_of(leaves: Leaves, number: int) -> Sequence[str]:
-    path = ("optimizer", "param_groups", number, "params")
-    found = next((name for name, each in leaves.paths.items() if each == path), None)
-    return [] if found is None else leaves.values[found]
+def _on_meta(parameter: torch.Tensor) -> nn.Parameter:
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    found = nn.Parameter(empty, parameter.requires_grad)
+    found.grad = torch.empty_like(empty) if parameter.requires_grad else None
+    return found
 
 
-def _without_state(
-    optimizer: Optimizer, group: Mapping[str, Any], names: Sequence[str]
-) -> Iterator[str]:
-    # Without `strict`: getters that name other parameters than the group are reported by the save.
-    for parameter, name in zip(group["params"], names, strict=False):
-        if parameter.requires_grad and not optimizer.state.get(parameter):
-            yield name
+def _copy_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    def copy_leaf(value: Any) -> Any:
+        is_tensor = isinstance(value, torch.Tensor)
+        return value.detach().to("cpu", copy=True) if is_tensor else copy.deepcopy(value)
+
+    return {
+        key: False if key in _SWITCHES else tree_map(copy_leaf, value)
+        for key, value in options.items()
+        if key not in ("params", "param_names")
+    }
 
 
-def _chosen(kept: Sequence[str | tuple[str, str]], group: Mapping[str, Any]) -> Iterator[str]:
-    for each in kept:
-        if isinstance(each, str):
-            yield each
-        elif group.get(each[1]):
-            yield each[0]
+class _NumbersAlone(TorchDispatchMode):
+    """Refuses to create anything larger than a number outside the meta device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked, meta = kwargs or {}, torch.device("meta")
+        is_real = asked.get("device") not in (None, meta)
+        if is_real and func(*args, **{**asked, "device": meta}).numel() > 1:
+            raise MemoryError(f"{func} would allocate memory for a tensor")
+        return func(*args, **asked)
 
 
-def _like(parameter: Sequence[Item], name: str, key: str) -> list[Item]:
-    """Return the items of one entry in a parameter's state."""
-    full, path = f"optimizer.state.{name}.{key}", ("optimizer", "state", name, key)
-    if key in _NUMBERS:
-        return [Item(full, path, torch.float32, (), (), ())]
-    return [replace(each, name=full, path=path, alias_of=None) for each in parameter]
+def _items_of(
+    name: str, entries: Mapping[str, Any], shape: torch.Size, parameter: Sequence[Item]
+) -> Iterator[Item]:
+    """Return the items of a parameter's state: sharded like it where the sizes are equal."""
+    flat, paths = flatten_state_dict({"optimizer": {"state": {name: entries}}})
+    for full, value in flat.items():
+        if isinstance(value, torch.Tensor) and value.shape == shape:
+            path, dtype = tuple(paths[full]), value.dtype
+            for each in parameter:
+                yield replace(each, name=full, path=path, dtype=dtype, alias_of=None)
+        else:
+            yield from Itemizer().describe({full: value}, paths).items

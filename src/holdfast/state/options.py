@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, StateMismatchError
 
 COMPONENTS = ("optimizer", "scheduler", "data", "rng", "train_state")
 _PROPORTIONAL = frozenset(
@@ -43,6 +43,10 @@ _PROPORTIONAL = frozenset(
     }
 )
 """Schedulers whose rates are a multiple of the base rate; a subclass may not be."""
+_OF_SCHEDULERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+)
+"""Options that torch's schedulers add to groups."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,33 @@ _RATES = ("base_lrs", "max_lrs", "min_lrs")
 """Scheduler attributes that hold a constructor argument expanded to one value per group."""
 _DRIVEN = ("lr", "weight_decay", "momentum", "betas")
 """Options that a scheduler other than torch's may change."""
+
+
+def check_kind(optimizers: Sequence[Optimizer], saved: Collection[str], path: str) -> None:
+    """Refuse groups that another kind of optimizer saved; `saved`: the options that they have.
+
+    Each side has options then that the other lacks. Options of one side alone are those of another
+    version of torch, or were added by a scheduler.
+
+    Raises:
+        StateMismatchError: with the options of both sides.
+    """
+    for optimizer in optimizers if saved else ():
+        live = set[str]().union(*(group.keys() for group in optimizer.param_groups)) - {"params"}
+        lacking = (live & _arguments(type(optimizer))) - set(saved)
+        unknown = set(saved) - live - {"params"} - _OF_SCHEDULERS
+        if lacking and unknown:
+            error = StateMismatchError(
+                path,
+                [f"optimizer.param_groups.{each}" for each in sorted(lacking)],
+                [f"optimizer.param_groups.{each}" for each in sorted(unknown)],
+                strict=False,
+            )
+            error.message += (
+                f"\nAnother optimizer than this {type(optimizer).__name__} was saved: "
+                "load.override=[optimizer] keeps this one beside the saved model."
+            )
+            raise error
 
 
 def describe_differences(

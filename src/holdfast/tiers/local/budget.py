@@ -75,11 +75,6 @@ class Topology:
         places = self.places
         return [each for each, place in enumerate(places) if place == places[rank]]
 
-    def node_mates(self, rank: int) -> list[int]:
-        """Return the ranks that are lost together with this one, itself included."""
-        nodes = self.nodes
-        return [each for each, node in enumerate(nodes) if node == nodes[rank]]
-
 
 def _numbered(values: Sequence[object]) -> tuple[int, ...]:
     numbers: dict[object, int] = {}

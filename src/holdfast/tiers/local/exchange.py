@@ -11,15 +11,13 @@ nothing: failures are reported to the caller, which agrees on them with the othe
 from __future__ import annotations
 
 import itertools
-import struct
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +31,18 @@ from nvidia_resiliency_ext.checkpointing.local.replication.strategies import (
 from torch import distributed
 
 from holdfast.read.requests import MOST_PIECES
+from holdfast.tiers.local.streams import (
+    HEADER,
+    Blocks,
+    Incoming,
+    IncomingBlocks,
+    Outgoing,
+    OutgoingBlocks,
+    PlacedSink,
+    Sink,
+    Source,
+    bytes_of,
+)
 
 _WINDOW = 4
 """Blocks of one stream in flight: one is received while another is digested and written."""
@@ -44,94 +54,6 @@ _TAKERS = 2
 """Threads that digest and place received blocks: one alone is no faster than the network."""
 _PATIENCE = 0.75
 """Fraction of the group's timeout: leaves a rank time to report a failed wait to the others."""
-_HEADER = struct.Struct("<QQQ")
-"""Of a stream: its bytes, the bytes covered by block digests, and the bytes per message."""
-
-
-class Source(Protocol):
-    """Bytes to send."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    @property
-    def body_bytes(self) -> int:
-        """Bytes, from the start, that block digests cover."""
-        ...
-
-    @property
-    def block_bytes(self) -> int:
-        """Of each message but the last."""
-        ...
-
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Return the bytes in place, if they are in memory that can be sent from."""
-        ...
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill memory from an offset.
-
-        Raises:
-            OSError, CheckpointError: the bytes cannot be read.
-        """
-        ...
-
-
-class Sink(Protocol):
-    """Takes received bytes, block after block.
-
-    If `in_any_order` is true, blocks are passed concurrently, on several threads.
-    """
-
-    def begin(self, size_bytes: int, body_bytes: int) -> None: ...
-
-    def put(self, offset: int, block: memoryview) -> None: ...
-
-
-class PlacedSink(Sink, Protocol):
-    """A sink that provides the memory that blocks are received into, piece by piece."""
-
-    @property
-    def cuts(self) -> Sequence[Sequence[int]]:
-        """By block of the stream: the bytes of its pieces, in order; at most `MOST_PIECES`."""
-        ...
-
-    def expect(self, number: int, spare: memoryview) -> Sequence[memoryview]:
-        """Return the memory for each piece of a block; parts of `spare` for unneeded pieces."""
-        ...
-
-    def arrived(self, number: int) -> None:
-        """Take a received block; called concurrently, on several threads."""
-        ...
-
-
-@dataclass
-class Outgoing:
-    """One stream to another rank."""
-
-    receiver: int
-    source: Source
-    is_cut: bool = False
-    """Whether the receiver sends the pieces in which it takes each block."""
-
-
-@dataclass
-class Incoming:
-    """One stream from another rank, and its first local error."""
-
-    sender: int
-    sink: Sink
-    error: Exception | None = None
-    placed: PlacedSink | None = None
-    """The sink, if the sender expects cuts; a transport may still send blocks whole."""
-
-    def guard(self, step: Callable[[], None]) -> None:
-        """Record the first failure; the stream is still received to its end."""
-        if self.error is None:
-            try:
-                step()
-            except Exception as error:  # noqa: BLE001  # reported to every rank after the exchange
-                self.error = error
 
 
 class GroupBrokenError(Exception):
@@ -160,51 +82,47 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
         Raises:
             GroupBrokenError: a rank is gone or silent.
         """
+        try:
+            self._stream(outgoing, incoming)
+        except RuntimeError as error:
+            self.is_broken = True
+            reason = str(error).rpartition("] ")[2] or str(error)
+            raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
+
+    def _stream(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
         name = "holdfast-receiver"
+        lanes: list[_Lane] = []
         with (
             ThreadPoolExecutor(1, thread_name_prefix=name) as one,
             ThreadPoolExecutor(_TAKERS, thread_name_prefix=name) as several,
         ):
-            self._stream(outgoing, incoming, one, several)
-
-    def _stream(
-        self,
-        outgoing: Sequence[Outgoing],
-        incoming: Sequence[Incoming],
-        one: ThreadPoolExecutor,
-        several: ThreadPoolExecutor,
-    ) -> None:
-        lanes: list[_Lane] = []
-        try:
-            for out, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True):
-                lanes.append(_SendLane(self, out, tag))
-            for coming, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True):
-                beside = several if getattr(coming.sink, "in_any_order", False) else one
-                lanes.append(_ReceiveLane(self, coming, tag, beside))
-            # In rounds, posting all operations of a round before waiting for any of them: the rank
-            # furthest behind then finds its counterparts posted, so there is no circular wait
-            # between ranks, however streams cross.
-            under_way = list(lanes)
-            while under_way:
-                for lane in under_way:
-                    lane.post()
-                under_way = [lane for lane in under_way if lane.finish()]
-        except BaseException as error:
-            # The error's handler keeps its traceback, whose frames would keep alive the buffers of
-            # receives that were posted.
-            traceback.clear_frames(error.__traceback__)
-            # gloo closes all connections if a wait times out; otherwise peers are mid-transfer.
-            self.is_broken = True
-            if not isinstance(error, RuntimeError):
+            try:
+                for out, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True):
+                    lanes.append(_SendLane(self, out, tag))
+                for coming, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True):
+                    beside = several if getattr(coming.sink, "in_any_order", False) else one
+                    lanes.append(_ReceiveLane(self, coming, tag, beside))
+                # In rounds, posting all operations of a round before waiting for any of them: the
+                # rank furthest behind then finds its counterparts posted, so there is no circular
+                # wait between ranks, however streams cross.
+                under_way = list(lanes)
+                while under_way:
+                    for lane in under_way:
+                        lane.post()
+                    under_way = [lane for lane in under_way if lane.finish()]
+            except BaseException as error:
+                # The error's handler keeps its traceback, whose frames would keep alive the buffers
+                # of receives that were posted.
+                traceback.clear_frames(error.__traceback__)
+                # gloo closes all connections if a wait times out; otherwise peers are mid-transfer.
+                self.is_broken = True
                 raise
-            reason = str(error).rpartition("] ")[2] or str(error)
-            raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
-        finally:
-            # If a rank is gone, connections to the others are still open, and by the time these
-            # send, the memory may hold state loaded from elsewhere. Dropping the last reference to
-            # a posted receive ends it.
-            for lane in lanes:
-                lane.abandon()
+            finally:
+                # If a rank is gone, connections to the others are still open, and by the time these
+                # send, the memory may hold state loaded from elsewhere. Dropping the last reference
+                # to a posted receive ends it.
+                for lane in lanes:
+                    lane.abandon()
 
     def renew(self, group: Any) -> None:
         """Replace the broken group."""
@@ -218,18 +136,20 @@ class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no type
             GroupBrokenError: as `stream`.
         """
         shared = []
-        for rank, size_bytes in enumerate(sizes):
-            mine = rank == self.my_group_rank
-            buffer = bytearray(content) if mine else bytearray(size_bytes)
-            if size_bytes:
-                tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-                try:
-                    self.broadcast(tensor, src=self.get_global_rank(rank))
-                except RuntimeError as error:
-                    self.is_broken = True
-                    raise GroupBrokenError(f"ranks could not share: {error}") from error
-            shared.append(bytes(buffer))
+        try:
+            for rank, size_bytes in enumerate(sizes):
+                mine = content if rank == self.my_group_rank else bytes(size_bytes)
+                shared.append(self._broadcast(mine, rank) if size_bytes else b"")
+        except RuntimeError as error:
+            self.is_broken = True
+            raise GroupBrokenError(f"ranks could not share: {error}") from error
         return shared
+
+    def _broadcast(self, content: bytes, rank: int) -> bytes:
+        buffer = bytearray(content)
+        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        self.broadcast(tensor, src=self.get_global_rank(rank))
+        return bytes(buffer)
 
     def isend_state_dict(self, state_dict: Any, dst: int) -> dict[str, float]:
         """Send a shard as it is, from memory or a file."""
@@ -268,38 +188,24 @@ def _tags(peers: Iterable[int]) -> list[int]:
     return tags
 
 
-class _Buffers:
-    """The buffers of one lane, one for each operation in flight."""
-
-    def __init__(self, size_bytes: int, count: int) -> None:
-        self._size_bytes, self._count = size_bytes, count
-        self._buffers: dict[int, torch.Tensor] = {}
-
-    def at(self, number: int, length: int) -> torch.Tensor:
-        slot = number % self._count
-        if slot not in self._buffers:
-            self._buffers[slot] = torch.empty(self._size_bytes, dtype=torch.uint8, device="cpu")
-        return self._buffers[slot][:length]
-
-
 class _Lane:
     """One stream as a sequence of operations: its header, how blocks are cut, and the blocks."""
 
-    def __init__(self, group: OwnGroup) -> None:
+    _blocks: Blocks
+
+    def __init__(self, group: OwnGroup, window: int) -> None:
         self._group = group
         self._under_way: deque[tuple[list[Any], Callable[[], None] | None]] = deque()
         """For each operation, oldest first: what to wait for, and what to call then."""
-        self._size, self._step = 0, 1
-        """Bytes of the stream, 0 until blocks may be posted, and of a block."""
-        self._window = _WINDOW
+        self._window = window
         self._posted = 0
+        self._may_post = True
+        """False until the other side has said how blocks are cut."""
 
     def post(self) -> None:
         """Post as many operations as the window allows."""
-        while len(self._under_way) < self._window and self._has_more:
-            offset = self._posted * self._step
-            works, then = self._begin(self._posted, min(self._step, self._size - offset))
-            self._under_way.append((works, then))
+        while len(self._under_way) < self._window and (length := self._next_length):
+            self._under_way.append(self._begin(self._posted, length))
             self._posted += 1
 
     def finish(self) -> bool:
@@ -309,15 +215,16 @@ class _Lane:
             self._group.wait(each)
         if then is not None:
             then()
-        return bool(self._under_way) or self._has_more
+        return bool(self._under_way) or self._next_length > 0
 
     def abandon(self) -> None:
         """Drop posted operations: memory is no longer sent from or received into."""
         self._under_way.clear()
 
     @property
-    def _has_more(self) -> bool:
-        return self._posted * self._step < self._size
+    def _next_length(self) -> int:
+        """The bytes of the block to post next; 0: there is none, or none yet."""
+        return self._blocks.length(self._posted) if self._may_post else 0
 
     def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
         """Post one block."""
@@ -325,66 +232,48 @@ class _Lane:
 
 
 class _SendLane(_Lane):
+    _blocks: OutgoingBlocks
+
     def __init__(self, group: OwnGroup, transfer: Outgoing, tag: int) -> None:
-        super().__init__(group)
-        self._source, self._receiver, self._tag = transfer.source, transfer.receiver, tag
-        size_bytes, self._step = self._source.size_bytes, self._source.block_bytes
-        header = bytearray(_HEADER.pack(size_bytes, self._source.body_bytes, self._step))
-        tensor = torch.frombuffer(header, dtype=torch.uint8)
-        self._under_way.append(([group.post_send(tensor, self._receiver, tag)], None))
+        super().__init__(group, _PLACED_WINDOW if transfer.is_cut else _WINDOW)
+        self._blocks = blocks = OutgoingBlocks(transfer.source, _host_buffer, self._window)
+        self._receiver, self._tag = transfer.receiver, tag
+        work = group.post_send(blocks.header(), self._receiver, tag)
+        self._under_way.append(([work], None))
         self._cuts: Any = None
-
-        def may_post() -> None:
-            self._size = size_bytes
-
-        if not transfer.is_cut:
-            may_post()
-        else:
-            self._window = _PLACED_WINDOW
-            self._cuts = _no_cuts(-(-size_bytes // self._step))
+        if transfer.is_cut:
+            self._may_post = False
+            self._cuts = _no_cuts(-(-blocks.size_bytes // blocks.block_bytes))
             message = torch.from_numpy(self._cuts).view(torch.uint8)
             work = group.post_receive(message, self._receiver, _CUTS_TAG + tag)
-            self._under_way.append(([work], may_post))
-        self._buffers = _Buffers(min(self._step, size_bytes), self._window)
+            self._under_way.append(([work], self._start))
+
+    def _start(self) -> None:
+        self._may_post = True
 
     def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
         lengths = [length]
         if self._cuts is not None:
             lengths = [each for each in self._cuts[number].tolist() if each]
-        pieces = _split(self._fill(number, sum(lengths)), lengths)
+        pieces = _split(self._blocks.read(number, sum(lengths)), lengths)
         return [self._group.post_send(each, self._receiver, self._tag) for each in pieces], None
-
-    def _fill(self, number: int, length: int) -> torch.Tensor:
-        """Return a block: in place, if it is in memory, or copied into a buffer."""
-        offset = number * self._step
-        if (in_place := self._source.view(offset, length)) is not None:
-            return torch.frombuffer(in_place, dtype=torch.uint8)
-        tensor = self._buffers.at(number, length)
-        try:
-            self._source.read_into(offset, bytes_of(tensor))
-        except Exception:  # noqa: BLE001  # the receiver reports the digest mismatch
-            tensor.zero_()
-        return tensor
 
 
 class _ReceiveLane(_Lane):
+    _blocks: IncomingBlocks
+
     def __init__(
         self, group: OwnGroup, transfer: Incoming, tag: int, beside: ThreadPoolExecutor
     ) -> None:
-        super().__init__(group)
+        super().__init__(group, _WINDOW if transfer.placed is None else _PLACED_WINDOW)
+        self._blocks = IncomingBlocks(transfer, beside, _host_buffer, self._window)
         self._transfer, self._tag = transfer, tag
-        self._beside = beside
-        """Digests and writes blocks while the next ones are received."""
-        self._busy: dict[int, Future[None]] = {}
-        """By slot of the window: what must end before its buffer is filled again."""
-        self._header = bytearray(_HEADER.size)
-        tensor = torch.frombuffer(self._header, dtype=torch.uint8)
+        header = bytearray(HEADER.size)
+        tensor = torch.frombuffer(header, dtype=torch.uint8)
         work = group.post_receive(tensor, transfer.sender, tag)
-        self._under_way.append(([work], self._read_header))
-        self._placed = transfer.placed
-        if self._placed is not None:
-            self._window = _PLACED_WINDOW
-            cuts = self._placed.cuts
+        self._under_way.append(([work], partial(self._blocks.read_header, header)))
+        if transfer.placed is not None:
+            cuts = transfer.placed.cuts
             table = _no_cuts(len(cuts))
             for row, lengths in zip(table, cuts, strict=True):
                 row[: len(lengths)] = lengths
@@ -395,30 +284,19 @@ class _ReceiveLane(_Lane):
     def finish(self) -> bool:
         has_more = super().finish()
         if not has_more:
-            for each in self._busy.values():
-                each.result()
+            self._blocks.wait()
         return has_more
 
-    def _read_header(self) -> None:
-        size_bytes, body_bytes, self._step = _HEADER.unpack(self._header)
-        self._size = size_bytes
-        self._buffers = _Buffers(min(self._step, size_bytes), self._window)
-        self._transfer.guard(lambda: self._transfer.sink.begin(size_bytes, body_bytes))
-
     def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
-        if (earlier := self._busy.pop(number % self._window, None)) is not None:
-            earlier.result()
-        buffer = self._buffers.at(number, length)
-        if self._placed is None:
+        buffer, placed = self._blocks.buffer(number, length), self._transfer.placed
+        if placed is None:
             pieces = [buffer]
-            offset = number * self._step
-            take = partial(self._transfer.sink.put, offset, bytes_of(buffer))
+            then = partial(self._blocks.put, number, buffer)
         else:
-            pieces = self._expect(self._placed, number, buffer)
-            take = partial(self._placed.arrived, number)
+            pieces = self._expect(placed, number, buffer)
+            then = partial(self._blocks.hand_over, number, partial(placed.arrived, number))
         sender = self._transfer.sender
-        works = [self._group.post_receive(each, sender, self._tag) for each in pieces]
-        return works, lambda: self._hand_over(number, take)
+        return [self._group.post_receive(each, sender, self._tag) for each in pieces], then
 
     def _expect(self, placed: PlacedSink, number: int, buffer: torch.Tensor) -> list[torch.Tensor]:
         lengths = placed.cuts[number]
@@ -428,8 +306,9 @@ class _ReceiveLane(_Lane):
             return _split(buffer, lengths)
         return [torch.frombuffer(each, dtype=torch.uint8) for each in found]
 
-    def _hand_over(self, number: int, take: Callable[[], None]) -> None:
-        self._busy[number % self._window] = self._beside.submit(self._transfer.guard, take)
+
+def _host_buffer(size_bytes: int) -> torch.Tensor:
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
 
 def _no_cuts(blocks: int) -> Any:
@@ -441,12 +320,6 @@ def _split(block: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
     """Return views of consecutive pieces of a block, which may be longer than all of them."""
     ends = list(itertools.accumulate(lengths))
     return [block[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a uint8 tensor on the host."""
-    array: Any = tensor.numpy()
-    return memoryview(array)
 
 
 class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ships no types

@@ -226,19 +226,6 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
         self.kept = sorted({*verdict.whole, *resumed}, reverse=True)[: self._keep_last]
         return verdict
 
-    def _my_ckpt_ids(self) -> list[CkptId]:
-        """Return the shards in this rank's share whose trailers are sound.
-
-        Overridden: the stock method goes by names alone and lists one directory, so that ranks with
-        new numbers find nothing.
-        """
-        records = [each.record for each in self.recovery.inventory().found]
-        return [
-            (each.iteration, each.owner, self.session_id)
-            for each in records
-            if each is not None and each.is_whole
-        ]
-
     def find_latest(self) -> int:
         """Return the iteration that all ranks agree on; -1: none.
 

@@ -11,15 +11,13 @@ nor opens a commit.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 import xxhash
@@ -35,11 +33,9 @@ from holdfast.storage.manifest import LOCAL
 from holdfast.storage.posix import Filesystem, naming, read_into
 from holdfast.tiers.local.availability import Commit
 from holdfast.tiers.local.elastic import Block, Index, ReadRequest, divide, merge
-from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.nvrx import ShardManager
-
-_POPULATE_READ = 22
-"""MADV_POPULATE_READ, which Python's mmap does not name: map pages now."""
+from holdfast.tiers.local.shards import BlockSource
+from holdfast.tiers.local.streams import Incoming, Outgoing, Sink
 
 
 @dataclass
@@ -79,20 +75,12 @@ class MergedShards(ShardReader):
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
         """As its base; values of remote shards were sent by their providers."""
-        received = {
-            name: content
-            for name in names
-            if (content := self.fetch.values.get((self._path_of(name), name))) is not None
-        }
+        places = {name: (self.place_of_value(name).relative_path, name) for name in names}
+        values = self.fetch.values
+        received = {name: values[each] for name, each in places.items() if each in values}
         with self._noting():
-            return {
-                **super().read_contents([each for each in names if each not in received]),
-                **received,
-            }
-
-    def _path_of(self, name: str) -> str:
-        path: str = self.place_of_value(name).relative_path
-        return path
+            rest = super().read_contents([each for each in names if each not in received])
+        return {**rest, **received}
 
     def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
         """Fill tensors from files and from peers; a collective call, after `bring`."""
@@ -171,8 +159,7 @@ class PeerFetch:
             self.widen = None
             requests = self._agree(find_requests, coordinator)
         assert requests is not None
-        places = self.manager.topology.places
-        self._straight, filed = divide(requests, places)
+        self._straight, filed = divide(requests, self.manager.topology.places)
         if any(filed):
             self._has_files = True
             problems = coordinator.all_reduce(
@@ -198,16 +185,22 @@ class PeerFetch:
     def _requests(self) -> dict[int, ReadRequest]:
         """Return the blocks that this rank needs from peers, by owner."""
         assert self._plan is not None
-        by_path = {each.path: each for each in self.shards if each.provider is not None}
-        is_unusual = self.commit in self.manager.recovery.unusual
-        requests = {}
+        remote, requests = self._remote, {}
         for path, wanted in self._plan.items():
-            if (shard := by_path.get(path)) is None:
-                continue
-            by_file = is_unusual or bool(wanted.foreign)
-            numbers = blocks_of(wanted.containers if by_file else wanted.ranges)
-            requests[shard.owner] = ReadRequest(tuple(sorted(numbers)), by_file)
+            if (shard := remote.get(path)) is not None:
+                by_file = self._needs_file(wanted)
+                numbers = blocks_of(wanted.containers if by_file else wanted.ranges)
+                requests[shard.owner] = ReadRequest(tuple(sorted(numbers)), by_file)
         return requests
+
+    @property
+    def _remote(self) -> dict[str, Shard]:
+        """By path: the shards that are fetched from a peer."""
+        return {each.path: each for each in self.shards if each.provider is not None}
+
+    def _needs_file(self, wanted: Wanted) -> bool:
+        """Whether this part of a remote shard can only be read from a file."""
+        return bool(wanted.foreign) or self.commit in self.manager.recovery.unusual
 
     # -- transfer --------------------------------------------------------------------------------
 
@@ -223,11 +216,11 @@ class PeerFetch:
         if self._plan is None:
             reader.read(reader.plan(targets))
             return
-        remote = {each.path: each for each in self.shards if each.provider is not None}
+        remote = self._remote
         intakes = {
             path: Intake(wanted.landings)
             for path, wanted in self._plan.items()
-            if path in remote and not wanted.foreign and self.commit not in self._unusual
+            if path in remote and not self._needs_file(wanted)
         }
         rest = {path: each for path, each in self._plan.items() if path not in intakes}
         if not any(self._straight):
@@ -251,10 +244,6 @@ class PeerFetch:
     def _root(self) -> Path:
         return self.manager.run.root
 
-    @property
-    def _unusual(self) -> set[Commit]:
-        return self.manager.recovery.unusual
-
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:
             raise CorruptCheckpointError(str(self._root), "; ".join(problems[:3]))
@@ -265,32 +254,29 @@ class PeerFetch:
         intakes: Mapping[str, Intake] | None = None,
     ) -> list[str]:
         """Send and receive blocks, into `intakes` or, where None, files; return the damage."""
-        manager = self.manager
-        own_rank, root = manager.rank, self._root
-        outgoing, incoming = [], []
+        manager, root = self.manager, self._root
         # Every rank computes all streams from the same shares, so both ends agree.
         wanted: dict[int, list[tuple[Shard, int]]] = {}
         shards = {each.owner: each for each in self.shards}
-        for owner, number in shares[own_rank]:
+        for owner, number in shares[manager.rank]:
             shard = shards[owner]
             assert shard.provider is not None
             wanted.setdefault(shard.provider, []).append((shard, number))
-        sinks: dict[int, _BlockSink] = {
-            provider: _FileSink(root, blocks) if intakes is None else _TensorSink(blocks, intakes)
-            for provider, blocks in wanted.items()
-        }
-        incoming = [
-            Incoming(provider, sink, placed=sink if isinstance(sink, _TensorSink) else None)
-            for provider, sink in sorted(sinks.items())
-        ]
+        sinks: dict[int, _BlockSink] = {}
+        outgoing, incoming = [], []
+        for provider, blocks in sorted(wanted.items()):
+            placed = None if intakes is None else _TensorSink(blocks, intakes)
+            sinks[provider] = placed or _FileSink(root, blocks)
+            incoming.append(Incoming(provider, sinks[provider], placed=placed))
         with ExitStack() as opened:
             for receiver, share in enumerate(shares):
-                blocks = [each for each in share if each[0] in self.served]
-                if blocks and receiver != own_rank:
-                    mine = [(root / self.served[owner], number) for owner, number in blocks]
-                    sizes = [_block_size(self.sizes[owner], number) for owner, number in blocks]
-                    source = _BlockSource(
-                        manager.run.filesystem, mine, sizes, in_memory=manager.in_memory
+                served = [each for each in share if each[0] in self.served]
+                if served and receiver != manager.rank:
+                    source = BlockSource(
+                        manager.run.filesystem,
+                        [(root / self.served[owner], number) for owner, number in served],
+                        [_block_size(self.sizes[owner], number) for owner, number in served],
+                        in_memory=manager.in_memory,
                     )
                     opened.callback(source.close)
                     outgoing.append(Outgoing(receiver, source, is_cut=intakes is not None))
@@ -314,8 +300,7 @@ class PeerFetch:
         """Return where tensors came from; `taken`: by path, the bytes read of it."""
         manager, found = self.manager, []
         for shard in self.shards:
-            size_bytes = taken.get(shard.path, 0)
-            if not size_bytes:
+            if not (size_bytes := taken.get(shard.path, 0)):
                 continue
             path, rank = shard.path, shard.provider
             if rank is None:
@@ -332,80 +317,9 @@ class PeerFetch:
         mates = self.manager.topology.place_mates(self.manager.rank)
         if self.manager.rank != mates[0] or not self._has_files:
             return
-        for each in self.shards:
-            if each.provider is not None:
-                with suppress(FileNotFoundError):
-                    self.manager.run.filesystem.remove_file(self._root / each.path)
-
-
-class _BlockSource:
-    """Blocks of several files, one per message; the last block of a file is padded.
-
-    Files in RAM are sent from their mapping, whose pages a thread populates a little ahead, since
-    that takes most of the time. Files on a disk are not mapped: a block that cannot be read must be
-    an error, not a signal.
-    """
-
-    def __init__(
-        self,
-        filesystem: Filesystem,
-        blocks: Sequence[tuple[Path, int]],
-        sizes: Sequence[int],
-        *,
-        in_memory: bool = False,
-    ) -> None:
-        self.body_bytes = 0
-        self.block_bytes = max(sizes)
-        self.size_bytes = self.block_bytes * len(blocks)
-        self._filesystem = filesystem
-        self._blocks = blocks
-        self._streams: dict[Path, BinaryIO] = {}
-        self._mapped: dict[Path, mmap.mmap] = {}
-        self._is_over = False
-        self._ahead: threading.Thread | None = None
-        if in_memory:
-            with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
-                for path in {path for path, _ in blocks}:
-                    descriptor = self._stream(path).fileno()
-                    # Private: torch requires writable memory, though nothing writes to it.
-                    self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
-                self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
-                self._ahead.start()
-
-    def view(self, offset: int, length: int) -> memoryview | None:
-        path, number = self._blocks[offset // self.block_bytes]
-        start = number * BLOCK_BYTES
-        mapped = self._mapped.get(path)
-        if mapped is None or start + length > len(mapped):
-            return None
-        return memoryview(mapped)[start : start + length]
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        path, number = self._blocks[offset // self.block_bytes]
-        with naming(path):
-            read_into(self._stream(path), number * BLOCK_BYTES, [target])
-
-    def close(self) -> None:
-        self._is_over = True
-        if self._ahead is not None:
-            self._ahead.join()
-        self._mapped.clear()
-        for stream in self._streams.values():
-            stream.close()
-
-    def _stream(self, path: Path) -> BinaryIO:
-        if path not in self._streams:
-            self._streams[path] = self._filesystem.open_existing(path)
-        return self._streams[path]
-
-    def _map_ahead(self) -> None:
-        for path, number in self._blocks:
-            start, mapped = number * BLOCK_BYTES, self._mapped[path]
-            length = min(BLOCK_BYTES, len(mapped) - start)
-            if self._is_over or length <= 0:
-                return
-            with suppress(OSError):  # an older kernel maps pages when they are sent
-                mapped.madvise(_POPULATE_READ, start, length)
+        for path in self._remote:
+            with suppress(FileNotFoundError):
+                self.manager.run.filesystem.remove_file(self._root / path)
 
 
 class _BlockSink(Sink):

@@ -9,8 +9,10 @@ commit, and that nothing of a save counts before it is published. Knows no other
 from __future__ import annotations
 
 import logging
+import mmap
 import os
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +26,9 @@ from holdfast.tiers.local.availability import Commit
 from holdfast.tiers.local.budget import Topology
 from holdfast.tiers.local.pool import BufferPool, PooledFile
 from holdfast.tiers.local.shard_file import Found, RunDirectory, ShardRecord, Trailer, parse_trailer
+
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ, which Python's mmap does not name: map pages now."""
 
 
 class MemoryShard:
@@ -84,6 +89,79 @@ class FileShard:
         """Close it."""
         if self._stream is not None:
             self._stream.close()
+
+
+class BlockSource:
+    """Blocks of several files, one per message; the last block of a file is padded.
+
+    Files in RAM are sent from their mapping, whose pages a thread populates a little ahead, since
+    that takes most of the time. Files on a disk are not mapped: a block that cannot be read must be
+    an error, not a signal.
+    """
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        blocks: Sequence[tuple[Path, int]],
+        sizes: Sequence[int],
+        *,
+        in_memory: bool = False,
+    ) -> None:
+        self.body_bytes = 0
+        self.block_bytes = max(sizes)
+        self.size_bytes = self.block_bytes * len(blocks)
+        self._filesystem = filesystem
+        self._blocks = blocks
+        self._streams: dict[Path, BinaryIO] = {}
+        self._mapped: dict[Path, mmap.mmap] = {}
+        self._is_over = False
+        self._ahead: threading.Thread | None = None
+        if in_memory:
+            with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
+                for path in {path for path, _ in blocks}:
+                    descriptor = self._stream(path).fileno()
+                    # Private: torch requires writable memory, though nothing writes to it.
+                    self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
+                self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
+                self._ahead.start()
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Return a block of a file in RAM; None: it must be read."""
+        path, number = self._blocks[offset // self.block_bytes]
+        start = number * BLOCK_BYTES
+        mapped = self._mapped.get(path)
+        if mapped is None or start + length > len(mapped):
+            return None
+        return memoryview(mapped)[start : start + length]
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Read a block."""
+        path, number = self._blocks[offset // self.block_bytes]
+        with naming(path):
+            read_into(self._stream(path), number * BLOCK_BYTES, [target])
+
+    def close(self) -> None:
+        """End the thread and close every file."""
+        self._is_over = True
+        if self._ahead is not None:
+            self._ahead.join()
+        self._mapped.clear()
+        for stream in self._streams.values():
+            stream.close()
+
+    def _stream(self, path: Path) -> BinaryIO:
+        if path not in self._streams:
+            self._streams[path] = self._filesystem.open_existing(path)
+        return self._streams[path]
+
+    def _map_ahead(self) -> None:
+        for path, number in self._blocks:
+            start, mapped = number * BLOCK_BYTES, self._mapped[path]
+            length = min(BLOCK_BYTES, len(mapped) - start)
+            if self._is_over or length <= 0:
+                return
+            with suppress(OSError):  # an older kernel maps pages when they are sent
+                mapped.madvise(_POPULATE_READ, start, length)
 
 
 class ReceivedShard:

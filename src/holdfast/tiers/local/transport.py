@@ -10,10 +10,9 @@ process. Runs on any device that torch can copy to and has a backend for.
 
 from __future__ import annotations
 
-import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,12 +21,18 @@ import torch
 from torch import distributed
 
 from holdfast.caller import in_normal_mode
-from holdfast.tiers.local.exchange import GroupBrokenError, Incoming, Outgoing, OwnGroup, bytes_of
+from holdfast.tiers.local.exchange import OwnGroup
+from holdfast.tiers.local.streams import (
+    HEADER,
+    Incoming,
+    IncomingBlocks,
+    Outgoing,
+    OutgoingBlocks,
+    Slots,
+)
 
 _SLOTS = 2
 """Blocks of one stream on the device: one is in flight, one is copied."""
-_HEADER = struct.Struct("<QQQ")
-"""Of a stream: its bytes, the bytes covered by block digests, and the bytes per message."""
 _POLL_SECONDS = 0.0005
 
 
@@ -67,64 +72,32 @@ class DeviceGroup(OwnGroup):
             tensor = torch.zeros(1, device=self.device)
             self.wait(distributed.all_reduce(tensor, group=self.group, async_op=True))
 
-    def stream(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
-        """Carry out all transfers of this rank; a collective call over the group.
-
-        Errors of sources and sinks are recorded in the transfers, which still run to their end.
-
-        Raises:
-            GroupBrokenError: a rank is gone or silent.
-        """
-        try:
-            with (
-                self._beside_training(),
-                ThreadPoolExecutor(1, thread_name_prefix="holdfast-receiver") as beside,
-            ):
-                self._go_in_rounds(
-                    [
-                        *(_SendLane(self, each) for each in outgoing),
-                        *(_ReceiveLane(self, each, beside) for each in incoming),
-                    ]
-                )
-        except RuntimeError as error:
-            self.is_broken = True
-            reason = str(error).rpartition("] ")[2] or str(error)
-            raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
-
-    def _go_in_rounds(self, lanes: Sequence[_Lane]) -> None:
-        # Both sides of a stream have the same number of rounds, so a round of one rank matches the
-        # same round of its peers: the rank furthest behind finds theirs posted, however streams
-        # cross.
-        while lanes:
-            works = self.post([lane.operation() for lane in lanes])
-            for lane in lanes:
-                lane.meanwhile()
-            for work in works:
-                self.wait(work)
-            lanes = [lane for lane in lanes if lane.advance()]
-
-    def share(self, content: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """All-gather the content of every rank of the group; `sizes` were agreed on before.
-
-        Raises:
-            GroupBrokenError: as `stream`.
-        """
-        shared = []
-        try:
-            with self._beside_training():
-                for rank, size_bytes in enumerate(sizes):
-                    mine = content if rank == self.my_group_rank else bytes(size_bytes)
-                    shared.append(self._broadcast(mine, rank) if size_bytes else b"")
-        except RuntimeError as error:
-            self.is_broken = True
-            raise GroupBrokenError(f"ranks could not share: {error}") from error
-        return shared
+    def _stream(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
+        with (
+            self._beside_training(),
+            ThreadPoolExecutor(1, thread_name_prefix="holdfast-receiver") as beside,
+        ):
+            lanes: list[_Lane] = [
+                *(_SendLane(self, each) for each in outgoing),
+                *(_ReceiveLane(self, each, beside) for each in incoming),
+            ]
+            # Both sides of a stream have the same number of rounds, so a round of one rank matches
+            # the same round of its peers: the rank furthest behind finds theirs posted, however
+            # streams cross.
+            while lanes:
+                works = self.post([lane.operation() for lane in lanes])
+                for lane in lanes:
+                    lane.meanwhile()
+                for work in works:
+                    self.wait(work)
+                lanes = [lane for lane in lanes if lane.advance()]
 
     def _broadcast(self, content: bytes, rank: int) -> bytes:
-        tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
-        source = self.get_global_rank(rank)
-        self.wait(distributed.broadcast(tensor, src=source, group=self.group, async_op=True))
-        return tensor.cpu().numpy().tobytes()
+        with self._beside_training():
+            tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
+            source = self.get_global_rank(rank)
+            self.wait(distributed.broadcast(tensor, src=source, group=self.group, async_op=True))
+            return tensor.cpu().numpy().tobytes()
 
     def post(self, operations: Sequence[Operation]) -> list[Any]:
         """Post all operations of a round as one batch."""
@@ -195,30 +168,12 @@ class _Lane(Protocol):
         ...
 
 
-class _Slots:
-    """Buffers reused in rotation, allocated on first use."""
-
-    def __init__(self, make: Callable[[int], torch.Tensor], size_bytes: int) -> None:
-        self._make, self._size = make, size_bytes
-        self._buffers: dict[int, torch.Tensor] = {}
-
-    def at(self, number: int, length: int) -> torch.Tensor:
-        place = number % _SLOTS
-        if place not in self._buffers:
-            self._buffers[place] = self._make(self._size)
-        return self._buffers[place][:length]
-
-
 class _SendLane:
     def __init__(self, group: DeviceGroup, transfer: Outgoing) -> None:
         self._receiver = transfer.receiver
-        self._source = source = transfer.source
-        self._size, self._step = source.size_bytes, source.block_bytes
-        largest = min(self._step, self._size)
-        self._on_device = _Slots(group.device_buffer, largest)
-        self._on_host = _Slots(group.host_buffer, largest)
-        header = bytearray(_HEADER.pack(self._size, source.body_bytes, self._step))
-        self._under_way = torch.frombuffer(header, dtype=torch.uint8).to(group.device)
+        self._blocks = OutgoingBlocks(transfer.source, group.host_buffer, _SLOTS)
+        self._on_device = Slots(group.device_buffer, _SLOTS, self._blocks.length(0))
+        self._under_way = self._blocks.header().to(group.device)
         self._coming: torch.Tensor | None = None
         self._number = 0
         """Of the block to copy next."""
@@ -227,23 +182,11 @@ class _SendLane:
         return Operation(True, self._under_way, self._receiver)
 
     def meanwhile(self) -> None:
-        offset = self._number * self._step
         self._coming = None
-        if offset < self._size:
-            length = min(self._step, self._size - offset)
+        if length := self._blocks.length(self._number):
             self._coming = self._on_device.at(self._number, length)
-            self._coming.copy_(self._read(offset, length))
+            self._coming.copy_(self._blocks.read(self._number, length))
             self._number += 1
-
-    def _read(self, offset: int, length: int) -> torch.Tensor:
-        if (in_place := self._source.view(offset, length)) is not None:
-            return torch.frombuffer(in_place, dtype=torch.uint8)
-        tensor = self._on_host.at(self._number, length)
-        try:
-            self._source.read_into(offset, bytes_of(tensor))
-        except Exception:  # noqa: BLE001  # the receiver reports the digest mismatch
-            tensor.zero_()
-        return tensor
 
     def advance(self) -> bool:
         if self._coming is None:
@@ -254,55 +197,36 @@ class _SendLane:
 
 class _ReceiveLane:
     def __init__(self, group: DeviceGroup, transfer: Incoming, beside: ThreadPoolExecutor) -> None:
-        self._group, self._transfer, self._beside = group, transfer, beside
-        self._under_way = group.device_buffer(_HEADER.size)
-        self._has_header = False
-        self._size, self._step = 0, 1
-        self._on_device = self._on_host = _Slots(group.device_buffer, 0)
+        self._group, self._sender = group, transfer.sender
+        self._blocks = IncomingBlocks(transfer, beside, group.host_buffer, _SLOTS)
+        self._under_way = group.device_buffer(HEADER.size)
+        self._on_device: Slots | None = None
+        """None until the header has arrived."""
         self._arrived: tuple[int, torch.Tensor] | None = None
         """The number of a received block, and its memory on the device."""
         self._number = 0
         """Of the block in flight."""
-        self._puts: dict[int, Future[None]] = {}
-        """By slot: what must end before its host buffer is filled again."""
 
     def operation(self) -> Operation:
-        return Operation(False, self._under_way, self._transfer.sender)
+        return Operation(False, self._under_way, self._sender)
 
     def meanwhile(self) -> None:
-        if self._arrived is None:
-            return
-        (number, block), self._arrived = self._arrived, None
-        if (earlier := self._puts.pop(number % _SLOTS, None)) is not None:
-            earlier.result()
-        content = self._on_host.at(number, len(block))
-        content.copy_(block)
-        offset, received = number * self._step, bytes_of(content)
-        self._puts[number % _SLOTS] = self._beside.submit(
-            self._transfer.guard, lambda: self._transfer.sink.put(offset, received)
-        )
+        if self._arrived is not None:
+            (number, block), self._arrived = self._arrived, None
+            content = self._blocks.buffer(number, len(block))
+            content.copy_(block)
+            self._blocks.put(number, content)
 
     def advance(self) -> bool:
-        if self._has_header:
+        if self._on_device is None:
+            self._blocks.read_header(self._under_way.cpu().numpy().tobytes())
+            self._on_device = Slots(self._group.device_buffer, _SLOTS, self._blocks.length(0))
+        else:
             self._arrived = (self._number, self._under_way)
             self._number += 1
-        else:
-            self._read_header()
-        offset = self._number * self._step
-        if offset < self._size:
-            length = min(self._step, self._size - offset)
+        if length := self._blocks.length(self._number):
             self._under_way = self._on_device.at(self._number, length)
             return True
         self.meanwhile()
-        for each in self._puts.values():
-            each.result()
+        self._blocks.wait()
         return False
-
-    def _read_header(self) -> None:
-        content = self._under_way.cpu().numpy().tobytes()
-        self._size, body_bytes, self._step = _HEADER.unpack(content)
-        self._has_header = True
-        largest = min(self._step, self._size)
-        self._on_device = _Slots(self._group.device_buffer, largest)
-        self._on_host = _Slots(self._group.host_buffer, largest)
-        self._transfer.guard(lambda: self._transfer.sink.begin(self._size, body_bytes))
