@@ -3,7 +3,7 @@
 A save: settle the previous one, be admitted to the store, capture, stage, then write, commit and
 retain on a thread. A load: resolve, open, compare, and only then touch live state: tensors,
 verified as they are read, optimizer, scheduler, data, RNG, counters. Promises that all ranks take
-every turn together and that an outcome is told once. What a stage does is its room's business.
+every stage together and that an outcome is reported once. What a stage does is in its module.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DefaultCheckpointManager:
         filesystem: Filesystem | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Check the configuration and where its directories lie; nothing is created yet.
+        """Check the configuration and its directories; nothing is created yet.
 
         `filesystem` is the seam for faults and other storage; None: the mounted file systems.
         `clock` is what the alarm of overdue checkpoints is measured by, in seconds.

@@ -2,7 +2,7 @@
 
 Owns the steps between a chosen candidate and a restored run: verify and open it, compare it with
 what is live, fill tensors in place, apply the rest. Promises that nothing live is touched before
-`fill`, that damage is told apart from a checkpoint that does not fit, and that RNG comes last.
+`fill`, that damage is distinguished from a checkpoint that does not fit, and that RNG comes last.
 Chooses nothing.
 """
 
@@ -192,7 +192,7 @@ def open_local(
 def _read_together(
     stage: str, work: Callable[[], None], checkpoint: Checkpoint, coordinator: Coordinator
 ) -> None:
-    """Read on every rank; what any of them finds damaged is told to all, file by file.
+    """Read on every rank; what any of them finds damaged is reported on all, file by file.
 
     `work` reads the checkpoint's own files and calls nothing of the user's, so that a file that
     cannot be read is damage. Anything else that fails is no reason to take an older checkpoint.

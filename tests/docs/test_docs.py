@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 import holdfast
 from holdfast import errors
+from holdfast import events as event_names
 from holdfast.config import CheckpointConfig
 from holdfast.storage.posix import LocalFilesystem
 from holdfast.storage.store import Store
@@ -116,6 +118,21 @@ def _as_yaml(value: Any) -> str:
     if isinstance(value, str):
         return value
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def test_the_public_interface_is_what_its_page_lists() -> None:
+    """Every name of the package, no other, and each of them is there."""
+    page = (ROOT / "docs/api.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert listed == sorted(holdfast.__all__)
+    assert all(getattr(holdfast, name) is not None for name in listed)
+    for name in ("wait_staged", "progress", "restore_rng", "restore_data"):
+        assert f"`{name}`" in page
+        assert hasattr(holdfast.DefaultCheckpointManager, name)
+    events = {value for name, value in vars(event_names).items() if name.startswith("ON_")}
+    assert events == set(re.findall(r"`(on_\w+)`", page))
+    module = import_module("holdfast.filesystem")
+    assert all(f"`{name}`" in page for name in module.__all__)
 
 
 def test_every_error_is_documented() -> None:

@@ -369,6 +369,23 @@ def test_a_rank_that_missed_calls_meets_the_others_in_their_next(
     assert found == {rank: [1, last] for rank in range(RANKS)}
 
 
+def test_coordinators_of_one_channel_share_the_count_of_calls(clients: list[Any]) -> None:
+    """Managers of one directory take turns, however often; ranks meet in each of their calls."""
+
+    def program(ranks: StoreCoordinator) -> Any:
+        met = []
+        for _ in range(12):
+            # An old one, a fresh one for several calls in a row, and the old one again.
+            other = StoreCoordinator(clients[ranks.rank], ranks.rank, RANKS, 20.0, ranks._channel)
+            for each in (ranks, other, other, other, other, other, other):
+                call, _ = each.begin("enter", lambda: ("a save",), lambda: None)
+                met.append(call)
+        return met
+
+    found = _on_ranks(clients, program)
+    assert found == {rank: list(range(1, 85)) for rank in range(RANKS)}
+
+
 def test_ranks_in_different_calls_are_named(clients: list[Any]) -> None:
     """At once, and before rank 0 admits anything; the next call meets."""
     admitted: list[int] = []

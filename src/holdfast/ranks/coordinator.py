@@ -84,7 +84,7 @@ class Coordinator(Protocol):
     def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
         """Run `work` on every rank, let rank 0 judge all results; return its verdict on every rank.
 
-        What each rank is told does not grow with the number of ranks, as with `all_gather` it does.
+        What each rank receives does not grow with the number of ranks; with `all_gather` it does.
         """
         ...
 
@@ -153,8 +153,7 @@ class StoreCoordinator:
         self._store = store
         self.timeout_seconds = timeout_seconds
         self._channel = channel
-        self._call: int | None = None
-        """The number of the last call; None: of an earlier coordinator of this channel, or none."""
+        self._call = 0
         self._was_late = False
         """Whether this rank came to the last call when that had been decided without it."""
         self._turns: Counter[str] = Counter()
@@ -198,8 +197,7 @@ class StoreCoordinator:
             if call > _CALLS_KEPT:
                 self._spent_keys.append(self._begun(call - _CALLS_KEPT))
             return call
-        last = self._call if self._call is not None else self._add(joined, 0, stage)
-        call = last
+        call = last = self._add(joined, 0, stage)  # also by other coordinators of this channel
         while True:
             begun = self._begun(call + 1)
             if not self._wait(begun, self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
@@ -210,7 +208,7 @@ class StoreCoordinator:
             is_decided = self._is_there(reply, stage)
             if not is_decided or (is_same and not self._was_late):
                 self._was_late = is_decided
-                self._add(joined, call - last, stage)  # for the next coordinator of this channel
+                self._add(joined, call - last, stage)
                 return call
 
     def _begun(self, call: int) -> str:

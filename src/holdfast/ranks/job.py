@@ -89,7 +89,7 @@ def _wait_at_the_end() -> None:
 
 
 def _wait() -> None:
-    """Finish what is in flight; one interrupt is told what it waits for, a second one ends it."""
+    """Finish what is in flight; one interrupt logs what is waited for, a second one ends it."""
     end_calls()  # a job may wait for the call that began it
     warned = False
     for job in list(_in_flight):
@@ -121,8 +121,8 @@ class Background(Generic[T]):
         self._polls = 0
         """Written by the training thread alone."""
         self._is_ending = False
-        """Set before the job's thread looks at `_polls`, so that no step slips past it: this takes
-        the place of a lock, which an interrupt of the training thread could leave held."""
+        """Set before the job's thread looks at `_polls`, so that no step is missed. No lock: an
+        interrupt of the training thread could leave it held."""
         self._hold_at = 0
         self._held = threading.Event()
         self._act_at = 0
@@ -201,8 +201,8 @@ class Background(Generic[T]):
         in_progress = self._hold_at = self._polls + 1
         self._held.set()
         self._act_at = in_progress
-        # Where ranks are missing, all have just waited for them in vain, and know: asking again
-        # would keep the bad news for as long once more.
+        # Where ranks are missing, all have just waited for them in vain: asking again would delay
+        # the report by the same time once more.
         try:
             if not isinstance(self._outcome.error, StageTimeoutError):
                 with suppress(CheckpointError):  # the others are unreachable: act alone, and soon
@@ -247,7 +247,7 @@ class Committed:
 
 @dataclass
 class Save:
-    """One save, until its outcome was told."""
+    """One save, until its outcome is reported."""
 
     callback_manager: Any | None
     event: CheckpointEvent
@@ -332,14 +332,14 @@ class FailureRule:
 
 
 class Watcher(Protocol):
-    """Who is told of every outcome before anybody else is."""
+    """Is given every outcome before callbacks are."""
 
     def note_commit(self, iteration: int, tier: str) -> None: ...
     def note_failure(self, iteration: int, tier: str, error: BaseException) -> None: ...
 
 
 class Flight:
-    """At most one save whose outcome was not told yet; every rank calls its methods alike."""
+    """At most one save whose outcome is not reported yet; every rank makes the same calls."""
 
     def __init__(self, rule: FailureRule, watchers: Sequence[Watcher] = ()) -> None:
         self._rule = rule

@@ -60,7 +60,7 @@ class Captured:
     leaves: Leaves
     """Of `{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`."""
     shared: dict[str, Any]
-    """The same on every rank: the scheduler's, and where the nested state is hollow."""
+    """The same on every rank: the scheduler's, and which mappings of the nested state are empty."""
     rank: dict[str, Any]
     """This rank's own: RNG and data."""
     bindings: Bindings | None
@@ -108,7 +108,7 @@ class AppState:
         return rest
 
     def of_tensors_alone(self) -> AppState:
-        """Return model and optimizers without scheduler and data, for what knows no others."""
+        """Return model and optimizers without scheduler and data."""
         return self.without({"scheduler", "data"} | self._kept)
 
     @property
@@ -117,7 +117,7 @@ class AppState:
         return self._scheduler
 
     def capture(self, bindings: Bindings | None = None) -> Captured:
-        """Return the state as it stands, referring to live tensors.
+        """Return the current state, referring to live tensors.
 
         `bindings`: of an earlier capture; while they hold, the state is looked up through them.
 
@@ -143,7 +143,7 @@ class AppState:
         return Captured(leaves, shared, rank, bindings)
 
     def _find_leaves(self, bindings: Bindings | None) -> tuple[Leaves, Bindings | None]:
-        """Return model and optimizers through bindings while they hold, else anew with new ones."""
+        """Return model and optimizers by their bindings, else gathered and bound again."""
         leaves = bindings.follow(self._model, self.optimizers) if bindings is not None else None
         if leaves is None:
             leaves = self.gather_leaves()
@@ -194,7 +194,7 @@ class AppState:
         )
 
     def look(self) -> None:
-        """Take note of model and optimizers as they are: ranks may meet in it, and later do not.
+        """Look up model and optimizers: it may run collectives, and nothing later in the load does.
 
         Raises:
             Exception: whatever torch's getters or a hook raised.
@@ -264,7 +264,7 @@ class AppState:
 
     @property
     def _optimized(self) -> dict[str, torch.Tensor]:
-        """The parameters of all optimizers, by where they are in them."""
+        """The parameters of all optimizers, by their position in them."""
         return {
             f"optimizer.param_groups[{number}].params[{position}]": parameter
             for optimizer in self.optimizers
@@ -275,7 +275,7 @@ class AppState:
     def _not_asked_for(
         self, saved: SavedTensors | None, shared: Mapping[str, Any], rank: Mapping[str, Any]
     ) -> Iterator[str]:
-        """Say what the checkpoint holds and this load has no object for."""
+        """Yield what the checkpoint holds and this load has no object for."""
         kept = self._kept
         if (
             "optimizer" not in kept
@@ -361,8 +361,8 @@ class AppState:
         return bool(has_optimizer)
 
     def _keep_unknown(self, restored: dict[str, Any], unknown: set[str]) -> None:
-        """Add the live state of parameters that the checkpoint has none of: an optimizer takes all
-        its state at once, and drops what it is not given.
+        """Add the live state of parameters without saved state: an optimizer takes all its state at
+        once, and drops what it is not given.
         """
         if not unknown:
             return
@@ -383,7 +383,7 @@ class AppState:
         return True
 
     def check_data(self, rank: Mapping[str, Any], path: str, accept_restart: bool) -> None:
-        """Say early whether the data state can be taken over, touching nothing; see `rank_state`.
+        """Check early whether the data state can be restored, touching nothing; see `state.rank`.
 
         Raises:
             DataReshardError: another data-parallel size, and the loader cannot reshard.
@@ -392,7 +392,7 @@ class AppState:
             check_data(self._data, rank, self._place, path, accept_restart)
 
     def apply_data(self, states: Sequence[Mapping[str, Any]]) -> bool:
-        """Give the data its position, of this rank's or of every saved rank's; see `rank_state`."""
+        """Restore the data position from these ranks' states; see `state.rank`."""
         return self._data is not None and apply_data(self._data, states, self._place)
 
     @cached_property
@@ -421,7 +421,7 @@ class AppState:
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
     local = getattr(tensor, "_local_tensor", tensor)
     if local.layout is not torch.strided:
-        return local.device, -1  # a sparse one lies nowhere in particular
+        return local.device, -1  # a sparse one has no single address
     return local.device, local.data_ptr()
 
 
@@ -435,7 +435,7 @@ def _find_hollow(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterat
 
 
 def _check_keys(value: Any, place: str) -> None:
-    """Refuse keys that are no texts: DCP would give them back as texts.
+    """Refuse keys that are no strings: DCP would restore them as strings.
 
     Raises:
         UnsupportedStateError: naming the first such key.
@@ -444,8 +444,8 @@ def _check_keys(value: Any, place: str) -> None:
         for key, each in value.items():
             if not isinstance(key, str):
                 raise UnsupportedStateError(
-                    f"the key {key!r} of {place} is no text, and would come back as one.\n"
-                    "Use texts as keys in what get_extra_state and the optimizer return."
+                    f"the key {key!r} of {place} is no string, and would be restored as one.\n"
+                    "Use strings as keys in what get_extra_state and the optimizer return."
                 )
             _check_keys(each, f"{place}.{key}")
     elif isinstance(value, list):

@@ -1,10 +1,11 @@
 """Estimate the state that optimizers will keep, before their first step.
 
 Owns how a first step is tried: a clone of the optimizer takes it with parameters and gradients on
-the meta device, and the shapes and dtypes of the resulting state are read. Promises to change no
-live object and no random generator, to run no hook, to allocate nothing larger than a number, and
-never to overestimate on purpose: for an optimizer whose step fails there, nothing is estimated and
-its name is reported. State that an optimizer already has is not estimated.
+the meta device, and the shapes and dtypes of the resulting state are read. Only steps of torch's
+own optimizers, and of subclasses that inherit them, are tried; of others, and where such a step
+fails on the meta device, nothing is estimated and the class is reported. Promises to change no live
+object and no random generator, and to run no hook. State that an optimizer already has is not
+estimated.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import torch
 from torch import nn, optim
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from holdfast.format.items import Itemizer
@@ -80,22 +79,16 @@ def _states_after_step(
 ) -> Sequence[Mapping[str, Any]] | None:
     """Return what a clone keeps for each parameter of the group; None: it cannot be known."""
     step = inspect.unwrap(type(optimizer).step)  # without the wrapper that runs hooks
-    is_torchs = step.__module__.startswith(_TORCH)
-    kind: Any = type(optimizer)
-    if is_torchs:  # a subclass that inherits its step may have a constructor of its own
-        kind = next(each for each in kind.__mro__ if each.__module__.startswith(_TORCH))
-    elif _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
-        return None  # a call of super().step() would run them
-    # Torch's own keep the same for every parameter of a kind: one of each is enough, and faster.
-    keys = [
-        (each.shape, each.dtype, each.requires_grad) if is_torchs else number
-        for number, each in enumerate(group["params"])
-    ]
-    parameters: dict[Any, nn.Parameter] = {}
+    if not step.__module__.startswith(_TORCH):
+        return None  # somebody's own may communicate, or call kernels that do not know meta tensors
+    # A subclass that inherits its step may have a constructor of its own.
+    kind: Any = next(each for each in type(optimizer).__mro__ if each.__module__.startswith(_TORCH))
+    # The same is kept for every parameter of a kind: one of each is enough, and faster.
+    keys = [(each.shape, each.dtype, each.requires_grad) for each in group["params"]]
+    parameters = dict(zip(keys, map(_on_meta, group["params"]), strict=True))
     state: Mapping[Any, Mapping[str, Any]] = {}
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _NumbersAlone():
-            parameters |= zip(keys, map(_on_meta, group["params"]), strict=True)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             options, defaults = _copy_options(group), _copy_options(optimizer.defaults)
             taken = inspect.signature(kind).parameters
             clone = kind(
@@ -104,11 +97,9 @@ def _states_after_step(
             )
             state = clone.state
             step(clone)
-    except Exception:  # noqa: BLE001  # a class that is not ours may raise anything
+    except Exception:  # noqa: BLE001  # whatever a step on meta tensors raises
         if not state or kind not in _FAIL_WITH_STATE:
             return None
-    if not state and not is_torchs:
-        return None  # its step may have waited for something, such as a closure
     return [state.get(parameters[key], {}) for key in keys]
 
 
@@ -127,19 +118,8 @@ def _copy_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: False if key in _SWITCHES else tree_map(copy_leaf, value)
         for key, value in options.items()
-        if key not in ("params", "param_names")
+        if key != "params"
     }
-
-
-class _NumbersAlone(TorchDispatchMode):
-    """Refuses to create anything larger than a number outside the meta device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asked, meta = kwargs or {}, torch.device("meta")
-        is_real = asked.get("device") not in (None, meta)
-        if is_real and func(*args, **{**asked, "device": meta}).numel() > 1:
-            raise MemoryError(f"{func} would allocate memory for a tensor")
-        return func(*args, **asked)
 
 
 def _items_of(

@@ -96,7 +96,7 @@ def _overlaps(tensor: torch.Tensor) -> bool:
 _TENSORS = frozenset({torch.Tensor, nn.Parameter, nn.Buffer, DTensor})
 """Others may not be there yet, or be shown as something else."""
 _RENAMING = "_fqn_modifiers"
-"""By which a module lets torch's getters call its parts otherwise."""
+"""The attribute by which a module renames its parts for torch's getters."""
 _CHECKPOINTED = "_checkpoint_wrapped_module"
 """A part that they leave out of names, whatever holds it."""
 _SHARDING = "torch.distributed.fsdp._fully_shard."
