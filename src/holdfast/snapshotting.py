@@ -45,8 +45,8 @@ from holdfast.tiers.local.shard_file import shard_name
 from holdfast.tiers.persistent import Snapshot
 
 if TYPE_CHECKING:
+    from holdfast.ranks.topology import Topology
     from holdfast.tiers.local.availability import Candidate
-    from holdfast.tiers.local.budget import Topology
 
 
 class StepGuard:

@@ -16,8 +16,9 @@ import pytest
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import ConfigError
 from holdfast.ranks.coordinator import SingleProcess
+from holdfast.ranks.topology import Seat, Topology
 from holdfast.snapshot.memory import Room
-from holdfast.tiers.local.budget import Budget, Need, Seat, Topology, report_budget
+from holdfast.tiers.local.budget import Budget, Need, report_budget
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.mounts import small_memory
 from tests.support.nodes import hide_package

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from holdfast.tiers.local.budget import NODE_VARIABLE, Seat, Topology, assign_holders, node_name
+from holdfast.ranks.topology import NODE_VARIABLE, Seat, Topology, assign_holders, node_name
 
 TABLE = [
     # nodes of the ranks, factor, holders by owner

@@ -28,10 +28,10 @@ from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager impor
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.ranks.coordinator import Coordinator, SingleProcess
+from holdfast.ranks.topology import Topology
 from holdfast.read.direct import Part, read_verified
 from holdfast.storage.posix import naming, read_into
 from holdfast.tiers.local.availability import Commit, Objection, Verdict
-from holdfast.tiers.local.budget import Topology
 from holdfast.tiers.local.exchange import OwnGroup, ShardReplication
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.recovery import CkptId, Recovery

@@ -29,18 +29,12 @@ from holdfast.errors import (
 )
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.topology import Seat, Topology, assign_holders, node_name
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.posix import Filesystem
 from holdfast.tiers.local.availability import Candidate, Objection, Passed
-from holdfast.tiers.local.budget import (
-    Budget,
-    Seat,
-    Topology,
-    assign_holders,
-    find_budget,
-    node_name,
-)
+from holdfast.tiers.local.budget import Budget, find_budget
 from holdfast.tiers.local.requirements import device_of, import_adapter, new_group
 from holdfast.tiers.local.seal import LocalSnapshot, lay_out_in, seal
 from holdfast.tiers.local.shard_file import UNREAD, RunDirectory, ShardRecord, is_memory, shard_name
