@@ -46,8 +46,7 @@ from holdfast.protocol import (
     LoadResult,
 )
 from holdfast.ranks.channels import Channels
-from holdfast.ranks.coordinator import Call as Entry
-from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.coordinator import Coordinator, Entry
 from holdfast.ranks.job import Committed, FailureRule, Flight, Progress, Save
 from holdfast.restoring import LastLoad, Opened, Restoration, open_candidate
 from holdfast.snapshotting import Snapshotter, collection_put_off

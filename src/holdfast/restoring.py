@@ -31,12 +31,7 @@ from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
 from holdfast.state.codec import decode, encode
 from holdfast.state.compare import SavedTensors
-from holdfast.state.counters import (
-    check_counters,
-    read_counters,
-    restore_counters,
-    without_fields,
-)
+from holdfast.state.counters import check_counters, read_counters, restore_counters, without_fields
 from holdfast.state.model import run_each
 from holdfast.state.options import (
     COMPONENTS,

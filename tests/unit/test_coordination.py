@@ -344,7 +344,7 @@ def test_a_late_rank_is_told_the_verdict_and_goes_on(clients: list[Any]) -> None
 def test_a_rank_that_missed_calls_meets_the_others_in_their_next(
     clients: list[Any], late: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 counts; whoever was away takes part in the call that rank 0 is in now."""
+    """Rank 0 counts; a rank that was away takes part in the call that rank 0 is in now."""
     if late == 0:  # then nobody tells the others: they wait for themselves
         monkeypatch.setattr("holdfast.ranks.coordinator._FOLLOWER_GRACE_SECONDS", 0.2)
     waited_in_vain = threading.Barrier(RANKS, timeout=20)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from holdfast.errors import CheckpointError
-from holdfast.ranks.coordinator import Call, Coordinator, SingleProcess, StoreCoordinator
+from holdfast.ranks.coordinator import Coordinator, Entry, SingleProcess, StoreCoordinator
 
 R = TypeVar("R")
 
@@ -82,7 +82,7 @@ class Channels:
     def begin_call(
         self,
         stage: str,
-        enter: Callable[[], Call],
+        enter: Callable[[], Entry],
         admit: Callable[[], R],
         refusal: BaseException | None,
         in_use: Collection[int],
@@ -97,7 +97,7 @@ class Channels:
             CheckpointError: on every rank: ranks are in different calls, or one refused it.
         """
 
-        def refuse() -> Call:
+        def refuse() -> Entry:
             assert refusal is not None
             raise refusal
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-Call = tuple[str, ...]
+Entry = tuple[str, ...]
 """The name of a call, and the settings that all ranks must have alike in it, as `name=value`."""
 
 _FOLLOWER_GRACE_SECONDS = 5.0
@@ -53,7 +53,9 @@ class Coordinator(Protocol):
         """How long any rank is waited for."""
         ...
 
-    def begin(self, stage: str, enter: Callable[[], Call], admit: Callable[[], R]) -> tuple[int, R]:
+    def begin(
+        self, stage: str, enter: Callable[[], Entry], admit: Callable[[], R]
+    ) -> tuple[int, R]:
         """Meet the other ranks in a new call, wherever each of them left the calls before.
 
         A rank that was late and found the others gone, or that missed whole calls of theirs, meets
@@ -104,7 +106,9 @@ class SingleProcess:
     world_size = 1
     timeout_seconds = float("inf")
 
-    def begin(self, stage: str, enter: Callable[[], Call], admit: Callable[[], R]) -> tuple[int, R]:
+    def begin(
+        self, stage: str, enter: Callable[[], Entry], admit: Callable[[], R]
+    ) -> tuple[int, R]:
         """Enter here: nobody can be late."""
         self.broadcast(stage, enter)
         return 0, self.broadcast(stage, admit)
@@ -159,7 +163,9 @@ class StoreCoordinator:
         self._turns: Counter[str] = Counter()
         self._spent_keys: list[str] = []
 
-    def begin(self, stage: str, enter: Callable[[], Call], admit: Callable[[], R]) -> tuple[int, R]:
+    def begin(
+        self, stage: str, enter: Callable[[], Entry], admit: Callable[[], R]
+    ) -> tuple[int, R]:
         """Meet where rank 0 is now, at one key for all calls; errors as `all_gather`.
 
         Raises:
@@ -169,7 +175,7 @@ class StoreCoordinator:
         call = self._find_call(stage, outcome)
         self.follow(call)
 
-        def judge(calls: list[Call]) -> R:
+        def judge(calls: list[Entry]) -> R:
             _check_same_call(stage, calls)
             return admit()
 
@@ -192,8 +198,10 @@ class StoreCoordinator:
         """
         newest, joined = f"{self._channel}/calls", f"{self._channel}/joined/{self.rank}"
         if self.rank == 0:
-            call = self._add(newest, 1, stage)
+            call = self._add(newest, 0, stage) + 1
+            # Its name first: a rank that sees the number must not wait for the name of a dead rank.
             self._set(self._begun(call), own[1][0] if own[0] == "value" else None, stage)
+            self._add(newest, 1, stage)
             if call > _CALLS_KEPT:
                 self._spent_keys.append(self._begun(call - _CALLS_KEPT))
             return call
@@ -202,7 +210,7 @@ class StoreCoordinator:
             begun = self._begun(call + 1)
             if not self._wait(begun, self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
                 raise StageTimeoutError(stage, [0], self.timeout_seconds)
-            call = self._add(newest, 0, stage)
+            call = max(call + 1, self._add(newest, 0, stage))
             is_same = own[0] == "value" and own[1][0] == self._get(self._begun(call), stage)
             reply = f"{self._channel}/{call}/{_ENTRY}/1/reply/{self.rank}"
             is_decided = self._is_there(reply, stage)
@@ -440,7 +448,7 @@ def _name_ranks(ranks: Sequence[int]) -> str:
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"
 
 
-def _check_same_call(stage: str, calls: Sequence[Call]) -> None:
+def _check_same_call(stage: str, calls: Sequence[Entry]) -> None:
     """Judge whether all ranks are in the same call with the same settings.
 
     Raises:
