@@ -9,17 +9,16 @@ files, decides. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from holdfast.errors import FormatTooNewError
 from holdfast.tiers.local.shard_file import Found, ShardRecord
 from holdfast.tiers.select import Condition
+from holdfast.tiers.tier import Objection
 
 Commit = tuple[int, int, int]
 """Sequence, attempt, iteration; larger is newer."""
-Objection = Callable[[ShardRecord], str | None]
-"""Why a sound commit must not be loaded; None: it may be."""
 _SHOWN = 4
 
 

@@ -31,13 +31,14 @@ from holdfast.ranks.coordinator import Coordinator, SingleProcess
 from holdfast.ranks.topology import Topology
 from holdfast.read.direct import Part, read_verified
 from holdfast.storage.posix import naming, read_into
-from holdfast.tiers.local.availability import Commit, Objection, Verdict
+from holdfast.tiers.local.availability import Commit, Verdict
 from holdfast.tiers.local.exchange import OwnGroup, ShardReplication
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.recovery import CkptId, Recovery
 from holdfast.tiers.local.shard_file import RunDirectory, Trailer, shard_name
 from holdfast.tiers.local.shards import MemoryShard, ReceivedShard, ShardDirectory
 from holdfast.tiers.local.transport import DeviceGroup
+from holdfast.tiers.tier import Objection
 
 
 class ShardState(TensorAwareStateDict):  # type: ignore[misc]  # the package ships no types

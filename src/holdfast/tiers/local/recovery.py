@@ -21,7 +21,6 @@ from holdfast.tiers.local.availability import (
     Commit,
     Copy,
     Inventory,
-    Objection,
     Verdict,
     judge,
     lacks_cover,
@@ -30,6 +29,7 @@ from holdfast.tiers.local.elastic import find_gap, outline
 from holdfast.tiers.local.exchange import ShardReplication
 from holdfast.tiers.local.shard_file import parse_shard_name, shard_name
 from holdfast.tiers.local.shards import FileShard, ShardDirectory
+from holdfast.tiers.tier import Objection
 
 CkptId = tuple[int, int, str]
 """As nvidia-resiliency-ext has it: iteration, owner, session (here the run id)."""

@@ -8,7 +8,6 @@ it does not count before it is published. Knows one rank.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast import __version__
@@ -21,25 +20,7 @@ from holdfast.storage.posix import Filesystem, naming, read_into
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.shard_file import ShardRecord, Trailer, pending_name, shard_name
 from holdfast.tiers.local.shards import ShardDirectory
-
-
-@dataclass(frozen=True)
-class LocalSnapshot:
-    """What one local save writes, in memory that training does not change."""
-
-    iteration: int
-    arena: Arena
-    """Staged; in RAM, the one that `LocalTier.begin` returned."""
-    structure: bytes
-    """Of this rank's live state: `structure_of(items)`."""
-    plan: bytes
-    """Of the decision which rank writes what."""
-    state_names: int | None
-    """Distinct names in the whole state; None: unknown, so that a load needs every shard."""
-    rank_state: bytes
-    shared_state: bytes
-    train_state: bytes
-    run_config: bytes
+from holdfast.tiers.tier import Snapshot
 
 
 def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
@@ -56,7 +37,7 @@ def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
 
 
 def seal(
-    snapshot: LocalSnapshot,
+    snapshot: Snapshot,
     identity: CommitIdentity,
     shards: ShardDirectory,
     file: PooledFile | None,
@@ -68,7 +49,8 @@ def seal(
     Raises:
         OSError: it cannot be written; only a pending name is left.
     """
-    arena = snapshot.arena
+    arena = snapshot.shard.arena
+    assert arena is not None
     name = shard_name(snapshot.iteration, shards.rank)
     if file is not None:
         pending = file.path
@@ -78,7 +60,7 @@ def seal(
         pending = shards.directory / pending_name(name)
         written = write_shard(shards.run.filesystem, pending, name, arena)
         _read_footer(shards, pending, arena)
-    trailer = _trailer_of(snapshot, identity, shards, written)
+    trailer = _trailer_of(snapshot, identity, shards, arena.body_bytes, written)
     image_size = trailer.record.image_bytes
     if file is not None:
         file.write_at(image_size, trailer.to_bytes())
@@ -88,8 +70,13 @@ def seal(
 
 
 def _trailer_of(
-    snapshot: LocalSnapshot, identity: CommitIdentity, shards: ShardDirectory, written: FileRecord
+    snapshot: Snapshot,
+    identity: CommitIdentity,
+    shards: ShardDirectory,
+    body_bytes: int,
+    written: FileRecord,
 ) -> Trailer:
+    plan = snapshot.shard.plan
     record = ShardRecord(
         run_id=shards.run.run_id,
         attempt=identity.attempt,
@@ -97,11 +84,11 @@ def _trailer_of(
         iteration=snapshot.iteration,
         world_size=shards.topology.world_size,
         nodes=shards.topology.nodes,
-        plan=snapshot.plan.hex(),
-        state_names=snapshot.state_names,
+        plan=plan.identity.hex(),
+        state_names=plan.state_names,
         owner=shards.rank,
-        structure=snapshot.structure.hex(),
-        body_bytes=snapshot.arena.body_bytes,
+        structure=plan.structure.hex(),
+        body_bytes=body_bytes,
         digest=written.digest,
         written_by=f"holdfast {__version__}",
     )

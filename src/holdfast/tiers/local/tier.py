@@ -14,10 +14,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from holdfast.caller import in_normal_mode
 from holdfast.config import LocalConfig
 from holdfast.errors import (
     ConfigError,
@@ -29,15 +30,20 @@ from holdfast.errors import (
 )
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.job import Committed
 from holdfast.ranks.topology import Seat, Topology, assign_holders, node_name
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
+from holdfast.storage.manifest import LOCAL
 from holdfast.storage.posix import Filesystem
-from holdfast.tiers.local.availability import Candidate, Objection, Passed
+from holdfast.tiers.local.availability import Candidate, Passed
 from holdfast.tiers.local.budget import Budget, find_budget
 from holdfast.tiers.local.requirements import device_of, import_adapter, new_group
-from holdfast.tiers.local.seal import LocalSnapshot, lay_out_in, seal
+from holdfast.tiers.local.seal import lay_out_in, seal
 from holdfast.tiers.local.shard_file import UNREAD, RunDirectory, ShardRecord, is_memory, shard_name
+from holdfast.tiers.opening import read_together
+from holdfast.tiers.select import Commit, Condition
+from holdfast.tiers.tier import Objection, Snapshot, Wanted
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.nvrx import ShardManager, ShardState
@@ -50,21 +56,13 @@ _PATIENCE = 0.75
 """Fraction of the timeout: leaves a rank that waits for a reader time to report to the others."""
 
 
-@dataclass(frozen=True)
-class LocalCommitted:
-    """A local save that succeeded."""
-
-    path: Path
-    """Of this rank's own shard."""
-    size_bytes: int
-    """Of all shards together, copies not counted."""
-
-
 class LocalTier:
     """The local checkpoints of one run.
 
     Created collectively, on the training thread, once the run id is known.
     """
+
+    name = LOCAL
 
     def __init__(
         self,
@@ -138,6 +136,9 @@ class LocalTier:
         self._file: PooledFile | None = None
         self._newest_sequence = 0
         self._candidate: Candidate | None = None
+        """The commit that was found last, or opened."""
+        self._failed: list[Commit] = []
+        """Commits that were tried and found damaged."""
         self._noted: frozenset[Any] = frozenset()
         """Damage known when the candidate was opened."""
         self._opened: LocalContents | None = None
@@ -146,8 +147,8 @@ class LocalTier:
 
     # -- save ------------------------------------------------------------------------------------
 
-    def begin(
-        self, iteration: int, layout: Layout, coordinator: Coordinator, *, pinned: bool = False
+    def reserve(
+        self, layout: Layout, coordinator: Coordinator, *, pinned: bool = False
     ) -> Arena | None:
         """Return the memory to stage into, on the training thread; None: the caller's own arena.
 
@@ -159,7 +160,7 @@ class LocalTier:
         """
         if self.manager.recovery.verdict is None:
             self.find(coordinator, lambda record: None)  # learn what retention must not remove
-        self._give_back()
+        self.release()
 
         def take() -> bool:
             if self.in_memory:
@@ -174,39 +175,40 @@ class LocalTier:
         self._renew_group(coordinator.all_reduce("local begin", take, any))
         return arenas[0] if arenas else None
 
-    def abandon(self) -> None:
+    def release(self) -> None:
         """Release the memory of a save whose staging failed."""
-        self._give_back()
-
-    def _give_back(self) -> None:
         if self._file is not None:
             self.manager.shards.pool.give_back(self._file)
             self._file = None
 
     def write(
         self,
-        snapshot: LocalSnapshot,
+        snapshot: Snapshot,
         identify: Callable[[], CommitIdentity],
         coordinator: Coordinator,
-    ) -> LocalCommitted:
+    ) -> Committed:
         """Seal, exchange, publish and prune; a collective call, on any thread.
 
-        `identify` is called on rank 0 and may refuse the save.
+        The size of what was committed is that of all shards, copies not counted.
 
         Raises:
             CheckpointError: on every rank, naming the stage, the ranks and the cause; earlier
                 commits are intact.
         """
+        arena = snapshot.shard.arena
+        assert arena is not None
+        snapshot.shard.wait()
+        snapshot.confirm()
         self.manager.coordinator = coordinator
         engine = import_adapter()
-        size = image_bytes(snapshot.arena.layout)
+        size = image_bytes(arena.layout)
         sealed: list[ShardState] = []
         try:
             identity = coordinator.broadcast("local identity", identify)
 
             def seal_own() -> tuple[int, int]:
                 pending, trailer = seal(snapshot, identity, self.manager.shards, self._file)
-                image = snapshot.arena.memory[:size]
+                image = arena.memory[:size]
                 sealed.append(engine.ShardState(image, trailer, pending, self._file))
                 return snapshot.iteration, size
 
@@ -214,7 +216,7 @@ class LocalTier:
             self._file = None  # owned by the manager from here on
             self.manager.save(sealed[0], snapshot.iteration)
         except BaseException:
-            self._give_back()
+            self.release()
             for state in sealed:
                 self.manager.shards.drop(state.pending, state.file)
             raise
@@ -222,7 +224,7 @@ class LocalTier:
             self._prepare_next(size)
         name = shard_name(snapshot.iteration, coordinator.rank)
         own = self.manager.run.rank_directory(coordinator.rank) / name
-        return LocalCommitted(own, total)
+        return Committed(own, total, (), tier=LOCAL)
 
     def _prepare_next(self, size: int) -> None:
         """Allocate the next save's file now, beside training."""
@@ -264,45 +266,84 @@ class LocalTier:
         """The largest sequence of any file that any `find` saw; 0: none."""
         return self._newest_sequence
 
-    def open(
-        self,
-        candidate: Candidate,
-        coordinator: Coordinator,
-        suffices: Callable[[bytes], bool] | None = None,
-    ) -> LocalContents:
-        """Open a commit that `find` returned; a collective call.
-
-        Shards that a node has lost are read from peers, and restored by `restore`. `suffices`:
-        returns whether this rank's own small state is all it needs of the small states.
+    def survey(
+        self, coordinator: Coordinator, objection: Objection, step: int | None = None
+    ) -> list[Commit]:
+        """Return the newest commit that all ranks can load, and what was passed over, with reasons.
 
         Raises:
-            CorruptCheckpointError: on every rank; call `find` again for another commit.
+            StageFailedError: a directory cannot be read, on some rank, or a rank is gone.
+        """
+        candidate = self._candidate = self.find(coordinator, objection)
+        failed = {(each.iteration, each.sequence) for each in self._failed}
+        commits = list(self._failed)
+        commits += [
+            Commit(
+                LOCAL,
+                each.iteration,
+                each.sequence or None,
+                each.condition,
+                each.reason,
+                each.path,
+                each.too_new,
+            )
+            for each in self.passed
+            if (each.iteration, each.sequence) not in failed
+        ]
+        if candidate is not None:
+            record, path = candidate.record, str(self.directory)
+            commits.append(Commit(LOCAL, record.iteration, record.sequence, path=path))
+        return commits
+
+    @in_normal_mode  # live objects may keep what is read here
+    def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> LocalContents:
+        """Open the commit that the last survey found; a collective call.
+
+        Shards that a node has lost are read from peers, and restored after the load.
+
+        Raises:
+            CorruptCheckpointError: on every rank; survey again for another commit.
             StageFailedError: a rank is gone, or failed for a reason other than the commit.
         """
         from holdfast.tiers.local.reading import Opening
 
-        manager = self.manager
+        manager, candidate = self.manager, self._candidate
+        assert candidate is not None
+        if wanted.verify_first:
+            self.verify(candidate, coordinator)
         self._noted = frozenset(manager.recovery.damaged)
         try:
-            self._opened = Opening(manager, candidate, coordinator).run(suffices)
-            self._candidate = candidate
+            opened = Opening(manager, candidate, coordinator).run(wanted.suffices)
         except StageTimeoutError:
             raise
         except (CorruptCheckpointError, StageFailedError) as error:
             if isinstance(error, StageFailedError) and not blames_checkpoint(error):
                 raise
-            self.pass_over(candidate, coordinator, str(error))
+            self._reject(candidate, coordinator, str(error))
             if isinstance(error, StageFailedError):
                 raise CorruptCheckpointError(str(manager.run.root), str(error)) from error
             raise
-        return self._opened
+        self._opened = opened
+        read_together("open", lambda: wanted.accept(opened), opened.checkpoint, coordinator)
+        return opened
 
-    def pass_over(self, candidate: Candidate, coordinator: Coordinator, reason: str) -> None:
-        """Make the next `find` return something else after a commit could not be loaded.
+    def pass_over(
+        self, commit: Commit, coordinator: Coordinator, error: CorruptCheckpointError
+    ) -> Commit:
+        """Make the next survey find something else after a commit could not be loaded.
 
         A collective call. Damage noted since `open` suffices; without any, the whole commit is
         passed over with this reason.
         """
+        assert self._candidate is not None
+        reason = str(error)
+        self._reject(self._candidate, coordinator, reason)
+        path = str(self.directory)
+        failed = replace(commit, condition=Condition.DAMAGED, reason=reason, path=path, error=error)
+        self._failed.append(failed)
+        return failed
+
+    def _reject(self, candidate: Candidate, coordinator: Coordinator, reason: str) -> None:
         found = coordinator.all_reduce(
             "local pass over", lambda: not self._noted >= self.manager.recovery.damaged, any
         )
@@ -323,20 +364,34 @@ class LocalTier:
         if problems:
             raise CorruptCheckpointError(str(self.manager.run.root), "; ".join(problems[:3]))
 
-    def finish(self) -> bool:
-        """End a successful load; return, alike on every rank, whether `restore` has work to do."""
-        self._end_fetch()
-        candidate = self._candidate
-        return candidate is not None and bool(self.manager.recovery.lacks(candidate))
+    def finish_load(self) -> Callable[[Coordinator], None] | None:
+        """End a successful load; return what restores the files that nodes have lost of it.
 
-    def restore(self, coordinator: Coordinator) -> None:
-        """Restore the files that nodes have lost of the loaded commit; collective, on any thread.
+        The function is collective and runs on any thread; None, on every rank: nothing was lost.
 
-        Raises:
+        Raises (the function):
             CheckpointError: on every rank: a file could not be written, or has no sound copy.
         """
+        self._end_fetch()
+        candidate = self._candidate
+        if candidate is None or not self.manager.recovery.lacks(candidate):
+            return None
+        return lambda coordinator: self.manager.recovery.restore(candidate, coordinator)
+
+    def size_before(self, rank: int) -> int:
+        """Return the size of a rank's shard of the commit found last, or of another's if lost."""
         assert self._candidate is not None
-        self.manager.recovery.restore(self._candidate, coordinator)
+        record = self._candidate.record
+        path = self.manager.run.rank_directory(rank) / shard_name(record.iteration, rank)
+        try:
+            return path.stat().st_size
+        except OSError:
+            return record.image_bytes
+
+    @property
+    def saved_world_size(self) -> int | None:
+        """How many ranks saved the commit that was found last; None: there is none."""
+        return None if self._candidate is None else self._candidate.record.world_size
 
     def _end_fetch(self) -> None:
         if self._opened is not None:
@@ -417,7 +472,7 @@ class LocalTier:
     def close(self) -> None:
         """Close every file; published files stay."""
         self._end_fetch()
-        self._give_back()
+        self.release()
         self.manager.close()
 
     # -- the group -------------------------------------------------------------------------------
