@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import SaveFailedError
-from holdfast.tiers.local.shard_file import is_memory
+from holdfast.storage.posix import is_memory
 from tests.faults.jobs import Job
 from tests.support.crash_filesystem import Image
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant, tree_of

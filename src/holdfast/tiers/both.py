@@ -220,7 +220,7 @@ class Tiers:
     def _write_local(
         self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator
     ) -> Committed:
-        from holdfast.tiers.local.seal import LocalSnapshot
+        from holdfast.tiers.local.shards import LocalSnapshot
 
         assert self.local is not None
         plan, arena = snapshot.shard.plan, snapshot.shard.arena
