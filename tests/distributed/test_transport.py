@@ -24,8 +24,8 @@ from torch import distributed
 from holdfast.errors import ConfigError
 from tests.support.nodes import Job, Loaded, lose_node, published, wait_for_all
 from tests.support.ranks import run_ranks
-from tests.unit.test_replication import _Bytes as Letters
-from tests.unit.test_replication import _Collected as Collected
+from tests.unit.test_peer_streams import _Bytes as Letters
+from tests.unit.test_peer_streams import _Collected as Collected
 
 pytest.importorskip("nvidia_resiliency_ext")
 

@@ -21,7 +21,7 @@ from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
 from tests.support.ranks import run_ranks
-from tests.unit.test_local_tail import FILE, PARTS, RECORD
+from tests.unit.test_shard_trailer import FILE, PARTS, RECORD
 
 pytest.importorskip("nvidia_resiliency_ext")
 

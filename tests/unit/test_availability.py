@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.tiers.local.availability import Inventory, Verdict, judge
 from holdfast.tiers.local.shard_file import Found, ShardRecord, shard_name
-from tests.unit.test_local_tail import RECORD
+from tests.unit.test_shard_trailer import RECORD
 
 
 def _found(

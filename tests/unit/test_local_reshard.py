@@ -25,7 +25,7 @@ from holdfast.tiers.local.elastic import (
 )
 from holdfast.tiers.local.shard_file import ShardRecord
 from tests.support.nodes import flip
-from tests.unit.test_local_tail import RECORD
+from tests.unit.test_shard_trailer import RECORD
 
 
 def _rows(name: str, start: int, stop: int, size: int = 8) -> Chunk:

@@ -17,7 +17,7 @@ from holdfast.tiers.local.shard_file import (
     pending_name,
     shard_name,
 )
-from tests.unit.test_local_tail import FILE, RECORD
+from tests.unit.test_shard_trailer import FILE, RECORD
 
 
 @pytest.fixture
