@@ -100,7 +100,7 @@ def _list_paths(settings: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _find_section(settings: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+def _find_section(settings: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return the group of settings at a path; empty: the path is one setting."""
     found: Any = settings
     for name in path.split("."):
