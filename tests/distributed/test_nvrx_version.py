@@ -61,7 +61,7 @@ def _called_in(work: Callable[[], object]) -> set[str]:
         work()
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]  # None ends it, as in sys
+        threading.setprofile(None)
     return found
 
 

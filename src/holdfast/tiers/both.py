@@ -146,9 +146,7 @@ class Tiers:
         layout = plan.staged.layout
         if plan.identity != self._budgeted:
             # Before any allocation: the need of the whole buffer pool, not only of the next file.
-            budget = self.local.budget(image_bytes(layout), coordinator)
-            if coordinator.rank == 0:
-                logger.info("%s", budget.line)
+            self.local.budget(image_bytes(layout), coordinator)
             self._budgeted = plan.identity
         return self.local.begin(snapshot_of, layout, coordinator, pinned=pinned)
 

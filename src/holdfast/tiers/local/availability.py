@@ -470,7 +470,7 @@ class Availability:
         outcomes: list[tuple[int, str, str | None]] = []
         for owner, sink in sinks.items():
             try:
-                trailer = sink.seal(self._run.run_id, candidate.commit, owner)
+                sink.seal(self._run.run_id, candidate.commit, owner)
             except CorruptCheckpointError as error:
                 sender = senders[owner]
                 path = listed[sender][owner].path
@@ -481,7 +481,7 @@ class Availability:
             except OSError:
                 files.drop_received(sink)
                 raise
-            files.publish_received(sink, trailer)
+            files.publish_received(sink)
             for final, replaced in files.settle():
                 outcomes.append((rank, f"{rank}/{final.name}", None))
                 if replaced is not None:

@@ -177,27 +177,9 @@ def report_budget(
     coordinator: Coordinator,
     *,
     drains: bool,
-) -> Budget:
-    """Return and log, before training, the budget of the fullest place; as `agree_on_budget`."""
-    fullest = agree_on_budget(config, topology, run_id, need, coordinator, drains=drains)
-    if coordinator.rank == 0:
-        places = len(set(topology.places))
-        others = f"; of {places} places this has the least to spare" if places > 1 else ""
-        logger.info("%s%s", fullest.line, others)
-    return fullest
-
-
-def agree_on_budget(
-    config: LocalConfig,
-    topology: Topology,
-    run_id: str | None,
-    need: Need,
-    coordinator: Coordinator,
-    *,
-    drains: bool,
     is_estimate: bool = True,
 ) -> Budget:
-    """Return the budget of the fullest place; every rank passes its own need.
+    """Return and log the budget of the fullest place; every rank passes its own need.
 
     `run_id`: the run whose files will be replaced; None: there are none. `drains`: commits are held
     while they are promoted, for which there is one more file. `is_estimate`: made before training,
@@ -240,7 +222,12 @@ def agree_on_budget(
             found = replace(found, arena_bytes=sum(sizes), memory=find_room())
         return replace(found, note=_note(topology, rank, needs))
 
-    return coordinator.all_reduce("local room", find, _fullest)
+    fullest = coordinator.all_reduce("local room", find, _fullest)
+    if rank == 0:
+        places = len(set(topology.places))
+        others = f"; of {places} places this has the least to spare" if places > 1 else ""
+        logger.info("%s%s", fullest.line, others)
+    return fullest
 
 
 def _find_useless_copies(

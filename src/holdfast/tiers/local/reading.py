@@ -31,7 +31,7 @@ from holdfast.storage.posix import PENDING_MARK, Filesystem
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.peers import PeerFetch, Shard
-from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index, read_shard_values
+from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
 from holdfast.tiers.opening import Contents
 
 _COUNT = struct.Struct("<Q")
@@ -370,13 +370,14 @@ class Opening:
             head = {"owner": owner, "body_bytes": trailer.record.body_bytes, "offset": None}
             content, digests, values = b"", b"", b""
             if owner in self._providers:
-                index = self._shard(owner, path).index
+                shard = self._shard(owner, path)
+                index, records = shard.index, {path: shard.record}
                 head["offset"] = index.offset
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
                 with self.available.noting(path):
-                    found = read_shard_values(
-                        run.root / path, trailer.record, index, run.filesystem
-                    )
+                    metadata = merge_shards([(path, index.entries(str(run.root / path)))])
+                    reader = ShardReader(run.root, run.filesystem, metadata, records)
+                    found = reader.read_contents(reader.value_names())
                 pairs = [(name.encode(), value) for name, value in found.items()]
                 values = _pack([frame for pair in pairs for frame in pair])
             small = [trailer.parts[each] for each in _SMALL]

@@ -483,24 +483,6 @@ def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) ->
     return Index(bytes(content), place.start, tuple(blocks.digests))
 
 
-def read_shard_values(
-    path: Path, record: ShardRecord, index: Index, filesystem: Filesystem
-) -> dict[str, bytes]:
-    """Return the values of a shard that are not tensors, by name, verified.
-
-    Raises:
-        CorruptCheckpointError, OSError: as `read_shard_index`.
-    """
-    entries = [each for each in index.entries(str(path)) if each.dtype is None]
-    contents = [bytearray(each.length) for each in entries]
-    parts = [
-        Part(each.offset, memoryview(content))
-        for each, content in zip(entries, contents, strict=True)
-    ]
-    read_verified(filesystem, path, record.image_record(str(path)), parts)
-    return {each.name: bytes(content) for each, content in zip(entries, contents, strict=True)}
-
-
 def outline(path: Path, record: ShardRecord, filesystem: Filesystem) -> list[Chunk]:
     """Return the chunks in a published shard; raises as `read_shard_index`."""
     entries = read_shard_index(path, record, filesystem).entries(str(path))

@@ -117,6 +117,8 @@ class ReceivedShard:
         self.file: PooledFile | None = None
         self.error: Exception | None = None
         """The first local error during the transfer."""
+        self.trailer: Trailer | None = None
+        """Once it is sealed."""
         self._take = take
         self._body_bytes = 0
         self._digests: list[bytes] = []
@@ -146,7 +148,7 @@ class ReceivedShard:
         self.file.write_at(offset, block)
 
     def seal(self, run_id: str, commit: CommitKey, owner: int) -> Trailer:
-        """Verify the whole file and return its trailer.
+        """Verify the whole file; return its trailer, which is kept for publishing it.
 
         Raises:
             CorruptCheckpointError: it is not the shard that was expected.
@@ -168,6 +170,7 @@ class ReceivedShard:
             or describe_body(path, body_bytes, self._digests).digest != record.digest
         ):
             raise CorruptCheckpointError(path, "the bytes that arrived do not match their digests")
+        self.trailer = trailer
         return trailer
 
 
@@ -252,12 +255,13 @@ class ShardDirectory:
         if file is not None:
             self.pool.published_as(file, final)
 
-    def publish_received(self, sink: ReceivedShard, trailer: Trailer) -> None:
+    def publish_received(self, sink: ReceivedShard) -> None:
         """Publish a sealed copy under its name."""
         assert sink.file is not None
+        assert sink.trailer is not None
         if not self.in_memory:
             sink.file.sync()  # durable before it has the name that counts
-        final = self._publish(sink.file.path, trailer.record)
+        final = self._publish(sink.file.path, sink.trailer.record)
         self._copies.published_as(sink.file, final)
 
     def _publish(self, pending: Path, record: ShardRecord) -> Path:

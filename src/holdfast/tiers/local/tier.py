@@ -33,7 +33,7 @@ from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.posix import Filesystem, is_memory
 from holdfast.tiers.local.availability import Availability, Candidate, Objection
-from holdfast.tiers.local.budget import Budget, Need, agree_on_budget, take_seats
+from holdfast.tiers.local.budget import Budget, Need, report_budget, take_seats
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.reading import LocalContents, Opening
 from holdfast.tiers.local.replication import Replication, new_group, open_group
@@ -137,8 +137,8 @@ class LocalTier:
         self._kept: list[CommitKey] = []
         """The commits that retention keeps, newest first."""
         self._file: PooledFile | None = None
-        self._received: dict[int, tuple[ReceivedShard, Trailer | None]] = {}
-        """Copies received in the current save, by owner."""
+        self._received: list[ReceivedShard] = []
+        """Copies received in the current save."""
         self._newest_sequence = 0
         self._candidate: Candidate | None = None
         self._noted: frozenset[Any] = frozenset()
@@ -254,24 +254,23 @@ class LocalTier:
         else:
             source = MemoryShard(memoryview(b""), 0, trailer.without_image().to_bytes())
         sinks = {owner: self.files.sink() for owner in replication.owners_held_by(rank)}
-        self._received = {owner: (sink, None) for owner, sink in sinks.items()}
+        self._received = list(sinks.values())
         replication.exchange(replication.plan_save(), rank, {rank: source}, sinks)
         for owner, sink in sinks.items():
-            self._received[owner] = (sink, sink.seal(record.run_id, record.commit, owner))
+            sink.seal(record.run_id, record.commit, owner)
 
     def _publish(self, pending: Path, record: ShardRecord, file: PooledFile | None) -> None:
         self.files.publish(pending, record, file)
-        for sink, trailer in self._received.values():
-            assert trailer is not None
-            self.files.publish_received(sink, trailer)
-        self._received = {}
+        for each in self._received:
+            self.files.publish_received(each)
+        self._received = []
         self.files.sync_names()
 
     def _undo_save(self, pending: Path | None) -> None:
         """Undo what a failed save has done here, and nothing else: an older save stays."""
-        for sink, _ in self._received.values():
-            self.files.drop_received(sink)
-        self._received = {}
+        for each in self._received:
+            self.files.drop_received(each)
+        self._received = []
         self.files.take_back()
         if self._file is None and pending is not None:
             self.files.drop(pending)
@@ -449,19 +448,14 @@ class LocalTier:
         return self.files.directory / shard_name(iteration, self.files.rank)
 
     def budget(self, image_size_bytes: int, coordinator: Coordinator) -> Budget:
-        """Return what the fullest place needs for shards of these sizes, each rank passing its own.
+        """Report what shards of these sizes need, each rank passing its own; see `report_budget`.
 
         Raises:
             ConfigError: on every rank: it does not fit, with the numbers.
         """
-        return agree_on_budget(
-            self._config,
-            self.topology,
-            self.run_id,
-            Need(image_size_bytes),
-            coordinator,
-            drains=self._drains,
-            is_estimate=False,
+        config, need, drains = self._config, Need(image_size_bytes), self._drains
+        return report_budget(
+            config, self.topology, self.run_id, need, coordinator, drains=drains, is_estimate=False
         )
 
     def close(self) -> None:
