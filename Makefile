@@ -18,6 +18,9 @@ CHECKED := src recipes tests/support benchmarks
 # nvidia-resiliency-ext brings pynvml, and torch warns of it at every import: nothing a reader could mend.
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
 
+# The tests start hundreds of interpreters; without its cache each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # torch's threads otherwise spin while they wait, which on a busy machine costs more than the work.
 export OMP_WAIT_POLICY ?= passive
 
