@@ -20,8 +20,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         with place_in_memory() as place:
             yield place
     else:
-        (tmp_path / "base").mkdir()
-        with place_on_disk(tmp_path / "base") as place:
+        with place_on_disk(tmp_path) as place:
             yield place
 
 

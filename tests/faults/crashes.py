@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from holdfast.protocol import (
 from holdfast.storage.identity import Attempt, RunIdentity
 from holdfast.storage.posix import Filesystem
 from holdfast.storage.store import Store, checkpoint_name
+from tests.faults.tiers import FULL, CrashedTier, Left, Violation
 from tests.support.crash_filesystem import (
-    Aftermath,
     CrashFilesystem,
     Image,
     Operation,
@@ -43,17 +43,10 @@ from tests.support.states import make_run
 
 ROOT = Path("/runs/one/checkpoints")
 """No part of it exists at first."""
-FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
-"""Leave nothing out, however long it takes."""
-
 _trainings = itertools.count()
 
 Tree = dict[str, bytes]
 """The files of one checkpoint."""
-
-
-class Violation(AssertionError):
-    """A state that breaks a promise."""
 
 
 class Job:
@@ -448,7 +441,7 @@ def tell(
 # -- the check ----------------------------------------------------------------------------------
 
 
-def states(story: Story, *, samples: int = 0) -> Iterator[tuple[str, Aftermath, Known]]:
+def states(story: Story, *, samples: int = 0) -> Iterator[Left[Image, Known]]:
     """Yield every different state that a crash of a story may leave, with where it came from.
 
     Unless everything is asked for, states that differ only inside a pending directory are one: it
@@ -462,7 +455,8 @@ def states(story: Story, *, samples: int = 0) -> Iterator[tuple[str, Aftermath, 
             if key in seen:
                 continue
             seen.add(key)
-            yield f"power cut before operation {number}, {step}; {each.loss}", each, known
+            where = f"power cut before operation {number}, {step}; {each.loss}"
+            yield Left(where, each.image, known, each.loss == "process killed")
 
 
 def _fingerprint(image: Image) -> object:
@@ -557,23 +551,47 @@ def check_goes_on(story: Story, image: Image, known: Known) -> None:
         raise Violation(f"the next save was acknowledged, and {again.iteration} was loaded")
 
 
-def check(
-    story: Story,
-    image: Image,
-    known: Known,
-    *,
-    goes_on: bool = True,
-) -> None:
+def check(story: Story, left: Left[Image, Known], *, goes_on: bool = True) -> None:
     """Check every promise on one state; with `goes_on` the fourth one too, which costs most.
 
     Raises:
         Violation: naming the promise that is broken.
     """
     try:
-        check_at_rest(story, image, known)
+        check_at_rest(story, left.what, left.known)
         if goes_on:
-            check_goes_on(story, image, known)
+            check_goes_on(story, left.what, left.known)
     except Violation:
         raise
     except Exception as error:
         raise Violation(f"a fresh process failed: {type(error).__name__}: {error}") from error
+
+
+# -- as the tests of both tiers see it -----------------------------------------------------------
+
+
+@contextmanager
+def _telling(name: str, *, has_hard_links: bool) -> Iterator[Story]:
+    yield tell(name, has_hard_links=has_hard_links)
+
+
+def _check(story: Story, left: Left[Image, Known], chooser: random.Random) -> None:
+    # What a killed process leaves is the hardest to go on from: none of that is left out.
+    check(story, left, goes_on=FULL or left.is_killed or chooser.random() < 0.2)
+
+
+PERSISTENT = CrashedTier(
+    "persistent",
+    "",
+    [*SCENARIOS],
+    lambda name, _: _telling(name, has_hard_links=True),
+    states,
+    _check,
+)
+WITHOUT_LINKS = replace(
+    PERSISTENT,
+    name="persistent_without_links",
+    scenarios=["first_save", "first_save_after_resume"],
+    tell=lambda name, _: _telling(name, has_hard_links=False),
+)
+"""On a file system that has no hard links."""

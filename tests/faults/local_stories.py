@@ -24,13 +24,12 @@ import pytest
 from holdfast.errors import SaveFailedError
 from holdfast.tiers.local.shard_file import is_memory
 from tests.faults.jobs import Job
+from tests.faults.tiers import Violation
 from tests.support.crash_filesystem import Image
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant, tree_of
 from tests.support.mirrored_disk import MirroredDisk
 from tests.support.states import digest
 
-FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
-"""Leave nothing out, however long it takes."""
 KEEP = 2
 
 _SHARD = re.compile(r"local/[^/]+/0/iter_(\d{7,})_0_local\.pt(\.replaced-[0-9a-f]{8})?")
@@ -38,10 +37,6 @@ _trainings = itertools.count(1)
 
 State = tuple[int, str] | None
 """An iteration and the digest of everything it holds; None: nothing is found."""
-
-
-class Violation(AssertionError):
-    """A state that breaks a promise."""
 
 
 @contextmanager
@@ -53,10 +48,12 @@ def place_in_memory() -> Iterator[Path]:
 
 @contextmanager
 def place_on_disk(folder: Path) -> Iterator[Path]:
-    """Use a directory on a disk, where the writer writes the file."""
+    """Make a directory on a disk, where the writer writes the file."""
     if is_memory(folder):
         pytest.skip(f"{folder} lies in RAM; --basetemp names a directory on a disk")
-    yield folder
+    base = folder / "base"
+    base.mkdir()
+    yield base
 
 
 def start(base: Path, *, step: int | None = None, **settings: Any) -> Job:

@@ -19,7 +19,6 @@ from holdfast.errors import CheckpointError, SaveFailedError, SupersededAttemptE
 from tests.faults.jobs import Job
 from tests.faults.local_crashes import check_is_tidy
 from tests.faults.local_stories import (
-    FULL,
     load,
     place_in_memory,
     place_on_disk,
@@ -28,6 +27,7 @@ from tests.faults.local_stories import (
     train_to,
 )
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.kernel_calls import Call, KernelCalls
 from tests.support.ranks import run_ranks
 

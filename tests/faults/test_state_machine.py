@@ -23,8 +23,9 @@ from holdfast.errors import (
     StoreNotLoadedError,
     SupersededAttemptError,
 )
-from tests.faults.crashes import FULL, ROOT, Job, Story, check_at_rest
+from tests.faults.crashes import ROOT, Job, Story, check_at_rest
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.crash_filesystem import CrashFilesystem, PowerCut, aftermaths
 
 FOREIGN = ("notes.txt", "iter_10", "iter_0000010.bak", "iter_0000010.pending-zz", "run.json~",

@@ -15,8 +15,9 @@ import tests.faults.crashes as crashes
 from holdfast.errors import SaveFailedError
 from holdfast.storage.posix import LocalFilesystem
 from holdfast.storage.store import Store
-from tests.faults.crashes import FULL, ROOT, Job, Story, check, check_is_tidy
+from tests.faults.crashes import ROOT, Job, Story, check, check_is_tidy
 from tests.faults.report import record
+from tests.faults.tiers import FULL, Left
 from tests.support.crash_filesystem import CrashFilesystem, Image, Operation
 from tests.support.mounts import small_memory
 
@@ -70,11 +71,16 @@ def _save_under(story: Story, iteration: int) -> SaveFailedError | None:
     return None
 
 
+def _check(story: Story, *, goes_on: bool) -> None:
+    left = Left("what is there now", story.filesystem.image, story.known, is_killed=True)
+    check(story, left, goes_on=goes_on)
+
+
 def _check_then_save(story: Story, *, goes_on: bool) -> None:
     """Check what a failed save has left, and that the same process saves again."""
-    check(story, story.filesystem.image, story.known, goes_on=goes_on)
+    _check(story, goes_on=goes_on)
     story.save(50)
-    check(story, story.filesystem.image, story.known, goes_on=goes_on)
+    _check(story, goes_on=goes_on)
     check_is_tidy(story.filesystem.image)
 
 
