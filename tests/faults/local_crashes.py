@@ -17,18 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.faults.jobs import State, load, train_to
 from tests.faults.local_stories import (
     KEEP,
     Instant,
     Known,
-    State,
     Story,
     commits_in,
-    load,
     place_in_memory,
     place_on_disk,
     start,
-    train_to,
 )
 from tests.faults.tiers import FULL, NEEDS_LOCAL, CrashedTier, Left, Violation
 from tests.support.crash_filesystem import aftermaths

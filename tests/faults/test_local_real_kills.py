@@ -26,19 +26,10 @@ import pytest
 from torch import distributed
 
 from holdfast.errors import CheckpointError, StageFailedError
-from tests.faults.jobs import Job
+from tests.faults.jobs import Job, State, load, state_of, train_to
 from tests.faults.killing import in_fork
 from tests.faults.local_crashes import check_is_tidy
-from tests.faults.local_stories import (
-    State,
-    load,
-    place_in_memory,
-    place_on_disk,
-    refuse_with,
-    start,
-    state_of,
-    train_to,
-)
+from tests.faults.local_stories import place_in_memory, place_on_disk, refuse_with, start
 from tests.faults.report import record
 from tests.faults.tiers import FULL
 from tests.support.deadlines import DEADLINE_SECONDS, told_within

@@ -12,19 +12,16 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CheckpointError, SaveFailedError
-from tests.faults.jobs import Job
+from tests.faults.jobs import Job, load, state_of, train_to
 from tests.faults.local_crashes import check, check_at_rest
 from tests.faults.local_stories import (
     KEEP,
     Mark,
     Story,
     commits_in,
-    load,
     place_in_memory,
     refuse_with,
     start,
-    state_of,
-    train_to,
 )
 from tests.faults.report import record
 from tests.faults.tiers import FULL, Left
