@@ -33,7 +33,7 @@ _DISTRIBUTED = "tests/distributed/test_local_tier.py"
 QUICK = (
     "tests/distributed/test_nvrx_version.py",
     "tests/unit/test_local_tier.py",
-    "tests/unit/test_replication.py",
+    "tests/unit/test_peer_streams.py",
     f"{_DISTRIBUTED}::test_with_replicas_any_one_loss_costs_nothing",
     f"{_DISTRIBUTED}::test_replication_settings_may_change_between_runs",
 )

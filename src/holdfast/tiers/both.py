@@ -224,9 +224,7 @@ class Tiers:
             raise CheckpointError("the local tier could not be read when this save began")
         if plan != self._budgeted:
             # Before any allocation: the need of the whole buffer pool, not only of the next file.
-            budget = local.budget(image_bytes(layout), coordinator)
-            if coordinator.rank == 0:
-                logger.info("%s", budget.line)
+            local.budget(image_bytes(layout), coordinator)
             self._budgeted = plan
         return local.reserve(layout, coordinator, pinned=pinned)
 
@@ -319,15 +317,13 @@ class Tiers:
         config, local = self._config, self.local
         if config.local.directory is None or self._is_budgeted:
             return
-        topology = take_seats(config.local, self._filesystem, coordinator)
-        if (
-            local is not None
-            and selected is local
-            and local.saved_world_size == coordinator.world_size
-        ):
-            need = Need(local.size_before(coordinator.rank))
-        else:
-            need = Need(*estimate(topology.nodes))
+        topology = (
+            local.topology if local else take_seats(config.local, self._filesystem, coordinator)
+        )
+        size = None
+        if local is not None and selected is local:
+            size = local.size_before(coordinator.world_size)
+        need = Need(*estimate(topology.nodes)) if size is None else Need(size)
         if local is not None:
             run_id: str | None = local.run_id
         else:  # no local commit of this run was looked for; there may be some all the same

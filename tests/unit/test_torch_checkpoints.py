@@ -224,7 +224,7 @@ def test_metadata_with_plans_is_read_as_torch_reads_it(
     if not keeps_keys:
         metadata.planner_data = None
     renamed = pickle.dumps(metadata, protocol=2).replace(
-        b"ctests.unit.test_foreign\n_MegatronPlan\n",
+        b"ctests.unit.test_torch_checkpoints\n_MegatronPlan\n",
         b"cmegatron.core.dist_checkpointing.strategies.torch\nMCoreSavePlan\n",
     )
     assert b"_MegatronPlan" not in renamed
