@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import stat
@@ -391,6 +392,11 @@ def append_durably(filesystem: Filesystem, path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             filesystem.sync_file(path, stream)
+
+
+def map_privately(stream: BinaryIO) -> mmap.mmap:
+    """Map a file that is not empty; writable, as torch requires it, without changing the file."""
+    return mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE)
 
 
 class SharedFile:

@@ -29,7 +29,7 @@ from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Intake, Wanted
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem, SharedFile, naming, read_into
+from holdfast.storage.posix import Filesystem, SharedFile, map_privately, naming, read_into
 from holdfast.tiers.local.availability import Availability
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.shard_file import CommitKey, Index
@@ -315,9 +315,7 @@ class BlockSource:
         if in_memory:
             with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
                 for path in {path for path, _ in blocks}:
-                    descriptor = self._stream(path).fileno()
-                    # Private: torch requires writable memory, though nothing writes to it.
-                    self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
+                    self._mapped[path] = map_privately(self._stream(path))
                 self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
                 self._ahead.start()
 

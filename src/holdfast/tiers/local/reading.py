@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -33,6 +33,9 @@ from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.peers import PeerFetch, Shard
 from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
 from holdfast.tiers.opening import Contents
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 _COUNT = struct.Struct("<Q")
 _SMALL = ("rank_state", "shared_state", "train_state")
@@ -244,17 +247,7 @@ class Opening:
         if not remote:
             is_enough = self.coordinator.all_reduce("local index", read_and_join, all)
         else:
-            descriptions: list[bytes] = []
-
-            def read_and_describe() -> int:
-                read()
-                descriptions.append(self._describe(remote))
-                return len(descriptions[0])
-
-            sizes = self.coordinator.all_gather("local index", read_and_describe)
-            is_enough = self.coordinator.all_reduce(
-                "local share", lambda: join(self._share(descriptions[0], sizes)), all
-            )
+            is_enough = self._exchange("local index", remote, read, join, all)
         return opened[0] if is_enough else None
 
     def _trailer_of(self, path: str) -> Trailer:
@@ -307,20 +300,33 @@ class Opening:
 
     def _describe_all(self) -> dict[int, _Description]:
         owners = range(len(self.candidate.copies))
+        shared: list[dict[int, _Description]] = []
+        self._exchange("local describe", owners, lambda: None, shared.append, lambda _: None)
+        return shared[0]
+
+    def _exchange(
+        self,
+        stage: str,
+        owners: Collection[int],
+        prepare: Callable[[], None],
+        use: Callable[[dict[int, _Description]], S],
+        judge: Callable[[list[S]], T],
+    ) -> T:
+        """Send each rank what the providers of these shards describe; return what all make of it.
+
+        `stage`: in which each rank prepares and describes what it provides.
+        """
         descriptions: list[bytes] = []
 
         def describe() -> int:
+            prepare()
             descriptions.append(self._describe(owners))
             return len(descriptions[0])
 
-        sizes = self.coordinator.all_gather("local describe", describe)
-        shared: list[dict[int, _Description]] = []
-        self.coordinator.all_reduce(
-            "local share",
-            lambda: shared.append(self._share(descriptions[0], sizes)),
-            lambda _: None,
+        sizes = self.coordinator.all_gather(stage, describe)
+        return self.coordinator.all_reduce(
+            "local share", lambda: use(self._share(descriptions[0], sizes)), judge
         )
-        return shared[0]
 
     def _shards_of(self, described: Mapping[int, _Description]) -> list[Shard]:
         """Return each shard as this rank reads it: own directory, this place, then peers."""
