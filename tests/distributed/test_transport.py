@@ -287,7 +287,7 @@ def test_every_rank_is_told_what_each_had_to_tell() -> None:
 
 def _replicate(folder: Path) -> bytes:
     """Send a shard of several blocks from memory to the next rank, which writes it to a file."""
-    from holdfast.storage.posix import LocalFilesystem
+    from holdfast.filesystem import LocalFilesystem
     from holdfast.tiers.local.pool import BufferPool
     from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
     from holdfast.tiers.local.streams import Incoming, Outgoing

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from holdfast.filesystem import LocalFilesystem
 from holdfast.read.requests import Piece
 from holdfast.storage.digests import BLOCK_BYTES
-from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.elastic import Index
 
 pytest.importorskip("nvidia_resiliency_ext")

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard

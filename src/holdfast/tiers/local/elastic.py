@@ -28,11 +28,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import Filesystem, naming
 from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.format.plan import first_untiled
 from holdfast.read.direct import Part, read_verified
 from holdfast.storage.digests import DifferenceError, read_blocks
-from holdfast.storage.posix import Filesystem, naming, read_into
+from holdfast.storage.posix import PosixStorage, read_into
 from holdfast.tiers.local.shard_file import ShardRecord
 
 Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -88,7 +89,7 @@ def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) ->
         raise CorruptCheckpointError(str(path), str(error)) from error
     content = bytearray(len(place))
     parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
-    read_verified(filesystem, path, image, parts)
+    read_verified(PosixStorage(path.parent, filesystem), path.name, image, parts)
     if end != glimpse:
         raise CorruptCheckpointError(str(path), "is changed while it is read")
     return Index(bytes(content), place.start, tuple(blocks.digests))
@@ -108,7 +109,8 @@ def read_shard_values(
         Part(each.offset, memoryview(content))
         for each, content in zip(entries, contents, strict=True)
     ]
-    read_verified(filesystem, path, record.image_record(str(path)), parts)
+    files = PosixStorage(path.parent, filesystem)
+    read_verified(files, path.name, record.image_record(str(path)), parts)
     return {each.name: bytes(content) for each, content in zip(entries, contents, strict=True)}
 
 

@@ -27,10 +27,11 @@ from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager impor
 )
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import naming
 from holdfast.ranks.coordinator import Coordinator, SingleProcess
 from holdfast.ranks.topology import Topology
 from holdfast.read.direct import Part, read_verified
-from holdfast.storage.posix import naming, read_into
+from holdfast.storage.posix import PosixStorage, read_into
 from holdfast.tiers.local.availability import Commit, Objection, Verdict
 from holdfast.tiers.local.exchange import OwnGroup, ShardReplication
 from holdfast.tiers.local.pool import PooledFile
@@ -266,7 +267,8 @@ class ShardManager(LocalCheckpointManager):  # type: ignore[misc]  # the package
             record = trailer.record
             image = memoryview(bytearray(record.image_bytes))
             parts = [Part(0, image[: record.body_bytes])]
-            read_verified(self.run.filesystem, full, record.image_record(path), parts)
+            files = PosixStorage(self.run.root, self.run.filesystem)
+            read_verified(files, path, record.image_record(path), parts)
             with naming(full), self.run.filesystem.open_existing(full) as stream:
                 read_into(stream, record.body_bytes, [image[record.body_bytes :]])
         except (CorruptCheckpointError, OSError) as error:

@@ -23,14 +23,16 @@ import torch
 import xxhash
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import naming
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import blocks_of
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Intake, Wanted
+from holdfast.storage.backend import Storage
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem, naming, read_into
+from holdfast.storage.posix import read_into
 from holdfast.tiers.local.availability import Commit
 from holdfast.tiers.local.elastic import Block, Index, ReadRequest, divide, merge
 from holdfast.tiers.local.nvrx import ShardManager
@@ -63,15 +65,13 @@ class MergedShards(ShardReader):
     fetch: PeerFetch
 
     @classmethod
-    def of(
-        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], fetch: PeerFetch
-    ) -> Self:
+    def of(cls, files: Storage, shards: Sequence[Shard], fetch: PeerFetch) -> Self:
         """Return the merged view of shards, some of which may be fetched from peers."""
         metadata = merge(
-            [(each.path, each.index.entries(str(root / each.path))) for each in shards]
+            [(each.path, each.index.entries(files.where(each.path))) for each in shards]
         )
         fetch.shards = shards
-        return cls(root, filesystem, metadata, {each.path: each.record for each in shards}, fetch)
+        return cls(files, metadata, {each.path: each.record for each in shards}, fetch)
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
         """As its base; values of remote shards were sent by their providers."""
@@ -99,7 +99,7 @@ class MergedShards(ShardReader):
 
     def widen(self, shards: Sequence[Shard]) -> None:
         """Switch this reader to these shards."""
-        wider = self.of(self.path, self.filesystem, shards, self.fetch)
+        wider = self.of(self.files, shards, self.fetch)
         # In place: callers keep using this reader object.
         self.metadata.state_dict_metadata = wider.metadata.state_dict_metadata
         self.metadata.planner_data = wider.metadata.planner_data

@@ -22,8 +22,9 @@ from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError, is_process_failure
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.storage.backend import PENDING_MARK
 from holdfast.storage.manifest import LOCAL, Manifest
-from holdfast.storage.posix import PENDING_MARK, Filesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Candidate
 from holdfast.tiers.local.elastic import Index, read_shard_index, read_shard_values
@@ -45,7 +46,7 @@ class LocalContents(Contents):
     """By saving rank: all of them, or this rank's alone where it needs no other."""
     fetch: PeerFetch
 
-    def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
+    def read_rank_state(self, rank: int) -> bytes:
         """Return the small state of one of the saving ranks.
 
         Raises:
@@ -362,7 +363,7 @@ class Opening:
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
         run = self.manager.run
-        return MergedShards.of(run.root, run.filesystem, shards, fetch)
+        return MergedShards.of(PosixStorage(run.root, run.filesystem), shards, fetch)
 
     def _contents(
         self,

@@ -16,6 +16,7 @@ from typing import Any
 from holdfast.errors import CorruptCheckpointError, is_process_failure
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import read_verified
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.availability import (
     Candidate,
     Commit,
@@ -106,11 +107,11 @@ class Recovery:
         for copy in [each for copies in candidate.copies for each in copies]:
             if copy.rank != self._shards.rank or not copy.is_whole:
                 continue
-            path = self._run.root / copy.path
+            files = PosixStorage(self._run.root, self._run.filesystem)
             try:
                 record = self._run.read_trailer(copy.path).record
                 whole = [range(record.body_bytes)]
-                read_verified(self._run.filesystem, path, record.image_record(copy.path), [], whole)
+                read_verified(files, copy.path, record.image_record(copy.path), [], whole)
             except (CorruptCheckpointError, OSError) as error:
                 if is_process_failure(error):
                     raise

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast import __version__
+from holdfast.filesystem import Filesystem, naming
 from holdfast.format.layout import Layout
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import seal_image, write_shard
 from holdfast.storage.digests import FileRecord
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem, naming, read_into
+from holdfast.storage.posix import read_into, writing_past_cache
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.shard_file import ShardRecord, Trailer, pending_name, shard_name
 from holdfast.tiers.local.shards import ShardDirectory
@@ -76,7 +77,7 @@ def seal(
     else:
         shards.run.filesystem.make_directory(shards.directory)
         pending = shards.directory / pending_name(name)
-        written = write_shard(shards.run.filesystem, pending, name, arena)
+        written = write_shard(writing_past_cache(shards.run.filesystem, pending), name, arena)
         _read_footer(shards, pending, arena)
     trailer = _trailer_of(snapshot, identity, shards, written)
     image_size = trailer.record.image_bytes

@@ -34,17 +34,12 @@ from holdfast.errors import (
     FormatTooNewError,
     is_process_failure,
 )
+from holdfast.filesystem import Filesystem, naming
 from holdfast.messages import describe_size
+from holdfast.storage.backend import PENDING_MARK
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
-from holdfast.storage.posix import (
-    PENDING_MARK,
-    Filesystem,
-    make_durable_directory,
-    naming,
-    read_bytes,
-    replace_file,
-)
+from holdfast.storage.posix import make_durable_directory, read_bytes, replace_file
 
 FORMAT = 1
 PART_NAMES = ("rank_state", "shared_state", "train_state", "run_config")

@@ -20,9 +20,10 @@ from typing import BinaryIO
 import xxhash
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import Filesystem, naming
 from holdfast.ranks.topology import Topology
 from holdfast.storage.digests import BLOCK_BYTES, describe_body, footer_size, make_footer
-from holdfast.storage.posix import Filesystem, naming, read_into
+from holdfast.storage.posix import read_into
 from holdfast.tiers.local.availability import Commit
 from holdfast.tiers.local.pool import BufferPool, PooledFile
 from holdfast.tiers.local.shard_file import Found, RunDirectory, ShardRecord, Trailer, parse_trailer

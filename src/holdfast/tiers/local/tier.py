@@ -27,12 +27,12 @@ from holdfast.errors import (
     StageTimeoutError,
     blames_checkpoint,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.topology import Seat, Topology, assign_holders, node_name
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem
 from holdfast.tiers.local.availability import Candidate, Objection, Passed
 from holdfast.tiers.local.budget import Budget, find_budget
 from holdfast.tiers.local.requirements import device_of, import_adapter, new_group
