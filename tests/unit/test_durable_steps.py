@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from holdfast.filesystem import LocalFilesystem, naming
-from holdfast.snapshot.memory import allocate
+from holdfast.filesystem import LocalFilesystem
+from holdfast.snapshot.arena import allocate
 from holdfast.storage.posix import (
     create_once,
     read_bytes,

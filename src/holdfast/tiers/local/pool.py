@@ -21,7 +21,7 @@ from typing import BinaryIO, Protocol
 
 from holdfast.errors import NoFileFreeError
 from holdfast.filesystem import Filesystem, naming
-from holdfast.snapshot.memory import prefer_huge_pages
+from holdfast.snapshot.arena import prefer_huge_pages
 from holdfast.tiers.local.shard_file import as_problem, pending_name, reserve
 
 logger = logging.getLogger(__name__)
