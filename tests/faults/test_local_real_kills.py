@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,13 @@ import pytest
 from torch import distributed
 
 from holdfast.errors import CheckpointError, StageFailedError
-from tests.faults.jobs import Job
+from holdfast.tiers.local.replication import load_package
+from tests.faults.jobs import Job, State, load, state_of, train_to
 from tests.faults.killing import in_fork
 from tests.faults.local_crashes import check_is_tidy
-from tests.faults.local_stories import (
-    FULL,
-    State,
-    load,
-    place_in_memory,
-    place_on_disk,
-    refuse_with,
-    start,
-    state_of,
-    train_to,
-)
+from tests.faults.local_stories import place_in_memory, place_on_disk, refuse_with, start
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.deadlines import DEADLINE_SECONDS, told_within
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant, tree_of
 from tests.support.ranks import RankExit, run_ranks
@@ -71,8 +62,7 @@ def test_a_killed_process_leaves_what_it_acknowledged(
     where: str, asynchronous: bool, tmp_path: Path
 ) -> None:
     """Wherever it is killed in loads and saves of both tiers, the next start finds no less."""
-    (tmp_path / "base").mkdir()
-    with place_in_memory() if where == "memory" else place_on_disk(tmp_path / "base") as base:
+    with place_in_memory() if where == "memory" else place_on_disk(tmp_path) as base:
         # Forks come from a process of its own: the one that runs pytest may have threads.
         [kills] = run_ranks(
             _kill_everywhere,
@@ -168,7 +158,7 @@ def _pair(root: Path, **options: Any) -> Job:
     """Start one of two ranks, each on a node of its own, which holds a copy for the other."""
     rank = distributed.get_rank()
     os.environ["HOLDFAST_NODE"] = "ab"[rank]
-    import_module("holdfast.tiers.local.nvrx")  # seconds on a busy machine, and no fault
+    load_package()  # seconds on a busy machine, and no fault
     distributed.barrier()
     local = {"directory": str(root / "ab"[rank]), "replication": {"factor": 2}}
     return Job(root / "store", seed=1, rank=rank, ranks=2, local=local, **options)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from holdfast.filesystem import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem, naming
 from holdfast.snapshot.arena import allocate
 from holdfast.storage.posix import (
     create_once,
