@@ -26,7 +26,8 @@ from holdfast.errors import (
     StoreNotLoadedError,
     SupersededAttemptError,
 )
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 from holdfast.tiers.persistent import PersistentTier
 from tests.faults.jobs import Job, State, damages, leftovers, load, state_of, train_to
@@ -47,7 +48,10 @@ MODES: list[dict[str, Any]] = [
 
 
 def _iterations(store: Path) -> list[int]:
-    return [each.iteration for each in Store(store, LocalFilesystem()).listing().checkpoints]
+    return [
+        each.iteration
+        for each in Store(PosixStorage(store, LocalFilesystem())).listing().checkpoints
+    ]
 
 
 def _save_at(place: Place, job: Job, *iterations: int) -> State:
@@ -146,7 +150,7 @@ def test_a_late_start_that_claims_and_dies_takes_nothing_with_it(tmp_path: Path)
     older, filesystem = Job(tmp_path), LocalFilesystem()
     older.train_to(1)
     older.save()
-    late = PersistentTier(tmp_path, filesystem, None, 3)
+    late = PersistentTier(PosixStorage(tmp_path, filesystem), None, 3)
     late.resume_from(late.store.find(1))
     for step in (2, 3, 4):
         older.train_to(step)

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import CheckpointError, CorruptCheckpointError
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.format.layout import Item, lay_out
 from holdfast.format.proposals import structure_of
 from holdfast.protocol import TrainState
@@ -36,8 +37,7 @@ from holdfast.ranks.channels import open_channels
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.snapshot.arena import Arena
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem, LocalFilesystem
-from holdfast.tiers.local.seal import LocalSnapshot
+from holdfast.tiers.local.shards import LocalSnapshot
 from holdfast.tiers.local.tier import LocalTier
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Job:
                 wrong.append("counters")
             saved = candidate.record.world_size
             ranks = [self.rank] if saved == self.size else list(range(saved))
-            states = [contents.read_rank_state(rank, LocalFilesystem()) for rank in ranks]
+            states = [contents.read_rank_state(rank) for rank in ranks]
             for rank, state in zip(ranks, states, strict=True):
                 if state != f"rank {rank} at {iteration}".encode():
                     wrong.append(f"state of rank {rank}")
@@ -319,12 +319,7 @@ def failure_of(work: Callable[[], Any]) -> CheckpointError:
 
 
 def hide_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nvidia-resiliency-ext, and what stands on it, be as if it were not installed."""
-    import holdfast.tiers.local
-
+    """Let nvidia-resiliency-ext be as if it were not installed."""
     for name in [each for each in sys.modules if each.startswith("nvidia_resiliency_ext")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("nvrx", "exchange", "recovery"):
-        monkeypatch.delitem(sys.modules, f"holdfast.tiers.local.{name}", raising=False)
-        monkeypatch.delattr(holdfast.tiers.local, name, raising=False)
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)

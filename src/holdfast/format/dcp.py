@@ -14,10 +14,10 @@ import errno
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import IOBase
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Self, cast
 
 import torch
@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from holdfast.format.layout import Entry
 from holdfast.format.plan import Decision, shard_name
-from holdfast.storage.posix import Filesystem, naming
+from holdfast.storage.backend import Storage, open_stream
 
 
 def encode_metadata(decision: Decision) -> bytes:
@@ -290,21 +291,53 @@ def key_path_of(name: str) -> tuple[str | int, ...]:
 
 
 class SeamFileSystem(FileSystem):
-    """Exactly the file system methods that torch's reader calls."""
+    """Exactly the file system methods that torch's reader calls; paths are names in a storage."""
 
-    def __init__(self, filesystem: Filesystem) -> None:
-        self._filesystem = filesystem
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[IOBase]:
         if mode != "rb":
-            raise OSError(errno.EROFS, "only for reading", str(path))
-        with naming(Path(path)), self._filesystem.open_existing(Path(path)) as stream:
+            raise OSError(errno.EROFS, "only for reading", self._storage.where(str(path)))
+        with open_stream(self._storage, str(path)) as stream:
             yield cast(IOBase, stream)
 
     def exists(self, path: Any) -> bool:
         try:
-            self._filesystem.size_bytes(Path(path))
+            self._storage.size_bytes(str(path))
         except FileNotFoundError:
             return False
         return True
+
+
+def merge_shards(shards: Iterable[tuple[str, Iterable[Entry]]]) -> Metadata:
+    """Return one view of many shard files, given as path and entries, for torch's planner.
+
+    Where several files hold the same chunk, the first one is read.
+    """
+    described: dict[str, Any] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    properties: dict[torch.dtype, TensorProperties] = {}
+    for file_path, entries in shards:
+        for entry in entries:
+            name, dtype = entry.name, entry.dtype
+            place = MetadataIndex(name, None if dtype is None else torch.Size(entry.offsets))
+            if place in places:
+                continue
+            places[place] = _StorageInfo(file_path, entry.offset, entry.length)
+            if dtype is None:
+                paths.setdefault(name, entry.path)
+                described.setdefault(name, BytesStorageMetadata())
+                continue
+            if name not in described:
+                paths[name] = entry.path
+                if dtype not in properties:
+                    properties[dtype] = TensorProperties(dtype=dtype)
+                described[name] = TensorStorageMetadata(
+                    properties[dtype], torch.Size(entry.size), []
+                )
+            chunk = ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.lengths))
+            described[name].chunks.append(chunk)
+    return Metadata(described, paths, places, StorageMeta())

@@ -23,13 +23,13 @@ from holdfast.errors import (
     StoreIdentityError,
     StoreNotLoadedError,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Background, Committed, Outcome
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import ShardPlan
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem
 from holdfast.tiers.persistent import Admission, PersistentTier, Snapshot
 
 if TYPE_CHECKING:
@@ -146,9 +146,7 @@ class Tiers:
         layout = plan.staged.layout
         if plan.identity != self._budgeted:
             # Before any allocation: the need of the whole buffer pool, not only of the next file.
-            budget = self.local.budget(image_bytes(layout), coordinator)
-            if coordinator.rank == 0:
-                logger.info("%s", budget.line)
+            self.local.budget(image_bytes(layout), coordinator)
             self._budgeted = plan.identity
         return self.local.begin(snapshot_of, layout, coordinator, pinned=pinned)
 
@@ -220,7 +218,7 @@ class Tiers:
     def _write_local(
         self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator
     ) -> Committed:
-        from holdfast.tiers.local.seal import LocalSnapshot
+        from holdfast.tiers.local.shards import LocalSnapshot
 
         assert self.local is not None
         plan, arena = snapshot.shard.plan, snapshot.shard.arena
