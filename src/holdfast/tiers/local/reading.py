@@ -26,8 +26,9 @@ from holdfast.format.dcp import merge_shards
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
+from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
-from holdfast.storage.posix import PENDING_MARK, Filesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.peers import PeerFetch, Shard
@@ -49,15 +50,13 @@ class MergedShards(ShardReader):
     fetch: PeerFetch
 
     @classmethod
-    def of(
-        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], fetch: PeerFetch
-    ) -> Self:
+    def of(cls, files: Storage, shards: Sequence[Shard], fetch: PeerFetch) -> Self:
         """Return the merged view of shards, some of which may be fetched from peers."""
         metadata = merge_shards(
-            [(each.path, each.index.entries(str(root / each.path))) for each in shards]
+            [(each.path, each.index.entries(files.where(each.path))) for each in shards]
         )
         fetch.shards = shards
-        return cls(root, filesystem, metadata, {each.path: each.record for each in shards}, fetch)
+        return cls(files, metadata, {each.path: each.record for each in shards}, fetch)
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
         """As its base; values of remote shards were sent by their providers."""
@@ -85,7 +84,7 @@ class MergedShards(ShardReader):
 
     def widen(self, shards: Sequence[Shard]) -> None:
         """Switch this reader to these shards."""
-        wider = self.of(self.path, self.filesystem, shards, self.fetch)
+        wider = self.of(self.files, shards, self.fetch)
         # In place: callers keep using this reader object.
         self.metadata.state_dict_metadata = wider.metadata.state_dict_metadata
         self.metadata.planner_data = wider.metadata.planner_data
@@ -102,7 +101,7 @@ class LocalContents(Contents):
     """By saving rank: all of them, or this rank's alone where it needs no other."""
     fetch: PeerFetch
 
-    def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
+    def read_rank_state(self, rank: int) -> bytes:
         """Return the small state of one of the saving ranks.
 
         Raises:
@@ -382,7 +381,7 @@ class Opening:
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
                 with self.available.noting(path):
                     metadata = merge_shards([(path, index.entries(str(run.root / path)))])
-                    reader = ShardReader(run.root, run.filesystem, metadata, records)
+                    reader = ShardReader(PosixStorage(run.root, run.filesystem), metadata, records)
                     found = reader.read_contents(reader.value_names())
                 pairs = [(name.encode(), value) for name, value in found.items()]
                 values = _pack([frame for pair in pairs for frame in pair])
@@ -416,7 +415,7 @@ class Opening:
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
         run = self._files.run
-        return MergedShards.of(run.root, run.filesystem, shards, fetch)
+        return MergedShards.of(PosixStorage(run.root, run.filesystem), shards, fetch)
 
     def _contents(
         self,
