@@ -458,11 +458,6 @@ def append_durably(filesystem: Filesystem, path: Path, content: bytes) -> None:
             filesystem.sync_file(path, stream)
 
 
-def map_privately(stream: BinaryIO) -> mmap.mmap:
-    """Map a file that is not empty; writable, as torch requires it, without changing the file."""
-    return mmap.mmap(stream.fileno(), 0, flags=mmap.MAP_PRIVATE)
-
-
 class SharedFile:
     """A file that several processes write to at different offsets, created by the first."""
 

@@ -28,7 +28,6 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
-from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.peers import PeerFetch, Shard
@@ -260,7 +259,7 @@ class Opening:
         trailer = self._trailer_of(path)
         run = self._files.run
         with self.available.noting(path):
-            index = read_shard_index(run.root / path, trailer.record, run.filesystem)
+            index = read_shard_index(run.storage, path, trailer.record)
         return Shard(owner, path, index, trailer.record.body_bytes, None)
 
     def _remote_shard(self, owner: int, described: _Description) -> Shard:
@@ -380,8 +379,8 @@ class Opening:
                 head["offset"] = index.offset
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
                 with self.available.noting(path):
-                    metadata = merge_shards([(path, index.entries(str(run.root / path)))])
-                    reader = ShardReader(PosixStorage(run.root, run.filesystem), metadata, records)
+                    metadata = merge_shards([(path, index.entries(run.storage.where(path)))])
+                    reader = ShardReader(run.storage, metadata, records)
                     found = reader.read_contents(reader.value_names())
                 pairs = [(name.encode(), value) for name, value in found.items()]
                 values = _pack([frame for pair in pairs for frame in pair])
@@ -414,8 +413,7 @@ class Opening:
         return dict(sorted(described.items()))
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
-        run = self._files.run
-        return MergedShards.of(PosixStorage(run.root, run.filesystem), shards, fetch)
+        return MergedShards.of(self._files.run.storage, shards, fetch)
 
     def _contents(
         self,
