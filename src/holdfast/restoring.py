@@ -51,6 +51,7 @@ from holdfast.state.rank import (
 from holdfast.storage.posix import Filesystem
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.opening import Contents, open_contents, verify_together
+from holdfast.torch_internals import local_of
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.availability import Candidate
@@ -460,7 +461,7 @@ class Restoration:
         """Note the tensors of a component that were filled on this rank."""
         assert self._saved is not None
         filled = [
-            getattr(value, "_local_tensor", value)
+            local_of(value)
             for name, value in self._filled.items()
             if self._saved.key_paths[name][0] == component and isinstance(value, torch.Tensor)
         ]

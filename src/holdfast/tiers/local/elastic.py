@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -34,6 +33,7 @@ from holdfast.read.direct import Part, read_verified
 from holdfast.storage.digests import DifferenceError, read_blocks
 from holdfast.storage.posix import Filesystem, naming, read_into
 from holdfast.tiers.local.shard_file import ShardRecord
+from holdfast.torch_internals import StorageInfo
 
 Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Name, size of the whole tensor, offsets, lengths."""
@@ -153,7 +153,7 @@ def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
     """
     described: dict[str, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, Any] = {}
     properties: dict[torch.dtype, TensorProperties] = {}
     for file_path, entries in shards:
         for entry in entries:
@@ -161,7 +161,7 @@ def merge(shards: Sequence[tuple[str, Sequence[Entry]]]) -> Metadata:
             place = MetadataIndex(name, None if dtype is None else torch.Size(entry.offsets))
             if place in places:
                 continue
-            places[place] = _StorageInfo(file_path, entry.offset, entry.length)
+            places[place] = StorageInfo(file_path, entry.offset, entry.length)
             if dtype is None:
                 paths.setdefault(name, entry.path)
                 described.setdefault(name, BytesStorageMetadata())

@@ -30,6 +30,7 @@ from holdfast.tiers.local.streams import (
     OutgoingBlocks,
     Slots,
 )
+from holdfast.torch_internals import abort_group
 
 _SLOTS = 2
 """Blocks of one stream on the device: one is in flight, one is copied."""
@@ -126,7 +127,7 @@ class DeviceGroup(OwnGroup):
         deadline = time.monotonic() + self._wait.total_seconds()
         while not work.is_completed():
             if time.monotonic() > deadline:
-                distributed.distributed_c10d._abort_process_group(self.group)
+                abort_group(self.group)
                 raise RuntimeError(f"no answer within {self._wait.total_seconds():g} s")
             time.sleep(_POLL_SECONDS)
         work.wait()  # raises the operation's error
