@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bars, chart, harness, machine, report
-from benchmarks.methods import Method, registry
+from benchmarks.method import Method
+from benchmarks.registry import METHODS
 from benchmarks.shapes import RECIPES, Recipe, whole_bytes
 
 ALL_OURS = (
@@ -125,18 +126,17 @@ def _settings(parsed: argparse.Namespace) -> harness.Settings:
 
 
 def _tasks(parsed: argparse.Namespace, settings: harness.Settings) -> list[harness.Task]:
-    methods = registry()
     names = parsed.states.split(",") if parsed.states else [*UNASKED]
     _refuse_unknown("state", names, RECIPES)
-    everyone = [each.name for each in methods.values() if not each.ours]
+    everyone = [each.name for each in METHODS.values() if not each.ours]
     tasks = []
     for name in names:
         recipe = RECIPES[name]
         unasked = IN_MEMORY if recipe.in_memory else UNASKED.get(name, OTHERWISE)
         peers = everyone if parsed.peers == "all" else _chosen(parsed.peers, [*unasked.peers])
         wanted = [*_chosen(parsed.ours, [*unasked.ours]), *peers]
-        _refuse_unknown("method", wanted, methods)
-        chosen = [each for each in wanted if _suits(methods[each], recipe)]
+        _refuse_unknown("method", wanted, METHODS)
+        chosen = [each for each in wanted if _suits(METHODS[each], recipe)]
         rounds = parsed.rounds or (1 if parsed.quick else unasked.rounds)
         tasks.append(harness.Task(name, recipe.ranks, rounds, chosen, recipe.in_memory))
         kept = 3  # the newest, the one before until it is removed, and room to breathe
@@ -173,7 +173,6 @@ def _refuse_full(directory: Path, needed_bytes: int) -> None:
 
 
 def _describe(tasks: list[harness.Task], settings: harness.Settings) -> dict[str, Any]:
-    methods = registry()
     used = dict.fromkeys(name for task in tasks for name in task.methods)
     folders = {"disk": settings.directory, "memory": settings.memory_directory}
     return {
@@ -196,7 +195,7 @@ def _describe(tasks: list[harness.Task], settings: harness.Settings) -> dict[str
             }
             for task in tasks
         },
-        "methods": {name: _about(methods[name]) for name in used},
+        "methods": {name: _about(METHODS[name]) for name in used},
     }
 
 
@@ -222,7 +221,7 @@ def _print_methods() -> None:
     for recipe in RECIPES.values():
         print(f"{recipe.name:<20} {recipe.label}")
     print()
-    for each in registry().values():
+    for each in METHODS.values():
         kind = "asynchronous" if each.asynchronous else "synchronous"
         print(f"{each.name:<20} {each.label:<26} {kind:<13} {each.durability}")
 

@@ -200,7 +200,7 @@ def _measure_steady(mode: str, ranks: int, tensors: int) -> dict[str, float]:
     structure_of(own)
     hashing, structure = _seconds(lambda: structure_of(own))
     plan = b"p" * 16
-    records = [Record(1000, structure, plan).pack() for _ in range(STEADY_RANKS)]
+    records = [Record(structure, plan).pack() for _ in range(STEADY_RANKS)]
     judging, verdict = _seconds(lambda: judge(records, [structure] * STEADY_RANKS))
     assert verdict.is_current
     return {"record_bytes": len(records[0]), "structure_on_each_rank": hashing, "judge": judging}

@@ -50,10 +50,10 @@ class Worker:
     """The measurements of one method in this process."""
 
     def __init__(self, order: Order) -> None:
-        from benchmarks.methods import registry
+        from benchmarks.registry import METHODS
 
         self._order = order
-        self._method = registry()[order.method]()
+        self._method = METHODS[order.method]()
         self._samples: dict[str, list[float]] = {}
         self._mismatches: list[str] = []
         self._facts: dict[str, Any] = {}

@@ -1,29 +1,34 @@
-"""Errors that the person at the keyboard can mend, as short messages.
+"""Errors that the person at the keyboard can fix, as short messages.
 
-Owns which errors those are and how each is worded: the field or path first, what is wrong with it,
-what to do. Promises at most three lines, whatever page Hydra or OmegaConf raised. Refuses to word
-an unknown exception: that is a defect, and its traceback is wanted.
+Owns which errors those are and their wording: first the field or path, then what is wrong with it,
+then what to do. Promises at most three lines, however long the text is that Hydra or OmegaConf
+raised. Which settings exist is read from the composed config itself, so that the messages fit every
+recipe. Refuses to word an unknown exception: that is a defect, and its traceback is wanted.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import Container, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from holdfast import CheckpointConfig, CheckpointError
+from holdfast import CheckpointError
 from holdfast.errors import ConfigError
-from holdfast.messages import list_settings, suggest
-from run_config import RecipeError, RunConfig
+from holdfast.messages import suggest
+from run_config import RecipeError
 
 PLAIN_ERRORS = (RecipeError, CheckpointError, HydraException, OmegaConfBaseException)
 """What `condense` can word."""
 LINE_LIMIT = 3
 _TYPED = re.compile(r"Could not (?:override|append to config[^']*) '([^'=]+)")
 """The path in Hydra's message as it was typed; OmegaConf names its first unknown part only."""
-SHOW_CONFIG = "See configs/pretrain.yaml, or add --cfg job to print everything that can be set."
+FREE_SECTION = "checkpoint.options."
+"""Takes any name: the settings of a custom manager."""
+SHOW_CONFIG = "See the files in configs/, or add --cfg job to print everything that can be set."
 
 
 def condense(error: BaseException) -> str:
@@ -46,28 +51,61 @@ def condense(error: BaseException) -> str:
 
 
 def _word_field(error: OmegaConfBaseException, context: str) -> str:
-    """Name the field, and where it is unknown, the fields that there are."""
-    path = str(error.full_key or "")
-    kind = error.object_type
+    """Name the field, and for an unknown one the setting that was probably meant."""
+    path, parent = str(error.full_key or ""), error.parent_node
     first = f"{path}: {_first_line(error)}" if path else f"{context} {_first_line(error)}"
-    if "is not in struct" in first:
-        return f"{path}: there is no such setting.\nTo add it, write +{path}=..."
-    if not (is_dataclass(kind) and "not in" in _first_line(error)):
+    if not path or not isinstance(parent, Container):
         return f"{first}.\n{SHOW_CONFIG}"
-    known = [each.name for each in fields(kind)]
-    typed = _TYPED.search(context)
-    close = _suggest(path if typed is None else typed[1])
+    settings = _plain(parent._get_root())  # OmegaConf has no public way from a node to its config
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        problem = "there is no such setting"
+        if path.startswith(FREE_SECTION):
+            return f"{path}: {problem}.\nTo add it, write +{path}=..."
+        typed = _TYPED.search(context)
+        close = _suggest(path if typed is None else typed[1], settings)
+        offered = _plain(parent)
+    else:
+        offered = _find_section(settings, path)
+        if not offered:
+            return f"{first}.\n{SHOW_CONFIG}"
+        problem = "this is a group of settings, which takes no value itself"
+        close = _suggest(path, settings)
     guess = f"Did you mean {close}? " if close else ""
-    return f"{path}: there is no such setting.\n{guess}Known here: {', '.join(known)}."
+    return f"{path}: {problem}.\n{guess}Known here: {', '.join(offered)}."
 
 
-def _suggest(typed: str) -> str | None:
-    """Return the setting that was meant, sought among the checkpoint's where it was one of them."""
+def _suggest(typed: str, settings: Mapping[str, Any]) -> str | None:
+    """Return the setting that was meant, sought in its section where there is one."""
     section, _, rest = typed.partition(".")
-    if section == "checkpoint":
-        close = suggest(rest, list_settings(CheckpointConfig))
-        return None if close is None else f"checkpoint.{close}"
-    return suggest(typed, list_settings(RunConfig))
+    if rest and (inner := _find_section(settings, section)):
+        close = _suggest(rest, inner)
+        return None if close is None else f"{section}.{close}"
+    return suggest(typed, list(_list_paths(settings)))
+
+
+def _plain(section: Container) -> dict[str, Any]:
+    """Return the settings of a section as nested dicts, without those of Hydra itself."""
+    values = OmegaConf.to_container(section, resolve=False)
+    if not isinstance(values, dict):
+        return {}
+    return {str(name): value for name, value in values.items() if name != "hydra"}
+
+
+def _list_paths(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the dotted path of every setting, in order."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from (f"{name}.{inner}" for inner in _list_paths(value))
+        else:
+            yield name
+
+
+def _find_section(settings: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the group of settings at a path; empty: the path is one setting."""
+    found: Any = settings
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _first_line(error: BaseException) -> str:

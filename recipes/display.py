@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -27,11 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from commands import describe_command
 from due import LOCAL
 from holdfast import CheckpointConfig, LoadResult
 from holdfast.messages import describe_size
 from holdfast.protocol import ShardSource
-from programs import name_program
 from saving import SaveRecord
 
 PLAIN_WIDTH = 100
@@ -270,16 +269,3 @@ def describe_source(source: ShardSource, rank: int) -> str:
     if source.rank == rank:
         return "own file" if source.owner == rank else f"own copy for rank {source.owner}"
     return f"peer: rank {source.rank} on {source.node}"
-
-
-def describe_command(steps: int | None = None) -> str:
-    """Return what the user typed, to be typed again; with `steps`, to train up to that many."""
-    arguments = sys.argv[1:]
-    if steps is not None:
-        arguments = [each for each in arguments if not each.startswith("steps=")]
-        arguments.append(f"steps={steps}")
-    script = shlex.join([sys.argv[0], *arguments])
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = name_program("torchrun")
-        return f"{launcher} --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {script}"
-    return f"{name_program('python')} {script}"

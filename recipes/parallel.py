@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from commands import name_program
 from gpt import GPT
-from programs import name_program
 from run_config import ParallelConfig, RecipeError
 
 T = TypeVar("T")

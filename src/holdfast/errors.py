@@ -363,7 +363,7 @@ class SaveAbandonedError(CheckpointError, RuntimeError):
         """The abandoned save."""
         super().__init__(
             f"{call} was abandoned: it was interrupted before its copy was complete.\n"
-            "Earlier checkpoints are untouched; save again."
+            "It changed no earlier checkpoint; save again."
         )
 
 
@@ -450,7 +450,7 @@ class StageTimeoutError(StageFailedError, TimeoutError):
 
 
 class SaveFailedError(StageFailedError):
-    """The save of one iteration failed; earlier checkpoints are intact and the next save works."""
+    """The save of one iteration failed; it changed no earlier checkpoint, the next save works."""
 
     def __init__(self, iteration: int, stage: str, failures: Sequence[RankFailure]) -> None:
         super().__init__(stage, failures)
@@ -458,7 +458,7 @@ class SaveFailedError(StageFailedError):
         self.message = (
             f'The save of iteration {iteration} failed in stage "{stage}": '
             f"{_listed(self.failures)}.\n"
-            "Earlier checkpoints are untouched. Fix the cause, or set on_save_failure=warn to "
+            "It changed no earlier checkpoint. Fix the cause, or set on_save_failure=warn to "
             "train on without this checkpoint."
         )
 

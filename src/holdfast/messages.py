@@ -56,5 +56,8 @@ def suggest(path: str, known: Sequence[str]) -> str | None:
         if difflib.SequenceMatcher(None, last, each.rpartition(".")[2]).ratio() > 0.6:
             return each
     names = {each.rpartition(".")[2]: each for each in reversed(known)}
-    close = difflib.get_close_matches(last, names, n=1, cutoff=0.8)
-    return names[close[0]] if close else None
+    if close := difflib.get_close_matches(last, names, n=1, cutoff=0.8):
+        return names[close[0]]
+    # The initials, as in lr for learning_rate.
+    initials = {"".join(word[:1] for word in name.split("_")): names[name] for name in names}
+    return initials.get(last) if len(last) > 1 else None

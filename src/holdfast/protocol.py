@@ -150,6 +150,16 @@ class GlobalState:
     """The counters: `TrainState`, a subclass, another dataclass, or an object with `state_dict` and
     `load_state_dict`; `step` is read from it as an attribute."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Set here, a counter would have no effect: each save would be one of step 0.
+        own = {each.name for each in fields(self)}  # a subclass may have a field of this name
+        if name in _COUNTERS and name not in own and not hasattr(type(self), name):
+            raise AttributeError(f"counters are in train_state: set state.train_state.{name}")
+        super().__setattr__(name, value)
+
+
+_COUNTERS = frozenset(each.name for each in fields(TrainState))
+
 
 @dataclass
 class CheckpointSaveContext:

@@ -136,15 +136,14 @@ class Snapshotter:
         taken: list[tuple[Captured, bytes]] = []
         iteration = ctx.state.train_state.step
 
-        def capture() -> tuple[int, Inventory]:
+        def capture() -> Inventory:
             counters, captured = run_each(
                 lambda: _encode_counters(ctx), lambda: app.capture(self._bindings)
             )
             self._bindings = captured.bindings
             taken.append((captured, counters))
             leaves = captured.leaves
-            inventory = self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
-            return iteration, inventory
+            return self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
 
         plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
         memory = self._take_memory(ctx, plan, inventory, control)
@@ -214,12 +213,12 @@ class Snapshotter:
         """Return what this rank will stage once every optimizer has taken a step."""
         uncounted: list[str] = []
 
-        def describe() -> tuple[int, Inventory]:
+        def describe() -> Inventory:
             leaves = app.gather_leaves()
             now = self._itemizer.describe(leaves.values, leaves.paths)
             then = estimate(app.optimizers, leaves, now.items)
             uncounted.extend(then.uncounted)
-            return 0, Inventory(then.items, now.sources, structure_of(then.items))
+            return Inventory(then.items, now.sources, structure_of(then.items))
 
         plan, _ = self._shards.settle(describe, control, topology.nodes)
         return Need(image_bytes(plan.staged.layout), uncounted)

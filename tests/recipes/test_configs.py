@@ -146,7 +146,16 @@ def test_no_file_leaves_a_value_to_be_given() -> None:
         (["checkpoint.options.x=1"], ["write +checkpoint.options.x=..."]),
         (["steps=soon"], ["steps: Value 'soon'"]),
         (["checkpoint.load.strict=maybe"], ["checkpoint.load.strict: Value 'maybe'"]),
-        (["checkpoint.persistent=3"], ["checkpoint.persistent: Invalid type"]),
+        (
+            ["checkpoint.persistent=3"],
+            ["checkpoint.persistent: this is a group of settings", "directory, save_interval"],
+        ),
+        (
+            ["checkpoint.load.pretrained=runs/x"],
+            ["Did you mean checkpoint.load.pretrained.directory?", "directory, step, what"],
+        ),
+        (["pretrained=runs/x"], ["Did you mean checkpoint.load.pretrained.directory?"]),
+        (["lr=0.1"], ["lr: there is no such setting", "Did you mean optim.learning_rate?"]),
         (["model=huge"], ["model=huge: there is no such choice", "medium, small, tiny"]),
         (["recipe=nope"], ["quickstart"]),
         (["data.paths=[a"], ["[a"]),
@@ -154,12 +163,23 @@ def test_no_file_leaves_a_value_to_be_given() -> None:
 )
 def test_what_hydra_refuses_is_told_in_three_lines(overrides: list[str], wanted: list[str]) -> None:
     """The message names the field, and the choices where there are any."""
-    with pytest.raises(HydraException) as refused:
-        compose("pretrain", overrides)
-    message = condense(refused.value)
+    message = _refusal("pretrain", overrides)
     assert len(message.splitlines()) <= 3
     for each in wanted:
         assert each in message
+
+
+def test_a_suggestion_is_a_setting_of_the_recipe_at_hand() -> None:
+    """The known settings are those of the config that was composed, without Hydra's own."""
+    message = _refusal("minimal", ["lr=0.1"])
+    assert "Did you mean learning_rate?" in message
+    assert "hydra" not in message
+
+
+def _refusal(name: str, overrides: list[str]) -> str:
+    with pytest.raises(HydraException) as refused:
+        compose(name, overrides)
+    return condense(refused.value)
 
 
 @pytest.mark.parametrize(

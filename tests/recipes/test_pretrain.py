@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from display import describe_command
+from commands import describe_command
 from drill import DrillError, Launch, drill
 from holdfast import DefaultCheckpointManager
 from losses import read_losses

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from holdfast.snapshot.memory import allocate
+from holdfast.snapshot.arena import allocate
 from holdfast.storage.posix import (
     LocalFilesystem,
     create_once,

@@ -17,7 +17,7 @@ from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import ConfigError
 from holdfast.ranks.coordinator import SingleProcess
 from holdfast.ranks.topology import Seat, Topology
-from holdfast.snapshot.memory import Room
+from holdfast.snapshot.arena import Room
 from holdfast.tiers.local.budget import Budget, Need, report_budget
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.mounts import small_memory

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from holdfast.ranks.job import Progress
-from holdfast.snapshot.memory import allocate
+from holdfast.snapshot.arena import allocate
 from holdfast.snapshot.shard import _keep_pace, seal_image, write_shard
 from holdfast.storage.digests import BLOCK_BYTES, find_difference, footer_size
 from holdfast.storage.posix import LocalFilesystem

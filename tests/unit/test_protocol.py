@@ -229,6 +229,20 @@ def test_a_context_has_the_fields_of_bridge(
     assert (made.state, made.model) == (state, "model")
 
 
+def test_a_counter_beside_the_counters_is_refused() -> None:
+    """`state.step = 100` would have no effect: the error names `state.train_state.step`."""
+    state = GlobalState()
+    with pytest.raises(AttributeError, match=r"set state\.train_state\.step"):
+        state.step = 100  # type: ignore[attr-defined]
+    state.timers = "others' attributes are theirs"  # type: ignore[attr-defined]
+
+    @dataclass
+    class OwnState(GlobalState):
+        step: int = 0
+
+    assert OwnState(step=5).step == 5
+
+
 def test_the_protocol_has_the_signatures_of_bridge() -> None:
     """Parameter names, their order and their defaults are those of the published protocol."""
     assert [

@@ -1,10 +1,10 @@
-"""Sizes as people read them."""
+"""Sizes as people read them, and the setting that an unknown one was meant to be."""
 
 from __future__ import annotations
 
 import pytest
 
-from holdfast.messages import describe_size
+from holdfast.messages import describe_size, suggest
 
 SIZES = [
     (0, "0 B"),
@@ -34,3 +34,24 @@ def test_a_size_takes_the_unit_of_what_it_is_compared_with(
 ) -> None:
     """What is free has the unit of what is needed, or a larger one."""
     assert describe_size(size_bytes, beside) == text
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("stepz", "steps"),
+        ("learning_rate", "optim.learning_rate"),
+        ("pretrained", "load.pretrained.directory"),
+        ("load.pretrained", "load.pretrained.directory"),
+        ("lr", "optim.learning_rate"),
+        ("optim.lr", "optim.learning_rate"),
+        ("bs", "batch_size"),
+        ("x", None),
+        ("colour", None),
+    ],
+)
+def test_an_unknown_setting_is_understood(typed: str, meant: str | None) -> None:
+    """By its last part, by its section, by similar letters, or by the initials of its words."""
+    known = ["steps", "batch_size", "optim.learning_rate", "optim.beta1", "load.step"]
+    known += ["load.pretrained.directory", "load.pretrained.what"]
+    assert suggest(typed, known) == meant

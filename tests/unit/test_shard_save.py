@@ -34,14 +34,14 @@ class _Rank:
     def __init__(self) -> None:
         self.saver, self.itemizer = ShardSaver(), Itemizer()
 
-    def settle(self, coordinator: Any, leaves: Any, step: int = 1) -> tuple[ShardPlan, Inventory]:
-        def take() -> tuple[int, Inventory]:
-            return step, self.itemizer.describe(leaves, {name: (name,) for name in leaves})
+    def settle(self, coordinator: Any, leaves: Any) -> tuple[ShardPlan, Inventory]:
+        def take() -> Inventory:
+            return self.itemizer.describe(leaves, {name: (name,) for name in leaves})
 
         return self.saver.settle(take, coordinator)
 
-    def stage(self, coordinator: Any, leaves: Any, step: int = 1) -> StagedShard:
-        return self.saver.stage(*self.settle(coordinator, leaves, step))
+    def stage(self, coordinator: Any, leaves: Any) -> StagedShard:
+        return self.saver.stage(*self.settle(coordinator, leaves))
 
 
 def _on_ranks(program: Callable[[StoreCoordinator], Any], ranks: int = 2) -> list[Any]:
@@ -126,7 +126,7 @@ def test_a_plan_is_kept_while_the_structure_is_the_same(caplog: pytest.LogCaptur
     rank = _Rank()
     first, _ = rank.settle(SingleProcess(), _leaves())
     for number in range(3):
-        plan, _ = rank.settle(SingleProcess(), {**_leaves(scale=number), "step": number}, number)
+        plan, _ = rank.settle(SingleProcess(), {**_leaves(scale=number), "step": number})
         assert plan is first
     assert not caplog.records
 
@@ -281,7 +281,7 @@ def test_one_changed_rank_makes_all_plan_anew(caplog: pytest.LogCaptureFixture) 
         for number in range(4):
             if number == 2 and coordinator.rank == 1:
                 leaves["own1"] = torch.rand(5)
-            plans.append(rank.settle(coordinator, leaves, number)[0])
+            plans.append(rank.settle(coordinator, leaves)[0])
         return plans
 
     mine, theirs = _on_ranks(program)
@@ -313,28 +313,6 @@ def test_a_rank_that_lost_its_plan_makes_all_plan_anew() -> None:
     assert sorted(found[0][2] + found[1][2]) == sorted(_leaves())
 
 
-@pytest.mark.parametrize("with_plan", [False, True])
-def test_a_disagreement_about_the_step_is_named(with_plan: bool) -> None:
-    """Ranks that save different steps all raise, naming who differs and how; the next agrees."""
-
-    def program(coordinator: StoreCoordinator) -> Any:
-        rank = _Rank()
-        if with_plan:
-            rank.settle(coordinator, _leaves(), 1)
-        try:
-            rank.settle(coordinator, _leaves(), 20 if coordinator.rank == 1 else 30)
-        except StageFailedError as error:
-            rank.settle(coordinator, _leaves(), 30)
-            return error
-
-    for error in _on_ranks(program, 3):
-        assert isinstance(error, StageFailedError)
-        assert error.stage == "capture"
-        assert [each.rank for each in error.failures] == [1]
-        assert "step 20" in str(error)
-        assert "step 30" in str(error)
-
-
 def test_a_rank_that_cannot_capture_fails_all_and_keeps_the_plan() -> None:
     """What one rank's capture raises, all raise; the plan that they had still serves the next."""
 
@@ -345,7 +323,7 @@ def test_a_rank_that_cannot_capture_fails_all_and_keeps_the_plan() -> None:
         def take() -> Any:
             if coordinator.rank == 1:
                 raise RuntimeError("as planned")
-            return 2, rank.itemizer.describe(_leaves(), {name: (name,) for name in _leaves()})
+            return rank.itemizer.describe(_leaves(), {name: (name,) for name in _leaves()})
 
         with pytest.raises(StageFailedError, match="as planned"):
             rank.saver.settle(take, coordinator)

@@ -27,18 +27,15 @@ from holdfast.format.proposals import Catalogue, Profiles, Rows, profiles_of, ro
 NO_PLAN = bytes(16)
 """Sent instead of a plan by a rank that has none for its current structure."""
 
-_RECORD = struct.Struct("<8sq16s16s")
+_RECORD = struct.Struct("<8s16s16s")
 _RECORD_MARK = b"holdfst1"
-_RECORDS = np.dtype(
-    [("mark", "S8"), ("iteration", "<i8"), ("structure", "<u8", 2), ("plan", "<u8", 2)]
-)
+_RECORDS = np.dtype([("mark", "S8"), ("structure", "<u8", 2), ("plan", "<u8", 2)])
 
 
 @dataclass(frozen=True)
 class Record:
     """What a rank sends before each save, to find out whether planning is needed."""
 
-    iteration: int
     structure: bytes
     """Of the state it is about to save."""
     plan: bytes
@@ -46,13 +43,7 @@ class Record:
 
     def pack(self) -> bytes:
         """Return the record in its fixed size."""
-        return _RECORD.pack(_RECORD_MARK, self.iteration, self.structure, self.plan)
-
-    @classmethod
-    def unpack(cls, content: bytes) -> Record:
-        """Read what `pack` returned, after `judge` has validated it."""
-        _, iteration, structure, plan = _RECORD.unpack(content)
-        return cls(iteration, structure, plan)
+        return _RECORD.pack(_RECORD_MARK, self.structure, self.plan)
 
 
 @dataclass(frozen=True)
@@ -60,11 +51,9 @@ class Verdict:
     """Whether all ranks may save with their current plan."""
 
     is_current: bool
-    """All ranks save the same iteration, with one plan made for their structures."""
+    """All ranks have one plan, made for their structures."""
     changed: tuple[int, ...]
     """The ranks without a current plan; if plans merely differ, those that differ from rank 0's."""
-    iterations: tuple[int, ...]
-    """The distinct iterations of the records; more than one is an error."""
     reason: str
     """Empty when current."""
 
@@ -83,26 +72,21 @@ def judge(records: Sequence[bytes], structures: Sequence[bytes] | None = None) -
     table = np.frombuffer(content, dtype=_RECORDS)
     if (table["mark"] != _RECORD_MARK).any():
         raise ValueError("not every record is of this version of holdfast")
-    numbers, holders = np.unique(table["iteration"], return_index=True)
-    iterations = tuple(numbers.tolist())
-    if len(iterations) > 1:
-        named = [f"rank {rank} saves {iterations[at]}" for at, rank in enumerate(holders.tolist())]
-        return Verdict(False, (), iterations, f"the ranks' iterations differ: {few(named)}")
     stale = (table["plan"] == 0).all(axis=1)
     if structures is not None:
         if len(structures) != len(records):
             everyone = tuple(range(len(records)))
             reason = f"{len(records)} ranks, where the plan is for {len(structures)}"
-            return Verdict(False, everyone, iterations, reason)
+            return Verdict(False, everyone, reason)
         planned = np.frombuffer(b"".join(structures), dtype="<u8").reshape(-1, 2)
         stale |= (table["structure"] != planned).any(axis=1)
     if not stale.any():
         stale = (table["plan"] != table["plan"][0]).any(axis=1)
     changed = tuple(np.flatnonzero(stale).tolist())
     if not changed:
-        return Verdict(True, (), iterations, "")
+        return Verdict(True, (), "")
     ranks = few([str(rank) for rank in changed])
-    return Verdict(False, changed, iterations, f"no plan for the present state of ranks {ranks}")
+    return Verdict(False, changed, f"no plan for the present state of ranks {ranks}")
 
 
 _SHOWN = 3

@@ -322,7 +322,7 @@ class FailureRule:
             # Not with the advice of the other lines: to set what is set.
             first = error.message.splitlines()[0]
             error.message = (
-                f"{first}\nEarlier checkpoints are untouched. This is failure {count} in a row "
+                f"{first}\nIt changed no earlier checkpoint. This is failure {count} in a row "
                 f"of saves to the {tier} tier; checkpoint.save_failure_limit is {self._limit}."
             )
             raise error from cause

@@ -1,37 +1,270 @@
-"""Host memory laid out as the shard file that it becomes.
+"""Host memory for a snapshot, laid out as the shard file that it becomes.
 
-Owns the memory of a snapshot, reused between saves, and the views into it that staging fills:
-headers and trailers are written once, a save copies payloads between them. Promises that the bytes
-of the arena are the bytes of the file, that the slot behind a shorter value is zero-filled, and
-that the steady state allocates nothing. `StreamedShard` is the same file without an arena, produced
-block by block from live tensors. Knows no files and no other rank.
+Owns how that memory is requested from the kernel (page-aligned, in huge pages where available, also
+for files in RAM, populated at once, page-locked for copies from a GPU, and not inherited by forked
+children: a data loader's workers would otherwise make every page copy-on-write) and the views into
+it that staging fills. Headers and trailers are written once; a save copies payloads between them.
+Promises that the bytes of the arena are the bytes of the file, that the steady state allocates
+nothing, and that a size which exceeds what the machine or the container has left is an error with
+the numbers, also when all ranks of a node allocate at the same time. `StreamedShard` is the same
+file without an arena. Knows no files and no other rank.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import logging
+import mmap
+import os
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from holdfast.caller import in_normal_mode
+from holdfast.errors import NotEnoughMemoryError
 from holdfast.format.items import Source
 from holdfast.format.layout import Layout
-from holdfast.snapshot.copy import Copying
-from holdfast.snapshot.memory import allocate
+from holdfast.messages import describe_size
+from holdfast.snapshot.copy import Copying, bytes_of
 from holdfast.storage.digests import BLOCK_BYTES, footer_size
 
 logger = logging.getLogger(__name__)
 
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE, since Linux 5.14; Python does not name it."""
+_COLLAPSE = 25
+"""MADV_COLLAPSE, since Linux 6.1; Python does not name it either."""
+_FIXED = 0x10
+"""MAP_FIXED, which Python does not name either."""
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_CHECKED_BYTES = 64 << 20
+"""Smaller sizes are allocated without a check."""
+_SHARED = Path("/dev/shm")  # noqa: S108  # only for our lock file, never followed as a link
+"""A directory that exactly the processes of one node share."""
+_POLL_SECONDS = 0.01
+_PAGE_BYTES = mmap.PAGESIZE
 _STRETCH_BYTES = 64 << 20
 """Written in one call: the disk stays busy while the next stretch is prepared."""
 _STREAM_BUFFERS = 3
 """One is being filled, one digested and written, and one was just finished."""
-_PIECE_BYTES = 1 << 20
-"""Tensors not in plain host memory are copied there in pieces; larger ones cost malloc more."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory is free, and what limits it."""
+
+    free_bytes: int
+    limited_by: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """The machine or container whose memory is allocated, shared with other processes."""
+
+    find_room: Callable[[], Room | None]
+    lock: Path
+    """A file that the processes of one node lock while they allocate. Its content is unused."""
+    processes: int | None
+    """How many may allocate at the same time. None: unknown."""
+    patience_seconds: float = 60.0
+    """How long to wait for a process that does not release the lock."""
+
+    @classmethod
+    def here(cls) -> Node:
+        """Return the node of this process."""
+        directory = _SHARED if _SHARED.is_dir() else Path(tempfile.gettempdir())
+        local = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+        return cls(
+            find_room,
+            directory / f"holdfast-memory-{os.getuid()}.lock",
+            int(local) if local.isdecimal() else None,
+        )
+
+
+def allocate(size_bytes: int, node: Node | None = None) -> memoryview:
+    """Return page-aligned, writable, zero-filled memory; it is freed with the last view.
+
+    Concurrent allocations by other processes of the node are accounted for. `node`: None: the one
+    that this process runs on.
+
+    Raises:
+        NotEnoughMemoryError: the machine or the container has less memory left.
+    """
+    if size_bytes < _CHECKED_BYTES:
+        return _allocate(size_bytes)
+    node = node or Node.here()
+    if node.processes is not None:
+        # If this much fits for every process, they need not wait for one another.
+        with _locked(node, fcntl.LOCK_SH):
+            room = node.find_room()
+            if room is None or size_bytes * node.processes <= room.free_bytes:
+                return _allocate(size_bytes)
+    # Otherwise one after another, so that each sees what the ones before it have allocated.
+    with _locked(node, fcntl.LOCK_EX):
+        if (room := node.find_room()) is not None:
+            check_room(size_bytes, room)
+        return _allocate(size_bytes)
+
+
+@contextmanager
+def _locked(node: Node, operation: int) -> Iterator[None]:
+    """Hold the lock of a node; continue without it if it cannot be acquired."""
+    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(node.lock, flags, 0o600)
+    if descriptor is None:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + node.patience_seconds
+        # Another user's file is not locked.
+        while os.fstat(descriptor).st_uid == os.getuid() and time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_POLL_SECONDS)
+                continue
+            except OSError:  # no locks on this file system
+                pass
+            break
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
+        os.close(descriptor)
+
+
+def _allocate(size_bytes: int) -> memoryview:
+    pages = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with suppress(OSError, AttributeError):  # a kernel without them: slower but correct
+            pages.madvise(getattr(mmap, advice))
+    touch(pages)
+    return memoryview(pages)[:size_bytes]
+
+
+def touch(pages: mmap.mmap) -> None:
+    """Populate every page of a writable mapping now, without changing a byte."""
+    try:
+        pages.madvise(_POPULATE_WRITE)
+    except OSError:  # an older kernel: rewrite a byte of each page
+        for start in range(0, len(pages), _PAGE_BYTES):
+            pages[start] = pages[start]
+
+
+def prefer_huge_pages(descriptor: int, size_bytes: int) -> None:
+    """Back a new file in RAM, open for reading and writing, with huge pages where possible.
+
+    The rest is left as holes and as single pages: allocate the file afterwards. Such a file is
+    allocated, mapped and read in a fraction of the time. Few mounts use huge pages by themselves;
+    requesting them for each range works on any, unless the system denies them.
+    """
+    huge_bytes = int(next(iter(_lines(_HUGE_PAGES)), "0"))
+    if not huge_bytes or size_bytes < huge_bytes:
+        return
+    whole = size_bytes - size_bytes % huge_bytes
+    with suppress(OSError):  # raised again when the caller allocates the file
+        os.ftruncate(descriptor, size_bytes)  # a mount may use huge pages within a file's size
+        for start in range(0, whole, huge_bytes):
+            os.pwrite(descriptor, b"\0", start)  # a range without any page is not collapsed
+        _collapse(descriptor, whole, huge_bytes)
+
+
+def _collapse(descriptor: int, size_bytes: int, huge_bytes: int) -> None:
+    # Through libc: the mapping must be aligned to a huge page, for which Python's mmap has no
+    # argument. It is placed inside a larger mapping, which reserves the address range.
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    failed = ctypes.c_void_p(-1).value
+    length = ctypes.c_size_t(size_bytes + huge_bytes)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    around = libc.mmap(None, length, 0, flags, -1, ctypes.c_long(0))
+    if around == failed:
+        return
+    try:
+        start = ctypes.c_void_p(-(-around // huge_bytes) * huge_bytes)
+        size, access = ctypes.c_size_t(size_bytes), mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_SHARED | _FIXED
+        if libc.mmap(start, size, access, flags, descriptor, ctypes.c_long(0)) != failed:
+            libc.madvise(start, size, _COLLAPSE)  # best effort
+    finally:
+        libc.munmap(ctypes.c_void_p(around), length)
+
+
+def check_room(size_bytes: int, room: Room) -> None:
+    """Refuse a size that does not fit.
+
+    Raises:
+        NotEnoughMemoryError: with the numbers.
+    """
+    if size_bytes > room.free_bytes:
+        raise NotEnoughMemoryError(size_bytes, room.free_bytes, room.limited_by)
+
+
+def find_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room | None:
+    """Return the tightest limit on new memory: the machine's, or a control group's.
+
+    None: the system reports none.
+    """
+    rooms = [*_machine_room(proc), *_group_rooms(proc, groups)]
+    return min(rooms, key=lambda each: each.free_bytes, default=None)
+
+
+def _machine_room(proc: Path) -> Iterator[Room]:
+    for line in _lines(proc / "meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield Room(int(line.split()[1]) << 10, "the machine's available memory")
+
+
+def _group_rooms(proc: Path, groups: Path) -> Iterator[Room]:
+    """Yield the free memory of every control group that contains this process, v1 and v2."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = groups, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = groups / "memory", *_VERSION_1
+        else:
+            continue
+        group = root / name.lstrip("/")
+        while group == root or root in group.parents:
+            yield from _group_room(group, limit, usage)
+            group = group.parent
+
+
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _group_room(group: Path, limit_name: str, usage_name: str) -> Iterator[Room]:
+    limits, usages = _lines(group / limit_name), _lines(group / usage_name)
+    if not limits or not usages or not limits[0].isdigit():  # "max": no limit
+        return
+    # The page cache counts as used, but is reclaimed when memory is requested. Version 1 reports
+    # the sum over nested groups as a separate total; version 2 reports only that sum.
+    counts = dict(line.split()[:2] for line in _lines(group / "memory.stat"))
+    cached = sum(
+        int(counts.get(f"total_{name}", counts.get(name, 0)))
+        for name in ("inactive_file", "active_file")
+    )
+    limit_bytes = int(limits[0])
+    free_bytes = max(limit_bytes - int(usages[0]) + cached, 0)
+    yield Room(free_bytes, f"the limit of {describe_size(limit_bytes)} of control group {group}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def image_bytes(layout: Layout) -> int:
@@ -134,24 +367,16 @@ class Arena:
             self._unpin = None
 
 
-class Event(Protocol):
-    """Work of a GPU that can be waited for; torch.cuda.Event is one."""
-
-    def synchronize(self) -> None:
-        """Wait until it is done."""
-        ...
-
-
 class StreamedShard:
     """The same file produced from live tensors, which must not change meanwhile."""
 
     def __init__(
-        self, layout: Layout, sources: Sequence[Source], computed: Iterable[Event] = ()
+        self, layout: Layout, sources: Sequence[Source], computed: Iterable[Any] = ()
     ) -> None:
         """Take one source for each slot.
 
-        `computed`: events to wait for before the sources are read. Threads that read from a GPU use
-        their own streams, which do not wait for pending work of the caller's stream.
+        `computed`: events of a GPU to wait for before the sources are read. Threads that read from
+        a GPU use their own streams, which do not wait for pending work of the caller's stream.
         """
         self.layout = layout
         self._sources = sources
@@ -194,7 +419,7 @@ class StreamedShard:
             else:
                 assert slot.container is not None
                 yield memoryview(slot.container.header)
-                yield from _bytes_of(source)
+                yield from bytes_of(source)
                 yield memoryview(slot.container.trailer)
             position = slot.offset + slot.size_bytes
         layout = self.layout
@@ -203,24 +428,6 @@ class StreamedShard:
         position = layout.index_offset + len(layout.index)
         yield memoryview(bytes(layout.body_bytes - len(layout.tail) - position))
         yield memoryview(layout.tail)
-
-
-@torch.no_grad()
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the row-major bytes of a tensor; in pieces if it is not plain host memory."""
-    tensor = tensor.detach()
-    plain = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
-    if plain and tensor.is_contiguous():
-        flat: Any = tensor.view(-1).view(torch.uint8).numpy()
-        yield memoryview(flat)
-        return
-    if tensor.nbytes <= _PIECE_BYTES or tensor.dim() == 0:
-        yield from _bytes_of(tensor.resolve_conj().resolve_neg().cpu().contiguous())
-        return
-    rows = max(tensor.shape[0] * _PIECE_BYTES // tensor.nbytes, 1)
-    for start in range(0, tensor.shape[0], rows):
-        part = tensor[start : start + rows]
-        yield from _bytes_of(part[0] if rows == 1 else part)
 
 
 def pin(tensor: torch.Tensor) -> Callable[[], None]:

@@ -1,10 +1,10 @@
 """Copy live tensors into host memory that training does not change.
 
 Owns the copy and its speed: large tensors as plain memory on every core, the rest in one call of
-torch, from a GPU on a separate stream. Promises that `wait` returns when the last byte is copied,
-that a concurrent reader of the target can wait for the part it needs, and that training can wait
-for a copy in the background without an error of the copy being raised there. Decides neither what
-is copied nor where to.
+torch, from a GPU on a separate stream; for a file without an arena, their bytes piece by piece.
+Promises that `wait` returns when the last byte is copied, that a concurrent reader of the target
+can wait for the part it needs, and that training can wait for a copy in the background without an
+error of the copy being raised there. Decides neither what is copied nor where to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ctypes
 import itertools
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from holdfast.torch_internals import copy_each
 _LARGE_BYTES = 256 << 10
 """From this size on a tensor is copied with memcpy, divided between threads."""
 _PIECE_BYTES = 8 << 20
+_STREAMED_BYTES = 1 << 20
+"""Tensors not in plain host memory are streamed in pieces; larger ones cost malloc more."""
 _TICK_SECONDS = 0.05
 """The longest delay for a waiting thread whose wake-up was lost to an interrupt."""
 _EVERYWHERE = sys.maxsize
@@ -229,6 +231,23 @@ def _is_plain_memory(tensor: torch.Tensor) -> bool:
         and not tensor.is_conj()
         and not tensor.is_neg()
     )
+
+
+@torch.no_grad()
+def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the row-major bytes of a tensor; in pieces if it is not plain host memory."""
+    tensor = tensor.detach()
+    if _is_plain_memory(tensor):
+        flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+        yield memoryview(flat)
+        return
+    if tensor.nbytes <= _STREAMED_BYTES or tensor.dim() == 0:
+        yield from bytes_of(tensor.resolve_conj().resolve_neg().cpu().contiguous())
+        return
+    rows = max(tensor.shape[0] * _STREAMED_BYTES // tensor.nbytes, 1)
+    for start in range(0, tensor.shape[0], rows):
+        part = tensor[start : start + rows]
+        yield from bytes_of(part[0] if rows == 1 else part)
 
 
 def _copy_memory(jobs: Sequence[tuple[int, int, int]], front: _Front) -> None:

@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 import xxhash
 
-from holdfast.errors import RankFailure, StageFailedError
 from holdfast.format.dcp import encode_metadata
 from holdfast.format.items import Inventory, Source
 from holdfast.format.layout import Item, Layout, lay_out
@@ -30,7 +29,6 @@ from holdfast.format.plan import (
     NO_PLAN,
     Decision,
     Record,
-    Verdict,
     choose,
     decide,
     judge,
@@ -39,9 +37,8 @@ from holdfast.format.plan import (
 from holdfast.format.proposals import propose
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
-from holdfast.snapshot.arena import Arena, StreamedShard, image_bytes
+from holdfast.snapshot.arena import Arena, StreamedShard, allocate, image_bytes
 from holdfast.snapshot.copy import Copying, mark_streams
-from holdfast.snapshot.memory import allocate
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     FileRecord,
@@ -255,32 +252,32 @@ class ShardSaver:
 
     def settle(
         self,
-        take: Callable[[], tuple[int, Inventory]],
+        take: Callable[[], Inventory],
         coordinator: Coordinator,
         nodes: Sequence[int] | None = None,
     ) -> tuple[ShardPlan, Inventory]:
-        """Agree with all ranks on the plan for a state; `take` returns its iteration and items.
+        """Agree with all ranks on the plan for a state; `take` returns its items.
 
         `nodes`: the node of each rank, if each node is to stage the whole state. None: the job
         stages it once.
 
         Raises:
             CheckpointError: on every rank, if `take` raised it on any.
-            StageFailedError: the ranks save different iterations, or planning failed.
+            StageFailedError: planning failed.
         """
         taken: list[Inventory] = []
         plan = self._plan
 
         def describe() -> bytes:
-            iteration, inventory = take()
+            inventory = take()
             taken.append(inventory)
             fits = plan is not None and plan.structure == inventory.structure
             identity = plan.identity if plan is not None and fits else NO_PLAN
-            return Record(iteration, inventory.structure, identity).pack()
+            return Record(inventory.structure, identity).pack()
 
         structures = plan.structures if plan is not None else None
         verdict = coordinator.all_reduce(
-            "capture", describe, lambda records: _judge(records, structures)
+            "capture", describe, lambda records: judge(records, structures)
         )
         if plan is None or not verdict.is_current:
             if plan is not None and coordinator.rank == 0:
@@ -431,25 +428,6 @@ def _share(items: Sequence[Item], chosen: Sequence[Item]) -> Share:
 
 def _sources(share: Share, inventory: Inventory) -> list[Source]:
     return [inventory.sources[position] for position in share.positions]
-
-
-def _judge(records: Sequence[bytes], structures: Sequence[bytes] | None) -> Verdict:
-    verdict = judge(records, structures)
-    if len(verdict.iterations) > 1:
-        iterations = [Record.unpack(each).iteration for each in records]
-        raise StageFailedError(
-            "capture",
-            [
-                RankFailure(
-                    rank,
-                    "Disagreement",
-                    f"saves at step {iteration}, rank 0 at step {iterations[0]}",
-                )
-                for rank, iteration in enumerate(iterations)
-                if iteration != iterations[0]
-            ],
-        )
-    return verdict
 
 
 def _key(item: Item) -> tuple[str, tuple[int, ...]]:

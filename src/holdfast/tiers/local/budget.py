@@ -21,7 +21,7 @@ from holdfast.errors import ConfigError
 from holdfast.messages import describe_size
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.topology import Seat, Topology, assign_holders, node_name
-from holdfast.snapshot.memory import Room, find_room
+from holdfast.snapshot.arena import Room, find_room
 from holdfast.storage.posix import Filesystem, make_durable_directory
 from holdfast.tiers.local.requirements import device_of, import_adapter
 from holdfast.tiers.local.shard_file import check_owned, is_memory

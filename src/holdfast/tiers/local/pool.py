@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from holdfast.errors import NoFileFreeError
-from holdfast.snapshot.memory import prefer_huge_pages
+from holdfast.snapshot.arena import prefer_huge_pages
 from holdfast.storage.posix import Filesystem, naming
 from holdfast.tiers.local.shard_file import as_problem, pending_name, reserve
 

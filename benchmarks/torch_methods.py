@@ -1,9 +1,8 @@
 """torch's own ways to save and load: torch.save, dcp.save, dcp.async_save by thread and by process.
 
 Owns these peers, each in the fastest configuration that a user can choose: two writer threads, a
-cached plan, a stager that is reused. Promises that getting and setting the state dictionary is
-noted apart, so that the library's own share can be told. torch.save syncs nothing by itself: its
-file is synced inside `save`, as a careful loop would.
+cached plan, a stager that is reused. torch.save syncs nothing by itself: its file is synced inside
+`save`, as a careful loop would.
 """
 
 from __future__ import annotations
@@ -11,35 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import SYNC_ADDED, Method
+from benchmarks.method import (
+    SYNC_ADDED,
+    WRITER_THREADS,
+    Method,
+    apply_state_dictionary,
+    state_dictionary,
+)
 from benchmarks.probes import sync_tree
 
 if TYPE_CHECKING:
     from benchmarks.states import State
-
-WRITER_THREADS = 2
-
-
-def state_dictionary(method: Method) -> dict[str, Any]:
-    """Return the state dictionary of model and optimizer, its tensors the live ones."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    with method.aside:
-        model, optimizer = get_state_dict(method.state.model, method.state.optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-
-def apply_state_dictionary(method: Method, values: dict[str, Any]) -> None:
-    """Give a loaded state dictionary back to model and optimizer."""
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    with method.aside:
-        set_state_dict(
-            method.state.model,
-            method.state.optimizer,
-            model_state_dict=values["model"],
-            optim_state_dict=values["optimizer"],
-        )
 
 
 class TorchSave(Method):
@@ -176,4 +157,4 @@ class DcpAsyncProcess(DcpAsync):
         return AsyncCheckpointerType.PROCESS
 
 
-PEERS: list[type[Method]] = [TorchSave, DcpSave, DcpAsync, DcpAsyncProcess]
+TORCH: list[type[Method]] = [TorchSave, DcpSave, DcpAsync, DcpAsyncProcess]

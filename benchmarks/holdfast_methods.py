@@ -1,120 +1,21 @@
-"""The face that every method has, and holdfast's own methods behind it.
+"""holdfast's own ways to save and load: blocking, overlapped, synchronous, the local tier.
 
-Owns `Method`: prepare, save, settle, wait, load, close, and what must be said of a method so that
-equals are compared with equals: whether it returns before the data is written, how durable it is
-when `wait` returns, and whether it copies what it snapshots. Promises that holdfast is used through
-its public surface alone. Another method is a class of some twenty lines in `peers` or `foreign`.
+Owns the settings that each of them stands for. Promises that holdfast is used through its public
+interface alone.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.method import VOLATILE, Method
+
 if TYPE_CHECKING:
     from benchmarks.states import State
-
-SYNCS = "syncs its files"
-SYNC_ADDED = "never syncs; fsync of its files added, and counted"
-VOLATILE = "memory: survives processes, not power loss"
-
-
-class Aside:
-    """Seconds spent beside the library itself: making and applying the state dictionary."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._began
-
-    def take(self) -> float:
-        """Return the seconds since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-class Method:
-    """One way to save and load; made and used in a process of its own."""
-
-    name = ""
-    label = ""
-    asynchronous = False
-    """Whether `save` returns before everything is durable."""
-    copies = True
-    """Whether an asynchronous save owns a copy of the state; False: a fork shares its pages."""
-    overlapped = False
-    """Whether `save` may return before training may change the state."""
-    durability = SYNCS
-    ours = False
-    local = False
-    """Whether it saves to the RAM-backed folder."""
-    many_ranks = False
-    """Whether it can save the states of several ranks."""
-    fewest_ranks = 1
-    """How many ranks it takes to show what this method is for."""
-    needs_group = False
-    """Whether even one rank needs a default process group."""
-    losses: tuple[str, ...] = ()
-    """What can be lost before a restart, of those that `lose` knows."""
-    package = "torch"
-    note = ""
-
-    def __init__(self) -> None:
-        self.aside = Aside()
-        """Entered around what is not the library's own: making and applying state dictionaries."""
-
-    def unavailable(self) -> str | None:
-        """Say why this method cannot run here; None: it can."""
-        return None
-
-    def prepare(self, state: State, folder: Path) -> None:
-        """Get ready to save `state` under `folder`; before the first save, timed apart."""
-        self.state = state
-        self.folder = folder
-
-    def save(self, step: int) -> None:
-        """Begin a save, and return when the library does."""
-        raise NotImplementedError
-
-    def settle(self) -> None:
-        """Return when training may change the state."""
-
-    def is_done(self) -> bool:
-        """Say whether the save has ended, giving the library the turn that it needs per step."""
-        return True
-
-    def wait(self) -> None:
-        """Return when the save is durable."""
-
-    def load(self) -> None:
-        """Load the newest save back into the state."""
-        raise NotImplementedError
-
-    def newest(self) -> Path:
-        """Return the file or folder of the newest save."""
-        return self.folder
-
-    def lose(self, loss: str) -> None:
-        """Take away what is lost on this rank."""
-        raise NotImplementedError
-
-    def restart(self) -> None:
-        """Go on as a job does that was started again: nothing is set up yet."""
-        raise NotImplementedError
-
-    def recover(self) -> None:
-        """Return when all that was lost is as it was."""
-
-    def close(self) -> None:
-        """Give back threads and processes."""
 
 
 class Holdfast(Method):
@@ -271,7 +172,7 @@ class HoldfastReplicated(HoldfastLocal):
 
 
 LOST_NODE = "node1"
-OURS: list[type[Method]] = [
+HOLDFAST: list[type[Method]] = [
     Holdfast,
     HoldfastOverlapped,
     HoldfastSync,
@@ -282,11 +183,3 @@ OURS: list[type[Method]] = [
 
 def _node() -> str:
     return f"node{os.environ.get('RANK', '0')}"
-
-
-def registry() -> dict[str, type[Method]]:
-    """Return every method by name, ours first; importing it imports no peer's package."""
-    from benchmarks.foreign import FOREIGN
-    from benchmarks.peers import PEERS
-
-    return {each.name: each for each in [*OURS, *PEERS, *FOREIGN]}

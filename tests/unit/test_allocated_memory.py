@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CheckpointError, NotEnoughMemoryError
-from holdfast.snapshot.memory import (
+from holdfast.snapshot.arena import (
     Node,
     Room,
     allocate,

@@ -1,9 +1,9 @@
-"""Peers from other packages: safetensors, torchsnapshot, torch_checkpointing, NVRx.
+"""Other packages' ways to save and load: safetensors, torchsnapshot, torch_checkpointing, NVRx.
 
-Owns how each is used as its documentation has it, on CPU tensors where need be: NVRx calls CUDA
-unconditionally, so those calls are made empty in its own process, and its state dictionary for CUDA
+Owns how each is used, as its documentation has it. NVRx is run on CPU tensors: it calls CUDA
+unconditionally, so those calls do nothing in its own process, and its state dictionary for CUDA
 tensors is replaced by one that clones CPU tensors. A package that does not import is skipped with
-the reason. What never syncs gets an fsync of its files, and the row says so.
+the reason. Where a package never syncs, its files are synced here, and the row says so.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import SYNC_ADDED, VOLATILE, Method
-from benchmarks.peers import (
+from benchmarks.method import (
+    SYNC_ADDED,
+    VOLATILE,
     WRITER_THREADS,
+    Method,
     apply_state_dictionary,
     state_dictionary,
 )
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.states import State
 
 
-class _Foreign(Method):
+class _Package(Method):
     modules: tuple[str, ...] = ()
 
     def unavailable(self) -> str | None:
@@ -45,7 +47,7 @@ class _Foreign(Method):
         return self._path
 
 
-class Safetensors(_Foreign):
+class Safetensors(_Package):
     """safetensors.torch.save_file of all tensors; numbers and texts are left out."""
 
     name = "safetensors"
@@ -70,7 +72,7 @@ class Safetensors(_Foreign):
                 tensor.copy_(stored.get_tensor(name))
 
 
-class Torchsnapshot(_Foreign):
+class Torchsnapshot(_Package):
     """torchsnapshot.Snapshot.async_take."""
 
     name = "torchsnapshot"
@@ -98,7 +100,7 @@ class Torchsnapshot(_Foreign):
         return {"model": self.state.model, "optimizer": self.state.optimizer}
 
 
-class TorchCheckpointing(_Foreign):
+class TorchCheckpointing(_Package):
     """torch_checkpointing's manager, asynchronous as by default."""
 
     name = "torch-checkpointing"
@@ -142,30 +144,49 @@ class TorchCheckpointing(_Foreign):
         self._manager.close()
 
 
-class Nvrx(_Foreign):
+class _Nvrx(_Package):
+    """What NVRx's methods share: its queue of asynchronous calls."""
+
+    package = "nvidia-resiliency-ext"
+    many_ranks = True
+    needs_group = True
+    persistent = False
+    """Whether one process serves all saves; False: one is forked for each."""
+
+    def prepare(self, state: State, folder: Path) -> None:
+        super().prepare(state, folder)
+        _empty_cuda_calls()
+        core = import_module("nvidia_resiliency_ext.checkpointing.async_ckpt.core")
+        self._queue = core.AsyncCallsQueue(persistent=self.persistent)
+
+    def is_done(self) -> bool:
+        self._queue.maybe_finalize_async_calls(blocking=False, no_dist=True)
+        return self._queue.get_num_unfinalized_calls() == 0  # type: ignore[no-any-return]  # untyped
+
+    def wait(self) -> None:
+        self._queue.maybe_finalize_async_calls(blocking=True, no_dist=True)
+
+    def close(self) -> None:
+        self._queue.close()
+
+
+class Nvrx(_Nvrx):
     """NVRx's FileSystemWriterAsync, written by a process forked for each save."""
 
     name = "nvrx"
     label = "NVRx async writer, fork"
-    package = "nvidia-resiliency-ext"
     asynchronous = True
     copies = False
-    many_ranks = True
-    needs_group = True
     modules = (
         "nvidia_resiliency_ext.checkpointing.async_ckpt.core",
         "nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async",
         "nvidia_resiliency_ext.checkpointing.async_ckpt.state_dict_saver",
     )
     note = f"CUDA calls emptied, {WRITER_THREADS} writer processes; copy-on-write of what changes"
-    persistent = False
 
     def prepare(self, state: State, folder: Path) -> None:
         super().prepare(state, folder)
-        _empty_cuda_calls()
-        core, _, saver = (import_module(each) for each in self.modules)
-        self._queue = core.AsyncCallsQueue(persistent=self.persistent)
-        self._cache = saver.CheckpointMetadataCache()
+        self._cache = import_module(self.modules[2]).CheckpointMetadataCache()
 
     def save(self, step: int) -> None:
         from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -189,22 +210,12 @@ class Nvrx(_Foreign):
         )
         self._queue.schedule_async_request(request)
 
-    def is_done(self) -> bool:
-        self._queue.maybe_finalize_async_calls(blocking=False, no_dist=True)
-        return self._queue.get_num_unfinalized_calls() == 0  # type: ignore[no-any-return]  # untyped
-
-    def wait(self) -> None:
-        self._queue.maybe_finalize_async_calls(blocking=True, no_dist=True)
-
     def load(self) -> None:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         values = state_dictionary(self)
         load(values, checkpoint_id=self._path)
         apply_state_dictionary(self, values)
-
-    def close(self) -> None:
-        self._queue.close()
 
 
 class NvrxPersistent(Nvrx):
@@ -219,16 +230,13 @@ class NvrxPersistent(Nvrx):
     )
 
 
-class NvrxLocal(_Foreign):
+class NvrxLocal(_Nvrx):
     """NVRx's LocalCheckpointManager on a RAM-backed folder, asynchronous by fork."""
 
     name = "nvrx-local"
     label = "NVRx local (RAM)"
-    package = "nvidia-resiliency-ext"
     asynchronous = True
     local = True
-    many_ranks = True
-    needs_group = True
     modules = (
         "nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager",
         "nvidia_resiliency_ext.checkpointing.local.basic_state_dict",
@@ -239,23 +247,13 @@ class NvrxLocal(_Foreign):
 
     def prepare(self, state: State, folder: Path) -> None:
         super().prepare(state, folder)
-        _empty_cuda_calls()
-        manager, _, core = (import_module(each) for each in self.modules)
-        self._manager = manager.LocalCheckpointManager(folder / "local")
-        self._queue = core.AsyncCallsQueue(persistent=False)
+        self._manager = import_module(self.modules[0]).LocalCheckpointManager(folder / "local")
 
     def save(self, step: int) -> None:
         state = _cpu_state_class()(state_dictionary(self), clones=self.asynchronous)
         request = self._manager.save(state, step, is_async=self.asynchronous)
         if request is not None:
             self._queue.schedule_async_request(request)
-
-    def is_done(self) -> bool:
-        self._queue.maybe_finalize_async_calls(blocking=False, no_dist=True)
-        return self._queue.get_num_unfinalized_calls() == 0  # type: ignore[no-any-return]  # untyped
-
-    def wait(self) -> None:
-        self._queue.maybe_finalize_async_calls(blocking=True, no_dist=True)
 
     def load(self) -> None:
         self._manager.latest_iteration = -1
@@ -265,9 +263,6 @@ class NvrxLocal(_Foreign):
 
     def newest(self) -> Path:
         return self.folder / "local"
-
-    def close(self) -> None:
-        self._queue.close()
 
 
 class NvrxLocalSync(NvrxLocal):
@@ -329,7 +324,7 @@ def _empty_cuda_calls() -> None:
             setattr(torch.cuda, name, lambda *_, _value=replacement: _value)
 
 
-FOREIGN: list[type[Method]] = [
+PACKAGES: list[type[Method]] = [
     Safetensors,
     Torchsnapshot,
     TorchCheckpointing,

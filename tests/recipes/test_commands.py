@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import name_program
+from commands import name_program
 
 
 @pytest.fixture
