@@ -1,10 +1,12 @@
 # Every target does its own set-up: Python >= 3.11 with its venv module, make and a package index suffice.
 # PYTHON chooses the interpreter; ARGS is handed on: make train ARGS="model=tiny steps=50"; SECONDS is for
-# make soak.
+# make soak; WORKERS is how many tests run side by side: make test WORKERS=0 ARGS="-x --pdb tests/unit".
 
 PYTHON ?= python3
 ARGS ?=
 SECONDS ?= 60
+# Tests side by side: one more than there are cores, for many wait for a deadline.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -13,10 +15,14 @@ RUN := $(VENV)/bin/python
 CHECKSUM := $(shell { cat pyproject.toml constraints.txt; pwd; } | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(CHECKSUM)
 BENCHED := $(VENV)/benched-$(CHECKSUM)
+BESIDE := -n $(WORKERS) --dist worksteal
 CHECKED := src recipes tests/support benchmarks
 
 # nvidia-resiliency-ext brings pynvml, and torch warns of it at every import: nothing a reader could mend.
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
+
+# The tests start hundreds of interpreters; without its cache each would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # torch's threads otherwise spin while they wait, which on a busy machine costs more than the work.
 export OMP_WAIT_POLICY ?= passive
@@ -31,13 +37,13 @@ train: $(INSTALLED) ## train a small model on real text with checkpoints; run it
 	@$(QUIET) $(RUN) recipes/pretrain.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests, all but the fault suite
-	@$(RUN) -m pytest --ignore=tests/faults $(ARGS)
+	@$(RUN) -m pytest $(BESIDE) --ignore=tests/faults $(ARGS)
 
 faults: $(INSTALLED) ## crash, damage and fail everything: a seeded subset, and a table of what was tried
-	@$(RUN) -m pytest tests/faults $(ARGS)
+	@$(RUN) -m pytest $(BESIDE) tests/faults $(ARGS)
 
 faults-full: $(INSTALLED) ## the same, leaving nothing out
-	@HOLDFAST_FAULTS=full $(RUN) -m pytest -o faulthandler_timeout=3600 tests/faults $(ARGS)
+	@HOLDFAST_FAULTS=full $(RUN) -m pytest $(BESIDE) -o faulthandler_timeout=3600 tests/faults $(ARGS)
 
 soak: $(INSTALLED) ## train on two ranks under random SIGKILL: make soak SECONDS=3600 ARGS=--tiered
 	@$(QUIET) $(RUN) -m tests.faults.soak --seconds $(SECONDS) $(ARGS)

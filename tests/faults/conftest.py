@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.faults.report import counts, table
+from tests.faults.report import counts, record, table
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -19,9 +20,21 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         with place_in_memory() as place:
             yield place
     else:
-        (tmp_path / "base").mkdir()
-        with place_on_disk(tmp_path / "base") as place:
+        with place_on_disk(tmp_path) as place:
             yield place
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what this process has tried to the one that prints the table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = counts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a process of this session has tried; one that has died can no longer say."""
+    for name, count in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        record(name, count)
 
 
 def pytest_terminal_summary(

@@ -9,108 +9,43 @@ of them.
 from __future__ import annotations
 
 import errno
-import itertools
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from holdfast.config import CheckpointConfig
 from holdfast.errors import SaveFailedError
-from holdfast.manager import DefaultCheckpointManager
-from holdfast.protocol import (
-    CheckpointLoadContext,
-    CheckpointSaveContext,
-    GlobalState,
-    LoadResult,
-)
 from holdfast.storage.identity import Attempt, RunIdentity
 from holdfast.storage.posix import Filesystem
 from holdfast.storage.store import Store, checkpoint_name
+from tests.faults.jobs import Job, state_of, train_to
+from tests.faults.tiers import FULL, CrashedTier, Left, Violation
 from tests.support.crash_filesystem import (
-    Aftermath,
     CrashFilesystem,
     Image,
     Operation,
     PowerCut,
     aftermaths,
 )
-from tests.support.states import make_run
 
 ROOT = Path("/runs/one/checkpoints")
 """No part of it exists at first."""
-FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
-"""Leave nothing out, however long it takes."""
-
-_trainings = itertools.count()
-
 Tree = dict[str, bytes]
 """The files of one checkpoint."""
 
 
-class Violation(AssertionError):
-    """A state that breaks a promise."""
-
-
-class Job:
-    """One process of a run: fresh objects, and what is on the file system."""
-
-    def __init__(self, filesystem: Filesystem, *, keep_last: int | None = 3, **settings: object):
-        self.run = make_run(seed=1)
-        self.state = GlobalState()
-        self.filesystem = filesystem
-        self._settings = {
-            "async_save": False,
-            "persistent": {"directory": str(ROOT), "keep": {"last": keep_last}},
-            **settings,
-        }
-        self._step: int | None = None
-        self.manager = self._manager(None)
-
-    def _manager(self, step: int | None) -> DefaultCheckpointManager:
-        values = {**self._settings, "load": {"step": step}}
-        return DefaultCheckpointManager(
-            CheckpointConfig.from_mapping(values), filesystem=self.filesystem
-        )
-
-    def load(self, step: int | None = None) -> LoadResult:
-        """Load the newest checkpoint or, with a fresh manager, exactly the one of a step."""
-        if step != self._step:
-            self._step = step
-            self.manager = self._manager(step)
-        run = self.run
-        return self.manager.load(
-            CheckpointLoadContext(
-                self.state, run.model, run.optimizer, run.scheduler, train_data_iterator=run.stream
-            )
-        )
-
-    def train_to(self, iteration: int) -> str:
-        """Take one training step, call it `iteration`, and return the digest of everything.
-
-        No batch is ever taken twice: a resumed job is exact, and would arrive where another did.
-        """
-        self.run.stream.position = 1000 * next(_trainings)
-        self.run.train(1)
-        self.state.train_state.step = iteration
-        return self.digest()
-
-    def save(self) -> None:
-        """Save what `train_to` arrived at; returning is the acknowledgement."""
-        run = self.run
-        self.manager.save(
-            CheckpointSaveContext(
-                self.state, run.model, run.optimizer, run.scheduler, train_data_iterator=run.stream
-            )
-        )
-
-    def digest(self) -> str:
-        """Digest every leaf of the live state."""
-        return repr(self.run.digests())
+def start(
+    filesystem: Filesystem, *, keep_last: int | None = 3, step: int | None = None, **settings: Any
+) -> Job:
+    """Start a process of the run."""
+    persistent = {"directory": str(ROOT), "keep": {"last": keep_last}}
+    load = {"step": step}
+    return Job(ROOT, seed=1, filesystem=filesystem, persistent=persistent, load=load, **settings)
 
 
 @dataclass(frozen=True)
@@ -155,7 +90,7 @@ class Story:
         return other
 
     def _start(self) -> None:
-        self.job = Job(self.filesystem, keep_last=self.keep_last)
+        self.job = start(self.filesystem, keep_last=self.keep_last)
         self._resumed: tuple[int, str] | None = None
         self._resumed_path = ""
         self._asked_step: int | None = None
@@ -207,9 +142,11 @@ class Story:
         self._start()
 
     def load(self, step: int | None = None) -> None:
-        """Resume, and check the resumed state."""
-        result = self.job.load(step)
-        digest = self.job.digest()
+        """Resume, by number in a process of its own, and check the resumed state."""
+        if step is not None:
+            self.job = start(self.filesystem, keep_last=self.keep_last, step=step)
+        result = self.job.load()
+        _, digest = state_of(self.job)
         if digest not in self.known.acceptable.get(result.iteration, ()):
             raise Violation(f"iteration {result.iteration} was loaded as something else")
         if step is None and (result.iteration, digest) not in self.known.current:
@@ -221,7 +158,7 @@ class Story:
 
     def save(self, iteration: int) -> None:
         """Train a step and save it."""
-        digest = self.job.train_to(iteration)
+        _, digest = train_to(self.job, iteration)
         before = self.known
         order = [each for each in self.order if each != iteration] + [iteration]
         kept = order if self.keep_last is None else order[-self.keep_last :]
@@ -448,7 +385,7 @@ def tell(
 # -- the check ----------------------------------------------------------------------------------
 
 
-def states(story: Story, *, samples: int = 0) -> Iterator[tuple[str, Aftermath, Known]]:
+def states(story: Story, *, samples: int = 0) -> Iterator[Left[Image, Known]]:
     """Yield every different state that a crash of a story may leave, with where it came from.
 
     Unless everything is asked for, states that differ only inside a pending directory are one: it
@@ -462,7 +399,8 @@ def states(story: Story, *, samples: int = 0) -> Iterator[tuple[str, Aftermath, 
             if key in seen:
                 continue
             seen.add(key)
-            yield f"power cut before operation {number}, {step}; {each.loss}", each, known
+            where = f"power cut before operation {number}, {step}; {each.loss}"
+            yield Left(where, each.image, known, each.loss == "process killed")
 
 
 def _fingerprint(image: Image) -> object:
@@ -539,41 +477,64 @@ def check_goes_on(story: Story, image: Image, known: Known) -> None:
     filesystem = CrashFilesystem(image)
     filesystem.has_hard_links = story.filesystem.has_hard_links
     filesystem.ignores = story.filesystem.ignores
-    job = Job(filesystem, keep_last=story.keep_last)
+    job = start(filesystem, keep_last=story.keep_last)
     result = job.load()
     if not result.found:
         if not known.may_be_empty:
             raise Violation("nothing was found to load")
-    elif (result.iteration, job.digest()) not in known.current:
+    elif state_of(job) not in known.current:
         raise Violation(f"iteration {result.iteration} was loaded, or not as it was saved")
-    iteration = result.iteration + 1
-    digest = job.train_to(iteration)
+    saved = train_to(job, result.iteration + 1)
     job.save()
     check_is_tidy(filesystem.image)
     after = filesystem.image.after_power_loss((), lambda file: file.durable)
-    surviving = Job(CrashFilesystem(after))
-    again = surviving.load()
-    if (again.iteration, surviving.digest()) != (iteration, digest):
-        raise Violation(f"the next save was acknowledged, and {again.iteration} was loaded")
+    surviving = start(CrashFilesystem(after))
+    surviving.load()
+    if (found := state_of(surviving)) != saved:
+        raise Violation(f"the next save was acknowledged as {saved}, and {found} was loaded")
 
 
-def check(
-    story: Story,
-    image: Image,
-    known: Known,
-    *,
-    goes_on: bool = True,
-) -> None:
+def check(story: Story, left: Left[Image, Known], *, goes_on: bool = True) -> None:
     """Check every promise on one state; with `goes_on` the fourth one too, which costs most.
 
     Raises:
         Violation: naming the promise that is broken.
     """
     try:
-        check_at_rest(story, image, known)
+        check_at_rest(story, left.what, left.known)
         if goes_on:
-            check_goes_on(story, image, known)
+            check_goes_on(story, left.what, left.known)
     except Violation:
         raise
     except Exception as error:
         raise Violation(f"a fresh process failed: {type(error).__name__}: {error}") from error
+
+
+# -- as the tests of both tiers see it -----------------------------------------------------------
+
+
+@contextmanager
+def _telling(name: str, *, has_hard_links: bool) -> Iterator[Story]:
+    yield tell(name, has_hard_links=has_hard_links)
+
+
+def _check(story: Story, left: Left[Image, Known], chooser: random.Random) -> None:
+    # What a killed process leaves is the hardest to go on from: none of that is left out.
+    check(story, left, goes_on=FULL or left.is_killed or chooser.random() < 0.2)
+
+
+PERSISTENT = CrashedTier(
+    "persistent",
+    "",
+    [*SCENARIOS],
+    lambda name, _: _telling(name, has_hard_links=True),
+    states,
+    _check,
+)
+WITHOUT_LINKS = replace(
+    PERSISTENT,
+    name="persistent_without_links",
+    scenarios=["first_save", "first_save_after_resume"],
+    tell=lambda name, _: _telling(name, has_hard_links=False),
+)
+"""On a file system that has no hard links."""

@@ -6,6 +6,7 @@ left on disk. Promises that the same calls give the same bits. Knows no faults.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -25,9 +26,15 @@ from holdfast.protocol import (
 )
 from holdfast.storage.posix import Filesystem, LocalFilesystem
 from holdfast.storage.store import Store
-from tests.support.states import make_run
+from tests.support.states import digest, make_run
 
 _LEFTOVER = re.compile(r"(?P<place>.*)\.(?P<mark>pending|replaced)-[0-9a-f]{8}")
+
+
+State = tuple[int, str] | None
+"""An iteration and the digest of everything it holds; None: nothing is found."""
+
+_trainings = itertools.count(1)
 
 
 class Job:
@@ -102,6 +109,27 @@ class Job:
     def digests(self) -> dict[str, str]:
         """Digest everything that a checkpoint carries, counters included."""
         return self.run.digests() | {"counters": str(self.state.train_state.to_dict())}
+
+
+def state_of(job: Job) -> tuple[int, str]:
+    """Return what a checkpoint taken now would hold."""
+    return job.step, digest(job.digests())
+
+
+def load(job: Job) -> State:
+    """Load, and return what was found."""
+    return state_of(job) if job.load().found else None
+
+
+def train_to(job: Job, iteration: int) -> tuple[int, str]:
+    """Take one step, call it `iteration`, and return the state.
+
+    No batch is ever taken twice: a resumed job is exact, and would arrive where another did.
+    """
+    job.run.stream.position = 1000 * next(_trainings)
+    job.run.train(1)
+    job.state.train_state.step = iteration
+    return state_of(job)
 
 
 def job_of_rank(directory: Path, **options: Any) -> Job:

@@ -12,23 +12,23 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.faults.jobs import State, load, train_to
 from tests.faults.local_stories import (
-    FULL,
     KEEP,
     Instant,
     Known,
-    State,
     Story,
-    Violation,
     commits_in,
-    load,
+    place_in_memory,
+    place_on_disk,
     start,
-    train_to,
 )
+from tests.faults.tiers import FULL, NEEDS_LOCAL, CrashedTier, Left, Violation
 from tests.support.crash_filesystem import aftermaths
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant
 
@@ -159,18 +159,7 @@ def tell(name: str, base: Path, **settings: Any) -> Story:
 # -- the check ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Left:
-    """One state that a crash may leave, with where it came from."""
-
-    where: str
-    tree: Tree
-    known: Known
-    is_killed: bool
-    """Whether the machine went on; else it lost power."""
-
-
-def states(story: Story, *, samples: int = 0) -> Iterator[Left]:
+def states(story: Story, *, samples: int = 0) -> Iterator[Left[Tree, Known]]:
     """Yield every different state that a crash of a story may leave.
 
     Unless everything is asked for, states that differ only in files that wait for their turn are
@@ -206,13 +195,13 @@ def _fingerprint(tree: Tree) -> object:
     )
 
 
-def check_at_rest(story: Story, left: Left) -> None:
+def check_at_rest(story: Story, left: Left[Tree, Known]) -> None:
     """Check that what was acknowledged is there, byte for byte, reading only.
 
     Raises:
         Violation: naming what is lost.
     """
-    found = commits_in(story, left.tree)
+    found = commits_in(story, left.what)
     kept = left.known.kept
     if left.known.coming in found:
         kept = kept[-(KEEP - 1) :]
@@ -221,16 +210,16 @@ def check_at_rest(story: Story, left: Left) -> None:
         raise Violation(f"lost: {sorted(each[0] for each in missing)}; there are {there}")
 
 
-def check_goes_on(story: Story, left: Left, *, thoroughly: bool) -> int:
+def check_goes_on(story: Story, left: Left[Tree, Known], *, thoroughly: bool) -> int:
     """Check that a fresh process resumes and saves; return which outcome it found.
 
     Raises:
         Violation: naming the promise that is broken.
     """
     base = story.base
-    plant(base, left.tree)
+    plant(base, left.what)
     job = start(base)
-    found, allowed = load(job), left.known.outcomes_in(left.tree)
+    found, allowed = load(job), left.known.outcomes_in(left.what)
     if found not in allowed:
         raise Violation(f"{found} was loaded, not one of {allowed}")
     if thoroughly:
@@ -248,7 +237,7 @@ def check_goes_on(story: Story, left: Left, *, thoroughly: bool) -> int:
         check_is_tidy(base)
         shutil.rmtree(base / "local")
         _expect(base, saved, "what was saved in both tiers, once the local one is lost")
-        plant(base, {name: each for name, each in left.tree.items() if name[:5] != "local"})
+        plant(base, {name: each for name, each in left.what.items() if name[:5] != "local"})
         _expect_one_of(base, left.known.durable, "with the local tier lost")
     else:
         job.close()
@@ -285,7 +274,9 @@ def _expect_one_of(base: Path, expected: tuple[State, ...], what: str) -> None:
         raise Violation(f"{what}: {found} was loaded, not one of {expected}")
 
 
-def check(story: Story, left: Left, *, goes_on: bool = True, thoroughly: bool = True) -> int | None:
+def check(
+    story: Story, left: Left[Tree, Known], *, goes_on: bool = True, thoroughly: bool = True
+) -> int | None:
     """Check every promise on what a crash left; return which outcome a load finds.
 
     `goes_on`: that a fresh process does; else nothing is loaded. `thoroughly`: that it saves too.
@@ -303,3 +294,48 @@ def check(story: Story, left: Left, *, goes_on: bool = True, thoroughly: bool = 
         raise
     except Exception as error:
         raise Violation(f"a fresh process failed: {type(error).__name__}: {error}") from error
+
+
+# -- as the tests of both tiers see it -----------------------------------------------------------
+
+
+@contextmanager
+def _in_memory(name: str, folder: Path) -> Iterator[Story]:
+    with place_in_memory() as base:
+        yield tell(name, base)
+
+
+@contextmanager
+def _promoted_in_memory(name: str, folder: Path) -> Iterator[Story]:
+    with place_in_memory() as base:
+        persistent = {"directory": str(base / "store"), "from_local": True}
+        yield tell(name, base, async_save=True, persistent=persistent)
+
+
+@contextmanager
+def _on_disk(name: str, folder: Path) -> Iterator[Story]:
+    with place_on_disk(folder) as base:
+        yield tell(name, base)
+
+
+def _check(story: Story, left: Left[Tree, Known], chooser: random.Random) -> int | None:
+    # Every state is looked at. What a killed process leaves is the hardest to go on from: none of
+    # that is left out, and of the rest none that comes from a call of the local tier.
+    goes_on = FULL or left.is_killed or "local/" in left.where or chooser.random() < 0.1
+    thoroughly = FULL or chooser.random() < (0.15 if story.disk is None else 0.06)
+    return check(story, left, goes_on=goes_on, thoroughly=thoroughly)
+
+
+IN_MEMORY = CrashedTier(
+    "local_in_memory", "local: ", [*SCENARIOS], _in_memory, states, _check, [NEEDS_LOCAL]
+)
+"""The arena is the file: what a killed process leaves."""
+ON_DISK = replace(IN_MEMORY, name="local_on_disk", tell=_on_disk)
+"""The writer writes the file: what a power cut leaves, too."""
+PROMOTED = replace(
+    IN_MEMORY,
+    name="local_promoted",
+    scenarios=["both_tiers", "after_a_restart"],
+    tell=_promoted_in_memory,
+)
+"""The writer commits locally; another thread makes the persistent checkpoint from that."""

@@ -8,7 +8,6 @@ RAM an instant is what a killed process leaves; on a disk a power cut leaves les
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -23,25 +22,15 @@ import pytest
 
 from holdfast.errors import SaveFailedError
 from holdfast.tiers.local.shard_file import is_memory
-from tests.faults.jobs import Job
+from tests.faults.jobs import Job, State, load, state_of, train_to
+from tests.faults.tiers import Violation
 from tests.support.crash_filesystem import Image
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant, tree_of
 from tests.support.mirrored_disk import MirroredDisk
-from tests.support.states import digest
 
-FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
-"""Leave nothing out, however long it takes."""
 KEEP = 2
 
 _SHARD = re.compile(r"local/[^/]+/0/iter_(\d{7,})_0_local\.pt(\.replaced-[0-9a-f]{8})?")
-_trainings = itertools.count(1)
-
-State = tuple[int, str] | None
-"""An iteration and the digest of everything it holds; None: nothing is found."""
-
-
-class Violation(AssertionError):
-    """A state that breaks a promise."""
 
 
 @contextmanager
@@ -53,37 +42,18 @@ def place_in_memory() -> Iterator[Path]:
 
 @contextmanager
 def place_on_disk(folder: Path) -> Iterator[Path]:
-    """Use a directory on a disk, where the writer writes the file."""
+    """Make a directory on a disk, where the writer writes the file."""
     if is_memory(folder):
         pytest.skip(f"{folder} lies in RAM; --basetemp names a directory on a disk")
-    yield folder
+    base = folder / "base"
+    base.mkdir()
+    yield base
 
 
 def start(base: Path, *, step: int | None = None, **settings: Any) -> Job:
     """Start a process of the run."""
     local = {"directory": str(base / "local"), "keep": {"last": KEEP}, **settings.pop("local", {})}
     return Job(base / "store", seed=1, local=local, load={"step": step}, **settings)
-
-
-def state_of(job: Job) -> tuple[int, str]:
-    """Return what a checkpoint taken now would hold."""
-    return job.step, digest(job.digests())
-
-
-def load(job: Job) -> State:
-    """Load, and return what was found."""
-    return state_of(job) if job.load().found else None
-
-
-def train_to(job: Job, iteration: int) -> tuple[int, str]:
-    """Take one step, call it `iteration`, and return the state.
-
-    No batch is ever taken twice: a resumed job is exact, and would arrive where another did.
-    """
-    job.run.stream.position = 1000 * next(_trainings)
-    job.run.train(1)
-    job.state.train_state.step = iteration
-    return state_of(job)
 
 
 @dataclass(frozen=True)

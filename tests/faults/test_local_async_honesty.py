@@ -17,14 +17,9 @@ import pytest
 
 from holdfast.caller import THREAD_NAME
 from holdfast.errors import SaveFailedError
-from tests.faults.jobs import Job
+from tests.faults.jobs import Job, load, state_of
 from tests.faults.local_crashes import check_is_tidy
-from tests.faults.local_stories import (
-    load,
-    refuse_with,
-    start,
-    state_of,
-)
+from tests.faults.local_stories import refuse_with, start
 from tests.faults.report import record
 from tests.support.kernel_calls import Call, KernelCalls, plant, tree_of
 from tests.support.states import MODELS

@@ -24,16 +24,10 @@ from torch import distributed, nn
 from holdfast.errors import NoLoadableCheckpointError
 from holdfast.storage.digests import BLOCK_BYTES, footer_size
 from holdfast.tiers.local.shard_file import PART_NAMES, read_trailer
-from tests.faults.jobs import Job
-from tests.faults.local_stories import (
-    FULL,
-    load,
-    place_in_memory,
-    start,
-    state_of,
-    train_to,
-)
+from tests.faults.jobs import Job, load, state_of, train_to
+from tests.faults.local_stories import place_in_memory, start
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.kernel_calls import Tree, plant, tree_of
 from tests.support.nodes import Job as TierJob
 from tests.support.nodes import shard_path

@@ -12,7 +12,8 @@ import pytest
 
 from holdfast.errors import CheckpointError, ConfigError
 from holdfast.tiers.local.shard_file import PART_NAMES, ShardRecord, Trailer, read_trailer
-from tests.faults.local_stories import load, place_in_memory, start, state_of, train_to
+from tests.faults.jobs import load, state_of, train_to
+from tests.faults.local_stories import place_in_memory, start
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.kernel_calls import plant, tree_of
 

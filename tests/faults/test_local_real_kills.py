@@ -26,21 +26,12 @@ import pytest
 from torch import distributed
 
 from holdfast.errors import CheckpointError, StageFailedError
-from tests.faults.jobs import Job
+from tests.faults.jobs import Job, State, load, state_of, train_to
 from tests.faults.killing import in_fork
 from tests.faults.local_crashes import check_is_tidy
-from tests.faults.local_stories import (
-    FULL,
-    State,
-    load,
-    place_in_memory,
-    place_on_disk,
-    refuse_with,
-    start,
-    state_of,
-    train_to,
-)
+from tests.faults.local_stories import place_in_memory, place_on_disk, refuse_with, start
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.deadlines import DEADLINE_SECONDS, told_within
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant, tree_of
 from tests.support.ranks import RankExit, run_ranks
@@ -71,8 +62,7 @@ def test_a_killed_process_leaves_what_it_acknowledged(
     where: str, asynchronous: bool, tmp_path: Path
 ) -> None:
     """Wherever it is killed in loads and saves of both tiers, the next start finds no less."""
-    (tmp_path / "base").mkdir()
-    with place_in_memory() if where == "memory" else place_on_disk(tmp_path / "base") as base:
+    with place_in_memory() if where == "memory" else place_on_disk(tmp_path) as base:
         # Forks come from a process of its own: the one that runs pytest may have threads.
         [kills] = run_ranks(
             _kill_everywhere,

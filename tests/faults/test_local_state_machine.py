@@ -27,16 +27,11 @@ from hypothesis.stateful import (
 
 from holdfast.errors import StoreIdentityError, StoreNotLoadedError, SupersededAttemptError
 from holdfast.tiers.local.shard_file import is_memory
-from tests.faults.jobs import Job
-from tests.faults.local_crashes import Left, check_at_rest
-from tests.faults.local_stories import (
-    FULL,
-    Story,
-    load,
-    start,
-    train_to,
-)
+from tests.faults.jobs import Job, load, train_to
+from tests.faults.local_crashes import check_at_rest
+from tests.faults.local_stories import Story, start
 from tests.faults.report import record
+from tests.faults.tiers import FULL, Left
 from tests.support.kernel_calls import Call, tree_of
 
 pytest.importorskip("nvidia_resiliency_ext")

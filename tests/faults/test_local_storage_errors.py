@@ -12,22 +12,19 @@ from typing import Any
 import pytest
 
 from holdfast.errors import CheckpointError, SaveFailedError
-from tests.faults.jobs import Job
-from tests.faults.local_crashes import Left, check, check_at_rest
+from tests.faults.jobs import Job, load, state_of, train_to
+from tests.faults.local_crashes import check, check_at_rest
 from tests.faults.local_stories import (
-    FULL,
     KEEP,
     Mark,
     Story,
     commits_in,
-    load,
     place_in_memory,
     refuse_with,
     start,
-    state_of,
-    train_to,
 )
 from tests.faults.report import record
+from tests.faults.tiers import FULL, Left
 from tests.support.kernel_calls import Call, KernelCalls, plant, tree_of
 from tests.support.mounts import small_memory
 

@@ -16,18 +16,11 @@ import pytest
 
 from holdfast.caller import THREAD_NAME
 from holdfast.errors import CheckpointError, SaveFailedError, SupersededAttemptError
-from tests.faults.jobs import Job
+from tests.faults.jobs import Job, load, state_of, train_to
 from tests.faults.local_crashes import check_is_tidy
-from tests.faults.local_stories import (
-    FULL,
-    load,
-    place_in_memory,
-    place_on_disk,
-    start,
-    state_of,
-    train_to,
-)
+from tests.faults.local_stories import place_in_memory, place_on_disk, start
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.kernel_calls import Call, KernelCalls
 from tests.support.ranks import run_ranks
 

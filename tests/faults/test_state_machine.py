@@ -23,8 +23,10 @@ from holdfast.errors import (
     StoreNotLoadedError,
     SupersededAttemptError,
 )
-from tests.faults.crashes import FULL, ROOT, Job, Story, check_at_rest
+from tests.faults.crashes import ROOT, Story, check_at_rest, start
+from tests.faults.jobs import Job, train_to
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.crash_filesystem import CrashFilesystem, PowerCut, aftermaths
 
 FOREIGN = ("notes.txt", "iter_10", "iter_0000010.bak", "iter_0000010.pending-zz", "run.json~",
@@ -46,7 +48,7 @@ class Runs(RuleBasedStateMachine):
     # -- a run -------------------------------------------------------------------------------
 
     def _next(self, ahead: int) -> int:
-        return self.story.job.state.train_state.step + ahead
+        return self.story.job.step + ahead
 
     @rule(ahead=st.lists(st.integers(1, 3), min_size=1, max_size=3))
     def save(self, ahead: list[int]) -> None:
@@ -127,11 +129,11 @@ class Runs(RuleBasedStateMachine):
 
     @rule()
     def refuse_another_run(self) -> None:
-        self._refuse(Job(self.story.filesystem, run_id="theirs"), StoreIdentityError)
+        self._refuse(start(self.story.filesystem, run_id="theirs"), StoreIdentityError)
 
     @rule()
     def refuse_a_job_that_loaded_nothing(self) -> None:
-        self._refuse(Job(self.story.filesystem), StoreNotLoadedError)
+        self._refuse(start(self.story.filesystem), StoreNotLoadedError)
 
     @rule()
     def refuse_a_forgotten_twin(self) -> None:
@@ -144,7 +146,7 @@ class Runs(RuleBasedStateMachine):
 
     def _refuse(self, job: Job, kind: type[Exception]) -> None:
         before = self.story.filesystem.image.tree()
-        job.train_to(job.state.train_state.step + 1)
+        train_to(job, job.step + 1)
         with pytest.raises(kind):
             job.save()
         assert self.story.filesystem.image.tree() == before

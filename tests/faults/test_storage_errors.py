@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-import tests.faults.crashes as crashes
 from holdfast.errors import SaveFailedError
 from holdfast.storage.posix import LocalFilesystem
 from holdfast.storage.store import Store
-from tests.faults.crashes import FULL, ROOT, Job, Story, check, check_is_tidy
+from tests.faults.crashes import ROOT, Story, check, check_is_tidy, start
+from tests.faults.jobs import Job, state_of, train_to
 from tests.faults.report import record
+from tests.faults.tiers import FULL, Left
 from tests.support.crash_filesystem import CrashFilesystem, Image, Operation
 from tests.support.mounts import small_memory
 
@@ -70,11 +71,16 @@ def _save_under(story: Story, iteration: int) -> SaveFailedError | None:
     return None
 
 
+def _check(story: Story, *, goes_on: bool) -> None:
+    left = Left("what is there now", story.filesystem.image, story.known, is_killed=True)
+    check(story, left, goes_on=goes_on)
+
+
 def _check_then_save(story: Story, *, goes_on: bool) -> None:
     """Check what a failed save has left, and that the same process saves again."""
-    check(story, story.filesystem.image, story.known, goes_on=goes_on)
+    _check(story, goes_on=goes_on)
     story.save(50)
-    check(story, story.filesystem.image, story.known, goes_on=goes_on)
+    _check(story, goes_on=goes_on)
     check_is_tidy(story.filesystem.image)
 
 
@@ -170,13 +176,13 @@ def test_a_short_write_before_a_full_disk_is_an_error() -> None:
 def test_warned_failures_are_counted_until_the_limit(caplog: pytest.LogCaptureFixture) -> None:
     """With `warn` the run trains on, the failures in a row are counted, and the limit raises."""
     filesystem = CrashFilesystem()
-    job = Job(filesystem, on_save_failure="warn", save_failure_limit=3)
+    job = start(filesystem, on_save_failure="warn", save_failure_limit=3)
 
     def fill_up() -> None:
         filesystem.fails = lambda operation: errno.ENOSPC if operation.kind == "write" else None
 
     def save(iteration: int) -> None:
-        job.train_to(iteration)
+        train_to(job, iteration)
         job.save()
 
     fill_up()
@@ -217,15 +223,14 @@ def _takes(stream: RawIOBase) -> bool:
     return True
 
 
-def test_a_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_really_full_disk(small_disk: Path) -> None:
     """On a full disk a save fails with ENOSPC and leaves no trace; with room again it works."""
     root = small_disk / "checkpoints"
-    monkeypatch.setattr(crashes, "ROOT", root)
-    job = Job(LocalFilesystem(), keep_last=None)
+    job = Job(root, persistent={"directory": str(root), "keep": {"last": None}})
     iterations, failed = [], None
     ballast = small_disk / "ballast"
     for iteration in range(10, 1000, 10):
-        job.train_to(iteration)
+        train_to(job, iteration)
         try:
             job.save()
         except SaveFailedError as error:
@@ -248,7 +253,7 @@ def test_a_really_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -
     store = Store(root, LocalFilesystem())
     store.remove(store.find(iterations[0]))
     job.save()
-    fresh = Job(LocalFilesystem())
-    assert fresh.load().iteration == job.state.train_state.step
-    assert fresh.digest() == job.digest()
+    fresh = Job(root, seed=1)
+    fresh.load()
+    assert state_of(fresh) == state_of(job)
     record("errno x operation pairs", 2)

@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
 _PRELOADED = [
+    "holdfast.manager",
+    "hypothesis",
     "numpy",
     "pytest",
     "torch",
@@ -41,6 +44,8 @@ _PRELOADED = [
     "torch.distributed.fsdp",
     "torch.nn.parallel",
 ]
+"""Imported once for all ranks: each would otherwise spend half a second of a core on it."""
+_PRELOADED_WITH_NVRX = [*_PRELOADED, "holdfast.tiers.local.nvrx"]
 _POLL_SECONDS = 0.01
 _GRACE_SECONDS = 3.0
 """How long the other ranks may go on after one failed, and a rank after it was asked for stacks."""
@@ -282,18 +287,26 @@ def _exit_code(process: multiprocessing.process.BaseProcess) -> int | None:
 def _fork_server() -> ForkServerContext:
     """Return the context whose server has torch imported, having waited for it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    has_nvrx = find_spec("nvidia_resiliency_ext") is not None
+    preloaded = _PRELOADED_WITH_NVRX if has_nvrx else _PRELOADED
+    context.set_forkserver_preload(preloaded)
     with _environment(
         OMP_NUM_THREADS="1",  # no pool of threads may exist when the server forks
         OPENBLAS_NUM_THREADS="1",
         PYTORCH_NVML_BASED_CUDA_CHECK="1",  # nor a CUDA context
         PYTHONWARNINGS="ignore",  # whatever the imports warn of, a test's own process has shown
     ):
-        first = context.Process(target=os.getpid)
+        first = context.Process(target=_expect_loaded, args=(preloaded,))
         first.start()
     first.join()
     assert first.exitcode == 0, "the server that ranks are forked from does not start"
     return context
+
+
+def _expect_loaded(names: Sequence[str]) -> None:
+    """Demand that the server has imported these; it passes over what it cannot import."""
+    if missing := [name for name in names if name not in sys.modules]:
+        raise ImportError(f"not imported by the server that ranks are forked from: {missing}")
 
 
 @contextlib.contextmanager
@@ -414,6 +427,7 @@ def _carry_out(order: _Order, record: Callable[[Any], None]) -> None:
     functions = [_resolve(name) for name in order.targets]
     if order.initialise:
         distributed.init_process_group("gloo")
+        distributed.barrier()  # a rank that ends at once would break what others still connect
     for index, function in enumerate(functions):
         if index > 0 and distributed.is_initialized():
             distributed.barrier()  # no rank runs ahead into the next target

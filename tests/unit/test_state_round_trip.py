@@ -506,7 +506,8 @@ class _Data:
 
 
 class _Custom:
-    pass
+    def __repr__(self) -> str:
+        return "_Custom()"  # in the name of a test, which is the same in every process
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
