@@ -28,10 +28,12 @@ unexport PYTHONDONTWRITEBYTECODE
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench faults faults-full soak drill lost-node nvrx-versions lint format clean
+.PHONY: help setup train test bench faults faults-full soak drill lost-node nvrx-versions lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(INSTALLED) ## install everything into .venv, once; the other targets do it themselves
 
 train: $(INSTALLED) ## train a small model on real text with checkpoints; run it again and it resumes
 	@$(QUIET) $(RUN) recipes/pretrain.py $(ARGS)

@@ -50,7 +50,8 @@ def main(config: DictConfig) -> None:
     targets = (state, model, optimizer, scheduler)
     manager.load(holdfast.CheckpointLoadContext(*targets, train_data_iterator=data))
     if rank == 0:
-        print(f"starting at step {counters.step} of {config.steps}", flush=True)
+        store = config.checkpoint.persistent.directory
+        print(f"starting at step {counters.step} of {config.steps}; saving to {store}", flush=True)
     while counters.step < config.steps:
         batch = next(data)
         loss = model(batch[:, :-1], batch[:, 1:])

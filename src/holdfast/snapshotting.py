@@ -41,7 +41,6 @@ from holdfast.storage.posix import Filesystem
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.budget import Need, report_budget, take_seats
-from holdfast.tiers.local.shard_file import shard_name
 from holdfast.tiers.persistent import Snapshot
 
 if TYPE_CHECKING:
@@ -195,14 +194,16 @@ class Snapshotter:
             CheckpointError: on every rank: the state cannot be saved, or a directory is unusable.
         """
         config, tiers = self._config.local, self._tiers
-        topology = take_seats(config, filesystem, control)
+        local = tiers.local
+        topology = local.topology if local else take_seats(config, filesystem, control)
         resumed = None if isinstance(candidate, Checkpoint) else candidate
         if resumed is not None and resumed.record.world_size == control.world_size:
-            need = Need(self._size_before(resumed, control.rank))
+            assert local is not None
+            need = Need(local.size_before(resumed.record))
         else:
             need = self._estimate_need(app, topology, control)
-        if tiers.local is not None:
-            run_id: str | None = tiers.local.run_id
+        if local is not None:
+            run_id: str | None = local.run_id
         else:  # no local commit of this run was looked for; there may be some all the same
             found = control.broadcast("run id", tiers.persistent.identity.read_run_id)
             run_id = found or self._config.run_id
@@ -222,16 +223,6 @@ class Snapshotter:
 
         plan, _ = self._shards.settle(describe, control, topology.nodes)
         return Need(image_bytes(plan.staged.layout), uncounted)
-
-    def _size_before(self, resumed: Candidate, rank: int) -> int:
-        """Return the size of this rank's file of a commit, or of another rank's if it is lost."""
-        record = resumed.record
-        assert self._tiers.local is not None
-        folder = self._tiers.local.manager.run.rank_directory(rank)
-        try:
-            return (folder / shard_name(record.iteration, rank)).stat().st_size
-        except OSError:
-            return record.image_bytes
 
     def wait(self) -> None:
         """Wait until the last snapshot no longer reads live tensors."""

@@ -12,16 +12,21 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed
 
 from holdfast.errors import ConfigError
+from holdfast.storage.posix import LocalFilesystem
+from holdfast.tiers.local.exchange import Incoming, Message, Outgoing
+from holdfast.tiers.local.pool import BufferPool
+from holdfast.tiers.local.replication import DeviceGroup, GroupBrokenError
+from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
 from tests.support.nodes import Job, Loaded, lose_node, published, wait_for_all
 from tests.support.ranks import run_ranks
 from tests.unit.test_peer_streams import _Bytes as Letters
@@ -29,13 +34,8 @@ from tests.unit.test_peer_streams import _Collected as Collected
 
 pytest.importorskip("nvidia_resiliency_ext")
 
-if TYPE_CHECKING:
-    from holdfast.tiers.local.transport import Operation
 
-
-def _group(timeout_seconds: float = 20.0) -> Any:
-    from holdfast.tiers.local.transport import DeviceGroup
-
+def _group(timeout_seconds: float = 20.0) -> DeviceGroup:
     made = distributed.new_group(backend="gloo")
     return DeviceGroup(made, timeout_seconds, torch.device("cpu"))
 
@@ -46,8 +46,6 @@ def _message(sender: int, receiver: int) -> bytes:
 
 def _send_to_all(group: Any, rank: int, size: int) -> list[bytes]:
     """Everybody sends to everybody, streams of very different length and one of nothing."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     others = [each for each in range(size) if each != rank]
     sinks = {each: Collected() for each in others}
     group.stream(
@@ -83,8 +81,6 @@ def test_streams_cross_between_gpus() -> None:
 
 
 def _cross_between_gpus() -> list[bytes]:
-    from holdfast.tiers.local.transport import DeviceGroup
-
     rank = int(os.environ["RANK"])
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -105,10 +101,10 @@ class _Meeting:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._posted: dict[int, Sequence[Operation]] = {}
+        self._posted: dict[int, Sequence[Message]] = {}
         self._is_over = False
 
-    def carry_out(self, rank: int, operations: Sequence[Operation]) -> None:
+    def carry_out(self, rank: int, operations: Sequence[Message]) -> None:
         with self._changed:
             self._posted[rank] = operations
             ready = self._component(rank)
@@ -152,26 +148,38 @@ class _Meeting:
                 target.copy_(source)
 
 
-def _strict_group(meeting: _Meeting, rank: int, *, is_late: bool = False) -> Any:
+class _Round:
+    """The messages that one rank posts at once; carried out when first waited for, if not yet."""
+
+    def __init__(self, meeting: _Meeting, rank: int, messages: Sequence[Message]) -> None:
+        self._meeting, self._rank, self._messages = meeting, rank, messages
+        self._is_over = False
+
+    def carry_out(self) -> None:
+        if not self._is_over:
+            self._meeting.carry_out(self._rank, self._messages)
+            self._is_over = True
+
+
+def _strict_group(meeting: _Meeting, rank: int, *, is_late: bool = False) -> DeviceGroup:
     """Return a group whose rounds are carried out as they are posted, or not before the wait."""
-    from holdfast.tiers.local.transport import DeviceGroup
 
     class StrictGroup(DeviceGroup):
-        def __init__(self) -> None:
-            self.device = torch.device("cpu")
-            self._queue = None
-            self.is_broken = False
+        def _connect(self) -> None:
+            """There is no process group."""
 
-        def post(self, operations: Sequence[Operation]) -> list[Any]:
-            if is_late:
-                return [operations]
-            meeting.carry_out(rank, operations)
-            return []
+        def post(self, messages: Iterable[Message]) -> None:
+            batch = list(messages)
+            work = _Round(meeting, rank, batch)
+            for each in batch:
+                each.work = work
+            if not is_late:
+                work.carry_out()
 
         def wait(self, work: Any) -> None:
-            meeting.carry_out(rank, work)
+            work.carry_out()
 
-    return StrictGroup()
+    return StrictGroup(None, 20.0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("is_late", [False, True])
@@ -193,8 +201,6 @@ def test_no_order_of_streams_waits_in_a_circle(ranks: int, is_late: bool) -> Non
 
 def test_two_streams_between_two_ranks_are_told_apart() -> None:
     """By their order: the longer one goes on when the other has ended; a third rank looks on."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     meeting = _Meeting()
     sinks = [Collected() for _ in range(3)]
     with ThreadPoolExecutor(3) as threads:
@@ -216,8 +222,6 @@ def test_two_streams_between_two_ranks_are_told_apart() -> None:
 
 def _fail_in_the_middle() -> tuple[str, bytes, bytes]:
     """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     group = _group()
     rank = distributed.get_rank()
     sink, again = Collected(fails_at=9 if rank == 1 else None), Collected()
@@ -246,9 +250,6 @@ def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
 
 def _lose_one() -> tuple[str, float, bool]:
     """Rank 2 dies instead of sending; the others go on over a group without it."""
-    from holdfast.tiers.local.exchange import GroupBrokenError
-    from holdfast.tiers.local.streams import Incoming
-
     group = _group(8.0)
     distributed.barrier()
     rank = distributed.get_rank()
@@ -287,11 +288,6 @@ def test_every_rank_is_told_what_each_had_to_tell() -> None:
 
 def _replicate(folder: Path) -> bytes:
     """Send a shard of several blocks from memory to the next rank, which writes it to a file."""
-    from holdfast.storage.posix import LocalFilesystem
-    from holdfast.tiers.local.pool import BufferPool
-    from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     group = _group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
     directory = folder / str(rank)
@@ -322,7 +318,8 @@ def _lose_a_node(root: Path) -> tuple[Loaded, list[str]]:
     nodes = ["ab"[2 * rank // size] for rank in range(size)]
     for number in range(2):
         job = Job(root, nodes, factor=2)
-        job.tier.manager.repl_strategy.local_group = _group()
+        assert job.tier.replication is not None
+        job.tier.replication.group = _group()
         if number == 0:
             job.save(10)
             job.save(20)

@@ -78,7 +78,7 @@ def regions(path: Path) -> dict[str, range]:
     """Return every region of a shard file, in order, none left out."""
     size_bytes = path.stat().st_size
     with path.open("rb") as stream:
-        tail = read_trailer(stream, size_bytes, str(path))
+        tail = read_trailer(stream, str(path))
         stream.seek(tail.record.image_bytes)
         text = stream.readline()
     body = tail.record.body_bytes
@@ -127,19 +127,19 @@ def test_a_bit_flipped_anywhere_is_found(tmp_path: Path) -> None:
     for name, span in regions(path).items():
         for position in _positions(span, rng, 40):
             with _flipped(path, position, rng.randrange(8)):
-                recovery = job.tier.manager.recovery
+                availability = job.tier.availability
                 found = job.tier.find(job.control, lambda record: None)
                 assert found is not None
                 if found.record.iteration == NEWEST:
-                    assert recovery.verify(found), f"byte {position}, in {name}"
-                    recovery.damaged.clear()
+                    assert availability.verify(found), f"byte {position}, in {name}"
+                    availability.damaged.clear()
                 else:
                     assert any(each.iteration == NEWEST for each in job.tier.passed), position
                 flips += 1
     found = job.tier.find(job.control, lambda record: None)
     assert found is not None
     assert found.record.iteration == NEWEST, "the flips were not undone"
-    assert not job.tier.manager.recovery.verify(found)
+    assert not job.tier.availability.verify(found)
     job.close()
     record("local: byte flips", flips)
 

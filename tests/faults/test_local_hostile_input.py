@@ -49,7 +49,7 @@ def _newest(base: Path) -> Path:
 
 def _tail(path: Path) -> Trailer:
     with path.open("rb") as stream:
-        return read_trailer(stream, path.stat().st_size, str(path))
+        return read_trailer(stream, str(path))
 
 
 def _reseal(path: Path, tail: Trailer) -> None:

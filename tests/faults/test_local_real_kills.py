@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import pytest
 from torch import distributed
 
 from holdfast.errors import CheckpointError, StageFailedError
+from holdfast.tiers.local.replication import load_package
 from tests.faults.jobs import Job, State, load, state_of, train_to
 from tests.faults.killing import in_fork
 from tests.faults.local_crashes import check_is_tidy
@@ -158,7 +158,7 @@ def _pair(root: Path, **options: Any) -> Job:
     """Start one of two ranks, each on a node of its own, which holds a copy for the other."""
     rank = distributed.get_rank()
     os.environ["HOLDFAST_NODE"] = "ab"[rank]
-    import_module("holdfast.tiers.local.nvrx")  # seconds on a busy machine, and no fault
+    load_package()  # seconds on a busy machine, and no fault
     distributed.barrier()
     local = {"directory": str(root / "ab"[rank]), "replication": {"factor": 2}}
     return Job(root / "store", seed=1, rank=rank, ranks=2, local=local, **options)

@@ -37,7 +37,7 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.snapshot.arena import Arena
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.posix import Filesystem, LocalFilesystem
-from holdfast.tiers.local.seal import LocalSnapshot
+from holdfast.tiers.local.shards import LocalSnapshot
 from holdfast.tiers.local.tier import LocalTier
 
 if TYPE_CHECKING:
@@ -319,12 +319,7 @@ def failure_of(work: Callable[[], Any]) -> CheckpointError:
 
 
 def hide_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nvidia-resiliency-ext, and what stands on it, be as if it were not installed."""
-    import holdfast.tiers.local
-
+    """Let nvidia-resiliency-ext be as if it were not installed."""
     for name in [each for each in sys.modules if each.startswith("nvidia_resiliency_ext")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("nvrx", "exchange", "recovery"):
-        monkeypatch.delitem(sys.modules, f"holdfast.tiers.local.{name}", raising=False)
-        monkeypatch.delattr(holdfast.tiers.local, name, raising=False)
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)

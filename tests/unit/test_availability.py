@@ -1,4 +1,4 @@
-"""One verdict from what all ranks see: the newest whole commit, and a reason for all others."""
+"""One decision from what all ranks see: the newest whole commit, and a reason for all others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.tiers.local.availability import Inventory, Verdict, judge
+from holdfast.tiers.local.availability import Agreement, Inventory, judge
 from holdfast.tiers.local.shard_file import Found, ShardRecord, shard_name
 from tests.unit.test_shard_trailer import RECORD
 
@@ -30,72 +30,72 @@ def _found(
     return Found(path, iteration, owner, record)
 
 
-def _judge(*by_rank: list[Found], **settings: Any) -> Verdict:
+def _judge(*by_rank: list[Found], **settings: Any) -> Agreement:
     inventories = [Inventory(tuple(found)) for found in by_rank]
     return judge(inventories, lambda record: None, {}, **settings)
 
 
-def _iteration(verdict: Verdict) -> int | None:
-    return None if verdict.candidate is None else verdict.candidate.record.iteration
+def _iteration(agreed: Agreement) -> int | None:
+    return None if agreed.candidate is None else agreed.candidate.record.iteration
 
 
 def test_nothing_is_nothing() -> None:
     """An empty directory is no error."""
-    verdict = _judge([], [])
-    assert verdict.candidate is None
-    assert verdict.passed == ()
-    assert verdict.newest_sequence == 0
+    agreed = _judge([], [])
+    assert agreed.candidate is None
+    assert agreed.passed == ()
+    assert agreed.newest_sequence == 0
 
 
 def test_the_newest_commit_that_is_whole_wins() -> None:
     """A later one that lacks a shard is passed over, with what it lacks."""
-    verdict = _judge(
+    agreed = _judge(
         [_found(10, 0), _found(20, 0), _found(30, 0, state_names=None)],
         [_found(10, 1), _found(20, 1)],
     )
-    assert _iteration(verdict) == 20
-    assert [(each.iteration, each.reason) for each in verdict.passed] == [
+    assert _iteration(agreed) == 20
+    assert [(each.iteration, each.reason) for each in agreed.passed] == [
         (30, "nothing is left of rank 1 of 2")
     ]
-    assert [each[2] for each in verdict.whole] == [20, 10]
-    assert verdict.newest_sequence == 30
+    assert [each[2] for each in agreed.whole] == [20, 10]
+    assert agreed.newest_sequence == 30
 
 
 def test_newer_means_committed_later() -> None:
     """After a rollback a smaller iteration may be the newest."""
-    verdict = _judge(
+    agreed = _judge(
         [_found(30, 0, sequence=3), _found(20, 0, sequence=4)],
         [_found(30, 1, sequence=3), _found(20, 1, sequence=4)],
     )
-    assert _iteration(verdict) == 20
+    assert _iteration(agreed) == 20
 
 
 def test_two_saves_of_one_iteration_are_never_mixed() -> None:
     """One rank has published the second save, the other still shows the first: neither is whole."""
-    verdict = _judge([_found(20, 0, sequence=5)], [_found(20, 1, sequence=4)])
-    assert verdict.candidate is None
-    assert len(verdict.passed) == 2
+    agreed = _judge([_found(20, 0, sequence=5)], [_found(20, 1, sequence=4)])
+    assert agreed.candidate is None
+    assert len(agreed.passed) == 2
 
 
 def test_shards_of_another_world_are_not_completed_by_ours() -> None:
     """2 shards of 4 are no checkpoint of 2 ranks."""
     four: dict[str, Any] = {"world_size": 4, "nodes": (0, 0, 1, 1)}
-    verdict = _judge([_found(20, 0, **four)], [_found(20, 1, **four)])
-    assert verdict.candidate is None
-    assert verdict.passed[0].reason == "nothing is left of ranks 2, 3 of 4"
+    agreed = _judge([_found(20, 0, **four)], [_found(20, 1, **four)])
+    assert agreed.candidate is None
+    assert agreed.passed[0].reason == "nothing is left of ranks 2, 3 of 4"
 
 
 def test_a_copy_of_the_small_states_is_no_shard() -> None:
     """With it the rest may cover the state; without anybody knowing what that is, it may not."""
     small = _found(20, 1, rank=0, is_whole=False)
-    verdict = _judge([_found(20, 0), small], [])
-    assert verdict.candidate is not None
-    assert verdict.candidate.lost == (1,)
-    assert verdict.whole == ()
+    agreed = _judge([_found(20, 0), small], [])
+    assert agreed.candidate is not None
+    assert agreed.candidate.lost == (1,)
+    assert agreed.whole == ()
     unknown = replace(small, record=replace(_record(small), state_names=None))
-    verdict = _judge([_found(20, 0, state_names=None), unknown], [])
-    assert verdict.candidate is None
-    assert verdict.passed[0].reason == "no shard is left of rank 1 of 2"
+    agreed = _judge([_found(20, 0, state_names=None), unknown], [])
+    assert agreed.candidate is None
+    assert agreed.passed[0].reason == "no shard is left of rank 1 of 2"
 
 
 def _record(found: Found) -> ShardRecord:
@@ -108,10 +108,10 @@ def test_damage_that_was_noted_counts_as_missing() -> None:
     own, copy = _found(20, 1), _found(20, 1, rank=0)
     noted = frozenset({(1, own.path, 20)})
     inventories = [Inventory((_found(20, 0), copy)), Inventory((own,), noted)]
-    verdict = judge(inventories, lambda record: None, {})
-    assert verdict.candidate is not None
-    assert [(each.rank, each.path) for each in verdict.candidate.copies[1]] == [(0, copy.path)]
-    assert [each.path for each in verdict.passed] == [own.path]
+    agreed = judge(inventories, lambda record: None, {})
+    assert agreed.candidate is not None
+    assert [(each.rank, each.path) for each in agreed.candidate.copies[1]] == [(0, copy.path)]
+    assert [each.path for each in agreed.passed] == [own.path]
 
 
 def test_objections_and_rejections_are_reasons() -> None:
@@ -119,26 +119,26 @@ def test_objections_and_rejections_are_reasons() -> None:
     inventories = [
         Inventory(tuple(_found(iteration, owner) for iteration in (10, 20, 30))) for owner in (0, 1)
     ]
-    verdict = judge(
+    agreed = judge(
         inventories,
         lambda record: "superseded" if record.iteration == 30 else None,
         {_record(_found(20, 0)).commit: "cannot be opened"},
     )
-    assert _iteration(verdict) == 10
-    assert [(each.iteration, each.reason) for each in verdict.passed] == [
+    assert _iteration(agreed) == 10
+    assert [(each.iteration, each.reason) for each in agreed.passed] == [
         (30, "superseded"),
         (20, "cannot be opened"),
     ]
-    assert [each[2] for each in verdict.whole] == [10]
+    assert [each[2] for each in agreed.whole] == [10]
 
 
 def test_a_file_without_a_record_is_told() -> None:
     """By its path, with what is wrong with it."""
     broken = Found("1/iter_0000020_1_local.pt", 20, 1, None, "was torn")
-    verdict = _judge([_found(20, 0)], [broken])
-    assert verdict.candidate is None
+    agreed = _judge([_found(20, 0)], [broken])
+    assert agreed.candidate is None
     assert ("1/iter_0000020_1_local.pt", "was torn") in [
-        (each.path, each.reason) for each in verdict.passed
+        (each.path, each.reason) for each in agreed.passed
     ]
 
 
@@ -147,6 +147,6 @@ def test_a_commit_that_is_known_to_be_covered_is_loadable(covered: bool) -> None
     """Once its shards have been looked into, without being called whole."""
     small = _found(20, 1, rank=0, is_whole=False)
     found = _found(20, 0)
-    verdict = _judge([found, small], [], covered=[_record(found).commit] if covered else [])
-    assert _iteration(verdict) == 20
-    assert verdict.whole == ()
+    agreed = _judge([found, small], [], covered=[_record(found).commit] if covered else [])
+    assert _iteration(agreed) == 20
+    assert agreed.whole == ()

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import ConfigError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import LocalFilesystem, is_memory
 from holdfast.tiers.local.shard_file import (
     RunDirectory,
-    check_owned,
-    is_memory,
+    make_private_directory,
     parse_shard_name,
     pending_name,
     shard_name,
@@ -76,10 +75,10 @@ def test_a_directory_that_others_may_write_to_is_refused(
     directory.mkdir()
     directory.chmod(mode)
     if is_fine:
-        check_owned(directory)
+        make_private_directory(LocalFilesystem(), directory)
     else:
         with pytest.raises(ConfigError, match="written by others"):
-            check_owned(directory)
+            make_private_directory(LocalFilesystem(), directory)
 
 
 def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
@@ -98,7 +97,7 @@ def test_a_link_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(ConfigError, match="no directory"):
-        check_owned(tmp_path / "link")
+        make_private_directory(LocalFilesystem(), tmp_path / "link")
 
 
 def test_leftovers_are_swept_and_nothing_else(run: RunDirectory) -> None:

@@ -9,21 +9,15 @@ import pytest
 import torch
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.format.dcp import merge_shards
 from holdfast.format.layout import Entry, Item, lay_out
 from holdfast.read.reader import ShardReader
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.shard import seal_image
 from holdfast.storage.posix import LocalFilesystem
-from holdfast.tiers.local.elastic import (
-    Chunk,
-    ReadRequest,
-    divide,
-    find_gap,
-    merge,
-    outline,
-    read_shard_index,
-)
-from holdfast.tiers.local.shard_file import ShardRecord
+from holdfast.tiers.local.availability import find_gap
+from holdfast.tiers.local.peers import ReadRequest, divide
+from holdfast.tiers.local.shard_file import Chunk, ShardRecord, outline, read_shard_index
 from tests.support.nodes import flip
 from tests.unit.test_shard_trailer import RECORD
 
@@ -84,7 +78,7 @@ def test_two_files_are_read_as_one(tmp_path: Path) -> None:
         index = read_shard_index(tmp_path / name, record, filesystem)
         shards.append((name, index.entries(name)))
         records[name] = record.image_record(name)
-    reader = ShardReader(tmp_path, filesystem, merge(shards), records)
+    reader = ShardReader(tmp_path, filesystem, merge_shards(shards), records)
     assert reader.key_path("w") == ("model", "w")
     targets = {"w": torch.zeros(8, 3), "v": torch.zeros(8, 3)}
     reader.read_tensors(targets)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from holdfast.config import LocalConfig, LocalKeepConfig
 from holdfast.errors import ConfigError, CorruptCheckpointError, StageFailedError
 from holdfast.ranks.coordinator import SingleProcess
 from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.budget import Budget, find_budget
+from holdfast.tiers.local.replication import load_package
 from holdfast.tiers.local.shard_file import ShardRecord
 from holdfast.tiers.local.tier import LocalTier
 from tests.support.nodes import (
@@ -356,77 +356,12 @@ def test_copies_are_counted_and_what_lies_there_already_is_room(tmp_path: Path) 
     Budget("d", 1, 1, 3, None).check()
 
 
-# -- nvidia-resiliency-ext's own interface ---------------------------------------------------------
-
-
-def test_it_is_the_packages_manager(root: Path) -> None:
-    """Its questions are answered as it documents them."""
-    from nvidia_resiliency_ext.checkpointing.local.base_state_dict import TensorAwareStateDict
-    from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.base_manager import (
-        CheckpointingException,
-    )
-    from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import (
-        LocalCheckpointManager,
-    )
-
-    job = _saved(root, 10, 20)
-    manager = job.tier.manager
-    assert isinstance(manager, LocalCheckpointManager)
-    assert manager.find_latest() == 20
-    state, ckpt_id = manager.load()
-    assert ckpt_id == (20, 0, RUN_ID)
-    assert isinstance(state, TensorAwareStateDict)
-    (image,) = state.tensors
-    assert image.dtype == torch.uint8
-    content = shard_path(root, "node0", 0, 20).read_bytes()
-    assert bytes(image.numpy()) == content[: len(image)]
-    flip(shard_path(root, "node0", 0, 20))
-    with pytest.raises(CheckpointingException):
-        manager.load()
-    job.close()
-
-
-def test_the_packages_state_is_a_copy_of_nothing_live(root: Path) -> None:
-    """Taking its tensors out and putting them back leaves it as it was, on the host."""
-    job = _saved(root, 10)
-    assert job.tier.manager.find_latest() == 10
-    state, _ = job.tier.manager.load()
-    before = bytes(next(iter(state.tensors)).numpy())
-    tensors = state.pop_tensors()
-    assert state.is_hollow
-    state.init_tensors()
-    assert next(iter(state.tensors)).nbytes == len(before)
-    state.insert_tensors(tensors)
-    state.copy_tensors_to_cpu()
-    state.restore_tensor_device()
-    assert bytes(next(iter(state.tensors)).numpy()) == before
-    job.close()
-
-
-def test_an_asynchronous_save_is_the_packages_request(root: Path) -> None:
-    """For whoever schedules such requests; nothing happens until it is carried out."""
-    from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncRequest
-
-    job = _saved(root, 10)
-    saved: list[Any] = []
-    save = job.tier.manager.save
-
-    def request_only(state: Any, iteration: int) -> None:
-        saved.append(save(state, iteration, is_async=True))
-
-    job.tier.manager.save = request_only  # type: ignore[assignment, method-assign]  # by a scheduler
-    job.save(20)
-    (request,) = saved
-    assert isinstance(request, AsyncRequest)
-    assert _iterations(root) == [10]
-    request.async_fn(*request.async_fn_args, **(request.async_fn_kwargs or {}))
-    assert _iterations(root) == [10, 20]
-    job.close()
+# -- nvidia-resiliency-ext -------------------------------------------------------------------------
 
 
 def test_importing_the_package_warns_of_nothing_new() -> None:
     """Only what torch says about pynvml is silenced."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        import holdfast.tiers.local.nvrx  # noqa: F401  # to see what it says
+        load_package()
     assert [str(each.message) for each in found] == []

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import xxhash
 
 from holdfast.read.requests import Piece
 from holdfast.storage.digests import BLOCK_BYTES
 from holdfast.storage.posix import LocalFilesystem
-from holdfast.tiers.local.elastic import Index
-
-pytest.importorskip("nvidia_resiliency_ext")
-
-from holdfast.tiers.local.peers import Shard, _FileSink, _TensorSink  # needs it
-from holdfast.tiers.local.shards import BlockSource
+from holdfast.tiers.local.peers import BlockSource, Shard, _FileSink, _TensorSink
+from holdfast.tiers.local.shard_file import Index
 
 BODY_BYTES = 2 * BLOCK_BYTES + 4096
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.storage.posix import LocalFilesystem
+from holdfast.tiers.local.exchange import HEADER, Incoming, Message, Outgoing
 from holdfast.tiers.local.pool import BufferPool
+from holdfast.tiers.local.replication import GroupBrokenError, HostGroup
 from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
 from tests.support.ranks import run_ranks
@@ -62,10 +65,8 @@ class _Collected:
         self.content += block
 
 
-def _own_group(timeout_seconds: float = 20.0) -> Any:
-    from holdfast.tiers.local.exchange import OwnGroup
-
-    return OwnGroup(distributed.new_group(backend="gloo"), timeout_seconds)
+def _own_group(timeout_seconds: float = 20.0) -> HostGroup:
+    return HostGroup(distributed.new_group(backend="gloo"), timeout_seconds)
 
 
 def _message(sender: int, receiver: int) -> bytes:
@@ -74,8 +75,6 @@ def _message(sender: int, receiver: int) -> bytes:
 
 def _cross() -> list[bytes]:
     """Everybody sends to everybody, streams of very different length and one of nothing."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     group = _own_group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
     others = [each for each in range(size) if each != rank]
@@ -98,8 +97,6 @@ def test_streams_cross_in_all_directions() -> None:
 
 def _hear_from_0(group: Any) -> bytes:
     """Return what rank 0 sends to all others now."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     heard = _Collected()
     if distributed.get_rank() == 0:
         group.stream([Outgoing(each, _Bytes(b"after")) for each in (1, 2)], [])
@@ -110,8 +107,6 @@ def _hear_from_0(group: Any) -> bytes:
 
 def _fail_in_the_middle() -> tuple[str, str, bytes]:
     """Rank 1's disk fills up while 0 sends to it; 0's own disk fails while it sends to 2."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     group = _own_group()
     rank = distributed.get_rank()
     outgoing, incoming = [], []
@@ -142,9 +137,6 @@ def test_a_disk_that_fails_leaves_no_rank_waiting() -> None:
 
 def _lose_one() -> tuple[str, float]:
     """Rank 2 dies instead of sending."""
-    from holdfast.tiers.local.exchange import GroupBrokenError
-    from holdfast.tiers.local.streams import Incoming
-
     group = _own_group(8.0)
     distributed.barrier()
     if distributed.get_rank() == 2:
@@ -215,8 +207,6 @@ def _cuts(size_bytes: int) -> list[list[int]]:
 
 def _cross_in_pieces() -> list[tuple[bytes, bytes, bool]]:
     """Everybody sends to everybody twice at once: in pieces, and in blocks."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     group = _own_group()
     rank, size = distributed.get_rank(), distributed.get_world_size()
     others = [each for each in range(size) if each != rank]
@@ -257,8 +247,6 @@ def test_blocks_arrive_in_the_pieces_that_were_asked_for() -> None:
 
 def _fail_in_pieces() -> tuple[str, bytes, set[int], bytes]:
     """Rank 1 has no memory for a block; rank 0 cannot read one that it sends to 2."""
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     group = _own_group()
     rank = distributed.get_rank()
     outgoing, incoming = [], []
@@ -304,9 +292,6 @@ class _Deadly(_Bytes):
 
 def _receive_too_late() -> str:
     """Rank 1 dies in the middle; 2 sends once 0 has given up, to where that waited for it."""
-    from holdfast.tiers.local.exchange import GroupBrokenError
-    from holdfast.tiers.local.streams import Incoming, Outgoing
-
     group = _own_group(8.0)
     rank = distributed.get_rank()
     store: Any = distributed.distributed_c10d._get_default_store()
@@ -343,24 +328,16 @@ class _Work:
 
 def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any]]:
     """Return a group of which a wait fails, and a reference to everything begun in it."""
-    from holdfast.tiers.local.exchange import OwnGroup
-    from holdfast.tiers.local.streams import HEADER
-
     begun: list[Any] = []
 
-    class Group(OwnGroup):
-        def _begin(self) -> _Work:
-            work = _Work()
-            begun.append(weakref.ref(work))
-            return work
-
-        def post_send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-            return self._begin()
-
-        def post_receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-            if len(tensor) == HEADER.size:
-                tensor.copy_(torch.frombuffer(bytearray(HEADER.pack(9, 0, 3)), dtype=torch.uint8))
-            return self._begin()
+    class Group(HostGroup):
+        def post(self, messages: Iterable[Message]) -> None:
+            for each in messages:
+                if not each.sends and len(each.tensor) == HEADER.size:
+                    header = bytearray(HEADER.pack(9, 0, 3))
+                    each.tensor.copy_(torch.frombuffer(header, dtype=torch.uint8))
+                each.work = _Work()
+                begun.append(weakref.ref(each.work))
 
         def wait(self, work: Any) -> None:
             nonlocal waits
@@ -375,8 +352,6 @@ def _group_that_fails(failure: BaseException, waits: int) -> tuple[Any, list[Any
 @pytest.mark.parametrize("waits", [1, 2, 3, 5])
 def test_nothing_is_under_way_once_a_transfer_has_ended(failure: Any, waits: int) -> None:
     """However a transfer ends, also by an interrupt, nobody holds what it had begun to receive."""
-    from holdfast.tiers.local.streams import Incoming
-
     group, begun = _group_that_fails(failure, waits)
     placed = _Placed(9, [[1, 1, 1]] * 3)
     with pytest.raises(

@@ -38,7 +38,7 @@ FILE = bytes(RECORD.image_bytes) + TAIL.to_bytes()
 
 
 def _read(content: bytes) -> Trailer:
-    return read_trailer(io.BytesIO(content), len(content), "shard")
+    return read_trailer(io.BytesIO(content), "shard")
 
 
 def test_a_tail_is_read_back_exactly() -> None:

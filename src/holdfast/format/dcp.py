@@ -15,7 +15,7 @@ import errno
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import IOBase
 from itertools import pairwise
@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from holdfast.format.layout import Entry
 from holdfast.format.plan import Decision, shard_name
 from holdfast.storage.posix import Filesystem, naming
 from holdfast.torch_internals import EXTRA_STATE, PICKLED, StorageInfo
@@ -360,3 +361,35 @@ class SeamFileSystem(FileSystem):
         except FileNotFoundError:
             return False
         return True
+
+
+def merge_shards(shards: Iterable[tuple[str, Iterable[Entry]]]) -> Metadata:
+    """Return one view of many shard files, given as path and entries, for torch's planner.
+
+    Where several files hold the same chunk, the first one is read.
+    """
+    described: dict[str, Any] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    places: dict[MetadataIndex, Any] = {}
+    properties: dict[torch.dtype, TensorProperties] = {}
+    for file_path, entries in shards:
+        for entry in entries:
+            name, dtype = entry.name, entry.dtype
+            place = MetadataIndex(name, None if dtype is None else torch.Size(entry.offsets))
+            if place in places:
+                continue
+            places[place] = StorageInfo(file_path, entry.offset, entry.length)
+            if dtype is None:
+                paths.setdefault(name, entry.path)
+                described.setdefault(name, BytesStorageMetadata())
+                continue
+            if name not in described:
+                paths[name] = entry.path
+                if dtype not in properties:
+                    properties[dtype] = TensorProperties(dtype=dtype)
+                described[name] = TensorStorageMetadata(
+                    properties[dtype], torch.Size(entry.size), []
+                )
+            chunk = ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.lengths))
+            described[name].chunks.append(chunk)
+    return Metadata(described, paths, places, StorageMeta())

@@ -63,13 +63,19 @@ def read_verified(
         OSError: the file cannot be read.
     """
     also = blocks_of(ranges)
-    expected = _expect(filesystem, path, record)
+    expected = read_expected(filesystem, path, record)
     for layer in _layers(parts) or [[]]:
         _Pass(filesystem, path, expected, layer).run(also)
         also = set()  # verified by the first pass
 
 
-def _expect(filesystem: Filesystem, path: Path, record: FileRecord) -> Blocks:
+def read_expected(filesystem: Filesystem, path: Path, record: FileRecord) -> Blocks:
+    """Return the block digests of a file, themselves verified.
+
+    Raises:
+        CorruptCheckpointError: its footer is not the one that was committed.
+        OSError: it cannot be read.
+    """
     with naming(path), filesystem.open_existing(path) as stream:
         try:
             return read_blocks(record, stream)

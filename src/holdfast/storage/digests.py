@@ -9,7 +9,7 @@ reported as a byte range. Knows no file system: it reads streams.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -163,6 +163,14 @@ def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
     if not in_footer and _root_digest([*map(bytes.fromhex, expected.digests)]) != record.digest:
         return Difference("its block digests do not match its digest")
     return None
+
+
+def matches(pieces: Iterable[memoryview], digest: str) -> bool:
+    """Whether the pieces of one block, in order, have this digest."""
+    found = xxhash.xxh3_128()
+    for each in pieces:
+        found.update(each)
+    return found.hexdigest() == digest
 
 
 def block_count(size_bytes: int) -> int:

@@ -146,9 +146,7 @@ class Tiers:
         layout = plan.staged.layout
         if plan.identity != self._budgeted:
             # Before any allocation: the need of the whole buffer pool, not only of the next file.
-            budget = self.local.budget(image_bytes(layout), coordinator)
-            if coordinator.rank == 0:
-                logger.info("%s", budget.line)
+            self.local.budget(image_bytes(layout), coordinator)
             self._budgeted = plan.identity
         return self.local.begin(snapshot_of, layout, coordinator, pinned=pinned)
 
@@ -220,7 +218,7 @@ class Tiers:
     def _write_local(
         self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator
     ) -> Committed:
-        from holdfast.tiers.local.seal import LocalSnapshot
+        from holdfast.tiers.local.shards import LocalSnapshot
 
         assert self.local is not None
         plan, arena = snapshot.shard.plan, snapshot.shard.arena

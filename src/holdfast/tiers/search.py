@@ -337,19 +337,7 @@ class Search:
         found = tier.find(self._coordinator, object_to_record)
         failed = {(each.iteration, each.sequence) for each in self._failed}
         commits = list(self._failed)
-        commits += [
-            Commit(
-                LOCAL,
-                each.iteration,
-                each.sequence or None,
-                each.condition,
-                each.reason,
-                each.path,
-                each.too_new,
-            )
-            for each in tier.passed
-            if (each.iteration, each.sequence) not in failed
-        ]
+        commits += [each for each in tier.passed if (each.iteration, each.sequence) not in failed]
         if found is not None:
             record = found.record
             commits.append(

@@ -1,18 +1,18 @@
-"""What the local tier will need of each node, computed before training.
+"""What the local tier needs of each node: who shares one, and what fits on it.
 
-Owns the sum (each rank's shard, times the files of its buffer pool, plus the copies it holds for
-others; on a disk also the memory that a shard is copied into) and the limits it is compared with:
-free space in the directory and memory left on the machine or in its control group. Promises one
-log line and, where it cannot fit on some node, an error with the numbers on every rank. Files that
-the run left there count as free space. Allocates nothing.
+Owns the gathering of which ranks see the same directory, the sum of what they need there (each
+rank's shard, times the files of its buffer pool, plus the copies it holds for others; on a disk
+also the memory that a shard is copied into) and the limits it is compared with: free space in the
+directory and memory left on the machine or in its control group. Promises one log line and, where
+it cannot fit on some node, an error with the numbers on every rank. Files that the run left there
+count as free space. Allocates nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from holdfast.messages import describe_size
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.topology import Seat, Topology, assign_holders, node_name
 from holdfast.snapshot.arena import Room, find_room
-from holdfast.storage.posix import Filesystem, make_durable_directory
-from holdfast.tiers.local.requirements import device_of, import_adapter
-from holdfast.tiers.local.shard_file import check_owned, is_memory
+from holdfast.storage.posix import Filesystem, free_bytes, is_memory, place_of, taken_bytes
+from holdfast.tiers.local.replication import device_of, load_package
+from holdfast.tiers.local.shard_file import make_private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -120,17 +120,26 @@ def find_budget(
     """
     own = buffers * sum(image_bytes)
     copies = buffers * sum(size for sizes in held for size in sizes)
-    taken = sum(map(_taken_bytes, reused))
-    found = os.statvfs(directory)
-    rooms = [Room(found.f_bavail * found.f_frsize + taken, "the free space of the directory")]
+    taken = sum(map(taken_bytes, reused))
+    rooms = [Room(free_bytes(directory) + taken, "the free space of the directory")]
     if in_memory and (memory := find_room()) is not None:
         rooms.append(Room(memory.free_bytes + taken, memory.limited_by))
     tightest = min(rooms, key=lambda each: each.free_bytes)
     return Budget(str(directory), own, copies, buffers, tightest)
 
 
-def take_seats(config: LocalConfig, filesystem: Filesystem, coordinator: Coordinator) -> Topology:
+def take_seats(
+    config: LocalConfig,
+    filesystem: Filesystem,
+    coordinator: Coordinator,
+    *,
+    node: str | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> Topology:
     """Create the directory where it is missing, and gather which ranks see the same one.
+
+    `node`: the name of this node. None: HOLDFAST_NODE, or the host name. `prepare`: called with the
+    directory created; what it raises is reported on all ranks.
 
     Raises:
         ConfigError: it is not this user's alone, or a rank lacks the tier's package or what the
@@ -141,12 +150,11 @@ def take_seats(config: LocalConfig, filesystem: Filesystem, coordinator: Coordin
     directory = Path(config.directory).absolute()
 
     def find_seat() -> Seat:
-        import_adapter()  # fail here, even on a fresh store, not hours later at the first save
+        load_package()  # fail here, even on a fresh store, not hours later at the first save
         device_of(config.replication.transport)
-        make_durable_directory(filesystem, directory)
-        check_owned(directory)
-        found = directory.stat()
-        return Seat(node_name(), (found.st_dev, found.st_ino))
+        make_private_directory(filesystem, directory)
+        prepare()
+        return Seat(node_name(node), place_of(directory))
 
     return Topology(tuple(coordinator.all_gather("local seats", find_seat)))
 
@@ -169,11 +177,13 @@ def report_budget(
     coordinator: Coordinator,
     *,
     drains: bool,
+    is_estimate: bool = True,
 ) -> Budget:
     """Return and log the budget of the fullest place; every rank passes its own need.
 
     `run_id`: the run whose files will be replaced; None: there are none. `drains`: commits are held
-    while they are promoted, for which there is one more file.
+    while they are promoted, for which there is one more file. `is_estimate`: made before training,
+    when on a disk the memory to copy into is still to be allocated.
 
     Raises:
         ConfigError: on every rank: it does not fit somewhere, with the numbers of each such place.
@@ -188,7 +198,7 @@ def report_budget(
     factor, jump = config.replication.factor, config.replication.jump
     # With factor 1 only the small states are copied: negligible here.
     holders = assign_holders(topology.nodes, factor, jump) if factor > 1 else []
-    if rank == 0:
+    if rank == 0 and is_estimate:
         useless = _find_useless_copies(config, topology, needs, holders, buffers)
         if useless is not None:
             logger.warning("%s", useless)
@@ -208,7 +218,7 @@ def report_budget(
         in_memory = is_memory(directory)
         reused = [] if run_id is None else [directory / run_id]
         found = find_budget(directory, sizes, held, buffers, in_memory=in_memory, reused=reused)
-        if not in_memory:
+        if is_estimate and not in_memory:
             found = replace(found, arena_bytes=sum(sizes), memory=find_room())
         return replace(found, note=_note(topology, rank, needs))
 
@@ -271,15 +281,3 @@ def _note(topology: Topology, rank: int, needs: Sequence[Need]) -> str:
     if uncounted:
         parts.append(f"not counting what {', '.join(uncounted)} will keep")
     return "".join(f"; {each}" for each in parts)
-
-
-def _taken_bytes(directory: Path) -> int:
-    """Return the space of the files under a directory, which will be reused."""
-    total = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
-            except OSError:
-                continue
-    return total

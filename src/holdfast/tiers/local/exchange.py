@@ -1,181 +1,215 @@
-"""Send copies of shards between ranks, off the training thread, over a separate process group.
+"""Send streams of blocks between ranks: one engine, for any process group that can carry messages.
 
-Owns the transport (a gloo group used for nothing else, whatever backend training uses) and the
-replication strategy that nvidia-resiliency-ext calls. Promises that only transfers agreed on by all
-ranks are sent; that a rank whose own disk fails keeps receiving, so that no rank waits for it; that
-every block of a complete copy matched its digest; that a wait ends a little before the group's
-timeout; and that nothing is received into memory once a transfer has ended, failed or not. Refuses
-nothing: failures are reported to the caller, which agrees on them with the other ranks.
+Owns what a stream is (a source, a sink, a header and blocks) and the lanes that carry all streams
+of one exchange, from host memory or through the memory of a device. Promises that a stream runs to
+its end although its source or sink fails, so that no rank waits for another one; that received
+blocks are digested and placed on other threads while the next ones are received; that no buffer is
+filled again before its block was taken; and that nothing is received into memory once an exchange
+has ended, failed or not. Knows neither shards nor who sends what to whom.
 """
 
 from __future__ import annotations
 
 import itertools
+import struct
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from nvidia_resiliency_ext.checkpointing.local.replication.group_utils import (
-    ExchangePlan,
-    GroupWrapper,
-)
-from nvidia_resiliency_ext.checkpointing.local.replication.strategies import (
-    CliqueReplicationStrategy,
-)
-from torch import distributed
 
 from holdfast.read.requests import MOST_PIECES
-from holdfast.tiers.local.streams import (
-    HEADER,
-    Blocks,
-    Incoming,
-    IncomingBlocks,
-    Outgoing,
-    OutgoingBlocks,
-    PlacedSink,
-    Sink,
-    Source,
-    bytes_of,
-)
 
-_WINDOW = 4
-"""Blocks of one stream in flight: one is received while another is digested and written."""
-_PLACED_WINDOW = 8
-"""Likewise for blocks received in place, which need no buffers: keeps the link busy."""
+HEADER = struct.Struct("<QQQ")
+"""Of a stream: its bytes, the bytes covered by block digests, and the bytes per message."""
 _CUTS_TAG = 1 << 16
 """Added to a stream's tag for the message in which its receiver says how blocks are cut."""
 _TAKERS = 2
 """Threads that digest and place received blocks: one alone is no faster than the network."""
-_PATIENCE = 0.75
-"""Fraction of the group's timeout: leaves a rank time to report a failed wait to the others."""
 
 
-class GroupBrokenError(Exception):
-    """The group is unusable: a rank is gone, or did not answer in time."""
+class Source(Protocol):
+    """Bytes to send."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes, from the start, that block digests cover."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Of each message but the last."""
+        ...
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Return the bytes in place, if they are in memory that can be sent from."""
+        ...
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill memory from an offset.
+
+        Raises:
+            OSError, CheckpointError: the bytes cannot be read.
+        """
+        ...
 
 
-class OwnGroup(GroupWrapper):  # type: ignore[misc]  # the package ships no types
-    """A gloo group for host memory, whatever backend training uses.
+class Sink(Protocol):
+    """Takes received bytes, block after block.
 
-    `isend_state_dict` and `irecv_state_dict` are overridden: the stock ones use CUDA even on gloo,
-    pickle the state, and leave the sender's object hollow when the transfer fails.
+    If `in_any_order` is true, blocks are passed concurrently, on several threads.
     """
 
-    def __init__(self, group: Any, timeout_seconds: float) -> None:
-        super().__init__(group)
-        self._wait = timedelta(seconds=timeout_seconds * _PATIENCE)
-        self.is_broken = False
-        self.make_sink: Callable[[], Any] | None = None
-        """Makes the sink, passed off as a state dict, that `irecv_state_dict` fills."""
+    def begin(self, size_bytes: int, body_bytes: int) -> None: ...
 
-    def stream(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
-        """Carry out all transfers of this rank; a collective call over the group.
+    def put(self, offset: int, block: memoryview) -> None: ...
 
-        Errors of sources and sinks are recorded in the transfers, which still run to their end.
 
-        Raises:
-            GroupBrokenError: a rank is gone or silent.
-        """
-        try:
-            self._stream(outgoing, incoming)
-        except RuntimeError as error:
-            self.is_broken = True
-            reason = str(error).rpartition("] ")[2] or str(error)
-            raise GroupBrokenError(f"the exchange between ranks broke off: {reason}") from error
+class PlacedSink(Sink, Protocol):
+    """A sink that provides the memory that blocks are received into, piece by piece."""
 
-    def _stream(self, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
-        name = "holdfast-receiver"
-        lanes: list[_Lane] = []
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix=name) as one,
-            ThreadPoolExecutor(_TAKERS, thread_name_prefix=name) as several,
-        ):
+    @property
+    def cuts(self) -> Sequence[Sequence[int]]:
+        """By block of the stream: the bytes of its pieces, in order; at most `MOST_PIECES`."""
+        ...
+
+    def expect(self, number: int, spare: memoryview) -> Sequence[memoryview]:
+        """Return the memory for each piece of a block; parts of `spare` for unneeded pieces."""
+        ...
+
+    def arrived(self, number: int) -> None:
+        """Take a received block; called concurrently, on several threads."""
+        ...
+
+
+@dataclass
+class Outgoing:
+    """One stream to another rank."""
+
+    receiver: int
+    source: Source
+    is_cut: bool = False
+    """Whether the receiver sends the pieces in which it takes each block."""
+
+
+@dataclass
+class Incoming:
+    """One stream from another rank, and its first local error."""
+
+    sender: int
+    sink: Sink
+    error: Exception | None = None
+    placed: PlacedSink | None = None
+    """The sink, if the sender expects cuts; a device receives blocks whole all the same."""
+
+    def guard(self, step: Callable[[], None]) -> None:
+        """Record the first failure; the stream is still received to its end."""
+        if self.error is None:
             try:
-                for out, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True):
-                    lanes.append(_SendLane(self, out, tag))
-                for coming, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True):
-                    beside = several if getattr(coming.sink, "in_any_order", False) else one
-                    lanes.append(_ReceiveLane(self, coming, tag, beside))
-                # In rounds, posting all operations of a round before waiting for any of them: the
-                # rank furthest behind then finds its counterparts posted, so there is no circular
-                # wait between ranks, however streams cross.
-                under_way = list(lanes)
-                while under_way:
-                    for lane in under_way:
-                        lane.post()
-                    under_way = [lane for lane in under_way if lane.finish()]
-            except BaseException as error:
-                # The error's handler keeps its traceback, whose frames would keep alive the buffers
-                # of receives that were posted.
-                traceback.clear_frames(error.__traceback__)
-                # gloo closes all connections if a wait times out; otherwise peers are mid-transfer.
-                self.is_broken = True
-                raise
-            finally:
-                # If a rank is gone, connections to the others are still open, and by the time these
-                # send, the memory may hold state loaded from elsewhere. Dropping the last reference
-                # to a posted receive ends it.
-                for lane in lanes:
-                    lane.abandon()
+                step()
+            except Exception as error:  # noqa: BLE001  # reported to every rank after the exchange
+                self.error = error
 
-    def renew(self, group: Any) -> None:
-        """Replace the broken group."""
-        self._group = group
-        self.is_broken = False
 
-    def share(self, content: bytes, sizes: Sequence[int]) -> list[bytes]:
-        """All-gather the content of every rank of the group; `sizes` were agreed on before.
+@dataclass
+class Message:
+    """One message of a stream."""
 
-        Raises:
-            GroupBrokenError: as `stream`.
-        """
-        shared = []
-        try:
-            for rank, size_bytes in enumerate(sizes):
-                mine = content if rank == self.my_group_rank else bytes(size_bytes)
-                shared.append(self._broadcast(mine, rank) if size_bytes else b"")
-        except RuntimeError as error:
-            self.is_broken = True
-            raise GroupBrokenError(f"ranks could not share: {error}") from error
-        return shared
+    sends: bool
+    tensor: torch.Tensor
+    """In memory that the backend sends from."""
+    rank: int
+    """The peer."""
+    tag: int
+    work: Any = None
+    """What to wait for, once it was posted."""
 
-    def _broadcast(self, content: bytes, rank: int) -> bytes:
-        buffer = bytearray(content)
-        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-        self.broadcast(tensor, src=self.get_global_rank(rank))
-        return bytes(buffer)
 
-    def isend_state_dict(self, state_dict: Any, dst: int) -> dict[str, float]:
-        """Send a shard as it is, from memory or a file."""
-        self.stream([Outgoing(dst, state_dict)], [])
-        return {"data_sent": state_dict.size_bytes}
+class Group(Protocol):
+    """The ranks of an exchange, and the backend that carries its messages."""
 
-    def irecv_state_dict(self, src: int) -> tuple[Any, dict[str, float]]:
-        """Receive a shard into a file."""
-        assert self.make_sink is not None
-        sink = self.make_sink()
-        transfer = Incoming(src, sink)
-        self.stream([], [transfer])
-        sink.error = transfer.error
-        return sink, {"data_recv": sink.size_bytes}
+    @property
+    def copies_blocks(self) -> bool:
+        """Whether blocks are copied to and from memory of the backend, a device."""
+        ...
 
-    def post_send(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-        """Post a send."""
-        return distributed.isend(tensor, self.get_global_rank(rank), group=self.group, tag=tag)
+    def window(self, *, in_pieces: bool) -> int:
+        """Return how many blocks of one stream may be in flight."""
+        ...
 
-    def post_receive(self, tensor: torch.Tensor, rank: int, tag: int) -> Any:
-        """Post a receive."""
-        return distributed.irecv(tensor, self.get_global_rank(rank), group=self.group, tag=tag)
+    def post(self, messages: Iterable[Message]) -> None:
+        """Post the messages of a round."""
+        ...
 
     def wait(self, work: Any) -> None:
-        """Wait for a posted operation."""
-        work.wait(self._wait)
+        """Wait for a posted message.
+
+        Raises:
+            RuntimeError: it failed or timed out.
+        """
+        ...
+
+    def host_buffer(self, size_bytes: int) -> torch.Tensor:
+        """Return host memory for blocks."""
+        ...
+
+    def backend_buffer(self, size_bytes: int) -> torch.Tensor:
+        """Return memory that the backend sends from and receives into."""
+        ...
+
+    def to_tensor(self, content: bytes) -> torch.Tensor:
+        """Return a small message in such memory."""
+        ...
+
+
+def carry_out(group: Group, outgoing: Sequence[Outgoing], incoming: Sequence[Incoming]) -> None:
+    """Send and receive all streams of this rank; a collective call over the group.
+
+    Errors of sources and sinks are recorded in the transfers, which still run to their end.
+
+    Raises:
+        RuntimeError: a rank is gone or silent.
+    """
+    name = "holdfast-receiver"
+    lanes: list[_Lane] = []
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix=name) as one,
+        ThreadPoolExecutor(_TAKERS, thread_name_prefix=name) as several,
+    ):
+        try:
+            for out, tag in zip(outgoing, _tags(x.receiver for x in outgoing), strict=True):
+                lanes.append(_SendLane(group, out, tag))
+            for coming, tag in zip(incoming, _tags(x.sender for x in incoming), strict=True):
+                beside = several if getattr(coming.sink, "in_any_order", False) else one
+                lanes.append(_ReceiveLane(group, coming, tag, beside))
+            # In rounds, posting all messages of a round before waiting for any of them: the rank
+            # furthest behind then finds its counterparts posted, so there is no circular wait
+            # between ranks, however streams cross.
+            under_way = list(lanes)
+            while under_way:
+                group.post(each for lane in under_way for each in lane.post())
+                for lane in under_way:
+                    lane.meanwhile()
+                under_way = [lane for lane in under_way if lane.finish()]
+        except BaseException as error:
+            # The error's handler keeps its traceback, whose frames would keep alive the buffers of
+            # receives that were posted.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            # If a rank is gone, connections to the others are still open, and by the time these
+            # send, the memory may hold state loaded from elsewhere. Dropping the last reference to
+            # a posted receive ends it.
+            for lane in lanes:
+                lane.abandon()
 
 
 def _tags(peers: Iterable[int]) -> list[int]:
@@ -188,127 +222,245 @@ def _tags(peers: Iterable[int]) -> list[int]:
     return tags
 
 
+class _Buffers:
+    """The memory for the blocks of one stream, reused in rotation and allocated on first use."""
+
+    def __init__(self, make: Callable[[int], torch.Tensor], count: int, size_bytes: int) -> None:
+        self._make, self._count, self._size_bytes = make, count, size_bytes
+        self._buffers: dict[int, torch.Tensor] = {}
+
+    def at(self, number: int, length: int) -> torch.Tensor:
+        """Return the memory for a block."""
+        slot = number % self._count
+        if slot not in self._buffers:
+            self._buffers[slot] = self._make(self._size_bytes)
+        return self._buffers[slot][:length]
+
+
+@dataclass
+class _Step:
+    """Messages that are waited for at once, and what to do then."""
+
+    messages: list[Message]
+    then: Callable[[], None] | None = None
+
+
 class _Lane:
-    """One stream as a sequence of operations: its header, how blocks are cut, and the blocks."""
+    """One stream as a sequence of steps: its header, how blocks are cut, and the blocks."""
 
-    _blocks: Blocks
-
-    def __init__(self, group: OwnGroup, window: int) -> None:
-        self._group = group
-        self._under_way: deque[tuple[list[Any], Callable[[], None] | None]] = deque()
-        """For each operation, oldest first: what to wait for, and what to call then."""
-        self._window = window
+    def __init__(self, group: Group, peer: int, tag: int, *, in_pieces: bool) -> None:
+        self._group, self._peer, self._tag = group, peer, tag
+        self._window = group.window(in_pieces=in_pieces)
+        self._size_bytes, self._block_bytes = 0, 1
+        self._first: list[_Step] = []
+        self._under_way: deque[_Step] = deque()
+        """Oldest first."""
         self._posted = 0
         self._may_post = True
         """False until the other side has said how blocks are cut."""
 
-    def post(self) -> None:
-        """Post as many operations as the window allows."""
+    def post(self) -> Iterator[Message]:
+        """Yield the messages to post in this round, as many as the window allows."""
+        first, self._first = self._first, []
+        for step in first:
+            self._under_way.append(step)
+            yield from step.messages
         while len(self._under_way) < self._window and (length := self._next_length):
-            self._under_way.append(self._begin(self._posted, length))
+            step = self._begin(self._posted, length)
+            self._under_way.append(step)
             self._posted += 1
+            yield from step.messages
+
+    def meanwhile(self) -> None:
+        """Do the copies that can run while the round is in flight."""
 
     def finish(self) -> bool:
-        """Wait for the oldest operation; return whether the stream has more."""
-        works, then = self._under_way.popleft()
-        for each in works:
-            self._group.wait(each)
-        if then is not None:
-            then()
+        """Wait for the oldest step; return whether the stream has more."""
+        step = self._under_way.popleft()
+        for each in step.messages:
+            self._group.wait(each.work)
+        if step.then is not None:
+            step.then()
         return bool(self._under_way) or self._next_length > 0
 
     def abandon(self) -> None:
-        """Drop posted operations: memory is no longer sent from or received into."""
+        """Drop posted messages: memory is no longer sent from or received into."""
+        self._first.clear()
         self._under_way.clear()
 
     @property
     def _next_length(self) -> int:
         """The bytes of the block to post next; 0: there is none, or none yet."""
-        return self._blocks.length(self._posted) if self._may_post else 0
+        return self._length(self._posted) if self._may_post else 0
 
-    def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
-        """Post one block."""
+    def _length(self, number: int) -> int:
+        """Return the bytes of a block, the first one being the largest; 0: past the end."""
+        return max(0, min(self._block_bytes, self._size_bytes - number * self._block_bytes))
+
+    def _make_buffers(self) -> None:
+        """Provide host memory for the blocks in flight and, on a device, for one that is copied."""
+        self._count = self._window + self._group.copies_blocks
+        self._in_memory = _Buffers(self._group.host_buffer, self._count, self._length(0))
+        self._on_device = _Buffers(self._group.backend_buffer, self._count, self._length(0))
+
+    def _message(self, tensor: torch.Tensor, *, sends: bool, tag: int = 0) -> Message:
+        return Message(sends, tensor, self._peer, tag + self._tag)
+
+    def _begin(self, number: int, length: int) -> _Step:
+        """Return the step of one block."""
         raise NotImplementedError
 
 
 class _SendLane(_Lane):
-    _blocks: OutgoingBlocks
-
-    def __init__(self, group: OwnGroup, transfer: Outgoing, tag: int) -> None:
-        super().__init__(group, _PLACED_WINDOW if transfer.is_cut else _WINDOW)
-        self._blocks = blocks = OutgoingBlocks(transfer.source, _host_buffer, self._window)
-        self._receiver, self._tag = transfer.receiver, tag
-        work = group.post_send(blocks.header(), self._receiver, tag)
-        self._under_way.append(([work], None))
+    def __init__(self, group: Group, transfer: Outgoing, tag: int) -> None:
+        is_cut = transfer.is_cut and not group.copies_blocks
+        super().__init__(group, transfer.receiver, tag, in_pieces=is_cut)
+        self._source = source = transfer.source
+        self._size_bytes, self._block_bytes = source.size_bytes, source.block_bytes
+        self._make_buffers()
+        self._ready: torch.Tensor | None = None
+        """The next block, on the device."""
         self._cuts: Any = None
-        if transfer.is_cut:
+        packed = HEADER.pack(self._size_bytes, source.body_bytes, self._block_bytes)
+        self._first.append(_Step([self._message(group.to_tensor(packed), sends=True)]))
+        if is_cut:
             self._may_post = False
-            self._cuts = _no_cuts(-(-blocks.size_bytes // blocks.block_bytes))
-            message = torch.from_numpy(self._cuts).view(torch.uint8)
-            work = group.post_receive(message, self._receiver, _CUTS_TAG + tag)
-            self._under_way.append(([work], self._start))
+            self._cuts = _no_cuts(-(-self._size_bytes // self._block_bytes))
+            table = torch.from_numpy(self._cuts).view(torch.uint8)
+            self._first.append(
+                _Step([self._message(table, sends=False, tag=_CUTS_TAG)], self._start)
+            )
 
     def _start(self) -> None:
         self._may_post = True
 
-    def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
+    def _begin(self, number: int, length: int) -> _Step:
         lengths = [length]
         if self._cuts is not None:
             lengths = [each for each in self._cuts[number].tolist() if each]
-        pieces = _split(self._blocks.read(number, sum(lengths)), lengths)
-        return [self._group.post_send(each, self._receiver, self._tag) for each in pieces], None
+        block, self._ready = self._ready, None
+        if block is None:
+            block = self._load(number, sum(lengths))
+        return _Step([self._message(each, sends=True) for each in _split(block, lengths)])
+
+    def meanwhile(self) -> None:
+        if self._group.copies_blocks and (length := self._next_length):
+            self._ready = self._load(self._posted, length)
+
+    def _load(self, number: int, length: int) -> torch.Tensor:
+        """Return a block in memory that the backend sends from."""
+        block = self._read(number, length)
+        if self._group.copies_blocks:
+            return self._on_device.at(number, length).copy_(block)
+        return block
+
+    def _read(self, number: int, length: int) -> torch.Tensor:
+        """Return a block: in place, if it is in memory, or copied into a buffer."""
+        offset = number * self._block_bytes
+        if (in_place := self._source.view(offset, length)) is not None:
+            return torch.frombuffer(in_place, dtype=torch.uint8)
+        tensor = self._in_memory.at(number, length)
+        try:
+            self._source.read_into(offset, _memory_of(tensor))
+        except Exception:  # noqa: BLE001  # the receiver reports the digest mismatch
+            tensor.zero_()
+        return tensor
 
 
 class _ReceiveLane(_Lane):
-    _blocks: IncomingBlocks
+    """Blocks are taken on the thread `beside` while the next ones are received."""
 
     def __init__(
-        self, group: OwnGroup, transfer: Incoming, tag: int, beside: ThreadPoolExecutor
+        self, group: Group, transfer: Incoming, tag: int, beside: ThreadPoolExecutor
     ) -> None:
-        super().__init__(group, _WINDOW if transfer.placed is None else _PLACED_WINDOW)
-        self._blocks = IncomingBlocks(transfer, beside, _host_buffer, self._window)
-        self._transfer, self._tag = transfer, tag
-        header = bytearray(HEADER.size)
-        tensor = torch.frombuffer(header, dtype=torch.uint8)
-        work = group.post_receive(tensor, transfer.sender, tag)
-        self._under_way.append(([work], partial(self._blocks.read_header, header)))
-        if transfer.placed is not None:
-            cuts = transfer.placed.cuts
+        self._placed = None if group.copies_blocks else transfer.placed
+        super().__init__(group, transfer.sender, tag, in_pieces=self._placed is not None)
+        self._transfer, self._beside = transfer, beside
+        self._busy: dict[int, Future[None]] = {}
+        """By buffer: what must end before it is filled again."""
+        self._arrived: tuple[int, torch.Tensor] | None = None
+        """The number of a received block that is still on the device, and its memory there."""
+        header = group.to_tensor(bytes(HEADER.size))
+        self._first.append(
+            _Step([self._message(header, sends=False)], partial(self._read_header, header))
+        )
+        if self._placed is not None:
+            cuts = self._placed.cuts
             table = _no_cuts(len(cuts))
             for row, lengths in zip(table, cuts, strict=True):
                 row[: len(lengths)] = lengths
             message = torch.from_numpy(table).view(torch.uint8)
-            work = group.post_send(message, transfer.sender, _CUTS_TAG + tag)
-            self._under_way.append(([work], None))
+            self._first.append(_Step([self._message(message, sends=True, tag=_CUTS_TAG)]))
+
+    def _read_header(self, header: torch.Tensor) -> None:
+        """Learn the sizes from the first message, and pass them to the sink."""
+        self._size_bytes, body_bytes, self._block_bytes = HEADER.unpack(to_bytes(header))
+        self._make_buffers()
+        self._transfer.guard(partial(self._transfer.sink.begin, self._size_bytes, body_bytes))
 
     def finish(self) -> bool:
         has_more = super().finish()
         if not has_more:
-            self._blocks.wait()
+            self.meanwhile()
+            for each in self._busy.values():
+                each.result()
         return has_more
 
-    def _begin(self, number: int, length: int) -> tuple[list[Any], Callable[[], None] | None]:
-        buffer, placed = self._blocks.buffer(number, length), self._transfer.placed
+    def _begin(self, number: int, length: int) -> _Step:
+        if self._group.copies_blocks:
+            block = self._on_device.at(number, length)
+            return _Step([self._message(block, sends=False)], partial(self._note, number, block))
+        buffer, placed = self._buffer(number, length), self._placed
         if placed is None:
-            pieces = [buffer]
-            then = partial(self._blocks.put, number, buffer)
-        else:
-            pieces = self._expect(placed, number, buffer)
-            then = partial(self._blocks.hand_over, number, partial(placed.arrived, number))
-        sender = self._transfer.sender
-        return [self._group.post_receive(each, sender, self._tag) for each in pieces], then
+            return _Step([self._message(buffer, sends=False)], partial(self._put, number, buffer))
+        pieces = self._expect(placed, number, buffer)
+        return _Step(
+            [self._message(each, sends=False) for each in pieces],
+            partial(self._hand_over, number, partial(placed.arrived, number)),
+        )
+
+    def _note(self, number: int, block: torch.Tensor) -> None:
+        self._arrived = (number, block)
+
+    def meanwhile(self) -> None:
+        if self._arrived is not None:
+            (number, block), self._arrived = self._arrived, None
+            self._put(number, self._buffer(number, len(block)).copy_(block))
+
+    def _buffer(self, number: int, length: int) -> torch.Tensor:
+        """Return host memory for a block, once the block that was in it has been taken."""
+        if (earlier := self._busy.pop(number % self._count, None)) is not None:
+            earlier.result()
+        return self._in_memory.at(number, length)
+
+    def _put(self, number: int, block: torch.Tensor) -> None:
+        """Hand a received block over to the sink."""
+        offset = number * self._block_bytes
+        self._hand_over(number, partial(self._transfer.sink.put, offset, _memory_of(block)))
+
+    def _hand_over(self, number: int, take: Callable[[], None]) -> None:
+        """Take a received block by calling `take` on another thread."""
+        self._busy[number % self._count] = self._beside.submit(self._transfer.guard, take)
 
     def _expect(self, placed: PlacedSink, number: int, buffer: torch.Tensor) -> list[torch.Tensor]:
         lengths = placed.cuts[number]
         found: list[memoryview] = []
-        self._transfer.guard(lambda: found.extend(placed.expect(number, bytes_of(buffer))))
+        self._transfer.guard(lambda: found.extend(placed.expect(number, _memory_of(buffer))))
         if not found:  # the sink failed: still receive the block, and discard it
             return _split(buffer, lengths)
         return [torch.frombuffer(each, dtype=torch.uint8) for each in found]
 
 
-def _host_buffer(size_bytes: int) -> torch.Tensor:
-    return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """Return the content of a small message."""
+    content: bytes = tensor.cpu().numpy().tobytes()
+    return content
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a uint8 tensor on the host."""
+    array: Any = tensor.numpy()
+    return memoryview(array)
 
 
 def _no_cuts(blocks: int) -> Any:
@@ -320,74 +472,3 @@ def _split(block: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
     """Return views of consecutive pieces of a block, which may be longer than all of them."""
     ends = list(itertools.accumulate(lengths))
     return [block[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-
-
-class ShardReplication(CliqueReplicationStrategy):  # type: ignore[misc]  # ships no types
-    """Which rank holds whose copies, and how copies are sent.
-
-    `replicate` is overridden: the stock one sends every tensor while training waits, rewrites the
-    caller's object, and needs a clique size that divides the world. `retrieve_plan` likewise: the
-    stock one considers a single clique, queries it in a collective that other ranks may never
-    reach, and raises on some ranks only.
-    """
-
-    def __init__(
-        self, group: OwnGroup, holders: Sequence[tuple[int, ...]], *, sends_images: bool
-    ) -> None:
-        super().__init__(group, target_device="cpu")
-        self.holders = list(holders)
-        """By owner: the ranks that hold its shard, the owner first."""
-        self.sends_images = sends_images
-        """Whether holders receive the whole shard; otherwise the small states alone."""
-
-    @property
-    def sends_anything(self) -> bool:
-        """Whether any rank holds a copy for another one."""
-        return any(len(each) > 1 for each in self.holders)
-
-    def replicate(self, local_ckpt: Any, id_: Any) -> tuple[list[Any], list[Any]]:
-        """Return the own shard at once; `exchange` sends it later, on another thread."""
-        return [local_ckpt], [id_]
-
-    def exchange(
-        self, source: Source | None, rank: int, sinks: dict[int, Sink]
-    ) -> dict[int, Exception]:
-        """Send this rank's shard to its holders, receive others' copies; return errors by owner.
-
-        A collective call, on the thread that writes.
-
-        Raises:
-            GroupBrokenError: a rank is gone or silent.
-        """
-        outgoing = []
-        if source is not None:
-            outgoing = [Outgoing(each, source) for each in self.holders[rank] if each != rank]
-        incoming = [Incoming(owner, sink) for owner, sink in sorted(sinks.items())]
-        self.local_group.stream(outgoing, incoming)
-        return {each.sender: each.error for each in incoming if each.error is not None}
-
-    def owners_held_by(self, rank: int) -> list[int]:
-        """Return the owners of the copies that a rank holds."""
-        return [
-            owner for owner, ranks in enumerate(self.holders) if rank in ranks and owner != rank
-        ]
-
-    def retrieve_plan(self, globally_available_ids: Any, wanted: Sequence[Any]) -> ExchangePlan:
-        """Return who sends what to whom, computed alike on every rank from shared knowledge.
-
-        `globally_available_ids`: by rank, the ids it can send; `wanted`: pairs of rank and id. An
-        id without a sender is left out; the caller decides what that means.
-        """
-        plan = ExchangePlan(group=self.local_group)
-        loads = [0] * len(globally_available_ids)
-        for receiver, wanted_id in wanted:
-            senders = [
-                rank
-                for rank, ids in enumerate(globally_available_ids)
-                if wanted_id in ids and rank != receiver
-            ]
-            if senders:
-                sender = min(senders, key=lambda rank: (loads[rank], rank))
-                loads[sender] += 1
-                plan.plan(sender=sender, receiver=receiver, id_=wanted_id)
-        return plan

@@ -1,41 +1,44 @@
 """Fetch blocks of a lost shard from the ranks that hold a copy, for one load.
 
-Owns what a rank reads of each shard and from where, and the exchange that receives remote blocks
-into live tensors; blocks that several ranks of a place need go through a sparse file beside their
-own, removed after the load. Promises that each place fetches a block once, that when the exchange
-ends every block put in place matched its digest or the load fails, that a mismatch is reported as
-damage of the provider's file, and that either every rank takes part or none does. Neither chooses
-nor opens a commit.
+Owns the division of remote blocks among the ranks that fetch them, and the exchange that receives
+them into live tensors; blocks that several ranks of a place need go through a sparse file beside
+their own, removed after the load. Promises that each place fetches a block once, that when the
+exchange ends every block put in place matched its digest or the load fails, that a mismatch is
+reported as damage of the provider's file, and that either every rank takes part or none does.
+Neither chooses nor opens a commit.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import mmap
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import BinaryIO
 
 import torch
-import xxhash
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.read.direct import blocks_of
+from holdfast.read.direct import Part, blocks_of, read_verified
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Intake, Wanted
-from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count
+from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem, naming, read_into
-from holdfast.tiers.local.availability import Commit
-from holdfast.tiers.local.elastic import Block, Index, ReadRequest, divide, merge
-from holdfast.tiers.local.nvrx import ShardManager
-from holdfast.tiers.local.shards import BlockSource
-from holdfast.tiers.local.streams import Incoming, Outgoing, Sink
+from holdfast.storage.posix import Filesystem, SharedFile, naming, read_into
+from holdfast.tiers.local.availability import Availability
+from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
+from holdfast.tiers.local.shard_file import CommitKey, Index
+from holdfast.tiers.local.shards import ShardDirectory
+
+Block = tuple[int, int]
+"""Owner of the shard, and number in its file."""
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ, which Python's mmap does not name: map pages now."""
 
 
 @dataclass
@@ -56,64 +59,12 @@ class Shard:
         return FileRecord(self.path, self.body_bytes, "", self.index.digests)
 
 
-@dataclass(frozen=True)
-class MergedShards(ShardReader):
-    """Read tensors and values from several shards; note damage before the error propagates."""
-
-    fetch: PeerFetch
-
-    @classmethod
-    def of(
-        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], fetch: PeerFetch
-    ) -> Self:
-        """Return the merged view of shards, some of which may be fetched from peers."""
-        metadata = merge(
-            [(each.path, each.index.entries(str(root / each.path))) for each in shards]
-        )
-        fetch.shards = shards
-        return cls(root, filesystem, metadata, {each.path: each.record for each in shards}, fetch)
-
-    def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
-        """As its base; values of remote shards were sent by their providers."""
-        places = {name: (self.place_of_value(name).relative_path, name) for name in names}
-        values = self.fetch.values
-        received = {name: values[each] for name, each in places.items() if each in values}
-        with self._noting():
-            rest = super().read_contents([each for each in names if each not in received])
-        return {**rest, **received}
-
-    def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill tensors from files and from peers; a collective call, after `bring`."""
-        with self._noting():
-            self.fetch.fill(self, targets)
-
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        try:
-            yield
-        except CorruptCheckpointError as error:
-            with suppress(ValueError):  # not a path under the root: a tensor's name, for instance
-                path = str(Path(error.path).relative_to(self.path))
-                self.fetch.manager.recovery.note_damage(path)
-            raise
-
-    def widen(self, shards: Sequence[Shard]) -> None:
-        """Switch this reader to these shards."""
-        wider = self.of(self.path, self.filesystem, shards, self.fetch)
-        # In place: callers keep using this reader object.
-        self.metadata.state_dict_metadata = wider.metadata.state_dict_metadata
-        self.metadata.planner_data = wider.metadata.planner_data
-        self.metadata.storage_data = wider.metadata.storage_data
-        records: Any = self.records
-        records.update(wider.records)
-
-
 @dataclass
 class PeerFetch:
     """What this rank receives from peers for one load, and what it sends them."""
 
-    manager: ShardManager
-    commit: Commit
+    available: Availability
+    commit: CommitKey
     shards: Sequence[Shard] = ()
     """The shards this rank reads from."""
     served: Mapping[int, str] = field(default_factory=dict)
@@ -126,7 +77,7 @@ class PeerFetch:
     """By path and name: the values in remote shards, as their providers sent them."""
     is_empty: bool = True
     """Whether no rank reads anything from a peer; the same on every rank."""
-    widen: Callable[[MergedShards], None] | None = None
+    widen: Callable[[ShardReader], None] | None = None
     """Collective: exchange the indexes of all shards and extend the reader."""
     _plan: Mapping[str, Wanted] | None = None
     _straight: Sequence[Sequence[Block]] = ()
@@ -137,7 +88,7 @@ class PeerFetch:
 
     def bring(
         self,
-        reader: MergedShards,
+        reader: ShardReader,
         find_targets: Callable[[], Mapping[str, torch.Tensor]],
         coordinator: Coordinator,
     ) -> None:
@@ -159,7 +110,7 @@ class PeerFetch:
             self.widen = None
             requests = self._agree(find_requests, coordinator)
         assert requests is not None
-        self._straight, filed = divide(requests, self.manager.topology.places)
+        self._straight, filed = divide(requests, self._files.topology.places)
         if any(filed):
             self._has_files = True
             problems = coordinator.all_reduce(
@@ -177,7 +128,7 @@ class PeerFetch:
             is_covered = coordinator.all_reduce(
                 "local wishes", find_requests, lambda found: None not in found
             )
-            return [{} for _ in self.manager.topology.seats] if is_covered else None
+            return [{} for _ in self._files.topology.seats] if is_covered else None
         requests = coordinator.all_gather("local wishes", find_requests)
         known = [each for each in requests if each is not None]
         return known if len(known) == len(requests) else None
@@ -200,11 +151,11 @@ class PeerFetch:
 
     def _needs_file(self, wanted: Wanted) -> bool:
         """Whether this part of a remote shard can only be read from a file."""
-        return bool(wanted.foreign) or self.commit in self.manager.recovery.unusual
+        return bool(wanted.foreign) or self.commit in self.available.unusual
 
     # -- transfer --------------------------------------------------------------------------------
 
-    def fill(self, reader: MergedShards, targets: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
         """Fill what was planned: from files on a thread, and at the same time from peers.
 
         Without an agreed plan everything is read from files.
@@ -233,16 +184,29 @@ class PeerFetch:
                 reading.result()
             self._raise(problems)
         for path, intake in intakes.items():
-            _take_filed(self._root / path, remote[path], intake)
+            self._take_filed(remote[path], intake)
             reader.taken[path] = self._plan[path].size_bytes
             if intake.unrecognised:
-                self.manager.recovery.note_unusual()
+                self.available.note_unusual()
                 reason = "holds containers of another torch, which go through a file"
                 raise CorruptCheckpointError(str(self._root / path), reason)
 
+    def _take_filed(self, shard: Shard, intake: Intake) -> None:
+        """Read the blocks that this place fetched into a file for several of its ranks."""
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        for number in sorted(intake.blocks):
+            content = buffer[: _block_size(shard.body_bytes, number)]
+            part = Part(number * BLOCK_BYTES, content)
+            read_verified(self._files.run.filesystem, self._root / shard.path, shard.record, [part])
+            intake.take(number, content)
+
+    @property
+    def _files(self) -> ShardDirectory:
+        return self.available.files
+
     @property
     def _root(self) -> Path:
-        return self.manager.run.root
+        return self._files.run.root
 
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:
@@ -254,11 +218,11 @@ class PeerFetch:
         intakes: Mapping[str, Intake] | None = None,
     ) -> list[str]:
         """Send and receive blocks, into `intakes` or, where None, files; return the damage."""
-        manager, root = self.manager, self._root
+        files, root = self._files, self._root
         # Every rank computes all streams from the same shares, so both ends agree.
         wanted: dict[int, list[tuple[Shard, int]]] = {}
         shards = {each.owner: each for each in self.shards}
-        for owner, number in shares[manager.rank]:
+        for owner, number in shares[files.rank]:
             shard = shards[owner]
             assert shard.provider is not None
             wanted.setdefault(shard.provider, []).append((shard, number))
@@ -271,26 +235,27 @@ class PeerFetch:
         with ExitStack() as opened:
             for receiver, share in enumerate(shares):
                 served = [each for each in share if each[0] in self.served]
-                if served and receiver != manager.rank:
+                if served and receiver != files.rank:
                     source = BlockSource(
-                        manager.run.filesystem,
+                        files.run.filesystem,
                         [(root / self.served[owner], number) for owner, number in served],
                         [_block_size(self.sizes[owner], number) for owner, number in served],
-                        in_memory=manager.in_memory,
+                        in_memory=files.in_memory,
                     )
                     opened.callback(source.close)
                     outgoing.append(Outgoing(receiver, source, is_cut=intakes is not None))
             for sink in sinks.values():
                 opened.callback(sink.close)
             if outgoing or incoming:
-                manager.repl_strategy.local_group.stream(outgoing, incoming)
+                assert self.available.replication is not None
+                self.available.replication.group.stream(outgoing, incoming)
         problems = []
         for transfer in incoming:
             if transfer.error is not None:
                 raise transfer.error
             for owner in sinks[transfer.sender].damaged:
                 path = self.provided[owner]
-                manager.recovery.note_damage(path, transfer.sender)
+                self.available.note_damage(path, transfer.sender)
                 problems.append(f"{path} on rank {transfer.sender}: a block does not match")
         return problems
 
@@ -298,28 +263,101 @@ class PeerFetch:
 
     def sources(self, taken: Mapping[str, int]) -> tuple[ShardSource, ...]:
         """Return where tensors came from; `taken`: by path, the bytes read of it."""
-        manager, found = self.manager, []
+        files, found = self._files, []
         for shard in self.shards:
             if not (size_bytes := taken.get(shard.path, 0)):
                 continue
             path, rank = shard.path, shard.provider
             if rank is None:
-                rank = manager.shards.lister(int(path.partition("/")[0]))
+                rank = files.lister(int(path.partition("/")[0]))
             else:
                 path = self.provided[shard.owner]
-            node = manager.topology.seats[rank].node
-            where = f"{manager.run.run_id}/{path}"
+            node = files.topology.seats[rank].node
+            where = f"{files.run.run_id}/{path}"
             found.append(ShardSource(LOCAL, where, size_bytes, shard.owner, rank, node))
         return tuple(found)
 
     def return_all(self) -> None:
         """Remove the files of fetched blocks, if this is the first rank of its place."""
-        mates = self.manager.topology.place_mates(self.manager.rank)
-        if self.manager.rank != mates[0] or not self._has_files:
+        mates = self._files.topology.place_mates(self._files.rank)
+        if self._files.rank != mates[0] or not self._has_files:
             return
         for path in self._remote:
             with suppress(FileNotFoundError):
-                self.manager.run.filesystem.remove_file(self._root / path)
+                self._files.run.filesystem.remove_file(self._root / path)
+
+
+class BlockSource:
+    """Blocks of several files, one per message; the last block of a file is padded.
+
+    Files in RAM are sent from their mapping, whose pages a thread populates a little ahead, since
+    that takes most of the time. Files on a disk are not mapped: a block that cannot be read must be
+    an error, not a signal.
+    """
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        blocks: Sequence[tuple[Path, int]],
+        sizes: Sequence[int],
+        *,
+        in_memory: bool = False,
+    ) -> None:
+        self.body_bytes = 0
+        self.block_bytes = max(sizes)
+        self.size_bytes = self.block_bytes * len(blocks)
+        self._filesystem = filesystem
+        self._blocks = blocks
+        self._streams: dict[Path, BinaryIO] = {}
+        self._mapped: dict[Path, mmap.mmap] = {}
+        self._is_over = False
+        self._ahead: threading.Thread | None = None
+        if in_memory:
+            with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
+                for path in {path for path, _ in blocks}:
+                    descriptor = self._stream(path).fileno()
+                    # Private: torch requires writable memory, though nothing writes to it.
+                    self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
+                self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
+                self._ahead.start()
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Return a block of a file in RAM; None: it must be read."""
+        path, number = self._blocks[offset // self.block_bytes]
+        start = number * BLOCK_BYTES
+        mapped = self._mapped.get(path)
+        if mapped is None or start + length > len(mapped):
+            return None
+        return memoryview(mapped)[start : start + length]
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Read a block."""
+        path, number = self._blocks[offset // self.block_bytes]
+        with naming(path):
+            read_into(self._stream(path), number * BLOCK_BYTES, [target])
+
+    def close(self) -> None:
+        """End the thread and close every file."""
+        self._is_over = True
+        if self._ahead is not None:
+            self._ahead.join()
+        self._mapped.clear()
+        for stream in self._streams.values():
+            stream.close()
+
+    def _stream(self, path: Path) -> BinaryIO:
+        if path not in self._streams:
+            self._streams[path] = self._filesystem.open_existing(path)
+        return self._streams[path]
+
+    def _map_ahead(self) -> None:
+        for path, number in self._blocks:
+            start, mapped = number * BLOCK_BYTES, self._mapped[path]
+            length = min(BLOCK_BYTES, len(mapped) - start)
+            if self._is_over or length <= 0:
+                return
+            with suppress(OSError):  # an older kernel maps pages when they are sent
+                mapped.madvise(_POPULATE_READ, start, length)
 
 
 class _BlockSink(Sink):
@@ -343,10 +381,7 @@ class _BlockSink(Sink):
             self.take(shard, number, content)
 
     def matches(self, shard: Shard, number: int, contents: Sequence[memoryview]) -> bool:
-        digest = xxhash.xxh3_128()
-        for each in contents:
-            digest.update(each)
-        is_sound = digest.hexdigest() == shard.index.digests[number]
+        is_sound = matches(contents, shard.index.digests[number])
         if not is_sound:
             self.damaged.append(shard.owner)
         return is_sound
@@ -395,40 +430,62 @@ class _FileSink(_BlockSink):
     def __init__(self, root: Path, blocks: Sequence[tuple[Shard, int]]) -> None:
         super().__init__(blocks)
         self._root = root
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, SharedFile] = {}
 
     def take(self, shard: Shard, number: int, content: memoryview) -> None:
-        path = self._root / shard.path
-        with naming(path):
-            descriptor = self._descriptors.get(shard.path)
-            if descriptor is None:
-                # Other ranks of this place write other blocks of the same file.
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                descriptor = self._descriptors[shard.path] = os.open(path, flags, 0o600)
-            if os.pwrite(descriptor, content, number * BLOCK_BYTES) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if shard.path not in self._files:
+            # Other ranks of this place write other blocks of the same file.
+            self._files[shard.path] = SharedFile(self._root / shard.path)
+        self._files[shard.path].write_at(number * BLOCK_BYTES, content)
 
     def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-
-def _take_filed(path: Path, shard: Shard, intake: Intake) -> None:
-    """Read the blocks that this place fetched into a file for several of its ranks."""
-    numbers = sorted(intake.blocks)
-    if not numbers:
-        return
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    with naming(path), path.open("rb", buffering=0) as stream:
-        for number in numbers:
-            content = buffer[: _block_size(shard.body_bytes, number)]
-            read_into(stream, number * BLOCK_BYTES, [content])
-            if xxhash.xxh3_128_hexdigest(content) != shard.index.digests[number]:
-                reason = f"block {number} does not match its digest any more"
-                raise CorruptCheckpointError(str(path), reason)
-            intake.take(number, content)
+        for file in self._files.values():
+            file.close()
 
 
 def _block_size(body_bytes: int, number: int) -> int:
     assert number < block_count(body_bytes)
     return min(BLOCK_BYTES, body_bytes - number * BLOCK_BYTES)
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """The blocks that a rank needs of a shard that is not at its place."""
+
+    numbers: tuple[int, ...]
+    """Block numbers, in order."""
+    by_file: bool = False
+    """Whether the rank must read them from a file."""
+
+
+def divide(
+    requests: Sequence[Mapping[int, ReadRequest]], places: Sequence[int]
+) -> tuple[list[list[Block]], list[list[Block]]]:
+    """Divide blocks to fetch so that each place receives each block once.
+
+    `requests`: by rank and owner. Return by rank the blocks sent straight to the only rank of a
+    place that needs them, and the blocks it fetches into a file for all ranks of its place.
+    """
+    straight: list[list[Block]] = [[] for _ in requests]
+    filed: list[list[Block]] = [[] for _ in requests]
+    for place in sorted(set(places)):
+        ranks = [rank for rank, each in enumerate(places) if each == place]
+        wanting: dict[Block, list[int]] = {}
+        by_file: set[Block] = set()
+        for rank in ranks:
+            for owner, request in requests[rank].items():
+                for number in request.numbers:
+                    wanting.setdefault((owner, number), []).append(rank)
+                    if request.by_file:
+                        by_file.add((owner, number))
+        shared = []
+        for block, those in sorted(wanting.items()):
+            if len(those) == 1 and block not in by_file:
+                straight[those[0]].append(block)
+            else:
+                shared.append(block)
+        # Contiguous runs, not every n-th block: blocks are then read and sent in file order.
+        size = -(-len(shared) // len(ranks))
+        for position, rank in enumerate(ranks):
+            filed[rank] = shared[position * size : (position + 1) * size]
+    return straight, filed

@@ -21,8 +21,8 @@ from typing import BinaryIO, Protocol
 
 from holdfast.errors import NoFileFreeError
 from holdfast.snapshot.arena import prefer_huge_pages
-from holdfast.storage.posix import Filesystem, naming
-from holdfast.tiers.local.shard_file import as_problem, pending_name, reserve
+from holdfast.storage.posix import Filesystem, as_problem, naming
+from holdfast.tiers.local.shard_file import pending_name
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,10 @@ class PooledFile:
             if in_memory:
                 prefer_huge_pages(self._descriptor, size_bytes)
             if mapped and size_bytes:
-                reserve(self._descriptor, size_bytes, path)
                 flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
                 with naming(path):
+                    # Writing to a mapped hole of a full file system kills the process.
+                    os.posix_fallocate(self._descriptor, 0, size_bytes)
                     pages = mmap.mmap(self._descriptor, size_bytes, flags=flags)
                 with suppress(OSError, AttributeError):
                     pages.madvise(mmap.MADV_DONTFORK)

@@ -13,28 +13,82 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from holdfast import __version__
-from holdfast.errors import CorruptCheckpointError, is_process_failure
+from holdfast.errors import CorruptCheckpointError
+from holdfast.format.dcp import merge_shards
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.reader import ShardReader
 from holdfast.storage.manifest import LOCAL, Manifest
 from holdfast.storage.posix import PENDING_MARK, Filesystem
 from holdfast.storage.store import Checkpoint
-from holdfast.tiers.local.availability import Candidate
-from holdfast.tiers.local.elastic import Index, read_shard_index, read_shard_values
-from holdfast.tiers.local.nvrx import ShardManager
-from holdfast.tiers.local.peers import MergedShards, PeerFetch, Shard
-from holdfast.tiers.local.shard_file import Trailer
+from holdfast.tiers.local.availability import Availability, Candidate
+from holdfast.tiers.local.peers import PeerFetch, Shard
+from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
 from holdfast.tiers.opening import Contents
 
 _COUNT = struct.Struct("<Q")
 _SMALL = ("rank_state", "shared_state", "train_state")
 """The parts of a trailer that a load needs."""
+
+
+@dataclass(frozen=True)
+class MergedShards(ShardReader):
+    """Read tensors and values from several shards; note damage before the error propagates."""
+
+    fetch: PeerFetch
+
+    @classmethod
+    def of(
+        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], fetch: PeerFetch
+    ) -> Self:
+        """Return the merged view of shards, some of which may be fetched from peers."""
+        metadata = merge_shards(
+            [(each.path, each.index.entries(str(root / each.path))) for each in shards]
+        )
+        fetch.shards = shards
+        return cls(root, filesystem, metadata, {each.path: each.record for each in shards}, fetch)
+
+    def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
+        """As its base; values of remote shards were sent by their providers."""
+        places = {name: (self.place_of_value(name).relative_path, name) for name in names}
+        values = self.fetch.values
+        received = {name: values[each] for name, each in places.items() if each in values}
+        with self._noting():
+            rest = super().read_contents([each for each in names if each not in received])
+        return {**rest, **received}
+
+    def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill tensors from files and from peers; a collective call, after `bring`."""
+        with self._noting():
+            self.fetch.fill(self, targets)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except CorruptCheckpointError as error:
+            with suppress(ValueError):  # not a path under the root: a tensor's name, for instance
+                path = str(Path(error.path).relative_to(self.path))
+                self.fetch.available.note_damage(path)
+            raise
+
+    def widen(self, shards: Sequence[Shard]) -> None:
+        """Switch this reader to these shards."""
+        wider = self.of(self.path, self.filesystem, shards, self.fetch)
+        # In place: callers keep using this reader object.
+        self.metadata.state_dict_metadata = wider.metadata.state_dict_metadata
+        self.metadata.planner_data = wider.metadata.planner_data
+        self.metadata.storage_data = wider.metadata.storage_data
+        records: Any = self.records
+        records.update(wider.records)
 
 
 @dataclass(frozen=True)
@@ -87,12 +141,13 @@ class _Description:
 class Opening:
     """The state of one rank while a commit is opened."""
 
-    manager: ShardManager
+    available: Availability
     candidate: Candidate
     coordinator: Coordinator
 
     def run(self, suffices: Callable[[bytes], bool] | None) -> LocalContents:
         """Open it, a collective call; see `LocalTier.open`."""
+        self._files = self.available.files
         self._here = self._find_here()
         self._providers = _choose_providers(self.candidate)
         node_shards = self._node_shards()
@@ -100,18 +155,18 @@ class Opening:
             held = self._held_by_place()
             remote = {
                 owner
-                for place, owners in zip(self.manager.topology.places, node_shards, strict=True)
+                for place, owners in zip(self._files.topology.places, node_shards, strict=True)
                 for owner in owners - held[place]
             }
             if remote <= self._providers.keys():
-                own = sorted(node_shards[self.manager.rank])
+                own = sorted(node_shards[self._files.rank])
                 if (contents := self._open_own_node(own, remote, suffices)) is not None:
                     return contents
         return self._open_anywhere()
 
     def _find_here(self) -> dict[int, str]:
         """Return by owner the file of each shard at this place, preferring the own directory."""
-        places, rank = self.manager.topology.places, self.manager.rank
+        places, rank = self._files.topology.places, self._files.rank
         found = {}
         for owner, copies in enumerate(self.candidate.copies):
             paths = [
@@ -123,7 +178,7 @@ class Opening:
 
     def _held_by_place(self) -> dict[int, set[int]]:
         """Return by place the owners whose shard it has."""
-        places = self.manager.topology.places
+        places = self._files.topology.places
         held: dict[int, set[int]] = {place: set() for place in places}
         for owner, copies in enumerate(self.candidate.copies):
             for each in copies:
@@ -137,7 +192,7 @@ class Opening:
         Where ranks are placed as they were, each node still holds all that its ranks saved.
         """
         record = self.candidate.record
-        if record.world_size != self.manager.topology.world_size:
+        if record.world_size != self._files.topology.world_size:
             return None
         mates: dict[int, set[int]] = {}
         for owner, node in enumerate(record.nodes):
@@ -155,7 +210,7 @@ class Opening:
         `remote`: shards lost at the place of some rank, described by the rank that has a copy.
         """
         opened: list[LocalContents] = []
-        rank, record = self.manager.rank, self.candidate.record
+        rank, record = self._files.rank, self.candidate.record
         shards: dict[int, Shard] = {}
 
         def read() -> None:
@@ -202,33 +257,23 @@ class Opening:
             )
         return opened[0] if is_enough else None
 
-    @contextmanager
-    def _noting(self, path: str) -> Iterator[None]:
-        """Note the file as damaged if reading it fails."""
-        try:
-            yield
-        except (CorruptCheckpointError, OSError) as error:
-            if not is_process_failure(error):
-                self.manager.recovery.note_damage(path)
-            raise
-
     def _trailer_of(self, path: str) -> Trailer:
-        with self._noting(path):
+        with self.available.noting(path):
             try:
-                return self.manager.run.read_trailer(path)
+                return self._files.run.read_trailer(path)
             except FileNotFoundError as error:
                 raise CorruptCheckpointError(path, "is missing") from error
 
     def _shard(self, owner: int, path: str) -> Shard:
         trailer = self._trailer_of(path)
-        run = self.manager.run
-        with self._noting(path):
+        run = self._files.run
+        with self.available.noting(path):
             index = read_shard_index(run.root / path, trailer.record, run.filesystem)
         return Shard(owner, path, index, trailer.record.body_bytes, None)
 
     def _remote_shard(self, owner: int, described: _Description) -> Shard:
         assert described.index is not None
-        leader = self.manager.topology.place_mates(self.manager.rank)[0]
+        leader = self._files.topology.place_mates(self._files.rank)[0]
         mark = zlib.crc32(repr(self.candidate.commit).encode())
         path = f"{leader}/borrowed_{owner}{PENDING_MARK}{mark:08x}"
         return Shard(owner, path, described.index, described.body_bytes, self._providers[owner][0])
@@ -240,7 +285,7 @@ class Opening:
 
         def read() -> None:
             states = {owner: each.small["rank_state"] for owner, each in described.items()}
-            fetch = self._make_fetch(described, is_empty=len(self.manager.topology.seats) == 1)
+            fetch = self._make_fetch(described, is_empty=len(self._files.topology.seats) == 1)
             reader = self._reader(self._shards_of(described), fetch)
             first = described[min(described)].small
             opened.append(self._contents(reader, first, states, fetch))
@@ -248,10 +293,11 @@ class Opening:
         self.coordinator.all_reduce("local values", read, lambda _: None)
         return opened[0]
 
-    def _widen(self, reader: MergedShards) -> None:
+    def _widen(self, reader: ShardReader) -> None:
         """Extend a reader of the own node's shards to all shards."""
+        assert isinstance(reader, MergedShards)
         described = self._describe_all()
-        wider = self._make_fetch(described, is_empty=len(self.manager.topology.seats) == 1)
+        wider = self._make_fetch(described, is_empty=len(self._files.topology.seats) == 1)
         fetch = reader.fetch
         fetch.served, fetch.sizes, fetch.provided = wider.served, wider.sizes, wider.provided
         fetch.is_empty = wider.is_empty
@@ -287,16 +333,16 @@ class Opening:
                 shards.append(self._remote_shard(owner, each))
             else:
                 shards.append(Shard(owner, here, each.index, each.body_bytes, None))
-        own = f"{self.manager.rank}/"
+        own = f"{self._files.rank}/"
         shards.sort(
             key=lambda each: (each.provider is not None, not each.path.startswith(own), each.owner)
         )
         return shards
 
     def _make_fetch(self, described: Mapping[int, _Description], *, is_empty: bool) -> PeerFetch:
-        providers, rank = self._providers, self.manager.rank
+        providers, rank = self._providers, self._files.rank
         return PeerFetch(
-            self.manager,
+            self.available,
             self.candidate.commit,
             served={owner: path for owner, (each, path) in providers.items() if each == rank},
             sizes={owner: each.body_bytes for owner, each in described.items()},
@@ -313,24 +359,25 @@ class Opening:
     def _describe(self, owners: Collection[int]) -> bytes:
         """Return what this rank provides of these shards: index, values and small states."""
         described: list[bytes] = []
-        run = self.manager.run
+        run = self._files.run
         for owner, copies in enumerate(self.candidate.copies):
             if owner not in owners:
                 continue
             rank, path = self._providers.get(owner, (copies[0].rank, copies[0].path))
-            if rank != self.manager.rank:
+            if rank != self._files.rank:
                 continue
             trailer = self._trailer_of(path)
             head = {"owner": owner, "body_bytes": trailer.record.body_bytes, "offset": None}
             content, digests, values = b"", b"", b""
             if owner in self._providers:
-                index = self._shard(owner, path).index
+                shard = self._shard(owner, path)
+                index, records = shard.index, {path: shard.record}
                 head["offset"] = index.offset
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
-                with self._noting(path):
-                    found = read_shard_values(
-                        run.root / path, trailer.record, index, run.filesystem
-                    )
+                with self.available.noting(path):
+                    metadata = merge_shards([(path, index.entries(str(run.root / path)))])
+                    reader = ShardReader(run.root, run.filesystem, metadata, records)
+                    found = reader.read_contents(reader.value_names())
                 pairs = [(name.encode(), value) for name, value in found.items()]
                 values = _pack([frame for pair in pairs for frame in pair])
             small = [trailer.parts[each] for each in _SMALL]
@@ -341,7 +388,8 @@ class Opening:
         """Exchange the descriptions of all ranks; return them by owner."""
         contents = [content]
         if len(sizes) > 1:
-            contents = self.manager.repl_strategy.local_group.share(content, sizes)
+            assert self.available.replication is not None
+            contents = self.available.replication.group.share(content, sizes)
         described = {}
         for each in contents:
             for packed in _unpack(zlib.decompress(each)):
@@ -361,7 +409,7 @@ class Opening:
         return dict(sorted(described.items()))
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
-        run = self.manager.run
+        run = self._files.run
         return MergedShards.of(run.root, run.filesystem, shards, fetch)
 
     def _contents(
@@ -372,7 +420,7 @@ class Opening:
         fetch: PeerFetch,
     ) -> LocalContents:
         record = self.candidate.record
-        where = str(self.manager.run.root)
+        where = str(self._files.run.root)
         try:
             counters = json.loads(parts["train_state"])
             step = dict(counters["train_state"])["step"]
@@ -392,7 +440,7 @@ class Opening:
             files=(),
             written_by=f"holdfast {__version__}",
         )
-        checkpoint = Checkpoint(self.manager.run.root, manifest)
+        checkpoint = Checkpoint(self._files.run.root, manifest)
         values = reader.read_values()
         return LocalContents(
             checkpoint, reader, values, counters, parts["shared_state"], states, fetch

@@ -1,4 +1,4 @@
-"""A shard file of the local tier: its name, its directory, and the trailer that completes it.
+"""A shard file of the local tier: its name, its directory, its trailer, and its index.
 
 Names are `<directory>/<run id>/<rank>/iter_<N>_<owner>_local.pt`, the pattern of
 nvidia-resiliency-ext, with any number of digits. Files with other names are neither touched nor
@@ -7,18 +7,17 @@ complete: a file of the same name is renamed, and still counts, until the new co
 
 The trailer is the record (identity, sizes, digest of the image), this rank's and the shared small
 states, and a sealed end that says where these are. A file without a sound trailer is not accepted.
-A trailer is read back exactly or refused with a reason, and nothing in it is unpickled here.
-Part of on-disk format 1 of the local tier. Knows no tensors and no other rank.
+A trailer is read back exactly or refused with a reason, nothing in it is unpickled here, and an
+index is read only with the blocks that hold it verified. Part of on-disk format 1 of the local
+tier. Knows no tensors and no other rank.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import secrets
-import stat
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -34,7 +33,8 @@ from holdfast.errors import (
     FormatTooNewError,
     is_process_failure,
 )
-from holdfast.messages import describe_size
+from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
+from holdfast.read.direct import Part, read_expected, read_verified
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
 from holdfast.storage.posix import (
@@ -43,9 +43,13 @@ from holdfast.storage.posix import (
     make_durable_directory,
     naming,
     read_bytes,
+    read_into,
     replace_file,
+    why_not_private,
 )
 
+CommitKey = tuple[int, int, int]
+"""What all files of one commit share: sequence, attempt, iteration; larger is newer."""
 FORMAT = 1
 PART_NAMES = ("rank_state", "shared_state", "train_state", "run_config")
 """The small states, in this order after the record."""
@@ -90,8 +94,8 @@ class ShardRecord:
         return self.body_bytes + footer_size(self.body_bytes)
 
     @property
-    def commit(self) -> tuple[int, int, int]:
-        """What all files of one commit share: sequence, attempt, iteration."""
+    def commit(self) -> CommitKey:
+        """What all files of one commit share."""
         return self.sequence, self.attempt, self.iteration
 
     def image_record(self, path: str) -> FileRecord:
@@ -121,14 +125,15 @@ class Trailer:
         return rest + _END.pack(_MARK, image_bytes, len(rest), digest)
 
 
-def read_trailer(stream: BinaryIO, size_bytes: int, path: str) -> Trailer:
-    """Read the trailer of a file of this size; `path` is for messages.
+def read_trailer(stream: BinaryIO, path: str) -> Trailer:
+    """Read the trailer of a file; `path` is for messages.
 
     Raises:
         CorruptCheckpointError: it is truncated or altered.
         FormatTooNewError: a later version of holdfast wrote it.
         OSError: it cannot be read.
     """
+    size_bytes = stream.seek(0, os.SEEK_END)
     if size_bytes < _END.size:
         raise CorruptCheckpointError(path, f"has {size_bytes} bytes, too few for a shard file")
     stream.seek(size_bytes - _END.size)
@@ -223,7 +228,6 @@ _SHARD = re.compile(
 _PENDING = re.compile(rf"[a-z0-9_]+(\.pt)?{re.escape(PENDING_MARK)}[0-9a-f]{{8}}")
 _STOCK_PENDING = re.compile(rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.dirty\.pt")
 _RANK = re.compile("0|[1-9][0-9]*")
-_MEMORY_TYPES = ("tmpfs", "ramfs")
 UNREAD = "cannot be read"
 """Start of the reason for a file that may be sound but that the system could not read."""
 
@@ -280,8 +284,7 @@ class RunDirectory:
             OSError: it cannot be created.
         """
         for path in (self._directory, self.root, self.root / str(rank)):
-            make_durable_directory(self.filesystem, path)
-            check_owned(path)
+            make_private_directory(self.filesystem, path)
 
     def note_store(self, store: Path) -> None:
         """Record beside the shards which store this run has, in case that store is lost.
@@ -354,7 +357,7 @@ class RunDirectory:
         """
         full = self.root / path
         with naming(full), self.filesystem.open_existing(full) as stream:
-            return read_trailer(stream, os.fstat(stream.fileno()).st_size, str(full))
+            return read_trailer(stream, str(full))
 
     def publish(
         self, pending: Path, rank: int, iteration: int, owner: int
@@ -413,58 +416,74 @@ def _read_or_nothing(filesystem: Filesystem, path: Path) -> bytes:
         return b""
 
 
-def check_owned(path: Path) -> None:
-    """Refuse a directory in which another user could add or remove files that this job trusts.
+def make_private_directory(filesystem: Filesystem, path: Path) -> None:
+    """Create a directory in which no other user could add or remove files that this job trusts.
 
     Raises:
         ConfigError: it is another user's, or others may write to it.
+        OSError: it cannot be created.
     """
-    found = path.lstat()
-    problem = None
-    if not stat.S_ISDIR(found.st_mode):
-        problem = "is no directory"
-    elif found.st_uid != os.geteuid():
-        problem = f"belongs to user {found.st_uid}, this job runs as user {os.geteuid()}"
-    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-        problem = f"can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
-    if problem is not None:
+    make_durable_directory(filesystem, path)
+    if (problem := why_not_private(path)) is not None:
         advice = "name one that this job makes itself, such as /dev/shm/holdfast-<user>"
         raise ConfigError([f"checkpoint.local.directory: {path} {problem}; {advice}"])
 
 
-def is_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether files under an existing directory are in RAM."""
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        if after and before.split()[2] == wanted:
-            return after.split()[0] in _MEMORY_TYPES
-    return False
+Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Name, size of the whole tensor, offsets, lengths."""
 
 
-def reserve(descriptor: int, size_bytes: int, path: Path) -> None:
-    """Allocate bytes of a file: writing to a mapped hole of a full file system kills the process.
+@dataclass(frozen=True)
+class Index:
+    """The verified index of one shard file."""
+
+    content: bytes
+    offset: int
+    """Of the index in the file."""
+    digests: tuple[str, ...]
+    """Of the body's blocks."""
+
+    def entries(self, path: str) -> list[Entry]:
+        """Return the items.
+
+        Raises:
+            CorruptCheckpointError: it is inconsistent.
+        """
+        try:
+            return parse_index(self.content, self.offset)
+        except ValueError as error:
+            raise CorruptCheckpointError(path, str(error)) from error
+
+
+def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) -> Index:
+    """Read the index of a published shard, verified against the digests of its blocks.
 
     Raises:
-        OSError: there is not enough space (ENOSPC), with the path.
+        CorruptCheckpointError: it is damaged or missing.
+        OSError: it cannot be read.
     """
+    image = record.image_record(str(path))
+    tail_place = record.body_bytes - TAIL.size
+    glimpse, end = bytearray(TAIL.size), bytearray(TAIL.size)
     try:
-        os.posix_fallocate(descriptor, 0, max(size_bytes, 1))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        blocks = read_expected(filesystem, path, image)
+        with naming(path), filesystem.open_existing(path) as stream:
+            read_into(stream, tail_place, [memoryview(glimpse)])
+    except FileNotFoundError as error:
+        raise CorruptCheckpointError(str(path), "is missing") from error
+    try:
+        place = locate_index(bytes(glimpse), record.body_bytes)
+    except ValueError as error:
+        raise CorruptCheckpointError(str(path), str(error)) from error
+    content = bytearray(len(place))
+    parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
+    read_verified(filesystem, path, image, parts)
+    if end != glimpse:
+        raise CorruptCheckpointError(str(path), "is changed while it is read")
+    return Index(bytes(content), place.start, tuple(blocks.digests))
 
 
-def as_problem(error: OSError, size_bytes: int) -> OSError:
-    """Return the error of a full directory with the needed and the free bytes."""
-    if error.errno != errno.ENOSPC or error.filename is None:
-        return error
-    free = os.statvfs(Path(error.filename).parent)
-    free_bytes = free.f_bavail * free.f_frsize
-    needed, left = describe_size(size_bytes), describe_size(free_bytes, size_bytes)
-    reason = f"{error.strerror}: {needed} are needed, {left} are free"
-    return OSError(error.errno, reason, error.filename)
+def outline(path: Path, record: ShardRecord, filesystem: Filesystem) -> list[Chunk]:
+    """Return the chunks in a published shard; raises as `read_shard_index`."""
+    entries = read_shard_index(path, record, filesystem).entries(str(path))
+    return [(each.name, each.size, each.offsets, each.lengths) for each in entries]

@@ -1,34 +1,52 @@
 """The shard files in one rank's directory: its own and the copies it holds for others.
 
-Owns publishing, listing and pruning in that directory, and the conversion of a shard (in memory or
-in a file) to a stream and back to a file. Promises that a received shard is sealed only if every
-block of its body, its footer and its trailer are those that were sent and belong to the expected
-commit, and that nothing of a save counts before it is published. Knows no other rank's directory.
+Owns completing a staged snapshot as a shard file (`seal`), publishing, listing and pruning in that
+directory, and the conversion of a shard (in memory or in a file) to a stream and back to a file.
+Promises that a shard is sealed, and on a disk durable, before it is published, and does not count
+until then; and that a received shard is sealed only if every block of its body, its footer and its
+trailer are those that were sent and belong to the expected commit. Knows no other rank's directory.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
 
+from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
+from holdfast.format.layout import Layout
 from holdfast.ranks.topology import Topology
-from holdfast.storage.digests import BLOCK_BYTES, describe_body, footer_size, make_footer
-from holdfast.storage.posix import Filesystem, naming, read_into
-from holdfast.tiers.local.availability import Commit
+from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.snapshot.shard import seal_image, write_shard
+from holdfast.storage.digests import (
+    BLOCK_BYTES,
+    FileRecord,
+    describe_body,
+    footer_size,
+    make_footer,
+)
+from holdfast.storage.identity import CommitIdentity
+from holdfast.storage.posix import Filesystem, append_durably, naming, read_into
 from holdfast.tiers.local.pool import BufferPool, PooledFile
-from holdfast.tiers.local.shard_file import Found, RunDirectory, ShardRecord, Trailer, parse_trailer
+from holdfast.tiers.local.shard_file import (
+    CommitKey,
+    Found,
+    RunDirectory,
+    ShardRecord,
+    Trailer,
+    parse_trailer,
+    pending_name,
+    shard_name,
+)
 
-_POPULATE_READ = 22
-"""MADV_POPULATE_READ, which Python's mmap does not name: map pages now."""
+logger = logging.getLogger(__name__)
 
 
 class MemoryShard:
@@ -72,7 +90,7 @@ class FileShard:
         self._stream: BinaryIO | None = None
         with suppress(OSError):
             self._stream = filesystem.open_existing(path)
-            self.size_bytes = os.fstat(self._stream.fileno()).st_size
+            self.size_bytes = self._stream.seek(0, os.SEEK_END)
 
     def view(self, offset: int, length: int) -> memoryview | None:
         """Return None: a file's bytes are not reliably in memory."""
@@ -91,79 +109,6 @@ class FileShard:
             self._stream.close()
 
 
-class BlockSource:
-    """Blocks of several files, one per message; the last block of a file is padded.
-
-    Files in RAM are sent from their mapping, whose pages a thread populates a little ahead, since
-    that takes most of the time. Files on a disk are not mapped: a block that cannot be read must be
-    an error, not a signal.
-    """
-
-    def __init__(
-        self,
-        filesystem: Filesystem,
-        blocks: Sequence[tuple[Path, int]],
-        sizes: Sequence[int],
-        *,
-        in_memory: bool = False,
-    ) -> None:
-        self.body_bytes = 0
-        self.block_bytes = max(sizes)
-        self.size_bytes = self.block_bytes * len(blocks)
-        self._filesystem = filesystem
-        self._blocks = blocks
-        self._streams: dict[Path, BinaryIO] = {}
-        self._mapped: dict[Path, mmap.mmap] = {}
-        self._is_over = False
-        self._ahead: threading.Thread | None = None
-        if in_memory:
-            with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
-                for path in {path for path, _ in blocks}:
-                    descriptor = self._stream(path).fileno()
-                    # Private: torch requires writable memory, though nothing writes to it.
-                    self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
-                self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
-                self._ahead.start()
-
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Return a block of a file in RAM; None: it must be read."""
-        path, number = self._blocks[offset // self.block_bytes]
-        start = number * BLOCK_BYTES
-        mapped = self._mapped.get(path)
-        if mapped is None or start + length > len(mapped):
-            return None
-        return memoryview(mapped)[start : start + length]
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        """Read a block."""
-        path, number = self._blocks[offset // self.block_bytes]
-        with naming(path):
-            read_into(self._stream(path), number * BLOCK_BYTES, [target])
-
-    def close(self) -> None:
-        """End the thread and close every file."""
-        self._is_over = True
-        if self._ahead is not None:
-            self._ahead.join()
-        self._mapped.clear()
-        for stream in self._streams.values():
-            stream.close()
-
-    def _stream(self, path: Path) -> BinaryIO:
-        if path not in self._streams:
-            self._streams[path] = self._filesystem.open_existing(path)
-        return self._streams[path]
-
-    def _map_ahead(self) -> None:
-        for path, number in self._blocks:
-            start, mapped = number * BLOCK_BYTES, self._mapped[path]
-            length = min(BLOCK_BYTES, len(mapped) - start)
-            if self._is_over or length <= 0:
-                return
-            with suppress(OSError):  # an older kernel maps pages when they are sent
-                mapped.madvise(_POPULATE_READ, start, length)
-
-
 class ReceivedShard:
     """A shard being received into a file, under a pending name until it is published."""
 
@@ -172,6 +117,8 @@ class ReceivedShard:
         self.file: PooledFile | None = None
         self.error: Exception | None = None
         """The first local error during the transfer."""
+        self.trailer: Trailer | None = None
+        """Once it is sealed."""
         self._take = take
         self._body_bytes = 0
         self._digests: list[bytes] = []
@@ -200,8 +147,8 @@ class ReceivedShard:
         self._rest += block[inside:]
         self.file.write_at(offset, block)
 
-    def seal(self, run_id: str, commit: tuple[int, int, int], owner: int) -> Trailer:
-        """Verify the whole file and return its trailer.
+    def seal(self, run_id: str, commit: CommitKey, owner: int) -> Trailer:
+        """Verify the whole file; return its trailer, which is kept for publishing it.
 
         Raises:
             CorruptCheckpointError: it is not the shard that was expected.
@@ -223,14 +170,12 @@ class ReceivedShard:
             or describe_body(path, body_bytes, self._digests).digest != record.digest
         ):
             raise CorruptCheckpointError(path, "the bytes that arrived do not match their digests")
+        self.trailer = trailer
         return trailer
 
 
 def _image_bytes(body_bytes: int) -> int:
     return body_bytes + footer_size(body_bytes) if body_bytes else 0
-
-
-logger = logging.getLogger(__name__)
 
 
 class ShardDirectory:
@@ -263,7 +208,7 @@ class ShardDirectory:
         self._copies = BufferPool(
             self.directory, run.filesystem, spares=copies, mapped=False, in_memory=in_memory
         )
-        self._in_memory = in_memory
+        self.in_memory = in_memory
         self._keep = buffers - 1
         self.spared: frozenset[int] = frozenset()
         """Iterations that may be sound but were unreadable when the kept set was agreed."""
@@ -287,7 +232,9 @@ class ShardDirectory:
 
     # -- publish and roll back -------------------------------------------------------------------
 
-    def take(self, size_bytes: int, timeout_seconds: float, kept: Collection[Commit]) -> PooledFile:
+    def take(
+        self, size_bytes: int, timeout_seconds: float, kept: Collection[CommitKey]
+    ) -> PooledFile:
         """Return a file for the next shard that has no reader.
 
         Raises:
@@ -308,12 +255,13 @@ class ShardDirectory:
         if file is not None:
             self.pool.published_as(file, final)
 
-    def publish_received(self, sink: ReceivedShard, trailer: Trailer) -> None:
+    def publish_received(self, sink: ReceivedShard) -> None:
         """Publish a sealed copy under its name."""
         assert sink.file is not None
-        if not self._in_memory:
+        assert sink.trailer is not None
+        if not self.in_memory:
             sink.file.sync()  # durable before it has the name that counts
-        final = self._publish(sink.file.path, trailer.record)
+        final = self._publish(sink.file.path, sink.trailer.record)
         self._copies.published_as(sink.file, final)
 
     def _publish(self, pending: Path, record: ShardRecord) -> Path:
@@ -329,7 +277,7 @@ class ShardDirectory:
 
     def sync_names(self) -> None:
         """Make the names durable: without them the bytes cannot be found after a power cut."""
-        if not self._in_memory:
+        if not self.in_memory:
             self.run.filesystem.sync_directory(self.directory)
 
     def settle(self) -> list[tuple[Path, Path | None]]:
@@ -348,13 +296,10 @@ class ShardDirectory:
             except OSError as error:  # its commit is incomplete and never chosen for a load
                 logger.warning("%s is left of a save that failed: %s", final, error)
 
-    def drop(self, pending: Path, file: PooledFile | None) -> None:
-        """Free or remove a shard that was not published."""
-        if file is not None:
-            self.pool.give_back(file)
-        else:
-            with suppress(OSError):  # published and undone already, or the next start sweeps it
-                self.run.filesystem.remove_file(pending)
+    def drop(self, pending: Path) -> None:
+        """Remove a shard on a disk that was not published."""
+        with suppress(OSError):  # published and undone already, or the next start sweeps it
+            self.run.filesystem.remove_file(pending)
 
     def drop_received(self, sink: ReceivedShard) -> None:
         """Free or remove a copy that was not published."""
@@ -363,7 +308,7 @@ class ShardDirectory:
 
     # -- prune -----------------------------------------------------------------------------------
 
-    def prune(self, kept: Collection[Commit]) -> None:
+    def prune(self, kept: Collection[CommitKey]) -> None:
         """Remove every published file of this rank's share known not to belong to a kept commit.
 
         Raises:
@@ -381,7 +326,7 @@ class ShardDirectory:
         mates = self.topology.place_mates(self.rank)
         self.run.remove_empty([each for each in self.share() if each not in mates])
 
-    def _should_remove(self, found: Found, kept: Collection[Commit]) -> bool:
+    def _should_remove(self, found: Found, kept: Collection[CommitKey]) -> bool:
         if found.too_new is not None:
             return False  # a later version of holdfast wrote it: this one must not remove it
         if found.record is None:
@@ -419,3 +364,102 @@ class ShardDirectory:
         """Close every file; published files stay."""
         self.pool.close()
         self._copies.close()
+
+
+@dataclass(frozen=True)
+class LocalSnapshot:
+    """What one local save writes, in memory that training does not change."""
+
+    iteration: int
+    arena: Arena
+    """Staged; in RAM, the one that `LocalTier.begin` returned."""
+    structure: bytes
+    """Of this rank's live state: `structure_of(items)`."""
+    plan: bytes
+    """Of the decision which rank writes what."""
+    state_names: int | None
+    """Distinct names in the whole state; None: unknown, so that a load needs every shard."""
+    rank_state: bytes
+    shared_state: bytes
+    train_state: bytes
+    run_config: bytes
+
+
+def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
+    """Return the arena that a file holds from an earlier save, or create it."""
+    arena = file.content
+    if isinstance(arena, Arena):
+        if arena.layout == layout:
+            return arena
+        arena.release()
+        file.memory[:] = bytes(len(file.memory))  # an arena starts as zeros
+    arena = Arena(layout, file.memory, pinned=pinned)
+    file.content = arena
+    return arena
+
+
+def seal(
+    snapshot: LocalSnapshot,
+    identity: CommitIdentity,
+    shards: ShardDirectory,
+    file: PooledFile | None,
+) -> tuple[Path, Trailer]:
+    """Complete a rank's shard; `file` is the one it was staged into, None: on a disk.
+
+    Return its pending path and its trailer.
+
+    Raises:
+        OSError: it cannot be written; only a pending name is left.
+    """
+    arena = snapshot.arena
+    name = shard_name(snapshot.iteration, shards.rank)
+    if file is not None:
+        pending = file.path
+        written = seal_image(arena.memory, arena.body_bytes, name)
+    else:
+        shards.run.filesystem.make_directory(shards.directory)
+        pending = shards.directory / pending_name(name)
+        written = write_shard(shards.run.filesystem, pending, name, arena)
+        _read_footer(shards, pending, arena)
+    trailer = _trailer_of(snapshot, identity, shards, written)
+    image_size = trailer.record.image_bytes
+    if file is not None:
+        file.write_at(image_size, trailer.to_bytes())
+    else:
+        # Durable before it has the name that counts.
+        append_durably(shards.run.filesystem, pending, trailer.to_bytes())
+    return pending, trailer
+
+
+def _trailer_of(
+    snapshot: LocalSnapshot, identity: CommitIdentity, shards: ShardDirectory, written: FileRecord
+) -> Trailer:
+    record = ShardRecord(
+        run_id=shards.run.run_id,
+        attempt=identity.attempt,
+        sequence=identity.sequence,
+        iteration=snapshot.iteration,
+        world_size=shards.topology.world_size,
+        nodes=shards.topology.nodes,
+        plan=snapshot.plan.hex(),
+        state_names=snapshot.state_names,
+        owner=shards.rank,
+        structure=snapshot.structure.hex(),
+        body_bytes=snapshot.arena.body_bytes,
+        digest=written.digest,
+        written_by=f"holdfast {__version__}",
+    )
+    parts = {
+        "rank_state": snapshot.rank_state,
+        "shared_state": snapshot.shared_state,
+        "train_state": snapshot.train_state,
+        "run_config": snapshot.run_config,
+    }
+    return Trailer(record, parts)
+
+
+def _read_footer(shards: ShardDirectory, path: Path, arena: Arena) -> None:
+    """Read the footer, computed while writing to disk, into memory behind the body."""
+    footer = arena.memory[arena.body_bytes : image_bytes(arena.layout)]
+    with naming(path), shards.run.filesystem.open_existing(path) as stream:
+        read_into(stream, arena.body_bytes, [footer])

@@ -1,8 +1,8 @@
 """The fast tier: snapshots on each node's RAM or disk, replicated, loadable at any world size.
 
-Owns the order in which a job uses its local checkpoints: memory to stage into, sealing, the call to
-nvidia-resiliency-ext's manager (exchange, publish, prune), the agreement on a commit to load,
-opening it, and restoring missing files afterwards. Promises that a failed save leaves earlier
+Owns the order in which a job uses its local checkpoints: memory to stage into, sealing, the
+exchange of copies, publishing and pruning; the agreement on a commit to load, opening it, and
+restoring missing files afterwards. Promises that a failed save leaves earlier
 commits intact, that a commit it finds was sealed by all its ranks, that everything passed over has
 a reason, and that ranks enter an exchange only after all have agreed to it. Power loss and a lost
 node without copies are left to the persistent tier.
@@ -11,12 +11,11 @@ node without copies are left to the persistent tier.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from holdfast.config import LocalConfig
 from holdfast.errors import (
@@ -29,20 +28,32 @@ from holdfast.errors import (
 )
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.ranks.topology import Seat, Topology, assign_holders, node_name
+from holdfast.ranks.topology import assign_holders
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem
-from holdfast.tiers.local.availability import Candidate, Objection, Passed
-from holdfast.tiers.local.budget import Budget, find_budget
-from holdfast.tiers.local.requirements import device_of, import_adapter, new_group
-from holdfast.tiers.local.seal import LocalSnapshot, lay_out_in, seal
-from holdfast.tiers.local.shard_file import UNREAD, RunDirectory, ShardRecord, is_memory, shard_name
-
-if TYPE_CHECKING:
-    from holdfast.tiers.local.nvrx import ShardManager, ShardState
-    from holdfast.tiers.local.pool import PooledFile
-    from holdfast.tiers.local.reading import LocalContents
+from holdfast.storage.posix import Filesystem, is_memory
+from holdfast.tiers.local.availability import Availability, Candidate, Objection
+from holdfast.tiers.local.budget import Budget, Need, report_budget, take_seats
+from holdfast.tiers.local.pool import PooledFile
+from holdfast.tiers.local.reading import LocalContents, Opening
+from holdfast.tiers.local.replication import Replication, new_group, open_group
+from holdfast.tiers.local.shard_file import (
+    UNREAD,
+    CommitKey,
+    RunDirectory,
+    ShardRecord,
+    Trailer,
+    shard_name,
+)
+from holdfast.tiers.local.shards import (
+    LocalSnapshot,
+    MemoryShard,
+    ReceivedShard,
+    ShardDirectory,
+    lay_out_in,
+    seal,
+)
+from holdfast.tiers.select import Commit
 
 logger = logging.getLogger(__name__)
 
@@ -95,54 +106,63 @@ class LocalTier:
             raise ConfigError([f"checkpoint.local.keep.last is {keep_last}; {rule}"])
         self.directory = Path(config.directory).absolute()
         self.run_id = run_id
+        self._config = config
         self._filesystem = filesystem
         self._timeout_seconds = timeout_seconds
-        self._buffer_count = keep_last + 1 + drains
+        self._drains = drains
+        self._keep_last = keep_last
         rank = coordinator.rank
         run = RunDirectory(self.directory, run_id, filesystem)
-        # Within the stage, so that a package missing on one node only is reported on all ranks.
-        transport = config.replication.transport
-        places = coordinator.all_gather(
-            "local prepare", lambda: _prepare(run, rank, node, transport)
-        )
+        places: list[bool] = []
+
+        def prepare() -> None:
+            run.prepare(rank)
+            places.append(is_memory(run.root))
+
+        self.topology = take_seats(config, filesystem, coordinator, node=node, prepare=prepare)
+        self.in_memory = places[0]
         if store is not None:
             run.note_store(store)
-        engine = import_adapter()
-        self._device = device_of(transport)
-        self.topology = Topology(tuple(seat for seat, _ in places))
-        factor, jump = config.replication.factor, config.replication.jump
-        nodes = self.topology.nodes
-        # Even without copies of shards the small states go to another node: where the remaining
-        # shards cover the state, the small states are all that a lost node would take with it.
-        copies = factor if factor > 1 else min(2, len(set(nodes)))
-        self.holders = assign_holders(nodes, copies, jump)
-        """By rank: the holders of its shard, or with `replication.factor` 1 of its small states."""
-        self.in_memory = places[rank][1]
-        strategy = None
-        if coordinator.world_size > 1:
-            strategy = engine.make_strategy(
-                self._new_group(),
-                self.holders,
-                timeout_seconds,
-                sends_images=factor > 1,
-                device=self._device,
-            )
-            if factor > 1 and min(map(len, self.holders)) < factor and rank == 0:
-                logger.warning(
-                    "checkpoint.local.replication.factor is %d; this job has too few ranks for it",
-                    factor,
-                )
-        self.manager: ShardManager = engine.ShardManager(
-            run, rank, self.topology, strategy, keep_last, in_memory=self.in_memory
+        self.replication = self._make_replication(coordinator)
+        held = [] if self.replication is None else self.replication.owners_held_by(rank)
+        self.files = ShardDirectory(
+            run,
+            rank,
+            self.topology,
+            buffers=keep_last + 1,
+            copies=len(held),
+            in_memory=self.in_memory,
         )
+        self.availability = Availability(self.files, self.replication)
+        self._kept: list[CommitKey] = []
+        """The commits that retention keeps, newest first."""
         self._file: PooledFile | None = None
+        self._received: list[ReceivedShard] = []
+        """Copies received in the current save."""
         self._newest_sequence = 0
         self._candidate: Candidate | None = None
         self._noted: frozenset[Any] = frozenset()
         """Damage known when the candidate was opened."""
         self._opened: LocalContents | None = None
-        shards = self.manager.shards
-        coordinator.all_reduce("local sweep", lambda: run.sweep(shards.share()), lambda _: None)
+        coordinator.all_reduce("local sweep", lambda: run.sweep(self.files.share()), _nothing)
+
+    def _make_replication(self, coordinator: Coordinator) -> Replication | None:
+        """Return who holds whose copies, over a new group; None: there is one rank."""
+        factor, jump = self._config.replication.factor, self._config.replication.jump
+        nodes = self.topology.nodes
+        # Even without copies of shards the small states go to another node: where the remaining
+        # shards cover the state, the small states are all that a lost node would take with it.
+        copies = factor if factor > 1 else min(2, len(set(nodes)))
+        holders = assign_holders(nodes, copies, jump)
+        if coordinator.world_size == 1:
+            return None
+        if factor > 1 and min(map(len, holders)) < factor and coordinator.rank == 0:
+            logger.warning(
+                "checkpoint.local.replication.factor is %d; this job has too few ranks for it",
+                factor,
+            )
+        group = open_group(self._config.replication.transport, self._timeout_seconds)
+        return Replication(group, holders, sends_images=factor > 1)
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -157,16 +177,15 @@ class LocalTier:
             StageFailedError: on every rank: some rank has no space, for instance.
             CheckpointError: no file became free.
         """
-        if self.manager.recovery.verdict is None:
+        if self.availability.agreement is None:
             self.find(coordinator, lambda record: None)  # learn what retention must not remove
         self._give_back()
 
         def take() -> bool:
             if self.in_memory:
-                self._filesystem.make_directory(self.manager.shards.directory)  # it may be wiped
+                self._filesystem.make_directory(self.files.directory)  # it may be wiped
                 patience = self._timeout_seconds * _PATIENCE
-                shards, kept = self.manager.shards, self.manager.kept
-                self._file = shards.take(image_bytes(layout), patience, kept)
+                self._file = self.files.take(image_bytes(layout), patience, self._kept)
                 arenas.append(lay_out_in(self._file, layout, pinned=pinned))
             return self._group_is_broken()
 
@@ -180,7 +199,7 @@ class LocalTier:
 
     def _give_back(self) -> None:
         if self._file is not None:
-            self.manager.shards.pool.give_back(self._file)
+            self.files.pool.give_back(self._file)
             self._file = None
 
     def write(
@@ -197,37 +216,81 @@ class LocalTier:
             CheckpointError: on every rank, naming the stage, the ranks and the cause; earlier
                 commits are intact.
         """
-        self.manager.coordinator = coordinator
-        engine = import_adapter()
         size = image_bytes(snapshot.arena.layout)
-        sealed: list[ShardState] = []
+        file, sealed = self._file, []
         try:
             identity = coordinator.broadcast("local identity", identify)
 
             def seal_own() -> tuple[int, int]:
-                pending, trailer = seal(snapshot, identity, self.manager.shards, self._file)
-                image = snapshot.arena.memory[:size]
-                sealed.append(engine.ShardState(image, trailer, pending, self._file))
+                sealed.append(seal(snapshot, identity, self.files, file))
                 return snapshot.iteration, size
 
             total = coordinator.all_reduce("local seal", seal_own, _agree_on_iteration)
-            self._file = None  # owned by the manager from here on
-            self.manager.save(sealed[0], snapshot.iteration)
+            ((pending, trailer),) = sealed
+            if self.replication is not None and self.replication.sends_anything:
+                # All ranks have sealed their shards, so all take part.
+                replication, image = self.replication, snapshot.arena.memory[:size]
+                coordinator.all_reduce(
+                    "local exchange", lambda: self._exchange(replication, image, trailer), _nothing
+                )
+            coordinator.all_reduce(
+                "local publish", lambda: self._publish(pending, trailer.record, file), _nothing
+            )
         except BaseException:
-            self._give_back()
-            for state in sealed:
-                self.manager.shards.drop(state.pending, state.file)
+            self._undo_save(sealed[0][0] if sealed else None)
             raise
+        self._file = None  # published
+        self._keep_and_prune(trailer.record.commit)
         if self.in_memory:
             self._prepare_next(size)
         name = shard_name(snapshot.iteration, coordinator.rank)
-        own = self.manager.run.rank_directory(coordinator.rank) / name
-        return LocalCommitted(own, total)
+        return LocalCommitted(self.files.directory / name, total)
+
+    def _exchange(self, replication: Replication, image: memoryview, trailer: Trailer) -> None:
+        """Send this rank's shard to its holders and receive the copies held here."""
+        record, rank = trailer.record, self.files.rank
+        if replication.sends_images:
+            source = MemoryShard(image, record.body_bytes, trailer.to_bytes())
+        else:
+            source = MemoryShard(memoryview(b""), 0, trailer.without_image().to_bytes())
+        sinks = {owner: self.files.sink() for owner in replication.owners_held_by(rank)}
+        self._received = list(sinks.values())
+        replication.exchange(replication.plan_save(), rank, {rank: source}, sinks)
+        for owner, sink in sinks.items():
+            sink.seal(record.run_id, record.commit, owner)
+
+    def _publish(self, pending: Path, record: ShardRecord, file: PooledFile | None) -> None:
+        self.files.publish(pending, record, file)
+        for each in self._received:
+            self.files.publish_received(each)
+        self._received = []
+        self.files.sync_names()
+
+    def _undo_save(self, pending: Path | None) -> None:
+        """Undo what a failed save has done here, and nothing else: an older save stays."""
+        for each in self._received:
+            self.files.drop_received(each)
+        self._received = []
+        self.files.take_back()
+        if self._file is None and pending is not None:
+            self.files.drop(pending)
+        self._give_back()
+
+    def _keep_and_prune(self, commit: CommitKey) -> None:
+        """Remove every published file that does not belong to a kept commit."""
+        self.files.settle()
+        # An older commit of the same iteration was kept until this one was agreed on.
+        others = [each for each in self._kept if each[2] != commit[2]]
+        self._kept = [commit, *others][: self._keep_last]
+        try:
+            self.files.prune(self._kept)
+        except OSError as error:  # the new commit is complete even if older ones are not removed
+            logger.warning("pruning stopped, the next save continues it: %s", error)
 
     def _prepare_next(self, size: int) -> None:
         """Allocate the next save's file now, beside training."""
         try:
-            self.manager.shards.pool.top_up(size)
+            self.files.pool.top_up(size)
         except OSError as error:
             logger.warning("%s: the next save may lack space: %s", self.directory, error)
 
@@ -244,20 +307,22 @@ class LocalTier:
             StageFailedError: a directory cannot be read, on some rank, or a rank is gone.
         """
         self._end_fetch()
-        self.manager.coordinator = coordinator
         self._renew_group(coordinator.all_reduce("local group", self._group_is_broken, any))
-        verdict = self.manager.vote(objection)
-        self._newest_sequence = max(self._newest_sequence, verdict.newest_sequence)
+        agreed = self.availability.agree(objection, coordinator)
+        candidate = agreed.candidate
+        resumed = [] if candidate is None else [candidate.commit]
+        self._kept = sorted({*agreed.whole, *resumed}, reverse=True)[: self._keep_last]
+        self._newest_sequence = max(self._newest_sequence, agreed.newest_sequence)
         # A file that cannot be read at the moment may belong to the newest commit.
-        unread = {each.iteration for each in verdict.passed if each.reason.startswith(UNREAD)}
-        self.manager.shards.spared = frozenset(unread)
-        return verdict.candidate
+        unread = {each.iteration for each in agreed.passed if each.reason.startswith(UNREAD)}
+        self.files.spared = frozenset(each for each in unread if each is not None)
+        return candidate
 
     @property
-    def passed(self) -> tuple[Passed, ...]:
+    def passed(self) -> tuple[Commit, ...]:
         """Commits and files that the last `find` passed over, newest first, with reasons."""
-        verdict = self.manager.recovery.verdict
-        return () if verdict is None else verdict.passed
+        agreed = self.availability.agreement
+        return () if agreed is None else agreed.passed
 
     @property
     def newest_sequence(self) -> int:
@@ -279,12 +344,9 @@ class LocalTier:
             CorruptCheckpointError: on every rank; call `find` again for another commit.
             StageFailedError: a rank is gone, or failed for a reason other than the commit.
         """
-        from holdfast.tiers.local.reading import Opening
-
-        manager = self.manager
-        self._noted = frozenset(manager.recovery.damaged)
+        self._noted = frozenset(self.availability.damaged)
         try:
-            self._opened = Opening(manager, candidate, coordinator).run(suffices)
+            self._opened = Opening(self.availability, candidate, coordinator).run(suffices)
             self._candidate = candidate
         except StageTimeoutError:
             raise
@@ -293,7 +355,7 @@ class LocalTier:
                 raise
             self.pass_over(candidate, coordinator, str(error))
             if isinstance(error, StageFailedError):
-                raise CorruptCheckpointError(str(manager.run.root), str(error)) from error
+                raise CorruptCheckpointError(str(self.files.run.root), str(error)) from error
             raise
         return self._opened
 
@@ -304,10 +366,10 @@ class LocalTier:
         passed over with this reason.
         """
         found = coordinator.all_reduce(
-            "local pass over", lambda: not self._noted >= self.manager.recovery.damaged, any
+            "local pass over", lambda: not self._noted >= self.availability.damaged, any
         )
         if not found:
-            self.manager.recovery.rejected[candidate.commit] = reason
+            self.availability.rejected[candidate.commit] = reason
 
     def verify(self, candidate: Candidate, coordinator: Coordinator) -> None:
         """Read and verify every file of a commit, each rank its share.
@@ -317,17 +379,17 @@ class LocalTier:
         """
         problems = coordinator.all_reduce(
             "local verify",
-            lambda: self.manager.recovery.verify(candidate),
+            lambda: self.availability.verify(candidate),
             lambda parts: [each for part in parts for each in part],
         )
         if problems:
-            raise CorruptCheckpointError(str(self.manager.run.root), "; ".join(problems[:3]))
+            raise CorruptCheckpointError(str(self.files.run.root), "; ".join(problems[:3]))
 
     def finish(self) -> bool:
         """End a successful load; return, alike on every rank, whether `restore` has work to do."""
         self._end_fetch()
         candidate = self._candidate
-        return candidate is not None and bool(self.manager.recovery.lacks(candidate))
+        return candidate is not None and bool(self.availability.lacks(candidate))
 
     def restore(self, coordinator: Coordinator) -> None:
         """Restore the files that nodes have lost of the loaded commit; collective, on any thread.
@@ -336,7 +398,7 @@ class LocalTier:
             CheckpointError: on every rank: a file could not be written, or has no sound copy.
         """
         assert self._candidate is not None
-        self.manager.recovery.restore(self._candidate, coordinator)
+        self.availability.restore(self._candidate, coordinator)
 
     def _end_fetch(self) -> None:
         if self._opened is not None:
@@ -353,11 +415,9 @@ class LocalTier:
             return iteration is None or record.iteration > iteration
 
         coordinator.all_reduce(
-            "local discard", lambda: self.manager.shards.discard(is_superseded), lambda _: None
+            "local discard", lambda: self.files.discard(is_superseded), lambda _: None
         )
-        self.manager.kept = [
-            each for each in self.manager.kept if iteration is not None and each[2] <= iteration
-        ]
+        self._kept = [each for each in self._kept if iteration is not None and each[2] <= iteration]
 
     # -- other -----------------------------------------------------------------------------------
 
@@ -368,81 +428,57 @@ class LocalTier:
         Raises:
             OSError: it cannot be opened.
         """
-        with self.manager.shards.pool.hold(self._own_path(iteration)) as stream:
+        with self.files.pool.hold(self._own_path(iteration)) as stream:
             yield stream
 
     @contextmanager
     def keep(self, iteration: int) -> Iterator[None]:
         """Protect this rank's own shard of a commit from reuse meanwhile; this cannot fail."""
-        with self.manager.shards.pool.keep(self._own_path(iteration)):
+        with self.files.pool.keep(self._own_path(iteration)):
             yield
 
+    def size_before(self, record: ShardRecord) -> int:
+        """Return the size of this rank's file of a commit; of the record's own if it is lost."""
+        try:
+            return self._filesystem.size_bytes(self._own_path(record.iteration))
+        except OSError:
+            return record.image_bytes
+
     def _own_path(self, iteration: int) -> Path:
-        rank = self.manager.rank
-        return self.manager.run.rank_directory(rank) / shard_name(iteration, rank)
+        return self.files.directory / shard_name(iteration, self.files.rank)
 
     def budget(self, image_size_bytes: int, coordinator: Coordinator) -> Budget:
-        """Return what this place needs for shards of these sizes, each rank passing its own.
+        """Report what shards of these sizes need, each rank passing its own; see `report_budget`.
 
         Raises:
             ConfigError: on every rank: it does not fit, with the numbers.
         """
-        sizes = coordinator.all_gather("local budget", lambda: image_size_bytes)
-        rank = coordinator.rank
-        mates = self.topology.place_mates(rank)
-        strategy = self.manager.repl_strategy
-        sends = strategy is not None and strategy.sends_images
-        held = [
-            [sizes[owner] for owner in strategy.owners_held_by(each)] if sends else []
-            for each in mates
-        ]
-
-        def find() -> Budget:
-            found = find_budget(
-                self.directory,
-                [sizes[each] for each in mates],
-                held,
-                self._buffer_count,
-                in_memory=self.in_memory,
-                reused=[self.manager.run.root],
-            )
-            if rank == mates[0]:
-                found.check()
-            return found
-
-        budgets: list[Budget] = []
-        coordinator.all_reduce("local room", lambda: budgets.append(find()), lambda _: None)
-        return budgets[0]
+        config, need, drains = self._config, Need(image_size_bytes), self._drains
+        return report_budget(
+            config, self.topology, self.run_id, need, coordinator, drains=drains, is_estimate=False
+        )
 
     def close(self) -> None:
         """Close every file; published files stay."""
         self._end_fetch()
         self._give_back()
-        self.manager.close()
+        self.files.close()
 
     # -- the group -------------------------------------------------------------------------------
 
-    def _new_group(self) -> Any:
-        """Create the group for exchanges; a collective call, on the training thread."""
-        return new_group(self._device, self._timeout_seconds)
-
     def _group_is_broken(self) -> bool:
-        strategy = self.manager.repl_strategy
-        return strategy is not None and strategy.local_group.is_broken
+        return self.replication is not None and self.replication.group.is_broken
 
     def _renew_group(self, is_broken: bool) -> None:
         """Replace a group in which a wait timed out: gloo has closed its connections."""
         if is_broken:
-            self.manager.repl_strategy.local_group.renew(self._new_group())
+            assert self.replication is not None
+            group = new_group(self._config.replication.transport, self._timeout_seconds)
+            self.replication.group.renew(group)
 
 
-def _prepare(run: RunDirectory, rank: int, node: str | None, transport: str) -> tuple[Seat, bool]:
-    """Return where this rank is placed, and whether its directory is in RAM."""
-    import_adapter()
-    device_of(transport)
-    run.prepare(rank)
-    found = os.stat(run.root)
-    return Seat(node_name(node), (found.st_dev, found.st_ino)), is_memory(run.root)
+def _nothing(_: object) -> None:
+    return None
 
 
 def _agree_on_iteration(sealed: list[tuple[int, int]]) -> int:
