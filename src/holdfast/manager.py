@@ -38,6 +38,7 @@ from holdfast.errors import (
 from holdfast.events import (
     ON_CHECKPOINT_STAGED,
 )
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.policies.guards import Alarm, StepOrder
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -55,7 +56,7 @@ from holdfast.state.model import run_each
 from holdfast.state.options import Overrides
 from holdfast.state.rank import Place, warn_of_lost_position
 from holdfast.storage.manifest import LOCAL, PERSISTENT
-from holdfast.storage.posix import Filesystem, LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.persistent import Admission, PersistentTier
@@ -105,8 +106,8 @@ class DefaultCheckpointManager:
         self._filesystem = filesystem or LocalFilesystem(private=config.permissions == "private")
         check_directories(config, self._filesystem)
         self._tier = PersistentTier(
-            Path(directory).absolute(),
-            self._filesystem,
+            # The root may be a link; inside it no link is followed.
+            PosixStorage(Path(directory).absolute().resolve(), self._filesystem),
             config.run_id,
             config.persistent.keep.last,
             config.persistent.write_bytes_per_second,
@@ -320,7 +321,7 @@ class DefaultCheckpointManager:
         self._begin_call("arrive", check_own, lambda: None, refusal)
         search = Search(self._config, self._tiers, self._filesystem, control)
         if control.rank == 0:
-            warn_of_living_attempt(self._tier.store.root, self._filesystem)
+            warn_of_living_attempt(self._tier.store.storage)
         touched = False
         while (selected := search.next(touched=touched)) is not None:
             self._report_budget(ctx, selected.candidate, control)

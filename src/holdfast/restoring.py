@@ -25,6 +25,7 @@ from holdfast.errors import (
     UnsupportedStateError,
     is_process_failure,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.protocol import Restored, Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
@@ -48,7 +49,8 @@ from holdfast.state.rank import (
     check_data,
     own_state,
 )
-from holdfast.storage.posix import Filesystem
+from holdfast.storage.backend import Storage
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.opening import Contents, open_contents, verify_together
 from holdfast.torch_internals import local_of
@@ -91,7 +93,8 @@ def open_candidate(
 ) -> Opened:
     """Open a candidate of either tier on all ranks; raises as `open_verified`."""
     if isinstance(candidate, Checkpoint):
-        return open_verified(candidate, coordinator, filesystem, place, verify_first=verify_first)
+        files = PosixStorage(candidate.path, filesystem)
+        return open_verified(candidate, coordinator, files, place, verify_first=verify_first)
     assert local is not None
     return open_local(candidate, local, coordinator, place, verify_first=verify_first)
 
@@ -100,7 +103,7 @@ def open_candidate(
 def open_verified(
     checkpoint: Checkpoint,
     coordinator: Coordinator,
-    filesystem: Filesystem,
+    files: Storage,
     place: Place,
     *,
     verify_first: bool,
@@ -111,23 +114,23 @@ def open_verified(
         CorruptCheckpointError: on every rank, naming what is damaged or cannot be read.
     """
     if verify_first:
-        damages = verify_together(checkpoint, coordinator, filesystem)
+        damages = verify_together(checkpoint, coordinator, files)
         if damages:
             reason = _listed([str(damage) for damage in damages])
             raise CorruptCheckpointError(str(checkpoint.path), reason)
     opened: list[Opened] = []
 
     def read() -> None:
-        contents = open_contents(checkpoint, filesystem)
+        contents = open_contents(checkpoint, files)
         if contents.shared_state is None:
             opened.append(Opened(contents, {}, []))
             return
         saved_size = checkpoint.manifest.world_size
         states = []
         if place.world_size == saved_size:
-            states = [_read_rank_state(contents, place.rank, filesystem)]
+            states = [_read_rank_state(contents, place.rank)]
         if not states or not place.reads_on_from(states[0]):
-            states = [_read_rank_state(contents, rank, filesystem) for rank in range(saved_size)]
+            states = [_read_rank_state(contents, rank) for rank in range(saved_size)]
         shared = _as_state(decode(contents.shared_state, str(checkpoint.path)), (), checkpoint)
         opened.append(Opened(contents, shared, states))
 
@@ -482,8 +485,8 @@ def _tensors_in(state: Any) -> int:
     return int(isinstance(state, torch.Tensor))
 
 
-def _read_rank_state(contents: Contents, rank: int, filesystem: Filesystem) -> dict[str, Any]:
-    content = contents.read_rank_state(rank, filesystem)
+def _read_rank_state(contents: Contents, rank: int) -> dict[str, Any]:
+    content = contents.read_rank_state(rank)
     state = decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
     return _as_state(state, _RANK_KEYS, contents.checkpoint)
 

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, ConfigError, StageTimeoutError, UnsupportedStateError
+from holdfast.filesystem import Filesystem
 from holdfast.format.items import Inventory, Itemizer
 from holdfast.format.proposals import structure_of
 from holdfast.protocol import CheckpointSaveContext
@@ -37,7 +38,6 @@ from holdfast.state.codec import encode, to_yaml
 from holdfast.state.counters import read_counters
 from holdfast.state.estimate import estimate
 from holdfast.state.model import check_reachable, run_each
-from holdfast.storage.posix import Filesystem
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.budget import Need, report_budget, take_seats

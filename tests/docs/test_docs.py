@@ -17,7 +17,8 @@ import holdfast
 from holdfast import errors
 from holdfast import events as event_names
 from holdfast.config import CheckpointConfig
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def test_the_layout_in_the_readme_is_what_a_save_leaves(
     loop = next(block for block in _blocks(ROOT / "README.md", "python") if "while " in block)
     exec(loop, _training())
     root = tmp_path / "checkpoints"
-    (newest, *_) = Store(root, LocalFilesystem()).listing().checkpoints
+    (newest, *_) = Store(PosixStorage(root, LocalFilesystem())).listing().checkpoints
     found = {each.name for each in root.iterdir() if not each.name.startswith("iter_")}
     found |= {str(each.relative_to(newest.path)) for each in newest.path.rglob("*")}
     found = {re.sub(r"\d{5,}", "N", name) for name in found} - {"state"}

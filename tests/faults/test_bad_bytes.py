@@ -22,10 +22,11 @@ from torch import nn
 
 from holdfast.cli import main
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError, NoLoadableCheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.digests import ALIGNMENT_BYTES, BLOCK_BYTES, footer_size
 from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.posix import LocalFilesystem
-from holdfast.storage.store import Store, checkpoint_name
+from holdfast.storage.posix import PosixStorage
+from holdfast.storage.store import checkpoint_name, open_checkpoint, verify_files
 from holdfast.tiers.persistent import PersistentTier
 from holdfast.tiers.select import Condition
 from holdfast.tiers.survey import survey_store
@@ -96,16 +97,17 @@ def test_every_byte_of_every_file_is_covered(store: Path) -> None:
 
     In the regular run every eighth byte and the last.
     """
-    rng, reader = random.Random(SEED), Store(store, LocalFilesystem())
+    rng = random.Random(SEED)
     folder = store / checkpoint_name(NEWEST)
-    sound = reader.open(folder, NEWEST)
+    files = PosixStorage(folder, LocalFilesystem())
+    sound = open_checkpoint(files, NEWEST)
     flips = 0
     for file in sound.manifest.files:
         covered_bytes = _covered_bytes(folder / file.path)
         for position in _positions(file.size_bytes, rng):
             expected = f"{folder.name}/{file.path}: {_place(position, covered_bytes)}"
             with _flipped(folder / file.path, position, rng.randrange(8)):
-                [damage] = reader.verify(sound, [file])
+                [damage] = verify_files(files, [file])
             assert str(damage).startswith(expected), position
             flips += 1
     manifest = folder / MANIFEST_NAME
@@ -114,10 +116,12 @@ def test_every_byte_of_every_file_is_covered(store: Path) -> None:
             _flipped(manifest, position, rng.randrange(8)),
             pytest.raises(CorruptCheckpointError) as caught,
         ):
-            reader.open(folder, NEWEST)
+            open_checkpoint(files, NEWEST)
         assert caught.value.path == str(manifest), position
         flips += 1
-    assert not reader.verify(reader.open(folder, NEWEST)), "the flips were not undone"
+    assert not verify_files(files, open_checkpoint(files, NEWEST).manifest.files), (
+        "the flips were not undone"
+    )
     record("byte flips", flips)
 
 
@@ -365,7 +369,7 @@ def test_a_flipped_bit_beside_the_checkpoints_decides_nothing(tmp_path: Path) ->
     back.train_to(OLDER)
     back.save()
     # A third start goes back to 2 as well, and dies before its first commit.
-    third = PersistentTier(store, filesystem, None, None)
+    third = PersistentTier(PosixStorage(store, filesystem), None, None)
     third.resume_from(third.store.find(2))
     third.admit()
     flips, rng = 0, random.Random(SEED)
@@ -375,7 +379,7 @@ def test_a_flipped_bit_beside_the_checkpoints_decides_nothing(tmp_path: Path) ->
             with _flipped(path, position, bit):
                 flips += 1
                 with suppress(CorruptCheckpointError, FormatTooNewError):
-                    commits = survey_store(store, filesystem, is_own=True).commits
+                    commits = survey_store(PosixStorage(store, filesystem), is_own=True).commits
                     sound = [each for each in commits if each.condition is Condition.SOUND]
                     found = [each.iteration for each in sound]
                     assert found in ([2], []), f"{path.name}, byte {position}, bit {bit}"

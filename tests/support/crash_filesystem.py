@@ -30,7 +30,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from holdfast.storage.posix import DirectoryEntry
+from holdfast.filesystem import DirectoryEntry
 
 EXHAUSTIVE_CHANGES = 4
 """Up to so many un-synced name changes, every subset of them is tried."""

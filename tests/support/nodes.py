@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import CheckpointError, CorruptCheckpointError
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.format.layout import Item, lay_out
 from holdfast.format.proposals import structure_of
 from holdfast.protocol import TrainState
@@ -36,7 +37,6 @@ from holdfast.ranks.channels import open_channels
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.snapshot.arena import Arena
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem, LocalFilesystem
 from holdfast.tiers.local.shards import LocalSnapshot
 from holdfast.tiers.local.tier import LocalTier
 
@@ -219,7 +219,7 @@ class Job:
                 wrong.append("counters")
             saved = candidate.record.world_size
             ranks = [self.rank] if saved == self.size else list(range(saved))
-            states = [contents.read_rank_state(rank, LocalFilesystem()) for rank in ranks]
+            states = [contents.read_rank_state(rank) for rank in ranks]
             for rank, state in zip(ranks, states, strict=True):
                 if state != f"rank {rank} at {iteration}".encode():
                     wrong.append(f"state of rank {rank}")

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.dcp import merge_shards
 from holdfast.format.layout import Entry, Item, lay_out
 from holdfast.read.reader import ShardReader
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.shard import seal_image
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.availability import find_gap
 from holdfast.tiers.local.peers import ReadRequest, divide
 from holdfast.tiers.local.shard_file import Chunk, ShardRecord, outline, read_shard_index
@@ -78,7 +79,7 @@ def test_two_files_are_read_as_one(tmp_path: Path) -> None:
         index = read_shard_index(tmp_path / name, record, filesystem)
         shards.append((name, index.entries(name)))
         records[name] = record.image_record(name)
-    reader = ShardReader(tmp_path, filesystem, merge_shards(shards), records)
+    reader = ShardReader(PosixStorage(tmp_path, filesystem), merge_shards(shards), records)
     assert reader.key_path("w") == ("model", "w")
     targets = {"w": torch.zeros(8, 3), "v": torch.zeros(8, 3)}
     reader.read_tensors(targets)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import xxhash
 
+from holdfast.filesystem import LocalFilesystem
 from holdfast.read.requests import Piece
 from holdfast.storage.digests import BLOCK_BYTES
-from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.peers import BlockSource, Shard, _FileSink, _TensorSink
 from holdfast.tiers.local.shard_file import Index
 

@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from holdfast.tiers.local.exchange import HEADER, Incoming, Message, Outgoing
 from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.replication import GroupBrokenError, HostGroup

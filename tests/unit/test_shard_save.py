@@ -18,11 +18,12 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from holdfast.errors import NotEnoughMemoryError, StageFailedError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.items import Inventory, Itemizer
 from holdfast.ranks.coordinator import SingleProcess, StoreCoordinator
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from tests.support.tensors import bits
 
 MIB = 1 << 20
@@ -71,7 +72,7 @@ def _names(plan: ShardPlan) -> list[str]:
 def _write(staged: StagedShard, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     if not staged.is_empty:
-        staged.write(LocalFilesystem(), directory, None)
+        staged.write(PosixStorage(directory, LocalFilesystem()), None)
     if staged.plan.metadata is not None:
         (directory / ".metadata").write_bytes(staged.metadata())
 

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.nn.utils import parametrize
 
 from holdfast.errors import CheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.layout import read_index
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.state.app import AppState, Place
 from holdfast.state.model import model_state, optimizer_state
-from holdfast.storage.posix import LocalFilesystem
 from tests.support.managers import Live, manager_of, step
 from tests.support.states import digest
 

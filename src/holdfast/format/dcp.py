@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import IOBase
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Self, cast
 
 import torch
@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from holdfast.format.layout import Entry
 from holdfast.format.plan import Decision, shard_name
-from holdfast.storage.posix import Filesystem, naming
+from holdfast.storage.backend import Storage, open_stream
 from holdfast.torch_internals import EXTRA_STATE, PICKLED, StorageInfo
 
 KeyPath = tuple[str | int, ...]
@@ -343,21 +343,21 @@ def key_path_of(name: str) -> KeyPath:
 
 
 class SeamFileSystem(FileSystem):
-    """Exactly the file system methods that torch's reader calls."""
+    """Exactly the file system methods that torch's reader calls; paths are names in a storage."""
 
-    def __init__(self, filesystem: Filesystem) -> None:
-        self._filesystem = filesystem
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[IOBase]:
         if mode != "rb":
-            raise OSError(errno.EROFS, "only for reading", str(path))
-        with naming(Path(path)), self._filesystem.open_existing(Path(path)) as stream:
+            raise OSError(errno.EROFS, "only for reading", self._storage.where(str(path)))
+        with open_stream(self._storage, str(path)) as stream:
             yield cast(IOBase, stream)
 
     def exists(self, path: Any) -> bool:
         try:
-            self._filesystem.size_bytes(Path(path))
+            self._storage.size_bytes(str(path))
         except FileNotFoundError:
             return False
         return True

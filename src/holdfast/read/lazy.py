@@ -10,7 +10,6 @@ until the last tensor is freed. Changes on disk after a block was verified are n
 from __future__ import annotations
 
 import io
-import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -24,9 +23,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.format.layout import container_of
+from holdfast.read.direct import read_expected
 from holdfast.read.reader import ShardReader
-from holdfast.storage.digests import BLOCK_BYTES, Blocks, Difference, DifferenceError, read_blocks
-from holdfast.storage.posix import naming
+from holdfast.storage.digests import BLOCK_BYTES, Blocks, Difference
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -92,7 +91,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         place = self._reader.place_of(MetadataIndex(name, stored.offsets))
         file = self._file(place.relative_path)
         file.verify(range(place.offset, place.offset + place.length), name)
-        content = memoryview(file.content)[place.offset : place.offset + place.length]
+        content = file.content[place.offset : place.offset + place.length]
         container = container_of(dtype, size)
         header = container.header
         if container.size_bytes != len(content) or content[: len(header)] != header:
@@ -116,7 +115,7 @@ class _MappedFile:
     """One memory-mapped file, and which of its blocks are verified."""
 
     path: Path
-    content: mmap.mmap
+    content: memoryview
     expected: Blocks | None
     """None: nothing is verified."""
     _verified: set[int] = field(default_factory=set)
@@ -126,18 +125,12 @@ class _MappedFile:
     def open(cls, reader: ShardReader, name: str, verify: bool) -> _MappedFile:
         path, expected = reader.path / name, None
         try:
-            with naming(path), reader.filesystem.open_existing(path) as stream:
+            with reader.files.open(name) as source:
                 if verify:
-                    expected = read_blocks(reader.records[name], stream)
-                # No swap reservation where the system supports it: a file may exceed memory.
-                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-                access = mmap.PROT_READ | mmap.PROT_WRITE
-                content = mmap.mmap(stream.fileno(), 0, flags=flags, prot=access)
+                    expected = read_expected(source, str(path), reader.records[name])
+                content = source.map()
         except FileNotFoundError as error:
             raise CorruptCheckpointError(str(path), "is missing") from error
-        except DifferenceError as error:
-            found = error.difference
-            raise CorruptCheckpointError(str(path), found.reason, found.byte_range) from None
         return cls(path, content, expected)
 
     def verify(self, wanted: range, name: str) -> None:
@@ -160,8 +153,7 @@ class _MappedFile:
                     continue
                 start = number * BLOCK_BYTES
                 end = min(start + BLOCK_BYTES, self.expected.covered_bytes)
-                with memoryview(self.content) as content, content[start:end] as block:
-                    digest = xxhash.xxh3_128_hexdigest(block)
+                digest = xxhash.xxh3_128_hexdigest(self.content[start:end])
                 if digest != self.expected.digests[number]:
                     found = Difference.in_block(number, start, end - 1)
                     raise CorruptCheckpointError(

@@ -15,8 +15,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -39,6 +39,7 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena, StreamedShard, allocate, image_bytes
 from holdfast.snapshot.copy import Copying, mark_streams
+from holdfast.storage.backend import Append, Storage
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     FileRecord,
@@ -46,7 +47,6 @@ from holdfast.storage.digests import (
     footer_size,
     make_footer,
 )
-from holdfast.storage.posix import Filesystem, writing_past_cache
 
 _DIGESTERS = 2
 """Threads that digest an image in memory: one thread reaches half of the memory's read speed."""
@@ -74,8 +74,7 @@ class Image(Protocol):
 
 
 def write_shard(
-    filesystem: Filesystem,
-    path: Path,
+    writing: AbstractContextManager[Append],
     name: str,
     image: Image,
     progress: Progress | None = None,
@@ -83,6 +82,7 @@ def write_shard(
 ) -> FileRecord:
     """Write a new file, body and footer, and return its record under a relative name.
 
+    `writing`: opens the file, which must be new, and gives the function that appends to it.
     `bytes_per_second`: the highest average rate over the whole file. None: no limit.
 
     Raises:
@@ -94,7 +94,7 @@ def write_shard(
     with (
         ThreadPoolExecutor(1, thread_name_prefix="holdfast-digest") as digesting,
         ThreadPoolExecutor(1, thread_name_prefix="holdfast-stretch") as preparing,
-        writing_past_cache(filesystem, path) as append,
+        writing as append,
     ):
         # Preparing the next stretch, digesting this one and writing it all release the GIL and run
         # concurrently.
@@ -218,12 +218,8 @@ class StagedShard:
         if self.copying is not None:
             self.copying.wait()
 
-    def write(
-        self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
-    ) -> FileRecord:
-        """Write the file into a directory while it is being staged.
-
-        The caller makes its name durable.
+    def write(self, files: Storage, bytes_per_second: float | None) -> FileRecord:
+        """Write the file into the storage of a pending checkpoint while it is being staged.
 
         Raises:
             OSError: it cannot be written.
@@ -231,9 +227,8 @@ class StagedShard:
         if self.image is not self.arena:
             self.wait()
         name = self.plan.name
-        return write_shard(
-            filesystem, directory / name, name, self.image, self.progress, bytes_per_second
-        )
+        writing = files.put_from(name)
+        return write_shard(writing, name, self.image, self.progress, bytes_per_second)
 
     def metadata(self) -> bytes:
         """Return the content of `.metadata`, on rank 0."""

@@ -23,13 +23,13 @@ from holdfast.errors import (
     StoreIdentityError,
     StoreNotLoadedError,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Background, Committed, Outcome
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import ShardPlan
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem
 from holdfast.tiers.persistent import Admission, PersistentTier, Snapshot
 
 if TYPE_CHECKING:

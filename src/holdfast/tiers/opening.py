@@ -28,10 +28,10 @@ from holdfast.format.inventory import METADATA_NAME, name_tensors
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ForeignReader, ShardReader
+from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord, find_difference
 from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
-from holdfast.storage.posix import Filesystem, read_bytes
-from holdfast.storage.store import Checkpoint, Damage, Store
+from holdfast.storage.store import Checkpoint, Damage, verify_files
 from holdfast.tiers.persistent import (
     RUN_CONFIG_NAME,
     SHARED_STATE_NAME,
@@ -57,12 +57,12 @@ class ForeignCheckpoint(Checkpoint):
         return cls(path, Manifest("", 0, 0, iteration, FOREIGN, 1, "", ()))
 
 
-def is_foreign(path: Path, filesystem: Filesystem) -> bool:
-    """Whether a directory is a checkpoint written by torch alone.
+def is_foreign(files: Storage) -> bool:
+    """Whether these are the files of a checkpoint written by torch alone.
 
-    A directory with any file that only holdfast writes is holdfast's, and damaged without manifest.
+    One with any file that only holdfast writes is holdfast's, and damaged without manifest.
     """
-    names = {each.name for each in filesystem.list_directory(path)}
+    names = {each.name for each in files.list()}
     return METADATA_NAME in names and not names & _OURS
 
 
@@ -75,23 +75,22 @@ def warn_of_foreign(path: Path) -> None:
     )
 
 
-def open_foreign(checkpoint: ForeignCheckpoint, filesystem: Filesystem) -> ForeignReader:
-    """Read the metadata of the directory.
+def open_foreign(files: Storage) -> ForeignReader:
+    """Read the metadata of a checkpoint written by torch alone.
 
     Raises:
         CorruptCheckpointError: its metadata cannot be read, or names files that are not there.
     """
-    path = checkpoint.path
     records = {
-        each.name: FileRecord(each.name, filesystem.size_bytes(path / each.name), "", ())
-        for each in filesystem.list_directory(path)
-        if each.is_file
+        each.name: FileRecord(each.name, files.size_bytes(each.name), "", ())
+        for each in files.list()
+        if not each.is_group
     }
     try:
-        content = read_bytes(filesystem, path / METADATA_NAME)
+        content = files.get(METADATA_NAME)
     except FileNotFoundError as error:
-        raise CorruptCheckpointError(str(path / METADATA_NAME), "is missing") from error
-    return ForeignReader.open(path, content, records, filesystem)
+        raise CorruptCheckpointError(files.where(METADATA_NAME), "is missing") from error
+    return ForeignReader.open(files, content, records)
 
 
 def unchanged_counters() -> dict[str, Any]:
@@ -115,13 +114,13 @@ class Contents:
     shared_state: bytes | None
     """None: a foreign checkpoint, which has no rank states either."""
 
-    def read_rank_state(self, rank: int, filesystem: Filesystem) -> bytes:
+    def read_rank_state(self, rank: int) -> bytes:
         """Return the state file of one of the saving ranks.
 
         Raises:
             CorruptCheckpointError: it is damaged, or not listed and so without a digest.
         """
-        return _read_checked(self.checkpoint, rank_state_name(rank), filesystem)
+        return _read_checked(self.checkpoint, rank_state_name(rank), self.reader.files)
 
     def bring(
         self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
@@ -141,77 +140,76 @@ class Contents:
 
 
 def verify_together(
-    checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem
+    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage
 ) -> list[Damage]:
     """Read every file once, each rank its share; return all damage on every rank."""
-    store = Store(checkpoint.path.parent, filesystem)
     share = _shares(checkpoint.manifest.files, coordinator.world_size)[coordinator.rank]
 
     def verify() -> list[Damage]:
-        return name_tensors(checkpoint, store.verify(checkpoint, share), filesystem)
+        return name_tensors(files, verify_files(files, share))
 
     parts = coordinator.all_gather("verify", verify)
     return [damage for part in parts for damage in part]
 
 
-def open_contents(checkpoint: Checkpoint, filesystem: Filesystem) -> Contents:
+def open_contents(checkpoint: Checkpoint, files: Storage) -> Contents:
     """Read the small state of a checkpoint.
 
     Raises:
         CorruptCheckpointError: a file is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
-        foreign = open_shards(checkpoint, filesystem)
+        foreign = open_shards(checkpoint, files)
         return Contents(checkpoint, foreign, foreign.read_values(), unchanged_counters(), None)
-    where = checkpoint.path / TRAIN_STATE_NAME
-    content = _read_checked(checkpoint, TRAIN_STATE_NAME, filesystem)
+    where = files.where(TRAIN_STATE_NAME)
+    content = _read_checked(checkpoint, TRAIN_STATE_NAME, files)
     try:
         counters = json.loads(content)
         # Whether the live counters accept the other values is checked later, before any change.
         step = dict(counters["train_state"])["step"]
         int(counters["num_floating_point_operations_so_far"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(str(where), f"is not a train state: {error}") from error
+        raise CorruptCheckpointError(where, f"is not a train state: {error}") from error
     if type(step) is not int or step != checkpoint.iteration:
-        raise CorruptCheckpointError(str(where), f"is of step {step!r}")
-    _read_checked(checkpoint, RUN_CONFIG_NAME, filesystem)  # only to check its digest
-    reader = open_shards(checkpoint, filesystem)
+        raise CorruptCheckpointError(where, f"is of step {step!r}")
+    _read_checked(checkpoint, RUN_CONFIG_NAME, files)  # only to check its digest
+    reader = open_shards(checkpoint, files)
     return Contents(
         checkpoint,
         reader,
         reader.read_values(),
         counters,
-        _read_checked(checkpoint, SHARED_STATE_NAME, filesystem),
+        _read_checked(checkpoint, SHARED_STATE_NAME, files),
     )
 
 
-def open_shards(checkpoint: Checkpoint, filesystem: Filesystem) -> ShardReader:
+def open_shards(checkpoint: Checkpoint, files: Storage) -> ShardReader:
     """Find where tensors and values are stored, reading none of them.
 
     Raises:
         CorruptCheckpointError: `.metadata` is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
-        return open_foreign(checkpoint, filesystem)
-    metadata = _read_checked(checkpoint, METADATA_NAME, filesystem)
+        return open_foreign(files)
+    metadata = _read_checked(checkpoint, METADATA_NAME, files)
     records = {each.path: each for each in checkpoint.manifest.files}
-    return ShardReader.open(checkpoint.path, metadata, records, filesystem)
+    return ShardReader.open(files, metadata, records)
 
 
-def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> bytes:
+def _read_checked(checkpoint: Checkpoint, name: str, files: Storage) -> bytes:
     """Return the content of a small file, checked against its digest."""
     record = next((each for each in checkpoint.manifest.files if each.path == name), None)
     if record is None:
         raise CorruptCheckpointError(
-            str(checkpoint.path / MANIFEST_NAME), f"does not list {name}, which a load needs"
+            files.where(MANIFEST_NAME), f"does not list {name}, which a load needs"
         )
-    path = checkpoint.path / name
+    where = files.where(name)
     try:
-        content = read_bytes(filesystem, path)
+        content = files.get(name)
     except FileNotFoundError as error:  # removed since, or not visible on this node yet
-        raise CorruptCheckpointError(str(path), "is missing") from error
+        raise CorruptCheckpointError(where, "is missing") from error
     if (difference := find_difference(record, BytesIO(content))) is not None:
-        raise CorruptCheckpointError(str(path), difference.reason, difference.byte_range)
+        raise CorruptCheckpointError(where, difference.reason, difference.byte_range)
     return content
 
 

@@ -22,10 +22,12 @@ from pathlib import Path
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, ConfigError
+from holdfast.filesystem import DirectoryEntry, Filesystem
 from holdfast.format.inventory import METADATA_NAME
+from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
 from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.posix import PENDING_MARK, DirectoryEntry, Filesystem, read_bytes
+from holdfast.storage.posix import PosixStorage, read_bytes
 from holdfast.storage.store import TRACKER_NAME, Store, parse_checkpoint_name
 from holdfast.tiers.local.shard_file import parse_shard_name
 from holdfast.tiers.opening import is_foreign
@@ -250,7 +252,7 @@ def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
 def _look_at(directory: Path, filesystem: Filesystem) -> Place | None:
     if not directory.is_dir() or PENDING_MARK in directory.name:
         return None  # never committed: not loadable
-    if is_checkpoint(directory, filesystem) or is_foreign(directory, filesystem):
+    if is_checkpoint(directory, filesystem) or is_foreign(PosixStorage(directory, filesystem)):
         return Place(directory.parent, directory)
     return Place(directory) if _is_store(directory, filesystem) else None
 
@@ -333,13 +335,13 @@ def _entries(directory: Path, filesystem: Filesystem) -> list[DirectoryEntry]:
 logger = logging.getLogger(__name__)
 
 
-def warn_of_living_attempt(root: Path, filesystem: Filesystem) -> None:
+def warn_of_living_attempt(storage: Storage) -> None:
     """Warn if the newest attempt at a store may be running; call it on rank 0, at the load.
 
     Read errors are left to the load, which reports them.
     """
     try:
-        reason = _find_in_store(root, filesystem)
+        reason = _find_in_store(storage)
     except (CheckpointError, OSError):
         return
     if reason is not None:
@@ -347,20 +349,20 @@ def warn_of_living_attempt(root: Path, filesystem: Filesystem) -> None:
             "%s: %s.\nThe first save of this job will stop it: an overtaken attempt may not save. "
             "If that is not what you want, stop this job, or give it its own "
             "checkpoint.persistent.directory.",
-            root,
+            storage.where(),
             reason,
         )
 
 
-def _find_in_store(root: Path, filesystem: Filesystem) -> str | None:
+def _find_in_store(storage: Storage) -> str | None:
     here = this_process()
-    attempts = RunIdentity(root, filesystem).attempts()
+    attempts = RunIdentity(storage).attempts()
     if not attempts:
         return None
     attempt = attempts[-1]
     commits: list[datetime] = []
     if attempt.host != here.host:  # only then are the manifests needed
-        for each in Store(root, filesystem).listing().checkpoints:
+        for each in Store(storage).listing().checkpoints:
             found = _parse_time(each.manifest.saved_at)
             if each.manifest.attempt == attempt.number and found is not None:
                 commits.append(found)

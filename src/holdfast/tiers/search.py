@@ -25,11 +25,12 @@ from holdfast.errors import (
     StatePartlyLoadedError,
     reason_inside,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.storage.identity import RUN_NAME, Parent
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.shard_file import find_orphans
@@ -250,7 +251,10 @@ class Search:
         """Look at the run's own store, on rank 0."""
         load, config = self._config.load, self._config
         own = survey_store(
-            self._root, self._filesystem, is_own=True, run_id=config.run_id, step=load.step
+            self._tiers.persistent.store.storage,
+            is_own=True,
+            run_id=config.run_id,
+            step=load.step,
         )
         is_other, step = self._understand_directory()
         if is_other and load.pretrained.directory is not None:
@@ -294,7 +298,7 @@ class Search:
             return True, load.step
         if place.checkpoint is None:
             return False, load.step
-        if is_foreign(place.checkpoint, self._filesystem):
+        if is_foreign(PosixStorage(place.checkpoint, self._filesystem)):
             return True, load.step  # in this store, but of no run
         survey = survey_place(path, self._filesystem)
         (commit,) = survey.commits
@@ -310,7 +314,7 @@ class Search:
         links to an archive; files, and `latest`, name the store.
         """
         if parse_checkpoint_name(path.name) is not None:
-            return path.is_dir() and is_foreign(path, self._filesystem)
+            return path.is_dir() and is_foreign(PosixStorage(path, self._filesystem))
         if path.name in (LATEST_NAME, TRACKER_NAME, RUN_NAME):
             return path.is_dir() and not path.is_symlink()
         return not path.is_file()

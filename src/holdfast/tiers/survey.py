@@ -23,11 +23,21 @@ from holdfast.errors import (
     StoreIdentityError,
     join_path,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
+from holdfast.storage.backend import Storage
 from holdfast.storage.identity import Attempt, RunIdentity
-from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
-from holdfast.storage.posix import Filesystem, read_bytes
-from holdfast.storage.store import Broken, Checkpoint, Listing, Store, TooNew, parse_checkpoint_name
+from holdfast.storage.manifest import FOREIGN
+from holdfast.storage.posix import PosixStorage
+from holdfast.storage.store import (
+    Broken,
+    Checkpoint,
+    Listing,
+    Store,
+    TooNew,
+    open_checkpoint,
+    parse_checkpoint_name,
+)
 from holdfast.tiers.opening import ForeignCheckpoint, is_foreign, warn_of_foreign
 from holdfast.tiers.places import Place, describe, find_place
 from holdfast.tiers.select import Choice, Commit, Condition, Refusal
@@ -57,8 +67,7 @@ class Survey:
 
 
 def survey_store(
-    root: Path,
-    filesystem: Filesystem,
+    storage: Storage,
     *,
     is_own: bool,
     run_id: str | None = None,
@@ -74,9 +83,10 @@ def survey_store(
             and holds checkpoints of several runs.
         FormatTooNewError: a later version of holdfast wrote its run.json.
     """
-    if not filesystem.is_directory(root):
+    root = Path(storage.where())
+    if not storage.has_group():
         return Survey(root)
-    store, identity = Store(root, filesystem), RunIdentity(root, filesystem)
+    store, identity = Store(storage), RunIdentity(storage)
     listing = store.listing()
     found_id = identity.read_run_id()
     has_record = found_id is not None
@@ -89,7 +99,7 @@ def survey_store(
         _describe_checkpoint(each, store, found_id, attempts): each for each in listing.checkpoints
     }
     commits = list(checkpoints)
-    commits += [_describe_broken(each, filesystem) for each in listing.broken]
+    commits += [_describe_broken(each, store) for each in listing.broken]
     commits += [_describe_too_new(each) for each in listing.too_new]
     commits.sort(key=lambda each: each.iteration or 0, reverse=True)
     _warn_of_tracker(store, commits)
@@ -115,7 +125,7 @@ def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) ->
     if place is None:
         return Survey(path)
     if place.checkpoint is None:
-        return survey_store(place.store, filesystem, is_own=False, step=step)
+        return survey_store(PosixStorage(place.store, filesystem), is_own=False, step=step)
     return survey_checkpoint(place, filesystem)
 
 
@@ -123,20 +133,17 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
     """Survey one checkpoint that was named."""
     path = place.checkpoint
     assert path is not None
-    if is_foreign(path, filesystem):
+    files = PosixStorage(path, filesystem)
+    if is_foreign(files):
         foreign = ForeignCheckpoint.at(path)
         warn_of_foreign(path)
         commit = Commit(foreign.manifest.tier, foreign.iteration, 0, path=str(path))
         return Survey(place.store, (commit,), {commit: foreign}, is_one=True)
-    store = Store(place.store, filesystem)
-    iteration = parse_checkpoint_name(path.name)
+    store = Store(PosixStorage(place.store, filesystem))
+    iteration = parse_checkpoint_name(path.name)  # None: a copy under another name
     bare = Commit(PERSISTENT, iteration, None, path=str(path))
     try:
-        if iteration is None:  # a copy under another name: use the manifest's iteration
-            manifest_path = path / MANIFEST_NAME
-            content = read_bytes(filesystem, manifest_path)
-            iteration = Manifest.from_bytes(content, str(manifest_path)).iteration
-        checkpoint = store.open(path, iteration)
+        checkpoint = open_checkpoint(files, iteration)
     except FormatTooNewError as error:
         commit = replace(bare, condition=Condition.TOO_NEW, reason=error.summary, error=error)
         return Survey(place.store, (commit,), is_one=True)
@@ -144,7 +151,7 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
         commit = replace(bare, condition=Condition.DAMAGED, reason=str(error), error=error)
         return Survey(place.store, (commit,), is_one=True)
     manifest = checkpoint.manifest
-    commit = replace(bare, iteration=iteration, sequence=manifest.sequence)
+    commit = replace(bare, iteration=manifest.iteration, sequence=manifest.sequence)
     commit = _check_sizes(commit, checkpoint, store)
     return Survey(place.store, (commit,), {commit: checkpoint}, is_one=True)
 
@@ -230,9 +237,9 @@ def _describe_checkpoint(
     return commit
 
 
-def _describe_broken(found: Broken, filesystem: Filesystem) -> Commit:
+def _describe_broken(found: Broken, store: Store) -> Commit:
     path, reason = str(found.path), found.reason
-    if _was_written_by_torch(found.path, filesystem):
+    if _was_written_by_torch(store.storage.under(found.path.name)):
         reason = (
             "was written without holdfast, and is of no run: move it out of this store, and start "
             "from it with load.pretrained.directory"
@@ -288,9 +295,9 @@ def _only_run_id(
     return found[0] if found else None
 
 
-def _was_written_by_torch(path: Path, filesystem: Filesystem) -> bool:
+def _was_written_by_torch(files: Storage) -> bool:
     try:
-        return is_foreign(path, filesystem)
+        return is_foreign(files)
     except OSError:  # unreadable: treat it as damaged
         return False
 

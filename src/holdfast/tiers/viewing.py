@@ -13,8 +13,9 @@ from typing import Any
 
 from holdfast.config import expand_path
 from holdfast.errors import WrongArgumentError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.read.lazy import LazyTensors
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.opening import ForeignCheckpoint, open_shards
 from holdfast.tiers.select import Action, Asked, Seen, choose
 from holdfast.tiers.survey import make_refusal, survey_place
@@ -49,7 +50,7 @@ def open_tensors(
         raise make_refusal(choice, survey, None, filesystem)
     checkpoint = survey.checkpoints[choice.commit]
     has_digests = not isinstance(checkpoint, ForeignCheckpoint)
-    reader = open_shards(checkpoint, filesystem)
+    reader = open_shards(checkpoint, PosixStorage(checkpoint.path, filesystem))
     return LazyTensors(reader, prefix, verify=verify and has_digests)
 
 

@@ -24,6 +24,7 @@ from holdfast.format.plan import first_untiled
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import read_verified
 from holdfast.storage.manifest import LOCAL
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.replication import Replication
 from holdfast.tiers.local.shard_file import (
     Chunk,
@@ -297,7 +298,8 @@ class Availability:
 
         def read(path: Path, record: ShardRecord) -> None:
             whole = [range(record.body_bytes)]
-            read_verified(self._run.filesystem, path, record.image_record(str(path)), [], whole)
+            files = PosixStorage(path.parent, self._run.filesystem)
+            read_verified(files, path.name, record.image_record(str(path)), [], whole)
 
         return self._read_each(candidate, read)[1]
 

@@ -22,6 +22,7 @@ from typing import BinaryIO
 import torch
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import Filesystem, naming
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import Part, blocks_of, read_verified
@@ -29,7 +30,7 @@ from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Intake, Wanted
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem, SharedFile, naming, read_into
+from holdfast.storage.posix import PosixStorage, SharedFile, map_privately, read_into
 from holdfast.tiers.local.availability import Availability
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.shard_file import CommitKey, Index
@@ -193,11 +194,12 @@ class PeerFetch:
 
     def _take_filed(self, shard: Shard, intake: Intake) -> None:
         """Read the blocks that this place fetched into a file for several of its ranks."""
+        files = PosixStorage(self._root, self._files.run.filesystem)
         buffer = memoryview(bytearray(BLOCK_BYTES))
         for number in sorted(intake.blocks):
             content = buffer[: _block_size(shard.body_bytes, number)]
             part = Part(number * BLOCK_BYTES, content)
-            read_verified(self._files.run.filesystem, self._root / shard.path, shard.record, [part])
+            read_verified(files, shard.path, shard.record, [part])
             intake.take(number, content)
 
     @property
@@ -315,9 +317,7 @@ class BlockSource:
         if in_memory:
             with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
                 for path in {path for path, _ in blocks}:
-                    descriptor = self._stream(path).fileno()
-                    # Private: torch requires writable memory, though nothing writes to it.
-                    self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
+                    self._mapped[path] = map_privately(self._stream(path))
                 self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
                 self._ahead.start()
 

@@ -33,17 +33,16 @@ from holdfast.errors import (
     FormatTooNewError,
     is_process_failure,
 )
+from holdfast.filesystem import Filesystem, naming
 from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.read.direct import Part, read_expected, read_verified
+from holdfast.storage.backend import PENDING_MARK
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
 from holdfast.storage.posix import (
-    PENDING_MARK,
-    Filesystem,
+    PosixStorage,
     make_durable_directory,
-    naming,
     read_bytes,
-    read_into,
     replace_file,
     why_not_private,
 )
@@ -465,10 +464,11 @@ def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) ->
     image = record.image_record(str(path))
     tail_place = record.body_bytes - TAIL.size
     glimpse, end = bytearray(TAIL.size), bytearray(TAIL.size)
+    files, name = PosixStorage(path.parent, filesystem), path.name
     try:
-        blocks = read_expected(filesystem, path, image)
-        with naming(path), filesystem.open_existing(path) as stream:
-            read_into(stream, tail_place, [memoryview(glimpse)])
+        with files.open(name) as source:
+            blocks = read_expected(source, str(path), image)
+            source.get_into(tail_place, [memoryview(glimpse)])
     except FileNotFoundError as error:
         raise CorruptCheckpointError(str(path), "is missing") from error
     try:
@@ -477,7 +477,7 @@ def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) ->
         raise CorruptCheckpointError(str(path), str(error)) from error
     content = bytearray(len(place))
     parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
-    read_verified(filesystem, path, image, parts)
+    read_verified(files, name, image, parts)
     if end != glimpse:
         raise CorruptCheckpointError(str(path), "is changed while it is read")
     return Index(bytes(content), place.start, tuple(blocks.digests))

@@ -21,6 +21,7 @@ import xxhash
 
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import Filesystem, naming
 from holdfast.format.layout import Layout
 from holdfast.ranks.topology import Topology
 from holdfast.snapshot.arena import Arena, image_bytes
@@ -33,7 +34,7 @@ from holdfast.storage.digests import (
     make_footer,
 )
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem, append_durably, naming, read_into
+from holdfast.storage.posix import append_durably, read_into, writing_past_cache
 from holdfast.tiers.local.pool import BufferPool, PooledFile
 from holdfast.tiers.local.shard_file import (
     CommitKey,
@@ -419,7 +420,7 @@ def seal(
     else:
         shards.run.filesystem.make_directory(shards.directory)
         pending = shards.directory / pending_name(name)
-        written = write_shard(shards.run.filesystem, pending, name, arena)
+        written = write_shard(writing_past_cache(shards.run.filesystem, pending), name, arena)
         _read_footer(shards, pending, arena)
     trailer = _trailer_of(snapshot, identity, shards, written)
     image_size = trailer.record.image_bytes
