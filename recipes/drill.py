@@ -1,10 +1,9 @@
 """Kill the main job and prove that resuming changes nothing.
 
 Owns three runs of the same tiny training: one left alone, one killed at a step and one killed in
-the middle of a save, each of the two then started again by the very same command. Promises a zero
-exit only when both died as planned, left a torn save where one was wanted, resumed from a
-checkpoint, and every loss and the final validation loss equal those of the run left alone, to the
-last bit.
+the middle of a save. The same command then starts each of the two again. Promises a zero exit only
+when both died as planned, left an unfinished save where one was wanted, resumed from a checkpoint,
+and every loss and the final validation loss equal those of the run left alone, to the last bit.
 
     python recipes/drill.py
     python recipes/drill.py --processes 2 --parallel fsdp

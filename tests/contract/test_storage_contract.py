@@ -98,7 +98,6 @@ class _Shared(MemoryStorage):
 
     class Source(MemoryObject):
         def map(self) -> memoryview:
-            assert isinstance(self._content, bytearray)
             return memoryview(self._content)
 
     @contextmanager
