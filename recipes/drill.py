@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def drill(launch: Launch) -> list[Verdict]:
     return verdicts
 
 
+def conclude(verdicts: Sequence[Verdict]) -> int:
+    """Print whether all interrupted runs equal the one left alone, and return the exit status."""
+    if all(verdict.is_equal for verdict in verdicts):
+        print("equal to the run left alone, to the last bit")
+        return 0
+    print("NOT equal to the run left alone")
+    return 1
+
+
 def main() -> int:
     """Run the drill, print a table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
@@ -151,11 +161,7 @@ def main() -> int:
         validation = "differs" if verdict.validation_differs else "equal"
         differing = f"{len(verdict.different_steps)} of {STEPS}"
         print(f"{verdict.name:<18} {verdict.resumed_from:>12} {differing:>16} {validation:>11}")
-    if all(verdict.is_equal for verdict in verdicts):
-        print("equal to the run left alone, to the last bit")
-        return 0
-    print("NOT equal to the run left alone")
-    return 1
+    return conclude(verdicts)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drill import STEPS, DrillError, Verdict, compare
+from drill import STEPS, DrillError, Verdict, compare, conclude
 from losses import LossCurve, read_losses
 
 PROGRAM = Path(__file__).with_name("pretrain.py")
@@ -238,11 +238,7 @@ def main() -> int:
     validation = "differs" if verdict.validation_differs else "equal"
     differing = f"{len(verdict.different_steps)} of {STEPS} steps differ, validation {validation}"
     print(f"\nresumed from iteration {verdict.resumed_from}: {differing}")
-    if verdict.is_equal:
-        print("equal to the run left alone, to the last bit")
-        return 0
-    print("NOT equal to the run left alone")
-    return 1
+    return conclude([verdict])
 
 
 if __name__ == "__main__":

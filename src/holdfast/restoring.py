@@ -53,6 +53,7 @@ from holdfast.storage.backend import Storage
 from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.opening import Contents, open_contents, verify_together
+from holdfast.torch_internals import local_of
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.availability import Candidate
@@ -463,7 +464,7 @@ class Restoration:
         """Note the tensors of a component that were filled on this rank."""
         assert self._saved is not None
         filled = [
-            getattr(value, "_local_tensor", value)
+            local_of(value)
             for name, value in self._filled.items()
             if self._saved.key_paths[name][0] == component and isinstance(value, torch.Tensor)
         ]

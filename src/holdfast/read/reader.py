@@ -124,6 +124,8 @@ class ShardReader:
         where = files.where(METADATA_NAME)
         try:
             metadata = read_metadata(content, derive_keys=cls._derives_keys)
+        except CheckpointError:  # this torch cannot read it
+            raise
         except Exception as error:  # a hostile or torn pickle can raise anything
             if is_process_failure(error):
                 raise

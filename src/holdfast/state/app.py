@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint._traverse import set_element  # undoes DCP's flat names
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from holdfast.errors import UnsupportedStateError
+from holdfast.format.dcp import flatten, put
 from holdfast.protocol import Stateful
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.codec import check_plain
@@ -49,6 +48,7 @@ from holdfast.state.model import (
     run_each,
 )
 from holdfast.state.rank import Place, apply_data, capture_rng, check_data
+from holdfast.torch_internals import local_of
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class AppState:
         for key, value in tensors.items():
             check_plain(value, key)
             _check_keys(value, key)
-        flat, paths = flatten_state_dict(tensors)
+        flat, paths = flatten(tensors)
         check_reachable(flat)
         stepped = {
             _address(parameter)
@@ -189,9 +189,7 @@ class AppState:
             )
         )
         hollow = tuple(_find_hollow(tensors))
-        return Leaves(
-            flat, {name: tuple(path) for name, path in paths.items()}, changed_by_steps, hollow
-        )
+        return Leaves(flat, paths, changed_by_steps, hollow)
 
     def look(self) -> None:
         """Look up model and optimizers: it may run collectives, and nothing later in the load does.
@@ -341,7 +339,7 @@ class AppState:
             else:
                 belongs = path[1] != "state" or path[2] in known
             if belongs:
-                set_element(nested, tuple(path), value)
+                put(nested, path, value)
 
         def give_model() -> None:
             restored = {f"model.{name}": value for name, value in nested["model"].items()}
@@ -419,7 +417,7 @@ class AppState:
 
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    local = getattr(tensor, "_local_tensor", tensor)
+    local = local_of(tensor)
     if local.layout is not torch.strided:
         return local.device, -1  # a sparse one has no single address
     return local.device, local.data_ptr()

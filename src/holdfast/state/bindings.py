@@ -17,10 +17,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from holdfast.state.model import is_plain_module, is_plain_optimizer
-
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
-"""Name parts that DCP removes: of DDP, torch.compile and activation checkpointing."""
+from holdfast.format.dcp import is_leaf
+from holdfast.torch_internals import (
+    WRAPPERS,
+    is_plain_module,
+    is_plain_optimizer,
+    local_of,
+    parts_of,
+    pre_hooks_of,
+)
 
 KeyPath = tuple[str | int, ...]
 
@@ -116,16 +121,16 @@ class _BoundModule:
     not_saved: frozenset[str]
 
     def holds(self) -> bool:
-        module = self.module
+        parameters, buffers, children, not_saved = parts_of(self.module)
         return (
-            module._parameters is self.tables[0].owner
-            and module._buffers is self.tables[1].owner
+            parameters is self.tables[0].owner
+            and buffers is self.tables[1].owner
             and self.tables[0].holds()
             and self.tables[1].holds()
-            and module._modules.keys() == self.children.keys()
-            and all(map(_is, module._modules.values(), self.children.values()))
-            and module._non_persistent_buffers_set == self.not_saved
-            and is_plain_module(module)
+            and children.keys() == self.children.keys()
+            and all(map(_is, children.values(), self.children.values()))
+            and not_saved == self.not_saved
+            and is_plain_module(self.module)
         )
 
 
@@ -142,9 +147,10 @@ class _BoundModel:
             if not is_plain_module(module):
                 return None
             prefix = f"{prefix}." if prefix else ""
-            not_saved = frozenset(module._non_persistent_buffers_set)
+            parameters, buffers, children, skipped_buffers = parts_of(module)
+            not_saved = frozenset(skipped_buffers)
             tables: list[_Table] = []
-            for owner, skipped in ((module._parameters, frozenset()), (module._buffers, not_saved)):
+            for owner, skipped in ((parameters, frozenset()), (buffers, not_saved)):
                 entries: list[tuple[str, str | None]] = []
                 absent = set()
                 for key, value in owner.items():
@@ -157,9 +163,8 @@ class _BoundModel:
                             return None
                     entries.append((key, name))
                 tables.append(_Table(owner, tuple(entries), frozenset(absent)))
-            children = dict(module._modules)
             modules.append(
-                _BoundModule(module, prefix, children, (tables[0], tables[1]), not_saved)
+                _BoundModule(module, prefix, dict(children), (tables[0], tables[1]), not_saved)
             )
         return cls(root, modules)
 
@@ -183,7 +188,7 @@ class _BoundModel:
         """
         ran = False
         for each in self._modules:
-            for hook in tuple(each.module._state_dict_pre_hooks.values()):
+            for hook in tuple(pre_hooks_of(each.module).values()):
                 hook(each.module, each.prefix, False)  # positional, as torch passes it
                 ran = True
         return ran
@@ -288,7 +293,7 @@ class _BoundOptimizer:
                 if into[name] is not parameter or parameter.requires_grad != steps:
                     return False
             for key, name in bound.options.items():
-                if not _is_leaf(group[key]):
+                if not is_leaf(group[key]):
                     return False
                 into[name] = group[key]
         live = self._optimizer.state
@@ -298,7 +303,7 @@ class _BoundOptimizer:
                 return False
             for key, name in where.items():
                 value = state.get(key, _MISSING)
-                if value is _MISSING or not _is_leaf(value):
+                if value is _MISSING or not is_leaf(value):
                     return False
                 into[name] = value
         return True
@@ -317,31 +322,24 @@ def _are_equal_lists(one: nn.Module, other: nn.Module) -> bool:
         type(one) is type(other) is nn.ModuleList
         and len(one) == len(other)
         and all(map(_is, one, other))
-        and not (one._parameters or one._buffers or one._state_dict_pre_hooks)
         and is_plain_module(one)
+        and not (any(parts_of(one)[:2]) or pre_hooks_of(one))
     )
 
 
 def _without_wrappers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _is_leaf(value: Any) -> bool:
-    """Whether DCP does not flatten a value: no mapping, and no list with tensors or mappings."""
-    if isinstance(value, list):
-        return all(_is_leaf(each) and not isinstance(each, torch.Tensor) for each in value)
-    return not isinstance(value, Mapping)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _is_same(leaf: Any, live: Any) -> bool:
     """Whether a leaf from a getter is this live value and not a copy of it."""
     if not isinstance(live, torch.Tensor):
-        return _is_leaf(live) and type(leaf) is type(live)
+        return is_leaf(live) and type(leaf) is type(live)
     if leaf is live:
         return True
     if not isinstance(leaf, torch.Tensor) or leaf.shape != live.shape or leaf.dtype != live.dtype:
         return False
-    one, other = getattr(leaf, "_local_tensor", leaf), getattr(live, "_local_tensor", live)
+    one, other = local_of(leaf), local_of(live)
     return (
         type(leaf) in (type(live), torch.Tensor)
         and one.layout is other.layout is torch.strided

@@ -23,7 +23,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from holdfast.errors import NothingFitsError, StateMismatchError
-from holdfast.state.model import is_plain_module, is_plain_optimizer, only_shard
+from holdfast.torch_internals import (
+    EXTRA_STATE,
+    has_default_loading,
+    optimizer_has_default_loading,
+)
 
 _SHOWN = 3
 """Names that one message lists."""
@@ -170,7 +174,7 @@ def shown(names: Sequence[str]) -> str:
 
 def is_extra(name: str) -> bool:
     """Whether a name is a module's extra state, which may have any shape and need not match."""
-    return name.rpartition(".")[2] == "_extra_state"
+    return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def is_hollow(value: Any) -> bool:
@@ -202,13 +206,9 @@ def _find_different(
     return different
 
 
-_LOADING = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
-"""Methods with which a module can customize loading."""
-
-
 def has_landed(model: nn.Module, live: Mapping[str, Any], restored: Mapping[str, Any]) -> bool:
     """Whether every restored entry of a model is the live tensor in its state dict."""
-    return all(map(_has_default_loading, model.modules())) and _are_same(restored, live)
+    return all(map(has_default_loading, model.modules())) and _are_same(restored, live)
 
 
 def finish_optimizers(
@@ -222,7 +222,7 @@ def finish_optimizers(
     groups, saved_groups = live["param_groups"], restored.get("param_groups", ())
     own_groups = [group for each in optimizers for group in each.param_groups]
     if not (
-        all(map(_optimizer_has_default_loading, optimizers))
+        all(map(optimizer_has_default_loading, optimizers))
         and len(own_groups) == len(groups) == len(saved_groups)
         and live["state"].keys() == restored["state"].keys()
         and all(map(_is_alike, own_groups, groups, saved_groups))
@@ -259,28 +259,4 @@ def _is_alike(own: Mapping[str, Any], live: Mapping[str, Any], saved: Mapping[st
             if key != "params"
             for each in (own[key], saved[key])
         )
-    )
-
-
-def _has_default_loading(module: nn.Module) -> bool:
-    kind, given = type(module), vars(module)
-    return (
-        is_plain_module(module)
-        and all(
-            getattr(kind, name) is getattr(nn.Module, name) and name not in given
-            for name in _LOADING
-        )
-        and only_shard(module._state_dict_pre_hooks.values())
-        and only_shard(module._load_state_dict_pre_hooks.values())
-        and only_shard(module._load_state_dict_post_hooks.values())
-    )
-
-
-def _optimizer_has_default_loading(optimizer: Optimizer) -> bool:
-    return (
-        is_plain_optimizer(optimizer)
-        and type(optimizer).load_state_dict is Optimizer.load_state_dict
-        and "load_state_dict" not in vars(optimizer)
-        and not optimizer._optimizer_load_state_dict_pre_hooks
-        and not optimizer._optimizer_load_state_dict_post_hooks
     )

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn, optim
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
+from holdfast.format.dcp import flatten
 from holdfast.format.items import Itemizer
 from holdfast.format.layout import Item
 from holdfast.state.bindings import Leaves
@@ -111,25 +110,29 @@ def _on_meta(parameter: torch.Tensor) -> nn.Parameter:
 
 
 def _copy_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    def copy_leaf(value: Any) -> Any:
-        is_tensor = isinstance(value, torch.Tensor)
-        return value.detach().to("cpu", copy=True) if is_tensor else copy.deepcopy(value)
-
     return {
-        key: False if key in _SWITCHES else tree_map(copy_leaf, value)
+        key: False if key in _SWITCHES else _copy_option(value)
         for key, value in options.items()
         if key != "params"
     }
+
+
+def _copy_option(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(map(_copy_option, value))
+    return copy.deepcopy(value)
 
 
 def _items_of(
     name: str, entries: Mapping[str, Any], shape: torch.Size, parameter: Sequence[Item]
 ) -> Iterator[Item]:
     """Return the items of a parameter's state: sharded like it where the sizes are equal."""
-    flat, paths = flatten_state_dict({"optimizer": {"state": {name: entries}}})
+    flat, paths = flatten({"optimizer": {"state": {name: entries}}})
     for full, value in flat.items():
         if isinstance(value, torch.Tensor) and value.shape == shape:
-            path, dtype = tuple(paths[full]), value.dtype
+            path, dtype = paths[full], value.dtype
             for each in parameter:
                 yield replace(each, name=full, path=path, dtype=dtype, alias_of=None)
         else:

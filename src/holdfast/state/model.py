@@ -13,18 +13,26 @@ is for what may run collectives inside.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from holdfast.errors import UnsupportedStateError
+from holdfast.torch_internals import (
+    EXTRA_STATE,
+    child_left_out,
+    is_plain_module,
+    is_plain_optimizer,
+    local_of,
+    only_shard,
+    parts_of,
+    pre_hooks_of,
+)
 
 _SHOWN = 5
 """Names that one message lists."""
@@ -57,7 +65,7 @@ def check_reachable(state: Mapping[str, Any], *, written_to: bool = False) -> No
     for name, value in state.items():
         reason = _why_not(value, written_to) if isinstance(value, torch.Tensor) else None
         if reason is not None:
-            layout = f" ({_local(value).layout})" if reason == _SPARSE else ""
+            layout = f" ({local_of(value).layout})" if reason == _SPARSE else ""
             found.setdefault(reason, []).append(name + layout)
     for reason, names in found.items():
         listed = ", ".join(names[:_SHOWN])
@@ -69,7 +77,7 @@ def check_reachable(state: Mapping[str, Any], *, written_to: bool = False) -> No
 def _why_not(value: torch.Tensor, written_to: bool) -> str | None:
     if type(value).__name__ == "ShardedTensor":  # by name: its module is torch's own, and may move
         return _SHARDED
-    tensor = _local(value)
+    tensor = local_of(value)
     if tensor.device.type == "meta":
         return _META
     if tensor.layout is not torch.strided:
@@ -81,11 +89,6 @@ def _why_not(value: torch.Tensor, written_to: bool) -> str | None:
     return None
 
 
-def _local(value: torch.Tensor) -> torch.Tensor:
-    local: torch.Tensor = getattr(value, "_local_tensor", value)
-    return local
-
-
 def _overlaps(tensor: torch.Tensor) -> bool:
     return 0 in tensor.stride() and any(
         stride == 0 and size > 1
@@ -95,40 +98,6 @@ def _overlaps(tensor: torch.Tensor) -> bool:
 
 _TENSORS = frozenset({torch.Tensor, nn.Parameter, nn.Buffer, DTensor})
 """Others may not be there yet, or be shown as something else."""
-_RENAMING = "_fqn_modifiers"
-"""The attribute by which a module renames its parts for torch's getters."""
-_CHECKPOINTED = "_checkpoint_wrapped_module"
-"""A part that they leave out of names, whatever holds it."""
-_SHARDING = "torch.distributed.fsdp._fully_shard."
-"""Where FSDP2's own hooks are made."""
-
-
-def is_plain_module(module: nn.Module) -> bool:
-    """Whether a module's state dict is its parameters and buffers, as they are."""
-    kind, given = type(module), vars(module)
-    return (
-        kind.state_dict is nn.Module.state_dict
-        and kind._save_to_state_dict is nn.Module._save_to_state_dict
-        and kind.get_extra_state is nn.Module.get_extra_state
-        and "state_dict" not in given
-        and "_save_to_state_dict" not in given
-        and not given["_state_dict_hooks"]
-    )
-
-
-def is_plain_optimizer(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's state dict is its state and groups, as they are."""
-    return (
-        type(optimizer).state_dict is Optimizer.state_dict
-        and "state_dict" not in vars(optimizer)
-        and not optimizer._optimizer_state_dict_pre_hooks
-        and not optimizer._optimizer_state_dict_post_hooks
-    )
-
-
-def only_shard(hooks: Iterable[Callable[..., Any]]) -> bool:
-    """Whether hooks are FSDP2's own, which bring parameters into shards and do nothing else."""
-    return all((getattr(each, "__module__", None) or "").startswith(_SHARDING) for each in hooks)
 
 
 def model_state(root: nn.Module) -> dict[str, Any] | None:
@@ -140,7 +109,7 @@ def model_state(root: nn.Module) -> dict[str, Any] | None:
     if modules is None:
         return None
     for module, _, key in modules:
-        for hook in module._state_dict_pre_hooks.values():
+        for hook in pre_hooks_of(module).values():
             hook(module, key, False)  # torch passes it so
     state: dict[str, Any] = {}
     renamed: dict[str, Any] = {}
@@ -164,7 +133,7 @@ def optimizer_state(root: nn.Module, optimizers: Sequence[Optimizer]) -> dict[st
         return None
     names: dict[int, str] = {}  # of what is tied, the first one
     for module, name, _ in modules:
-        for own_name, value in module._parameters.items():
+        for own_name, value in parts_of(module)[0].items():
             names.setdefault(id(value), name + own_name)
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -189,22 +158,16 @@ def _modules_of(root: nn.Module) -> list[tuple[nn.Module, str, str]] | None:
 
     They differ by the wrappers that torch's getters leave out. None: not all of it is plain.
     """
-    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
     found: list[tuple[nn.Module, str, str]] = []
 
     def add(module: nn.Module, name: str, key: str) -> bool:
-        kind, given = type(module), vars(module)
-        if not is_plain_module(module) or not only_shard(module._state_dict_pre_hooks.values()):
+        if not is_plain_module(module) or not only_shard(pre_hooks_of(module).values()):
             return False
-        if hasattr(kind, _RENAMING) or _RENAMING in given or _CHECKPOINTED in module._modules:
+        wrapper = child_left_out(module)
+        if wrapper is None:
             return False
         found.append((module, name, key))
-        wrapper = None
-        if isinstance(module, DistributedDataParallel):
-            wrapper = "module"
-        elif isinstance(module, compiled):
-            wrapper = "_orig_mod"
-        for child_name, child in module._modules.items():
+        for child_name, child in parts_of(module)[2].items():
             if child is None:
                 continue
             own = "" if child_name == wrapper else f"{child_name}."
@@ -217,11 +180,12 @@ def _modules_of(root: nn.Module) -> list[tuple[nn.Module, str, str]] | None:
 
 def _entries_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield what a module's own part of a state dict shows."""
-    for name, parameter in module._parameters.items():
+    parameters, buffers, _, not_saved = parts_of(module)
+    for name, parameter in parameters.items():
         if parameter is not None:
             yield name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
+    for name, buffer in buffers.items():
+        if buffer is not None and name not in not_saved:
             yield name, buffer
 
 
@@ -335,7 +299,7 @@ def _find_problem(model: nn.Module, view: OptimizerView) -> str | None:
 def _is_attribute(model: nn.Module, name: str) -> bool:
     value: Any = model
     for part in name.split("."):
-        if part == "_extra_state":
+        if part == EXTRA_STATE:
             return True
         if not hasattr(value, part):
             return False

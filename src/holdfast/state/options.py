@@ -24,6 +24,13 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.errors import ConfigError, StateMismatchError
+from holdfast.torch_internals import (
+    NESTED_SCHEDULES,
+    hides_schedules,
+    last_rates,
+    nested_schedules,
+    set_last_rates,
+)
 
 COMPONENTS = ("optimizer", "scheduler", "data", "rng", "train_state")
 _PROPORTIONAL = frozenset(
@@ -176,11 +183,11 @@ class LiveOptions:
             for group, rate in zip(self._groups, rates, strict=True):
                 _set(group, "lr", float(rate))
         for schedule in schedules:
-            last = getattr(schedule, "_last_lr", None)
+            last = last_rates(schedule)
             if last is not None and len(last) == len(factors):
                 scaled = [float(rate) * each for rate, each in zip(last, factors, strict=True)]
-                schedule._last_lr = scaled
-        root._last_lr = [_rate(group) for group in self._groups]
+                set_last_rates(schedule, scaled)
+        set_last_rates(root, [_rate(group) for group in self._groups])
 
 
 def _why_not_proportional(scheduler: Any, saved: Any) -> str | None:
@@ -188,6 +195,9 @@ def _why_not_proportional(scheduler: Any, saved: Any) -> str | None:
     for each in _walk(scheduler):
         if type(each) not in _PROPORTIONAL:
             return f"the rates of a {type(each).__name__} are not known to follow the base rate"
+        if hides_schedules(each):
+            version = torch.__version__
+            return f"torch {version} does not show the schedules inside a {type(each).__name__}"
     for each in _walk_saved(saved):
         if each.get("eta_min", 0):
             return f"its rates do not fall below eta_min={each['eta_min']}, whatever the base rate"
@@ -197,14 +207,14 @@ def _why_not_proportional(scheduler: Any, saved: Any) -> str | None:
 def _walk(scheduler: Any | None) -> Iterator[Any]:
     if scheduler is not None:
         yield scheduler
-        for each in getattr(scheduler, "_schedulers", ()):
+        for each in nested_schedules(scheduler):
             yield from _walk(each)
 
 
 def _walk_saved(state: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(state, Mapping):
         yield state
-        for each in state.get("_schedulers", ()):
+        for each in state.get(NESTED_SCHEDULES, ()):
             yield from _walk_saved(each)
 
 
@@ -315,7 +325,7 @@ def _differing(
     driven: set[str] = set()
     if isinstance(schedule, LRScheduler):
         driven = {"lr"}
-        if any(getattr(each, "cycle_momentum", False) for each in _all_of(schedule)):
+        if any(getattr(each, "cycle_momentum", False) for each in _walk(schedule)):
             driven |= {"momentum", "betas"}
     elif schedule is not None:
         driven = set(_DRIVEN)
@@ -335,8 +345,8 @@ def _differing_schedule(
 ) -> Iterator[tuple[str, Any, Any]]:
     chosen = _arguments(type(schedule)) - _PROGRESS
     for key in sorted(live.keys() & saved.keys()):
-        if key == "_schedulers":
-            parts = zip(schedule._schedulers, live[key], saved[key], strict=False)
+        if key == NESTED_SCHEDULES:
+            parts = zip(nested_schedules(schedule), live[key], saved[key], strict=False)
             for each in parts:
                 yield from _differing_schedule(*each)
         elif key.lstrip("_") in chosen or key in _RATES:
@@ -352,12 +362,6 @@ def _arguments(kind: type) -> set[str]:
         if "__init__" in vars(each) and each is not object:
             found |= set(inspect.signature(vars(each)["__init__"]).parameters)
     return found
-
-
-def _all_of(schedule: Any) -> Iterator[Any]:
-    yield schedule
-    for each in getattr(schedule, "_schedulers", ()):
-        yield from _all_of(each)
 
 
 def _comparable(value: Any) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -28,12 +28,14 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
-from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.peers import PeerFetch, Shard
 from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
 from holdfast.tiers.opening import Contents
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 _COUNT = struct.Struct("<Q")
 _SMALL = ("rank_state", "shared_state", "train_state")
@@ -243,17 +245,7 @@ class Opening:
         if not remote:
             is_enough = self.coordinator.all_reduce("local index", read_and_join, all)
         else:
-            descriptions: list[bytes] = []
-
-            def read_and_describe() -> int:
-                read()
-                descriptions.append(self._describe(remote))
-                return len(descriptions[0])
-
-            sizes = self.coordinator.all_gather("local index", read_and_describe)
-            is_enough = self.coordinator.all_reduce(
-                "local share", lambda: join(self._share(descriptions[0], sizes)), all
-            )
+            is_enough = self._exchange("local index", remote, read, join, all)
         return opened[0] if is_enough else None
 
     def _trailer_of(self, path: str) -> Trailer:
@@ -267,7 +259,7 @@ class Opening:
         trailer = self._trailer_of(path)
         run = self._files.run
         with self.available.noting(path):
-            index = read_shard_index(run.root / path, trailer.record, run.filesystem)
+            index = read_shard_index(run.storage, path, trailer.record)
         return Shard(owner, path, index, trailer.record.body_bytes, None)
 
     def _remote_shard(self, owner: int, described: _Description) -> Shard:
@@ -306,20 +298,33 @@ class Opening:
 
     def _describe_all(self) -> dict[int, _Description]:
         owners = range(len(self.candidate.copies))
+        shared: list[dict[int, _Description]] = []
+        self._exchange("local describe", owners, lambda: None, shared.append, lambda _: None)
+        return shared[0]
+
+    def _exchange(
+        self,
+        stage: str,
+        owners: Collection[int],
+        prepare: Callable[[], None],
+        use: Callable[[dict[int, _Description]], S],
+        judge: Callable[[list[S]], T],
+    ) -> T:
+        """Send each rank what the providers of these shards describe; return what all make of it.
+
+        `stage`: in which each rank prepares and describes what it provides.
+        """
         descriptions: list[bytes] = []
 
         def describe() -> int:
+            prepare()
             descriptions.append(self._describe(owners))
             return len(descriptions[0])
 
-        sizes = self.coordinator.all_gather("local describe", describe)
-        shared: list[dict[int, _Description]] = []
-        self.coordinator.all_reduce(
-            "local share",
-            lambda: shared.append(self._share(descriptions[0], sizes)),
-            lambda _: None,
+        sizes = self.coordinator.all_gather(stage, describe)
+        return self.coordinator.all_reduce(
+            "local share", lambda: use(self._share(descriptions[0], sizes)), judge
         )
-        return shared[0]
 
     def _shards_of(self, described: Mapping[int, _Description]) -> list[Shard]:
         """Return each shard as this rank reads it: own directory, this place, then peers."""
@@ -374,8 +379,8 @@ class Opening:
                 head["offset"] = index.offset
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
                 with self.available.noting(path):
-                    metadata = merge_shards([(path, index.entries(str(run.root / path)))])
-                    reader = ShardReader(PosixStorage(run.root, run.filesystem), metadata, records)
+                    metadata = merge_shards([(path, index.entries(run.storage.where(path)))])
+                    reader = ShardReader(run.storage, metadata, records)
                     found = reader.read_contents(reader.value_names())
                 pairs = [(name.encode(), value) for name, value in found.items()]
                 values = _pack([frame for pair in pairs for frame in pair])
@@ -408,8 +413,7 @@ class Opening:
         return dict(sorted(described.items()))
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
-        run = self._files.run
-        return MergedShards.of(PosixStorage(run.root, run.filesystem), shards, fetch)
+        return MergedShards.of(self._files.run.storage, shards, fetch)
 
     def _contents(
         self,

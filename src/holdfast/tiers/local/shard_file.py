@@ -36,7 +36,7 @@ from holdfast.errors import (
 from holdfast.filesystem import Filesystem, naming
 from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.read.direct import Part, read_expected, read_verified
-from holdfast.storage.backend import PENDING_MARK
+from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
 from holdfast.storage.posix import (
@@ -273,6 +273,7 @@ class RunDirectory:
         self.root = directory / run_id
         self.run_id = run_id
         self.filesystem = filesystem
+        self.storage: Storage = PosixStorage(self.root, filesystem)
         self._directory = directory
 
     def prepare(self, rank: int) -> None:
@@ -454,36 +455,36 @@ class Index:
             raise CorruptCheckpointError(path, str(error)) from error
 
 
-def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) -> Index:
+def read_shard_index(files: Storage, name: str, record: ShardRecord) -> Index:
     """Read the index of a published shard, verified against the digests of its blocks.
 
     Raises:
         CorruptCheckpointError: it is damaged or missing.
         OSError: it cannot be read.
     """
-    image = record.image_record(str(path))
+    where = files.where(name)
+    image = record.image_record(where)
     tail_place = record.body_bytes - TAIL.size
     glimpse, end = bytearray(TAIL.size), bytearray(TAIL.size)
-    files, name = PosixStorage(path.parent, filesystem), path.name
     try:
         with files.open(name) as source:
-            blocks = read_expected(source, str(path), image)
+            blocks = read_expected(source, where, image)
             source.get_into(tail_place, [memoryview(glimpse)])
     except FileNotFoundError as error:
-        raise CorruptCheckpointError(str(path), "is missing") from error
+        raise CorruptCheckpointError(where, "is missing") from error
     try:
         place = locate_index(bytes(glimpse), record.body_bytes)
     except ValueError as error:
-        raise CorruptCheckpointError(str(path), str(error)) from error
+        raise CorruptCheckpointError(where, str(error)) from error
     content = bytearray(len(place))
     parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
     read_verified(files, name, image, parts)
     if end != glimpse:
-        raise CorruptCheckpointError(str(path), "is changed while it is read")
+        raise CorruptCheckpointError(where, "is changed while it is read")
     return Index(bytes(content), place.start, tuple(blocks.digests))
 
 
-def outline(path: Path, record: ShardRecord, filesystem: Filesystem) -> list[Chunk]:
+def outline(files: Storage, name: str, record: ShardRecord) -> list[Chunk]:
     """Return the chunks in a published shard; raises as `read_shard_index`."""
-    entries = read_shard_index(path, record, filesystem).entries(str(path))
+    entries = read_shard_index(files, name, record).entries(files.where(name))
     return [(each.name, each.size, each.offsets, each.lengths) for each in entries]
