@@ -23,7 +23,7 @@ from holdfast.format.layout import Layout
 from holdfast.ranks.topology import Topology
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import seal_image, write_shard
-from holdfast.storage.backend import ObjectReader, Storage
+from holdfast.storage.backend import ObjectReader, Storage, pending_name
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     FileRecord,
@@ -41,7 +41,6 @@ from holdfast.tiers.local.shard_file import (
     ShardRecord,
     Trailer,
     parse_trailer,
-    pending_name,
     shard_name,
 )
 
