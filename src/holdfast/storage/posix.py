@@ -4,8 +4,8 @@ Owns how the promises of `storage.backend` are kept on POSIX: a small file is wr
 and linked or renamed; a group is a directory, published by a rename; names are durable once their
 directories were synced. Owns therefore the order of these steps, and everything in them that has no
 counterpart in an object store: descriptors, links, directories, writing past the page cache. The
-root may be a link; inside it no link is followed. `filesystem` carries out the single steps.
-Importing it does not import torch.
+root may be a link; inside it no link is followed. `filesystem` carries out the single steps. What
+the local tier asks of a directory of its node is at the end. Importing it does not import torch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from holdfast.storage.backend import (
     pending_name,
     replaced_name,
 )
+
+_TRIES = 5
+"""A sweep runs once per save: more failures in a row than this have another cause."""
 
 
 class PosixStorage:
@@ -74,10 +77,22 @@ class PosixStorage:
         return path
 
     def put_new(self, name: str, content: bytes) -> None:
-        create_once(self._filesystem, self._path(name), content)
+        self._despite_sweeps(create_once, self._path(name), content)
 
     def replace(self, name: str, content: bytes) -> None:
-        replace_file(self._filesystem, self._path(name), content)
+        self._despite_sweeps(replace_file, self._path(name), content)
+
+    def _despite_sweeps(
+        self, write: Callable[[Filesystem, Path, bytes], None], path: Path, content: bytes
+    ) -> None:
+        """Write again if another job's sweep removed the pending file as a leftover."""
+        for tried in range(1, _TRIES + 1):
+            try:
+                write(self._filesystem, path, content)
+                return
+            except FileNotFoundError:
+                if tried == _TRIES:
+                    raise
 
     def settle(self, names: Sequence[str]) -> None:
         # The files' bytes were synced as they were written: what is left is their names.
