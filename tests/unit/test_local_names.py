@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import ConfigError
-from holdfast.filesystem import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem, is_memory
 from holdfast.storage.backend import pending_name
-from holdfast.storage.posix import is_memory
 from holdfast.tiers.local.shard_file import (
     RunDirectory,
     make_private_directory,

@@ -32,19 +32,13 @@ from holdfast.errors import (
     FormatTooNewError,
     is_process_failure,
 )
-from holdfast.filesystem import Filesystem, naming
+from holdfast.filesystem import Filesystem, naming, why_not_private
 from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.read.direct import Part, read_expected, read_verified
 from holdfast.storage.backend import PENDING_MARK, REPLACED_MARK, Storage, replaced_name
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
-from holdfast.storage.posix import (
-    PosixStorage,
-    make_durable_directory,
-    read_bytes,
-    replace_file,
-    why_not_private,
-)
+from holdfast.storage.posix import PosixStorage, make_durable_directory, read_bytes, replace_file
 
 CommitKey = tuple[int, int, int]
 """What all files of one commit share: sequence, attempt, iteration; larger is newer."""

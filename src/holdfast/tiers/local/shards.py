@@ -19,6 +19,7 @@ import xxhash
 
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import append_durably
 from holdfast.format.layout import Layout
 from holdfast.ranks.topology import Topology
 from holdfast.snapshot.arena import Arena, image_bytes
@@ -32,7 +33,7 @@ from holdfast.storage.digests import (
     make_footer,
 )
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import append_durably, writing_past_cache
+from holdfast.storage.posix import writing_past_cache
 from holdfast.tiers.local.pool import BufferPool, PooledFile
 from holdfast.tiers.local.shard_file import (
     CommitKey,
