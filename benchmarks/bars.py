@@ -1,9 +1,9 @@
-"""The bars that this project sets itself, and whether a run met them.
+"""The limits that this project sets itself (the bars), and whether a run met them.
 
-Owns each bar as a value: what is divided by what, and how far it may go. Promises pure arithmetic
-on the samples of one run: ratios of medians, with the range of the same ratio round by round.
-Asserts nothing; what a run did not measure is said to be unmeasured. Where a peer is used with
-torch's state-dictionary getters, the bar is judged against the library alone, without them.
+Owns each bar as a value: what is divided by what, and the largest ratio allowed. Promises pure
+arithmetic on the samples of one run: ratios of medians, with the range of the same ratio by round.
+Asserts nothing; what a run did not measure is reported as not measured. A peer that is used with
+torch's state-dictionary getters is judged without the time of these getters.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One PNG per state: every quantity of every method beside the physical limit.
 
 Owns the drawing. Promises a log scale, the same order of methods in every panel, the median as a
-dot with its range as a line, and the limit as a vertical line. Needs matplotlib, an extra; where it
-is not installed it says so in a sentence and nothing fails.
+dot with its range as a line, and the limit as a vertical line. Needs matplotlib, an extra; without
+it a message says so and nothing fails.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The order of the processes: a fresh one per method and round, the methods taking turns.
+"""Runs the measurements: a fresh process per method and round, the methods taking turns.
 
-Owns starting a measurement as one process per rank, as torchrun would, its deadline, and joining
+Owns starting a measurement as one process per rank, as torchrun would, its deadline, and merging
 what the ranks and rounds returned. Promises the same environment for every method, that a method
 that fails or hangs costs its own row only, and that nothing is left behind on disk. Knows no method
 and draws nothing.
@@ -70,7 +70,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure everything and return the processes, the samples, and what was skipped and why.
 
-    `tell` hears what goes on; `keep` is given the result so far after each process.
+    `tell` gets progress messages; `keep` gets the result so far after each process.
     """
     processes: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -126,9 +126,9 @@ def gather(processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def merge_ranks(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join the results of the ranks of one measurement into one."""
     for word in ("failed", "skipped"):
-        told = [each[word] for each in results if word in each]
-        if told:
-            return {word: told[0]}
+        reasons = [each[word] for each in results if word in each]
+        if reasons:
+            return {word: reasons[0]}
     first, ranks = results[0], len(results)
     samples = {}
     for name in first["samples"]:
@@ -194,16 +194,16 @@ def _run_ranks(order: Order, ranks: int, scratch: Path, settings: Settings) -> d
     finally:
         for each in started:
             _end(each)
-    told = [json.loads(each.read_text()) for each in results if each.exists()]
-    if late and not any("failed" in each for each in told):
+    reports = [json.loads(each.read_text()) for each in results if each.exists()]
+    if late and not any("failed" in each for each in reports):
         return {"failed": f"did not end within {settings.timeout_seconds:g} s"}
-    if len(told) < ranks and not any("failed" in each for each in told):
+    if len(reports) < ranks and not any("failed" in each for each in reports):
         shown = outputs[0].read_text(errors="replace")[-SHOWN_CHARACTERS:].strip()
         return {"failed": f"ended without a result: {shown}"}
-    merged = merge_ranks(told)
+    merged = merge_ranks(reports)
     if "failed" in merged:
-        texts = [each.read_text(errors="replace")[-SHOWN_CHARACTERS:] for each in outputs]
-        merged["output"] = "\n".join(texts)
+        ends = [each.read_text(errors="replace")[-SHOWN_CHARACTERS:] for each in outputs]
+        merged["output"] = "\n".join(ends)
     return merged
 
 

@@ -1,4 +1,4 @@
-"""What a reader must know of the machine to judge a run.
+"""A description of the machine, for a reader who judges a run.
 
 Owns the description that goes into every report: processor, cores, memory, kernel, versions, file
 systems, date. Promises that nothing in it names a host or a user.

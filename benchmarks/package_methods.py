@@ -48,7 +48,7 @@ class _Package(Method):
 
 
 class Safetensors(_Package):
-    """safetensors.torch.save_file of all tensors; numbers and texts are left out."""
+    """safetensors.torch.save_file of all tensors; numbers and strings are left out."""
 
     name = "safetensors"
     label = "safetensors"
@@ -281,7 +281,7 @@ def _cpu_state_class() -> Any:
 
 
 class _CpuStateMixin:
-    """NVRx's state dictionary for tensors that lie in host memory already."""
+    """NVRx's state dictionary for tensors that are in host memory already."""
 
     def __init__(self, state_dict: dict[str, Any], clones: bool = False) -> None:
         self.state_dict = _rebuilt(state_dict)  # it maps dictionaries in place: never the live ones

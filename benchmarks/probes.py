@@ -189,8 +189,8 @@ def copying(size_bytes: int, folder: Path) -> Measure:
     """Return what copies so many bytes once, with one thread, on all ranks at a time."""
     source, target = Memory(size_bytes), Memory(size_bytes)
 
-    def measure(meet: Callable[[], None]) -> float:
-        meet()
+    def measure(barrier: Callable[[], None]) -> float:
+        barrier()
         return copy_seconds(target, source, 1)
 
     return measure
@@ -203,8 +203,8 @@ def reading(size_bytes: int, folder: Path) -> Measure:
     """
     read = _reader(size_bytes, folder)
 
-    def measure(meet: Callable[[], None]) -> float:
-        meet()
+    def measure(barrier: Callable[[], None]) -> float:
+        barrier()
         began = time.perf_counter()
         read()
         return time.perf_counter() - began
@@ -226,8 +226,8 @@ def transferring(size_bytes: int, folder: Path, *, beside: bool = False) -> Meas
     content = torch.full((size_bytes,), rank, dtype=torch.uint8)
     read = _reader(size_bytes, folder) if beside and rank == 0 else None
 
-    def measure(meet: Callable[[], None]) -> float:
-        meet()
+    def measure(barrier: Callable[[], None]) -> float:
+        barrier()
         began = time.perf_counter()
         reader = threading.Thread(target=read)
         reader.start()

@@ -1,4 +1,4 @@
-"""What a run says, as text for a terminal.
+"""The report of a run as text for a terminal.
 
 Owns medians and ranges and the tables that show them: per state the limits of the machine, the
 saves, the loads, and what was skipped; at the end the bars. Promises that each quantity of ours and

@@ -1,7 +1,7 @@
 """Which states can be asked for: how large, how many tensors, on how many ranks.
 
-Owns the names and the sizes, full and quick, and the bytes that follow from them. Promises to stay
-free of torch, so that asking costs nothing. `states` builds what stands here.
+Owns the names and the sizes, full and quick, and the bytes that follow from them. Imports no torch,
+so that listing them is fast. `states` builds what is described here.
 """
 
 from __future__ import annotations

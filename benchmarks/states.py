@@ -1,7 +1,7 @@
 """The states that methods save, as live models and optimizers.
 
-Owns building a model and an AdamW of a named shape from a seed, telling two contents apart bit for
-bit, spoiling the content before a load, and the small change that a training step makes. Promises
+Owns building a model and an AdamW of a named shape from a seed, comparing two contents bit for bit,
+overwriting the content before a load, and the small change that a training step makes. Promises
 the same names, shapes and values on every call. Knows no method and no clock.
 """
 
@@ -50,7 +50,7 @@ class State:
         self.optimizer = optimizer
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor of this rank by name, found anew: a load may have replaced some."""
+        """Yield every tensor of this rank by name, as it is now: a load may replace tensors."""
         names: dict[torch.Tensor, str] = {}
         for name, parameter in self.model.named_parameters():
             names[parameter] = name

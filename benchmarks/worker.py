@@ -3,8 +3,8 @@
 Owns the order inside a process: build, first save apart, timed saves, one save with the memory
 watched, loads cold and warm, and for asynchronous methods the training time lost. Promises that
 every load is compared bit for bit with what was saved, that all ranks begin each measurement
-together, and that a failure is written where the harness reads it. Recovery is timed as the slowest
-rank feels it, beside what the same ranks can do with the same bytes. Run by `benchmarks.harness`.
+together, and that a failure is written where the harness reads it. The time of a recovery is that
+of the slowest rank, beside the least that the same ranks need for the same bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.shapes import RECIPES, whole_bytes
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is told."""
+    """What a worker is to measure."""
 
     method: str
     state: str
@@ -117,7 +117,7 @@ class Worker:
         self._steps += 1
         method = self._method
         method.aside.take()
-        self._meet()
+        self._barrier()
         cpu = meters.cpu_seconds() if with_cpu else 0.0
         began = time.perf_counter()
         method.save(self._steps)
@@ -142,7 +142,7 @@ class Worker:
 
     def _forget_older(self) -> None:
         """Remove the save before this one, as retention does, outside of any measurement."""
-        # Were all kept, each buffered write would meet fresh memory, which costs a virtual
+        # Were all kept, each buffered write would use fresh memory, which costs a virtual
         # machine dear: that would be held against the methods that write through the page cache.
         newest = self._method.newest()
         if self._older and self._older != newest and int(os.environ.get("RANK", "0")) == 0:
@@ -171,7 +171,7 @@ class Worker:
         self._state.spoil()
         addresses = self._state.addresses()
         method.aside.take()
-        self._meet()
+        self._barrier()
         seconds = _seconds(self._with_device(method.load))
         self._add(f"load_{temperature}", seconds)
         self._add(f"load_{temperature}_bare", seconds - method.aside.take())
@@ -186,14 +186,14 @@ class Worker:
             name: make(size_bytes, folder) for name, make in probes.LIMITS_OF_RECOVERY[loss].items()
         }
         for measure in measures.values():
-            measure(self._meet)
+            measure(self._barrier)
         method.restart()
         for number in range(1 + self._order.loads):
-            self._meet()
+            self._barrier()
             method.lose(loss)
             self._state.spoil()
-            limits = {name: measure(self._meet) for name, measure in measures.items()}
-            self._meet()
+            limits = {name: measure(self._barrier) for name, measure in measures.items()}
+            self._barrier()
             began = time.perf_counter()
             self._with_device(method.load)()
             seconds = time.perf_counter() - began
@@ -212,7 +212,7 @@ class Worker:
         """Compute for longer than the copy takes, then see how long an optimizer step waits."""
         copy = statistics.median(self._samples["stall"])
         self._state.change()
-        self._meet()
+        self._barrier()
         self._steps += 1
         self._method.save(self._steps)
         self._training.compute_for(0.05 + 4 * copy)
@@ -226,11 +226,11 @@ class Worker:
         steps = training.steps_in(max(seconds, 1.3 * statistics.median(self._samples["durable"])))
         steps = _largest(steps)
         alone = -(-steps // 2)
-        self._meet()
+        self._barrier()
         before = training.seconds_of(alone)
         self._saved = self._state.fingerprint()
         self._steps += 1
-        self._meet()
+        self._barrier()
         began = time.perf_counter()
         method.save(self._steps)
         done, taken = False, 0
@@ -244,7 +244,7 @@ class Worker:
         method.wait()
         for _ in range(_largest(taken) - taken):
             self._state.change()  # replicas stay replicas
-        self._meet()
+        self._barrier()
         after = training.seconds_of(alone)
         self._add("lost", wall - taken * (before + after) / (2 * alone))
         self._state.spoil()
@@ -275,7 +275,7 @@ class Worker:
 
             torch.accelerator.synchronize()
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         """Let disk and accelerator come to rest, and all ranks begin together."""
         os.sync()
         self._synchronise()
@@ -309,9 +309,9 @@ def _largest(value: int) -> int:
         return value
     import torch
 
-    told = torch.tensor([value])
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-    return int(told.item())
+    largest = torch.tensor([value])
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest.item())
 
 
 def _ranks() -> int:
@@ -334,7 +334,7 @@ def main() -> None:
     """Carry out the order in the arguments and write the result beside the folder."""
     order = Order(**json.loads(sys.argv[1]))
     result_path = Path(sys.argv[2])
-    # NVRx brings pynvml, of which torch warns at every import; nothing a reader could mend.
+    # NVRx brings pynvml, of which torch warns at every import; nothing to fix here.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         result = _measure_probes(order) if order.method == "probes" else Worker(order).run()

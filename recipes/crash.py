@@ -1,8 +1,8 @@
 """Dying on purpose, so that resuming can be tried.
 
 Owns when a run kills itself and how: SIGKILL, which nothing can catch or tidy up after. Promises
-that the same command works twice: a step that an earlier attempt has passed kills nobody. Knows of
-checkpoints only that a save in flight has a `*.pending-*` directory.
+that the same command works twice: an attempt does not die at a step that an earlier one has passed.
+Knows of checkpoints only that a save in flight has a `*.pending-*` directory.
 """
 
 from __future__ import annotations
@@ -59,4 +59,4 @@ def _has_bytes(path: Path) -> bool:
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:
-        return False  # renamed under our eyes
+        return False  # renamed in the meantime

@@ -1,10 +1,9 @@
-"""A checkpoint manager of one's own: holdfast's, plus a second copy of every checkpoint.
+"""An example of a custom checkpoint manager: holdfast's, plus a second copy of every checkpoint.
 
 Owns the mirror: a directory that holds each committed checkpoint and a tracker, and is itself a
 store to load from. Promises to copy only what is committed, to show a copy only when it is
-complete, and to make up at the next start for a copy that a crash prevented. Leaves everything else
-to the manager it wraps. A mirror that cannot be written is a warning, because the checkpoint itself
-stands.
+complete, and to make a copy that a crash prevented at the next start. Leaves everything else to the
+manager it wraps. A mirror that cannot be written is a warning: the checkpoint itself is committed.
 
     python recipes/pretrain.py recipe=custom_manager
 """

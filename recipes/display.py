@@ -1,8 +1,8 @@
 """What a person sees of a run.
 
 Owns every line that the recipe prints: a progress bar at a terminal, plain lines anywhere else, the
-closing table, the command that resumes. Promises that only the first process speaks, so that any
-number of them may hold a display. Decides nothing.
+closing table, the command that resumes. Promises that only the first process prints, so that every
+process may have a display. Decides nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from rich import box
@@ -37,8 +37,8 @@ PLAIN_WIDTH = 100
 """Columns where there is no terminal to ask."""
 _RESTORE = b"\r\x1b[2K\x1b[?25h"
 """To the start of the line, erase it, show the cursor: ECMA-48, and DEC's private mode 25."""
-BUDGET_LOGGER = "holdfast.tiers.both"
-"""Says, once, how much room the local tier takes."""
+BUDGET_LINE = "local tier at "
+"""How holdfast's message on the room that the local tier takes begins."""
 
 
 def bits_per_byte(loss: float) -> float:
@@ -78,12 +78,7 @@ class Display:
             self._before = signal.signal(signal.SIGTERM, self._end)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._messages.leave()
         if self._before is not None:
@@ -103,15 +98,15 @@ class Display:
         self._console.print(line, markup=False)
 
     def show_load(self, iteration: int, result: object, config: CheckpointConfig) -> None:
-        """Say what was resumed, or that nothing was; what was passed over is logged by holdfast."""
+        """Print what was resumed, if anything. What was skipped is logged by holdfast."""
         store, local = config.persistent.directory, config.local.directory
         where, tier = store, ""
         if isinstance(result, LoadResult):
             where = str(result.path or store)
             if local is not None and result.tier is not None:
                 tier = f", {result.tier} tier"
-                is_told = any(each.tier == LOCAL for each in result.skipped)
-                if result.tier != LOCAL and config.load.directory is None and not is_told:
+                is_reported = any(each.tier == LOCAL for each in result.skipped)
+                if result.tier != LOCAL and config.load.directory is None and not is_reported:
                     tier += f"; {local} holds nothing newer"
         if isinstance(result, LoadResult) and result.is_pretrained:
             self.say(f"starting from step {iteration} with what {where} holds")
@@ -219,10 +214,10 @@ class Display:
 
 
 class _Messages(logging.Handler):
-    """What holdfast logs, among the lines of the display instead of across its bar."""
+    """Print what holdfast logs among the lines of the display, not across its bar."""
 
     def __init__(self, say: Callable[[str], None] | None) -> None:
-        """None: another process speaks, and only warnings of this one are printed, to stderr."""
+        """None: another process prints; of this one only warnings are printed, to stderr."""
         super().__init__(logging.INFO if say is not None else logging.WARNING)
         self._say = say
         self._logger = logging.getLogger("holdfast")
@@ -239,10 +234,10 @@ class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             line = f"warning: {record.getMessage()}"
-        elif record.name == BUDGET_LOGGER:
+        elif record.getMessage().startswith(BUDGET_LINE):
             line = record.getMessage()
         else:
-            return  # of interest to whoever looks into a manager's decisions
+            return  # the manager's decisions, of interest when one of them is in question
         if self._say is not None:
             self._say(line)
         else:
@@ -250,7 +245,7 @@ class _Messages(logging.Handler):
 
 
 def _find_local_directory(config: CheckpointConfig) -> Path | None:
-    """Return what this node keeps of this run alone; None: nothing."""
+    """Return the directory of this run alone on this node; None: there is none."""
     store, directory = config.persistent.directory, config.local.directory
     if store is None or directory is None:
         return None
@@ -263,7 +258,7 @@ def _find_local_directory(config: CheckpointConfig) -> Path | None:
 
 
 def describe_source(source: ShardSource, rank: int) -> str:
-    """Return where a process, of this rank, has a part of its state from."""
+    """Return where the process of this rank got a part of its state from."""
     if source.rank is None:
         return f"{source.tier} tier"
     if source.rank == rank:

@@ -1,10 +1,9 @@
 """Kill the main job and prove that resuming changes nothing.
 
 Owns three runs of the same tiny training: one left alone, one killed at a step and one killed in
-the middle of a save, each of the two then started again by the very same command. Promises a zero
-exit only when both died as planned, left a torn save where one was wanted, resumed from a
-checkpoint, and every loss and the final validation loss equal those of the run left alone, to the
-last bit.
+the middle of a save. The same command then starts each of the two again. Promises a zero exit only
+when both died as planned, left an unfinished save where one was wanted, resumed from a checkpoint,
+and every loss and the final validation loss equal those of the run left alone, to the last bit.
 
     python recipes/drill.py
     python recipes/drill.py --processes 2 --parallel fsdp
@@ -18,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +134,15 @@ def drill(launch: Launch) -> list[Verdict]:
     return verdicts
 
 
+def conclude(verdicts: Sequence[Verdict]) -> int:
+    """Print whether all interrupted runs equal the one left alone, and return the exit status."""
+    if all(verdict.is_equal for verdict in verdicts):
+        print("equal to the run left alone, to the last bit")
+        return 0
+    print("NOT equal to the run left alone")
+    return 1
+
+
 def main() -> int:
     """Run the drill, print a table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
@@ -152,11 +161,7 @@ def main() -> int:
         validation = "differs" if verdict.validation_differs else "equal"
         differing = f"{len(verdict.different_steps)} of {STEPS}"
         print(f"{verdict.name:<18} {verdict.resumed_from:>12} {differing:>16} {validation:>11}")
-    if all(verdict.is_equal for verdict in verdicts):
-        print("equal to the run left alone, to the last bit")
-        return 0
-    print("NOT equal to the run left alone")
-    return 1
+    return conclude(verdicts)
 
 
 if __name__ == "__main__":

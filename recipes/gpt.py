@@ -2,8 +2,8 @@
 
 Owns the architecture: pre-norm blocks of causal attention with rotary positions and a two-layer
 MLP, an untied head over the 256 byte values. Promises that two models built after the same
-`torch.manual_seed` are equal bit for bit. Refuses to know devices, parallelism and data; `blocks`
-is there for whoever shards it.
+`torch.manual_seed` are equal bit for bit. Knows no devices, parallelism or data; `blocks` is what a
+caller shards.
 """
 
 from __future__ import annotations

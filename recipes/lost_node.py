@@ -1,10 +1,10 @@
 """Lose a node's memory and prove that nothing was lost with it.
 
-Owns two runs of the same tiny training on two simulated nodes of this machine, each with a
-launcher, two processes and a local directory of its own: one run left alone, one killed, robbed of
-a node's directory and started again by the very same commands. Promises a zero exit only when the
-processes died as planned, the iteration came back that the files left over hold, and every loss
-equals that of the run left alone, to the last bit.
+Owns two runs of the same tiny training on two simulated nodes of this machine. Each node has a
+launcher, two processes and a local directory of its own. One run is left alone. The other is
+killed, a node's directory is removed, and the same commands start it again. Promises a zero exit
+only when the processes died as planned, the run resumed from the iteration that the remaining files
+hold, and every loss equals that of the run left alone, to the last bit.
 
     python recipes/lost_node.py
     python recipes/lost_node.py --lose node0 node1
@@ -25,33 +25,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drill import STEPS, DrillError, Verdict, compare
+from drill import STEPS, DrillError, Verdict, compare, conclude
 from losses import LossCurve, read_losses
 
 PROGRAM = Path(__file__).with_name("pretrain.py")
 NODES = ("node0", "node1")
 MEMORY = Path("/dev/shm")  # noqa: S108  # only ever with a fresh name below
-TOLD = ("skipped", "warning", "resumed")
-"""How the lines of a restarted run begin that are worth repeating."""
+REPEATED = ("skipped", "warning", "resumed")
+"""How the lines of a restarted run begin that the drill prints too."""
 _SHARD = re.compile(r"iter_([0-9]{7,})_([0-9]+)_local\.pt")
 _SOURCE = re.compile(r"^source: rank ([0-9]+) has (.+?) from (.+)$", re.MULTILINE)
-"""How the restarted run says what the load's result tells of its sources."""
+"""How the restarted run prints the sources of its state."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file of the local tier: whose shard, of which iteration, and who keeps it."""
+    """A file of the local tier: the shard's owner, its iteration, and the rank that holds it."""
 
     iteration: int
     owner: int
     holder: int
-    """The rank in whose directory it lies."""
+    """The rank in whose directory it is."""
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a restarted rank has a part of its state from, as the load told it."""
+    """Where a restarted rank got a part of its state from, as its load reported."""
 
     rank: int
     size: str
@@ -134,7 +134,7 @@ class Cluster:
         return self.memory / name / node
 
     def lose(self, name: str, node: str) -> None:
-        """Take away what a node had in memory."""
+        """Remove what a node had in memory."""
         shutil.rmtree(self.local(name, node))
 
     def shard_files(self, name: str) -> list[ShardFile]:
@@ -155,7 +155,7 @@ class Cluster:
 
 
 def find_newest(files: Sequence[ShardFile], persistent: int, world_size: int) -> int:
-    """Return the iteration that a restart goes on from.
+    """Return the iteration that a restart resumes from.
 
     `persistent` is the newest iteration on disk: what the nodes have left must be as new, and of
     every rank. Takes every file for a whole shard, as all are with two copies of each.
@@ -169,7 +169,7 @@ def find_newest(files: Sequence[ShardFile], persistent: int, world_size: int) ->
 
 
 def read_origins(printed: str) -> list[Origin]:
-    """Return what a run that was started again has said of the sources of its state, by rank."""
+    """Return where a restarted run got its state from, by rank."""
     found = [Origin(int(rank), size, place) for rank, size, place in _SOURCE.findall(printed)]
     return sorted(found, key=lambda each: each.rank)
 
@@ -185,21 +185,21 @@ def drill(cluster: Cluster, lost: Sequence[str]) -> tuple[Verdict, list[Origin],
     alone, _ = cluster.run_to_end("alone", "crash_at_step=null")
 
     print("2/3 the same, killed", flush=True)
-    cluster.run_to_death("robbed")
-    reached = read_losses(cluster.disk / "robbed").furthest_step
-    persistent = cluster.persistent_iteration("robbed")
-    had = find_newest(cluster.shard_files("robbed"), persistent, cluster.world_size)
+    cluster.run_to_death("killed")
+    reached = read_losses(cluster.disk / "killed").furthest_step
+    persistent = cluster.persistent_iteration("killed")
+    had = find_newest(cluster.shard_files("killed"), persistent, cluster.world_size)
     if had <= persistent:
         raise DrillError(f"iteration {had} is the newest in memory, {persistent} on disk")
     print(f"    died at step {reached}: iteration {had} in memory, {persistent} on disk")
     for node in lost:
-        cluster.lose("robbed", node)
+        cluster.lose("killed", node)
         print(f"    {node} is gone, with all that was in its memory")
-    expected = find_newest(cluster.shard_files("robbed"), persistent, cluster.world_size)
+    expected = find_newest(cluster.shard_files("killed"), persistent, cluster.world_size)
 
     print("3/3 the same commands again", flush=True)
-    resumed, printed = cluster.run_to_end("robbed")
-    said = "\n".join(f"    {each}" for each in printed.splitlines() if each.startswith(TOLD))
+    resumed, printed = cluster.run_to_end("killed")
+    said = "\n".join(f"    {each}" for each in printed.splitlines() if each.startswith(REPEATED))
     if resumed.resumed_from[-1] != expected:
         raise DrillError(
             f"it resumed from iteration {resumed.resumed_from[-1]}, but the files that were left "
@@ -208,7 +208,7 @@ def drill(cluster: Cluster, lost: Sequence[str]) -> tuple[Verdict, list[Origin],
     origins = read_origins(printed)
     if {each.rank for each in origins} != set(range(cluster.world_size)):
         raise DrillError(f"not every rank has said where its state is from\n{printed}")
-    return compare("robbed", resumed, alone), origins, said
+    return compare("killed", resumed, alone), origins, said
 
 
 def main() -> int:
@@ -238,11 +238,7 @@ def main() -> int:
     validation = "differs" if verdict.validation_differs else "equal"
     differing = f"{len(verdict.different_steps)} of {STEPS} steps differ, validation {validation}"
     print(f"\nresumed from iteration {verdict.resumed_from}: {differing}")
-    if verdict.is_equal:
-        print("equal to the run left alone, to the last bit")
-        return 0
-    print("NOT equal to the run left alone")
-    return 1
+    return conclude([verdict])
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def main(config: DictConfig) -> None:
     counters, interval = state.train_state, config.checkpoint.persistent.save_interval
     manager = holdfast.create_checkpoint_manager(config.checkpoint)
     targets = (state, model, optimizer, scheduler)
-    manager.load(holdfast.CheckpointLoadContext(*targets, train_data_iterator=data))
+    context = holdfast.CheckpointLoadContext(*targets, train_data_iterator=data)
+    counters.step, _ = manager.load(context)  # 0 where there is no checkpoint
     if rank == 0:
         store = config.checkpoint.persistent.directory
         print(f"starting at step {counters.step} of {config.steps}; saving to {store}", flush=True)

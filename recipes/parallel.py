@@ -1,9 +1,8 @@
 """How the processes of one run share its work.
 
 Owns the choice of device and backend, the process group, and the wrapping of the model. Promises
-that one program text serves one process, DDP and FSDP2: whoever trains asks `Processes` and never
-whether there are several. Refuses a launch that contradicts the configuration, before anything is
-built.
+that the same training loop serves one process, DDP and FSDP2: it asks `Processes` and never whether
+there are several. Refuses a launch that contradicts the configuration, before anything is built.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """One process on its own; the others below say the same to more than one."""
+    """One process on its own; the subclasses do the same for several."""
 
     device: torch.device
     rank: int = 0
@@ -43,7 +42,7 @@ class Processes:
         return float(value.item())
 
     def gather(self, value: T) -> list[T]:
-        """Return what every process has to say, by rank; each of them calls it."""
+        """Return the value of every process, by rank; every process calls this."""
         return [value]
 
     def close(self) -> None:

@@ -1,9 +1,8 @@
-"""What a run of the recipe may ask for, beside its checkpoints.
+"""The settings of a run, beside those of its checkpoints.
 
 Owns the recipe's own settings: types, safe values and limits. Promises that all impossible values
-of a run are reported together, each with the path of its field. Refuses to repeat the checkpoint
-settings: those are holdfast's `CheckpointConfig`, taken as they are. The YAML files under configs/
-state choices only.
+of a run are reported together, each with the path of its field. The checkpoint settings are
+holdfast's own `CheckpointConfig`. The YAML files under configs/ only choose among these settings.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 class RecipeError(Exception):
-    """A run cannot go on, and the person who typed the command can mend it: no traceback."""
+    """A run cannot continue, and the person who typed the command can fix it: no traceback."""
 
 
 @dataclass
@@ -45,7 +44,7 @@ class DataConfig:
     paths: list[str] = field(default_factory=list)
     """Files, or directories of which every file is read."""
     validation_fraction: float = 0.05
-    """Of every file, held out at its end."""
+    """The part of every file that is held out, at its end."""
 
 
 @dataclass
@@ -60,12 +59,12 @@ class ParallelConfig:
 
 @dataclass
 class OptimConfig:
-    """The optimizer and the learning rate's way: linear warm-up, then half a cosine."""
+    """The optimizer, and the schedule of the learning rate: linear warm-up, then half a cosine."""
 
     name: str = "adamw"
     learning_rate: float = 1e-3
     final_learning_rate_ratio: float = 0.1
-    """What is left of the learning rate at the last step."""
+    """The learning rate at the last step, as a fraction of `learning_rate`."""
     warmup_steps: int = 50
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -76,7 +75,7 @@ class OptimConfig:
 
 @dataclass
 class RunConfig:
-    """Everything one run is told."""
+    """All settings of a run."""
 
     steps: int = 2000
     """Optimizer steps in all, those of earlier attempts included."""

@@ -1,4 +1,4 @@
-"""What the checkpoints of one attempt cost it.
+"""What the checkpoints of one attempt cost.
 
 Owns the record of every save: when it was asked for, how long training waited, and what the manager
 reported of it. Promises figures for any manager: the wait is measured from outside, around `save`
@@ -37,7 +37,7 @@ class SaveRecord:
     """What is known of it: `asked for`, `committed`, `failed`, `promoting` while it is local and
     on its way to the persistent tier, or `pruned` by retention later."""
     waited_seconds: float = 0.0
-    """How long training stood still for it."""
+    """How long training waited for it."""
     total_seconds: float | None = None
     """From asking to commit; None: the manager fired no event."""
     size_bytes: int | None = None
@@ -47,7 +47,7 @@ class MeasuredSaves:
     """Pass calls on to a manager and keep a record of each save."""
 
     def __init__(self, manager: CheckpointManager, say: Callable[[str], None]) -> None:
-        """`say` is told in one line when a checkpoint is committed or given up."""
+        """`say` gets one line when a checkpoint is committed or abandoned."""
         self._manager = manager
         self._say = say
         self._records: dict[int, SaveRecord] = {}

@@ -1,10 +1,10 @@
 """Text as bytes, cut into samples, in an order that a checkpoint can name.
 
 Owns which bytes are trained on, which are held out, and the loader that deals samples to
-data-parallel ranks. Promises that the same text and seed give the same order for ever, and that a
-restored loader goes on at the very next sample, at any data-parallel size: its only position is the
-count of samples that all ranks together have taken. Refuses to go on with other text than it was
-saved with, and to read ahead.
+data-parallel ranks. Promises that the same text and seed always give the same order, and that a
+restored loader continues at the very next sample, at any data-parallel size: its position is the
+number of samples that all ranks together have taken. Refuses to continue with other text than it
+was saved with, and does not read ahead.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class ShardedLoader:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the last sample dealt when the state was taken.
+        """Continue after the last sample dealt when the state was taken.
 
         Raises:
             RecipeError: the state was taken over another text, seed or sample length.
@@ -168,7 +168,7 @@ class ShardedLoader:
         self._position = int(state_dict["position"])
 
     def load_resharded_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on where all ranks of the saved run stood, whatever their number.
+        """Continue where all ranks of the saved run stood, whatever their number.
 
         Raises:
             RecipeError: the ranks stood at different positions, or as for `load_state_dict`.

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from holdfast import __version__
 from holdfast.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import name_tensors
 from holdfast.messages import describe_size
 from holdfast.storage.identity import RunIdentity
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint, Listing, Store, parse_checkpoint_name
 
 
@@ -71,7 +72,7 @@ def _ls(parsed: argparse.Namespace) -> int:
     target = _find_target(parsed.directory)
     listing = _selected(target)
     tracker, problem = target.store.read_tracker()
-    run_id = RunIdentity(target.store.root, LocalFilesystem()).read_run_id()
+    run_id = RunIdentity(target.store.storage).read_run_id()
     found = listing.checkpoints or listing.broken or listing.too_new
     if not found and run_id is None:
         raise CheckpointNotFoundError(
@@ -144,7 +145,9 @@ def _verify(parsed: argparse.Namespace) -> int:
         {"path": str(each.path), "size_bytes": each.manifest.size_bytes,
          "damages": [
              str(damage)
-             for damage in name_tensors(each, target.store.verify(each), LocalFilesystem())
+             for damage in name_tensors(
+                 target.store.files_of(each), target.store.verify(each)
+             )
          ]}
         for each in listing.checkpoints
     ]  # fmt: skip
@@ -177,7 +180,7 @@ def _find_target(directory: Path) -> _Target:
         raise CheckpointNotFoundError(f"{directory} does not exist or is no directory.")
     iteration = parse_checkpoint_name(path.name)
     root = path if iteration is None else path.parent
-    return _Target(Store(root, filesystem), iteration)
+    return _Target(Store(PosixStorage(root, filesystem)), iteration)
 
 
 def _suggest(directory: Path) -> str:
@@ -185,7 +188,7 @@ def _suggest(directory: Path) -> str:
     filesystem = LocalFilesystem()
     with suppress(OSError):
         for each in sorted(directory.iterdir()):
-            if each.is_dir() and Store(each, filesystem).listing().checkpoints:
+            if each.is_dir() and Store(PosixStorage(each, filesystem)).listing().checkpoints:
                 return f" Did you mean {each}?"
     return ""
 

@@ -36,6 +36,7 @@ from holdfast.errors import (
 from holdfast.events import (
     ON_CHECKPOINT_STAGED,
 )
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.policies.guards import Alarm, StepOrder
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -50,9 +51,8 @@ from holdfast.restoring import LastLoad, Opened, Restoration, open_selected
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.model import run_each
-from holdfast.state.options import Overrides
-from holdfast.state.rank import Place, warn_of_lost_position
-from holdfast.storage.posix import Filesystem, LocalFilesystem
+from holdfast.state.overrides import Overrides
+from holdfast.state.small import Place, warn_of_lost_position
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.persistent import Admission
 from holdfast.tiers.search import Search, Selected
@@ -295,7 +295,7 @@ class DefaultCheckpointManager:
         self._begin_call("arrive", check_own, lambda: None, refusal)
         search = Search(self._config, self._tiers, self._filesystem, control)
         if control.rank == 0:
-            warn_of_living_attempt(self._tiers.root, self._filesystem)
+            warn_of_living_attempt(self._tiers.storage)
         touched = False
         while (selected := search.next(touched=touched)) is not None:
             self._report_needs(ctx, selected.source, control)

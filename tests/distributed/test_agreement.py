@@ -21,9 +21,9 @@ from holdfast.errors import (
     SaveFailedError,
     StepRewoundError,
 )
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext
-from holdfast.storage.posix import Filesystem, LocalFilesystem
 from tests.distributed.training import Run
 from tests.support.deadlines import DEADLINE_SECONDS
 from tests.support.managers import linear

@@ -13,10 +13,10 @@ import torch
 from torch import distributed, nn
 
 from holdfast.errors import StageFailedError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.ranks.channels import open_channels
 from holdfast.read.shared import ReadShared, divide, own_group
 from holdfast.storage.digests import BLOCK_BYTES
-from holdfast.storage.posix import LocalFilesystem
 from tests.distributed.training import ReshardableData, Run, exact
 from tests.support.managers import Live, manager_of, zero
 from tests.support.ranks import run_ranks

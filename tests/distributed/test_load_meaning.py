@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from holdfast.errors import FormatTooNewError, OwnCheckpointsExistError, StageFailedError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest
-from holdfast.storage.posix import LocalFilesystem
 from tests.distributed.training import Run
 from tests.support.ranks import run_ranks
 

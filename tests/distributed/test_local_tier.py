@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import StageFailedError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from tests.support.deadlines import DEADLINE_SECONDS, told_within
 from tests.support.nodes import (
     DAMAGES,

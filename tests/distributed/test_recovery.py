@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.layout import Container, container_of
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import LoadResult
-from holdfast.storage.posix import LocalFilesystem
 from tests.support.managers import Live, manager_of
 from tests.support.nodes import flip, memory_directory, wait_for_all
 from tests.support.ranks import run_ranks

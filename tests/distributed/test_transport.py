@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 
 from holdfast.errors import ConfigError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from holdfast.tiers.local.exchange import Incoming, Message, Outgoing
 from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.replication import DeviceGroup, GroupBrokenError

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.config import CheckpointConfig
+from holdfast.filesystem import Filesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -31,7 +32,6 @@ from holdfast.protocol import (
     LoadResult,
     TrainState,
 )
-from holdfast.storage.posix import Filesystem
 
 FEATURES = 7
 SAMPLES = 90

@@ -17,7 +17,8 @@ import holdfast
 from holdfast import errors
 from holdfast import events as event_names
 from holdfast.config import CheckpointConfig
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,7 @@ def test_the_layout_in_the_readme_is_what_a_save_leaves(
     loop = next(block for block in _blocks(ROOT / "README.md", "python") if "while " in block)
     exec(loop, _training())
     root = tmp_path / "checkpoints"
-    (newest, *_) = Store(root, LocalFilesystem()).listing().checkpoints
+    (newest, *_) = Store(PosixStorage(root, LocalFilesystem())).listing().checkpoints
     found = {each.name for each in root.iterdir() if not each.name.startswith("iter_")}
     found |= {str(each.relative_to(newest.path)) for each in newest.path.rglob("*")}
     found = {re.sub(r"\d{5,}", "N", name) for name in found} - {"state"}
@@ -131,8 +132,10 @@ def test_the_public_interface_is_what_its_page_lists() -> None:
         assert hasattr(holdfast.DefaultCheckpointManager, name)
     events = {value for name, value in vars(event_names).items() if name.startswith("ON_")}
     assert events == set(re.findall(r"`(on_\w+)`", page))
-    module = import_module("holdfast.filesystem")
-    assert all(f"`{name}`" in page for name in module.__all__)
+    for module in ("filesystem", "testing"):
+        section = page.split(f"## `holdfast.{module}`")[1].split("\n## ")[0]
+        for name in import_module(f"holdfast.{module}").__all__:
+            assert f"`{name}`" in section, name
 
 
 def test_every_error_is_documented() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.places import PLACES, Place
 from tests.faults.report import counts, record, table
 
 
@@ -22,6 +23,13 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     else:
         with place_on_disk(tmp_path) as place:
             yield place
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """A run's directory, for a claim that is tried on each tier wherever it can lie."""
+    with request.param(tmp_path) as made:
+        yield made
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

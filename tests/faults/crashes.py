@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from holdfast.errors import SaveFailedError
+from holdfast.filesystem import Filesystem
 from holdfast.storage.identity import Attempt, RunIdentity
-from holdfast.storage.posix import Filesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store, checkpoint_name
 from tests.faults.jobs import Job, state_of, train_to
 from tests.faults.tiers import FULL, CrashedTier, Left, Violation
@@ -112,7 +113,7 @@ class Story:
     def take_stock(self) -> None:
         """Let what a fault has left, which was found acceptable, be what holds from now on."""
         image = self.filesystem.image
-        store = Store(ROOT, CrashFilesystem(image))
+        store = Store(PosixStorage(ROOT, CrashFilesystem(image)))
         acceptable = {}
         for each in store.listing().checkpoints:
             files = subtree(image, each.path)
@@ -180,7 +181,7 @@ class Story:
             self.job.save()
         except (PowerCut, SaveFailedError) as fault:
             self.trees[digest] = subtree(self.filesystem.image, ROOT / checkpoint_name(iteration))
-            listing = Store(ROOT, CrashFilesystem(self.filesystem.image)).listing()
+            listing = Store(PosixStorage(ROOT, CrashFilesystem(self.filesystem.image))).listing()
             self.order = [each.iteration for each in reversed(listing.checkpoints)]
             if isinstance(fault, SaveFailedError):  # retention follows what has not failed
                 self._learn(replace(self.known, required=before.required))
@@ -422,7 +423,10 @@ def check_at_rest(story: Story, image: Image, known: Known) -> None:
         Violation: naming the promise that is broken.
     """
     filesystem = CrashFilesystem(image)
-    store, identity = Store(ROOT, filesystem), RunIdentity(ROOT, filesystem)
+    store, identity = (
+        Store(PosixStorage(ROOT, filesystem)),
+        RunIdentity(PosixStorage(ROOT, filesystem)),
+    )
     listing = store.listing()
     if listing.broken:
         raise Violation(f"broken: {[(str(each.path), each.reason) for each in listing.broken]}")

@@ -16,6 +16,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.config import CheckpointConfig
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -24,7 +25,7 @@ from holdfast.protocol import (
     LoadResult,
     TrainState,
 )
-from holdfast.storage.posix import Filesystem, LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 from tests.support.states import digest, make_run
 
@@ -172,7 +173,7 @@ def leftovers(directory: Path) -> list[str]:
 
 def damages(directory: Path) -> list[str]:
     """Name everything that is listed in a store and not sound."""
-    store = Store(directory, LocalFilesystem())
+    store = Store(PosixStorage(directory, LocalFilesystem()))
     listing = store.listing()
     found = [each.reason for each in listing.broken]
     return found + [str(each) for one in listing.checkpoints for each in store.verify(one)]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
 
-from holdfast.storage.posix import DirectoryEntry, Filesystem, LocalFilesystem
+from holdfast.filesystem import DirectoryEntry, Filesystem, LocalFilesystem
 
 T = TypeVar("T")
 

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint, Store, checkpoint_name
 from tests.faults.jobs import Job, damages, job_of_rank, leftovers
 from tests.support.ranks import run_ranks
@@ -247,7 +248,7 @@ def test_many_saves_leave_nothing_behind(tmp_path: Path) -> None:
     assert grown_bytes < 4 << 20, f"{grown_bytes} bytes more after {saves} saves"
     assert leftovers(tmp_path) == []
     assert damages(tmp_path) == []
-    checkpoints = Store(tmp_path, LocalFilesystem()).listing().checkpoints
+    checkpoints = Store(PosixStorage(tmp_path, LocalFilesystem())).listing().checkpoints
     assert [each.iteration for each in checkpoints] == [50 + saves]
     assert len(list(tmp_path.iterdir())) == 4  # the checkpoint, run.json, a claim, the tracker
 
@@ -288,4 +289,4 @@ def test_a_save_is_seen_by_nobody_before_its_commit(tmp_path: Path) -> None:
 
 
 def _listed(directory: Path) -> tuple[Checkpoint, ...]:
-    return Store(directory, LocalFilesystem()).listing().checkpoints
+    return Store(PosixStorage(directory, LocalFilesystem())).listing().checkpoints

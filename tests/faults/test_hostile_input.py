@@ -21,9 +21,10 @@ import pytest
 import torch
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.digests import describe_content
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store, checkpoint_name
 from tests.faults.jobs import Job, copy_store, leftovers, make_store
 from tests.support.hostile import hostile_pickle, hostile_torch_file
@@ -325,7 +326,10 @@ def test_what_is_removed_is_removed_inside_the_store(folder: Path, tmp_path: Pat
     job.train_to(8)
     job.save()
     assert leftovers(store) == []
-    assert [each.iteration for each in Store(store, LocalFilesystem()).listing().checkpoints] == [8]
+    assert [
+        each.iteration
+        for each in Store(PosixStorage(store, LocalFilesystem())).listing().checkpoints
+    ] == [8]
     assert tree(outside) == before
 
 

@@ -26,8 +26,9 @@ from torch import distributed, nn
 
 import holdfast.manager as manager_module
 from holdfast.errors import CheckpointError, LoadIncompleteError, StoreNotLoadedError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 from tests.faults.report import record
 from tests.support.managers import Live, manager_of
@@ -134,7 +135,7 @@ class _Run:
     def end(self) -> None:
         """Finish without interrupts, and hold what is there against what was asked for."""
         self.finalize(blocking=True, terminate=True)
-        listing = Store(self.root / "store", LocalFilesystem()).listing()
+        listing = Store(PosixStorage(self.root / "store", LocalFilesystem())).listing()
         assert listing.broken == ()
         committed = {each.iteration for each in listing.checkpoints}
         fresh = _Run(self.root, {**self.settings, "run_id": None})
@@ -299,7 +300,7 @@ def _end_tiered(run: _Run) -> None:
     values = _values(fresh.model)
     assert values == {float(run.iteration)}
     manager.finalize_async_saves(fresh.live.state, terminate=True)
-    listing = Store(run.root / "store", LocalFilesystem()).listing()
+    listing = Store(PosixStorage(run.root / "store", LocalFilesystem())).listing()
     assert listing.broken == ()
     for each in listing.checkpoints:
         manager = run.make_manager()
@@ -400,7 +401,7 @@ def test_an_interrupt_on_some_rank_loses_and_mixes_nothing(
 ) -> None:
     """Ranks meet again at the next call; what counts is whole on all of them, the rest is named."""
     found = run_ranks(_interrupted_rank, 2, tmp_path, odd, mode)
-    listing = Store(tmp_path / "store", LocalFilesystem()).listing()
+    listing = Store(PosixStorage(tmp_path / "store", LocalFilesystem())).listing()
     assert listing.broken == ()
     committed = {each.iteration for each in listing.checkpoints}
     assert found[0][0][-1] in committed, "the last save, in calm weather"

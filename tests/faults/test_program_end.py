@@ -16,7 +16,7 @@ PROGRAM = '''
 import concurrent.futures.thread as pools
 import sys, threading, time
 from pathlib import Path
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from tests.support.managers import linear, manager_of, step
 
 class AtTheEnd(LocalFilesystem):
@@ -57,7 +57,7 @@ def test_what_is_in_flight_at_the_end_is_committed(tmp_path: Path, tier: str) ->
 INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from tests.support.managers import linear, manager_of
 
 class Interrupting(LocalFilesystem):

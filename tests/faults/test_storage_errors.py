@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import SaveFailedError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 from tests.faults.crashes import ROOT, Story, check, check_is_tidy, start
 from tests.faults.jobs import Job, state_of, train_to
@@ -204,7 +205,9 @@ def test_warned_failures_are_counted_until_the_limit(caplog: pytest.LogCaptureFi
         save(60)
     filesystem.fails = lambda operation: None
     save(70)
-    listed = [each.iteration for each in Store(ROOT, filesystem).listing().checkpoints]
+    listed = [
+        each.iteration for each in Store(PosixStorage(ROOT, filesystem)).listing().checkpoints
+    ]
     assert listed == [70, 30]
 
 
@@ -240,7 +243,10 @@ def test_a_really_full_disk(small_disk: Path) -> None:
     assert failed is not None
     assert failed.failures[0].errno == errno.ENOSPC
     assert str(failed.failures[0].path).startswith(str(root))
-    listed = [each.iteration for each in Store(root, LocalFilesystem()).listing().checkpoints]
+    listed = [
+        each.iteration
+        for each in Store(PosixStorage(root, LocalFilesystem())).listing().checkpoints
+    ]
     assert listed == iterations[::-1]
     assert not [each for each in os.listdir(root) if ".pending-" in each]
     # Now nothing at all is left to write into.
@@ -250,7 +256,7 @@ def test_a_really_full_disk(small_disk: Path) -> None:
     with pytest.raises(SaveFailedError, match="ENOSPC"):
         job.save()
     ballast.unlink()
-    store = Store(root, LocalFilesystem())
+    store = Store(PosixStorage(root, LocalFilesystem()))
     store.remove(store.find(iterations[0]))
     job.save()
     fresh = Job(root, seed=1)

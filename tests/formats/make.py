@@ -26,12 +26,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from holdfast.config import CheckpointConfig
-from holdfast.storage.digests import describe_content, footer_size
-from holdfast.storage.posix import LocalFilesystem
-from holdfast.storage.identity import RunIdentity
+from holdfast.filesystem import LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
 from holdfast.protocol import CheckpointSaveContext, GlobalState, TrainState
+from holdfast.storage.digests import describe_content, footer_size
+from holdfast.storage.identity import RunIdentity
+from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
+from holdfast.storage.posix import PosixStorage
 from tests.support.hostile import hostile_torch_file
 from tests.support.ranks import run_ranks
 
@@ -243,7 +244,7 @@ def _other_run(folder: Path) -> None:
 
 
 def _superseded(folder: Path) -> None:
-    identity = RunIdentity(folder.parent, LocalFilesystem())
+    identity = RunIdentity(PosixStorage(folder.parent, LocalFilesystem()))
     identity.claim_attempt(RUN_ID, OLDER, f"/checkpoints/iter_{OLDER:07d}")
 
 

@@ -19,7 +19,7 @@ from commands import describe_command
 from drill import DrillError, Launch, drill
 from holdfast import DefaultCheckpointManager
 from losses import read_losses
-from tests.recipes.conftest import RECIPES, ROOT, Outcome
+from tests.recipes.conftest import NAMED, RECIPES, ROOT, THREE_METHODS, Outcome
 
 Pretrain = Callable[..., Outcome]
 OVERLAYS = sorted((ROOT / "configs" / "recipe").glob("*.yaml"))
@@ -111,35 +111,6 @@ def test_a_run_that_saves_nothing_says_so(pretrain: Pretrain) -> None:
     printed = _printed(pretrain("checkpoint.persistent.save_interval=null", interval=None))
     assert "no checkpoint was saved" in printed
     assert not list(STORE.glob("iter_*"))
-
-
-THREE_METHODS = """
-import os
-import torch
-
-class Manager:
-    def __init__(self, checkpoint_config):
-        rank = os.environ.get("RANK", "0")
-        self.path = f"{checkpoint_config.options['path']}-{rank}.pt"
-
-    def save(self, ctx, callback_manager):
-        step = ctx.state.train_state.step
-        torch.save((step, ctx.model.state_dict(), ctx.optimizer.state_dict()), self.path)
-
-    def load(self, ctx):
-        try:
-            step, model, optimizer = torch.load(self.path, weights_only=False)
-        except FileNotFoundError:
-            return 0, 0
-        ctx.model.load_state_dict(model)
-        ctx.optimizer.load_state_dict(optimizer)
-        return step, 0
-
-    def finalize_async_saves(self, state, blocking, terminate):
-        pass
-"""
-"""A manager made for Megatron-Bridge's protocol, and nothing more."""
-NAMED = ["checkpoint.custom_manager_class=three_methods.Manager", "+checkpoint.options.path=own"]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from holdfast.storage.posix import DirectoryEntry
+from holdfast.filesystem import DirectoryEntry
 
 EXHAUSTIVE_CHANGES = 4
 """Up to so many un-synced name changes, every subset of them is tried."""
@@ -597,7 +597,7 @@ def _caller() -> str:
         if module.startswith("holdfast."):
             function = f"{module.removeprefix('holdfast.')}.{frame.f_code.co_qualname}"
             names.append(f"{function}:{frame.f_lineno}")
-            if module != "holdfast.storage.posix":
+            if module not in ("holdfast.storage.posix", "holdfast.filesystem"):
                 break
         frame = frame.f_back  # type: ignore[assignment]  # None at the outermost
     return " < ".join(names)

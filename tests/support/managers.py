@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from holdfast.config import CheckpointConfig
+from holdfast.filesystem import Filesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -23,7 +24,6 @@ from holdfast.protocol import (
     LoadResult,
     TrainState,
 )
-from holdfast.storage.posix import Filesystem
 from tests.support.states import digest, rng_digests
 
 

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import CheckpointError, CorruptCheckpointError
+from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.format.layout import Item, lay_out
 from holdfast.format.proposals import structure_of
 from holdfast.protocol import TrainState
@@ -38,7 +39,6 @@ from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.shard import ShardPlan, Share, StagedShard
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem, LocalFilesystem
 from holdfast.tiers.local.tier import LocalTier
 from holdfast.tiers.select import Commit, Condition
 from holdfast.tiers.tier import Contents, Snapshot, Wanted

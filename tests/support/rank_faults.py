@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
-from holdfast.storage.posix import Filesystem, LocalFilesystem
+from holdfast.filesystem import Filesystem, LocalFilesystem
 
 Action = Callable[[str], None]
 """Carries out a fault; given the path that is being touched, or a name."""

@@ -45,7 +45,11 @@ _PRELOADED = [
     "torch.nn.parallel",
 ]
 """Imported once for all ranks: each would otherwise spend half a second of a core on it."""
-_PRELOADED_WITH_NVRX = [*_PRELOADED, "holdfast.tiers.local.nvrx"]
+_PRELOADED_WITH_NVRX = [
+    *_PRELOADED,
+    "holdfast.tiers.local.tier",
+    "nvidia_resiliency_ext.checkpointing.local.replication.group_utils",
+]
 _POLL_SECONDS = 0.01
 _GRACE_SECONDS = 3.0
 """How long the other ranks may go on after one failed, and a rank after it was asked for stacks."""

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.digests import FileRecord, describe_content
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest
-from holdfast.storage.posix import LocalFilesystem
 from holdfast.storage.store import Checkpoint, Store
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import NoFileFreeError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from holdfast.tiers.local.pool import BufferPool, PooledFile
 from tests.support.nodes import memory_directory
 

@@ -12,8 +12,9 @@ import pytest
 
 from holdfast import __version__
 from holdfast.cli import main
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.identity import RunIdentity
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 from tests.support.stores import commit, flip_bit, tree
 
@@ -23,8 +24,8 @@ def root(tmp_path: Path) -> Path:
     """A store of run `run` with iterations 10 and 20."""
     root = tmp_path / "store"
     root.mkdir()
-    RunIdentity(root, LocalFilesystem()).agree_run_id("run")
-    store = Store(root, LocalFilesystem())
+    RunIdentity(PosixStorage(root, LocalFilesystem())).agree_run_id("run")
+    store = Store(PosixStorage(root, LocalFilesystem()))
     commit(store, 10)
     commit(store, 20, content=bytes(3 << 20))
     return root
@@ -80,7 +81,7 @@ def test_ls_of_a_store_without_checkpoints(
     code, out, err = _run(capsys, "ls", tmp_path)
     assert (code, out) == (2, "")
     assert err == f"holdfast: {tmp_path} holds no checkpoint.\n"
-    RunIdentity(tmp_path, LocalFilesystem()).agree_run_id("wanted")
+    RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).agree_run_id("wanted")
     code, out, _ = _run(capsys, "ls", tmp_path)
     assert code == 0
     assert out.splitlines() == [f"{tmp_path}  run wanted", "  no checkpoints"]

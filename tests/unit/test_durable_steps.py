@@ -14,11 +14,10 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from holdfast.filesystem import LocalFilesystem, naming
 from holdfast.snapshot.arena import allocate
 from holdfast.storage.posix import (
-    LocalFilesystem,
     create_once,
-    naming,
     read_bytes,
     remove_tree,
     replace_file,

@@ -20,16 +20,17 @@ from holdfast.errors import (
     StoreIdentityError,
     SupersededAttemptError,
 )
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.identity import Attempt, Parent, RunIdentity, find_start_mark
 from holdfast.storage.manifest import seal, unseal
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from tests.support.stores import tree
 
 
 @pytest.fixture
 def identity(tmp_path: Path) -> RunIdentity:
     """The identity of an empty store."""
-    return RunIdentity(tmp_path, LocalFilesystem())
+    return RunIdentity(PosixStorage(tmp_path, LocalFilesystem()))
 
 
 def test_a_run_id_is_made_once(identity: RunIdentity, tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_a_run_id_is_made_once(identity: RunIdentity, tmp_path: Path) -> None:
     assert identity.read_run_id() is None
     run_id = identity.agree_run_id(None)
     assert len(run_id) == 16
-    twin = RunIdentity(tmp_path, LocalFilesystem())
+    twin = RunIdentity(PosixStorage(tmp_path, LocalFilesystem()))
     assert twin.agree_run_id(None) == twin.agree_run_id(run_id) == twin.read_run_id() == run_id
 
 
@@ -45,7 +46,10 @@ def test_two_runs_have_different_ids(tmp_path: Path) -> None:
     """Ids of two stores differ."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    ids = {RunIdentity(tmp_path / name, LocalFilesystem()).agree_run_id(None) for name in "ab"}
+    ids = {
+        RunIdentity(PosixStorage(tmp_path / name, LocalFilesystem())).agree_run_id(None)
+        for name in "ab"
+    }
     assert len(ids) == 2
 
 
@@ -113,7 +117,7 @@ def test_racing_starts_take_different_numbers(tmp_path: Path) -> None:
     start, taken = threading.Barrier(8), []
 
     def begin() -> None:
-        identity = RunIdentity(tmp_path, LocalFilesystem())
+        identity = RunIdentity(PosixStorage(tmp_path, LocalFilesystem()))
         start.wait()
         run_id = identity.agree_run_id(None)
         taken.append((run_id, identity.claim_attempt(run_id, None, None)))
@@ -125,7 +129,7 @@ def test_racing_starts_take_different_numbers(tmp_path: Path) -> None:
         each.join()
     assert len({run_id for run_id, _ in taken}) == 1
     assert sorted(attempt.number for _, attempt in taken) == list(range(1, 9))
-    identity = RunIdentity(tmp_path, LocalFilesystem())
+    identity = RunIdentity(PosixStorage(tmp_path, LocalFilesystem()))
     for _, attempt in taken:
         if attempt.number == 8:
             identity.check_newest(attempt)
@@ -175,7 +179,7 @@ def test_a_claim_records_who_made_it_and_what_was_asked(
     before = datetime.now(UTC).replace(microsecond=0)
     identity.claim_attempt("run", 10, "x", asked_step=10)
     identity.claim_attempt("run", None, None, parent=parent)
-    first, second = RunIdentity(tmp_path, LocalFilesystem()).attempts()
+    first, second = RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).attempts()
     assert (first.asked_step, first.parent) == (10, None)
     assert (second.asked_step, second.parent) == (None, parent)
     assert (first.host, first.pid) == (socket.gethostname(), os.getpid())

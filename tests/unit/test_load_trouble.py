@@ -24,8 +24,8 @@ from holdfast.errors import (
     StateMismatchError,
     UnsupportedStateError,
 )
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.layout import container_of
-from holdfast.storage.posix import LocalFilesystem
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.states import digest
 from tests.support.stores import tree

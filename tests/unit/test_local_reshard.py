@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.dcp import merge_shards
 from holdfast.format.layout import Entry, Item, lay_out
 from holdfast.read.reader import ShardReader
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.shard import seal_image
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.availability import find_gap
 from holdfast.tiers.local.peers import ReadRequest, divide
 from holdfast.tiers.local.shard_file import Chunk, ShardRecord, outline, read_shard_index
@@ -71,20 +72,20 @@ def test_two_files_are_read_as_one(tmp_path: Path) -> None:
     first = _write(tmp_path / "a", [_item("w", 0, 4)], [whole[:4]])
     second = _write(tmp_path / "b", [_item("w", 4, 8), _item("v", 0, 8)], [whole[4:], whole + 100])
     third = _write(tmp_path / "c", [_item("v", 0, 8)], [whole - 100])
-    filesystem = LocalFilesystem()
+    files = PosixStorage(tmp_path, LocalFilesystem())
     shards: list[tuple[str, list[Entry]]] = []
     records = {}
     for name, record in (("a", first), ("b", second), ("c", third)):
-        index = read_shard_index(tmp_path / name, record, filesystem)
+        index = read_shard_index(files, name, record)
         shards.append((name, index.entries(name)))
         records[name] = record.image_record(name)
-    reader = ShardReader(tmp_path, filesystem, merge_shards(shards), records)
+    reader = ShardReader(files, merge_shards(shards), records)
     assert reader.key_path("w") == ("model", "w")
     targets = {"w": torch.zeros(8, 3), "v": torch.zeros(8, 3)}
     reader.read_tensors(targets)
     assert torch.equal(targets["w"], whole)
     assert torch.equal(targets["v"], whole + 100)
-    assert outline(tmp_path / "a", first, filesystem) == [_rows("w", 0, 4)]
+    assert outline(files, "a", first) == [_rows("w", 0, 4)]
 
 
 @pytest.mark.parametrize("where", ["index", "footer", "gone"])
@@ -98,7 +99,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, where: str) -> None:
     else:
         flip(path, layout.index_offset + 5 if where == "index" else record.body_bytes + 3)
     with pytest.raises(CorruptCheckpointError):
-        read_shard_index(path, record, LocalFilesystem())
+        read_shard_index(PosixStorage(tmp_path, LocalFilesystem()), path.name, record)
 
 
 def test_each_place_fetches_each_block_once() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from holdfast.config import LocalConfig, LocalKeepConfig
 from holdfast.errors import ConfigError, CorruptCheckpointError, StageFailedError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.ranks.coordinator import SingleProcess
-from holdfast.storage.posix import LocalFilesystem
 from holdfast.tiers.local.budget import Budget, find_budget
 from holdfast.tiers.local.replication import load_package
 from holdfast.tiers.local.shard_file import ShardRecord

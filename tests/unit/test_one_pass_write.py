@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.filesystem import LocalFilesystem
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import allocate
 from holdfast.snapshot.shard import _keep_pace, seal_image, write_shard
 from holdfast.storage.digests import BLOCK_BYTES, find_difference, footer_size
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import writing_past_cache
 from tests.support.managers import Live, linear, manager_of
 
 SIZES = [4096, BLOCK_BYTES - 4096, BLOCK_BYTES, BLOCK_BYTES + 4096, 3 * BLOCK_BYTES]
@@ -104,7 +105,7 @@ def test_a_file_is_its_image_and_the_footer(
 ) -> None:
     """What lies on disk is the body and its footer, and the record returned is theirs."""
     image = kind(size_bytes)
-    record = write_shard(LocalFilesystem(), tmp_path / "a", "b/a", image)
+    record = write_shard(writing_past_cache(LocalFilesystem(), tmp_path / "a"), "b/a", image)
     assert record.path == "b/a"
     assert record.blocks is None
     assert _is_sound(tmp_path / "a", record, image)
@@ -117,7 +118,7 @@ def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
     """A name that is taken is an error, and its bytes stay."""
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(FileExistsError):
-        write_shard(LocalFilesystem(), tmp_path / "a", "a", _Memory(4096))
+        write_shard(writing_past_cache(LocalFilesystem(), tmp_path / "a"), "a", _Memory(4096))
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
@@ -130,7 +131,9 @@ def test_a_short_write_is_continued(tmp_path: Path) -> None:
         return None if length is None else os.write(raw.fileno(), bytes(block[:length]))
 
     image = _Memory(BLOCK_BYTES + 4096)
-    record = write_shard(_Answering(_unaligned(answer)), tmp_path / "a", "a", image)
+    record = write_shard(
+        writing_past_cache(_Answering(_unaligned(answer)), tmp_path / "a"), "a", image
+    )
     assert _is_sound(tmp_path / "a", record, image)
 
 
@@ -172,7 +175,10 @@ def test_a_failed_write_names_its_file(tmp_path: Path, write: int, number: int) 
     progress = Progress()
     with pytest.raises(OSError, match=r".") as caught:
         write_shard(
-            _Answering(answer), tmp_path / "a", "a", _Memory(2 * BLOCK_BYTES + 4096), progress
+            writing_past_cache(_Answering(answer), tmp_path / "a"),
+            "a",
+            _Memory(2 * BLOCK_BYTES + 4096),
+            progress,
         )
     assert caught.value.errno == number
     assert caught.value.filename == str(tmp_path / "a")
@@ -193,7 +199,9 @@ def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
         return os.write(raw.fileno(), block[:count])
 
     with pytest.raises(OSError, match="No space"):
-        write_shard(_Answering(answer), tmp_path / "a", "a", _Memory(BLOCK_BYTES))
+        write_shard(
+            writing_past_cache(_Answering(answer), tmp_path / "a"), "a", _Memory(BLOCK_BYTES)
+        )
 
 
 def test_an_image_that_cannot_be_read_fails_the_pass(tmp_path: Path) -> None:
@@ -205,7 +213,9 @@ def test_an_image_that_cannot_be_read_fails_the_pass(tmp_path: Path) -> None:
             raise RuntimeError("the second block is gone")
 
     with pytest.raises(RuntimeError, match="second block"):
-        write_shard(LocalFilesystem(), tmp_path / "a", "a", Torn(2 * BLOCK_BYTES))
+        write_shard(
+            writing_past_cache(LocalFilesystem(), tmp_path / "a"), "a", Torn(2 * BLOCK_BYTES)
+        )
     assert (tmp_path / "a").stat().st_size <= BLOCK_BYTES
 
 
@@ -219,7 +229,9 @@ def test_progress_counts_what_is_written(tmp_path: Path) -> None:
         return None
 
     image = _Memory(2 * BLOCK_BYTES + 4096)
-    record = write_shard(_Answering(answer), tmp_path / "a", "a", image, progress)
+    record = write_shard(
+        writing_past_cache(_Answering(answer), tmp_path / "a"), "a", image, progress
+    )
     assert seen == [
         (0, BLOCK_BYTES),
         (BLOCK_BYTES, BLOCK_BYTES),
@@ -265,7 +277,9 @@ def test_a_capped_file_is_never_a_block_ahead_of_its_time(tmp_path: Path) -> Non
         return None
 
     image = _Memory(4 * BLOCK_BYTES)
-    record = write_shard(_Answering(answer), tmp_path / "a", "a", image, progress, rate)
+    record = write_shard(
+        writing_past_cache(_Answering(answer), tmp_path / "a"), "a", image, progress, rate
+    )
     assert len(early) == 5
     assert max(early) <= 0
     assert time.monotonic() - begun >= image.body_bytes / rate

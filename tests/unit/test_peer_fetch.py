@@ -6,9 +6,10 @@ from pathlib import Path
 
 import xxhash
 
+from holdfast.filesystem import LocalFilesystem
 from holdfast.read.requests import Piece
 from holdfast.storage.digests import BLOCK_BYTES
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.peers import BlockSource, Shard, _FileSink, _TensorSink
 from holdfast.tiers.local.shard_file import Index
 
@@ -33,8 +34,8 @@ def test_blocks_of_several_files_arrive_at_their_places(tmp_path: Path) -> None:
     wanted = [(0, 0), (0, 2), (1, 1)]
     shards = {owner: _shard(content, owner) for owner in (0, 1)}
     source = BlockSource(
-        LocalFilesystem(),
-        [(tmp_path / f"file{owner}", number) for owner, number in wanted],
+        PosixStorage(tmp_path, LocalFilesystem()),
+        [(f"file{owner}", number) for owner, number in wanted],
         [BLOCK_BYTES, 4096, BLOCK_BYTES],
     )
     sink = _FileSink(tmp_path, [(shards[owner], number) for owner, number in wanted])

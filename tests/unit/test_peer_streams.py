@@ -17,7 +17,8 @@ import torch
 from torch import distributed
 
 from holdfast.errors import CorruptCheckpointError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.exchange import HEADER, Incoming, Message, Outgoing
 from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.replication import GroupBrokenError, HostGroup
@@ -401,7 +402,7 @@ def test_a_shard_arrives_as_it_was(tmp_path: Path, from_file: bool, block_bytes:
     whole = image + tail.to_bytes()
     (tmp_path / "shard").write_bytes(whole)
     memory = MemoryShard(memoryview(image), RECORD.body_bytes, tail.to_bytes())
-    file = FileShard(LocalFilesystem(), tmp_path / "shard", RECORD.body_bytes)
+    file = FileShard(PosixStorage(tmp_path, LocalFilesystem()), "shard", RECORD.body_bytes)
     source: Any = file if from_file else memory
     if block_bytes < RECORD.body_bytes:
         source.block_bytes = RECORD.body_bytes  # a body's blocks arrive one by one
@@ -436,7 +437,7 @@ def test_another_shard_than_was_to_be_sent_is_refused(tmp_path: Path) -> None:
         sink = _receive(source, tmp_path)
         with pytest.raises(CorruptCheckpointError, match="another shard"):
             sink.seal(run_id, commit, owner)
-    nothing = FileShard(LocalFilesystem(), tmp_path / "absent", RECORD.body_bytes)
+    nothing = FileShard(PosixStorage(tmp_path, LocalFilesystem()), "absent", RECORD.body_bytes)
     assert nothing.size_bytes == 0
     with pytest.raises(CorruptCheckpointError):
         _receive(nothing, tmp_path).seal("run", tail.record.commit, 1)

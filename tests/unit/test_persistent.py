@@ -16,8 +16,9 @@ from holdfast.errors import (
     StoreNotLoadedError,
     SupersededAttemptError,
 )
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.identity import Parent, RunIdentity
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.persistent import PersistentTier
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import FaultyFilesystem, tree
@@ -148,7 +149,7 @@ def test_an_attempt_records_what_its_load_asked_for(tmp_path: Path) -> None:
         manager = manager_of(tmp_path, load=settings)
         live.load(manager)
         live.save(manager, 15)
-    found = RunIdentity(tmp_path, LocalFilesystem()).attempts()
+    found = RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).attempts()
     assert [(each.resumed_from, each.asked_step) for each in found] == [
         (None, None), (10, 10), (15, None),
     ]  # fmt: skip
@@ -157,14 +158,16 @@ def test_an_attempt_records_what_its_load_asked_for(tmp_path: Path) -> None:
 def test_a_parent_is_recorded_until_the_run_has_its_own(tmp_path: Path) -> None:
     """The first attempt names what the run began from; one that loads its own names nothing."""
     parent = Parent("/other/iter_0000007", "theirs", 7, "weights")
-    first, second = (PersistentTier(tmp_path, LocalFilesystem(), None, None) for _ in range(2))
+    first, second = (
+        PersistentTier(PosixStorage(tmp_path, LocalFilesystem()), None, None) for _ in range(2)
+    )
     first.begin_from(parent)
     first.admit()
     linear().save(manager_of(tmp_path), 10)
     second.begin_from(parent)
     second.resume_from(second.store.find(10))
     second.admit()
-    found = RunIdentity(tmp_path, LocalFilesystem()).attempts()
+    found = RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).attempts()
     assert [each.parent for each in found] == [parent, None, None]
 
 
@@ -218,7 +221,9 @@ def test_the_last_look_is_before_the_commit(tmp_path: Path) -> None:
 
     def claim(name: str, path: Path) -> bool:
         if name == "sync_file" and path.name == ".metadata":  # the writes are all but done
-            claimed.append(RunIdentity(tmp_path, LocalFilesystem()).claim_attempt("x", 10, None))
+            claimed.append(
+                RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).claim_attempt("x", 10, None)
+            )
         return False
 
     filesystem.refuses = claim

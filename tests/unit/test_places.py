@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import TRACKER_NAME, Store
 from holdfast.tiers.places import Place, describe, find_place, is_same_directory
 from tests.support.stores import commit
@@ -18,7 +19,7 @@ FILESYSTEM = LocalFilesystem()
 def root(tmp_path: Path) -> Path:
     """A folder of several runs: a store in `x/checkpoints`, torch's own checkpoints in `titan`."""
     root = tmp_path / "runs"
-    store = Store(root / "x/checkpoints", FILESYSTEM)
+    store = Store(PosixStorage(root / "x/checkpoints", FILESYSTEM))
     store.root.mkdir(parents=True)
     for iteration in (10, 20):
         commit(store, iteration)
@@ -135,7 +136,7 @@ def test_one_directory_has_many_names(root: Path) -> None:
 
 def test_a_store_that_is_called_latest_is_itself(root: Path) -> None:
     """A directory of that name that is no link means what it holds, beside a store or not."""
-    store = Store(root / "x/checkpoints/latest", FILESYSTEM)
+    store = Store(PosixStorage(root / "x/checkpoints/latest", FILESYSTEM))
     store.root.mkdir()
     commit(store, 90)
     assert find_place(store.root, FILESYSTEM) == Place(store.root)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from holdfast.errors import CheckpointError, StageFailedError
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.states import digest
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from holdfast.errors import CorruptCheckpointError, NoLoadableCheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.read.reader import ShardReader
 from holdfast.storage.digests import describe_content
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from tests.support.hostile import hostile_pickle, hostile_torch_file
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import reseal
@@ -38,7 +39,7 @@ def _open(path: Path) -> ShardReader:
                 name = str(each.relative_to(path))
                 records[name] = describe_content(name, stream.read())
     content = (path / ".metadata").read_bytes()
-    return ShardReader.open(path, content, records, LocalFilesystem())
+    return ShardReader.open(PosixStorage(path, LocalFilesystem()), content, records)
 
 
 def test_a_sound_checkpoint_is_opened(checkpoint: Path) -> None:

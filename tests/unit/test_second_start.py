@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
 from holdfast.storage.manifest import seal, unseal
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.survey import find_living_attempt
 from tests.support.managers import linear, manager_of
 
@@ -81,9 +82,10 @@ def test_what_speaks_for_a_living_attempt(
 _SECOND = """
 import sys
 from pathlib import Path
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.identity import RunIdentity
-RunIdentity(Path(sys.argv[1]), LocalFilesystem()).claim_attempt("run", 10, "x")
+from holdfast.storage.posix import PosixStorage
+RunIdentity(PosixStorage(Path(sys.argv[1]), LocalFilesystem())).claim_attempt("run", 10, "x")
 print("claimed", flush=True)
 sys.stdin.readline()
 """
@@ -128,7 +130,7 @@ def test_a_manager_is_not_warned_of_itself(
         live.load(manager)
         live.load(manager_of(tmp_path))
     assert caplog.records == []
-    (attempt,) = RunIdentity(tmp_path, LocalFilesystem()).attempts()
+    (attempt,) = RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).attempts()
     assert Process(str(attempt.host), int(attempt.pid or 0), attempt.start_mark) == this_process()
     assert find_start_mark(os.getpid()) == attempt.start_mark
 

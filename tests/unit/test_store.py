@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatTooNewError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.posix import LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import TRACKER_NAME, Store, checkpoint_name, parse_checkpoint_name
 from tests.support.stores import FaultyFilesystem, commit, manifest_of, tree
 
@@ -22,7 +23,7 @@ def store(tmp_path: Path) -> Store:
     """An empty store."""
     root = tmp_path / "store"
     root.mkdir()
-    return Store(root, LocalFilesystem())
+    return Store(PosixStorage(root, LocalFilesystem()))
 
 
 def _listed(store: Store) -> list[int]:
@@ -143,7 +144,7 @@ def test_a_checkpoint_of_a_later_version_is_listed_apart(store: Store) -> None:
 
 def test_an_absent_or_empty_root_holds_nothing(tmp_path: Path) -> None:
     """A store that does not exist lists nothing, and has no iteration."""
-    store = Store(tmp_path / "absent", LocalFilesystem())
+    store = Store(PosixStorage(tmp_path / "absent", LocalFilesystem()))
     assert store.listing().checkpoints == store.listing().broken == ()
     assert store.read_tracker() == (None, "missing")
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint of iteration 4; it has: none"):
@@ -153,7 +154,7 @@ def test_an_absent_or_empty_root_holds_nothing(tmp_path: Path) -> None:
 def test_a_commit_is_listed_found_and_tracked(store: Store) -> None:
     """After a commit the checkpoint is there under its name, verifies, and is the tracker's."""
     pending = store.begin(40)
-    assert pending.name.startswith("iter_0000040.pending-")
+    assert pending.startswith("iter_0000040.pending-")
     record = store.write_file(pending, "state/deep.pt", b"content")
     assert _listed(store) == []
     checkpoint = store.commit(pending, manifest_of(40, files=(record,)))
@@ -213,7 +214,7 @@ def test_a_failed_second_save_keeps_the_first(store: Store, step: str) -> None:
 
         filesystem.refuses = refuses
         try:
-            commit(Store(store.root, filesystem), 40, 2, content=b"new")
+            commit(Store(PosixStorage(store.root, filesystem)), 40, 2, content=b"new")
         except OSError:
             (found,) = store.listing().checkpoints
             assert store.verify(found) == []
@@ -259,12 +260,12 @@ def test_a_sweep_leaves_what_cannot_be_removed(tmp_path: Path) -> None:
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             super().remove_file(path)
 
-    store = Store(tmp_path, Stubborn())
+    store = Store(PosixStorage(tmp_path, Stubborn()))
     left, other = store.begin(1), store.begin(2)
     for each in (left, other):
-        (each / "x").write_bytes(b"torn")
-    assert store.sweep() == [other.name]
-    assert (left / "x").exists()
+        (tmp_path / each / "x").write_bytes(b"torn")
+    assert store.sweep() == [other]
+    assert (tmp_path / left / "x").exists()
 
 
 def test_a_sweep_removes_what_crashed_saves_left(store: Store) -> None:
@@ -272,8 +273,8 @@ def test_a_sweep_removes_what_crashed_saves_left(store: Store) -> None:
     commit(store, 1)
     before = tree(store.root)
     leftovers = [
-        f"{store.begin(1).name}",
-        f"{store.begin(12345678).name}",
+        store.begin(1),
+        store.begin(12345678),
         f"{TRACKER_NAME}.pending-0123abcd",
         "run.json.pending-0123abcd",
         "attempt_0000001.json.pending-0123abcd",

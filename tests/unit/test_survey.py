@@ -21,9 +21,10 @@ from holdfast.errors import (
     FormatTooNewError,
     StoreIdentityError,
 )
+from holdfast.filesystem import DirectoryEntry, LocalFilesystem
 from holdfast.storage.identity import RunIdentity
 from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.posix import DirectoryEntry, LocalFilesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import TRACKER_NAME, Store
 from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
 from holdfast.tiers.survey import Survey, make_refusal, survey_place, survey_store
@@ -37,9 +38,9 @@ def store(tmp_path: Path) -> Store:
     """A store of run `run` with iterations 10, 20 and 30, saved by attempt 1."""
     root = tmp_path / "store"
     root.mkdir()
-    identity = RunIdentity(root, FILESYSTEM)
+    identity = RunIdentity(PosixStorage(root, FILESYSTEM))
     identity.claim_attempt(identity.agree_run_id("run"), None, None)
-    store = Store(root, FILESYSTEM)
+    store = Store(PosixStorage(root, FILESYSTEM))
     for iteration in (10, 20, 30):
         commit(store, iteration)
     return store
@@ -62,7 +63,7 @@ def _resolve(
 ) -> _Taken:
     """Look at the own store, or at a place that is named, and follow the choices to their end."""
     if directory is None:
-        survey = survey_store(store.root, FILESYSTEM, is_own=True, run_id=run_id, step=step)
+        survey = survey_store(store.storage, is_own=True, run_id=run_id, step=step)
     else:
         survey = survey_place(Path(directory), FILESYSTEM, step)
     asked = Asked(names_other_place=directory is not None, step=step)
@@ -84,7 +85,7 @@ def _iterations(taken: _Taken) -> list[int | None]:
 
 def test_nothing_there_is_no_candidate(tmp_path: Path) -> None:
     """A store that does not exist, or is empty, gives no candidates and no complaint."""
-    store = Store(tmp_path / "store", FILESYSTEM)
+    store = Store(PosixStorage(tmp_path / "store", FILESYSTEM))
     for _ in range(2):
         taken = _resolve(store)
         assert (taken.candidates, taken.survey.commits) == ((), ())
@@ -201,7 +202,7 @@ def test_a_directory_that_is_named_must_exist(store: Store, tmp_path: Path) -> N
 
 def test_another_store_may_be_named(store: Store, tmp_path: Path) -> None:
     """A store root other than one's own gives its own run's checkpoints, whatever run id is set."""
-    own = Store(tmp_path / "own", FILESYSTEM)
+    own = Store(PosixStorage(tmp_path / "own", FILESYSTEM))
     for run_id in (None, "mine"):
         decision = _resolve(own, run_id, directory=str(store.root))
         assert _iterations(decision) == [30, 20, 10]
@@ -240,7 +241,7 @@ def test_a_step_must_agree_with_the_checkpoint_named(
 
 def test_superseded_checkpoints_load_only_by_number(store: Store) -> None:
     """Once an attempt resumed from 10, what earlier attempts saved beyond 10 is no candidate."""
-    identity = RunIdentity(store.root, FILESYSTEM)
+    identity = RunIdentity(PosixStorage(store.root, FILESYSTEM))
     identity.claim_attempt("run", 10, str(store.root / "iter_0000010"))
     decision = _resolve(store)
     assert _iterations(decision) == [10]
@@ -261,7 +262,7 @@ def test_a_later_commit_of_a_smaller_iteration_wins(store: Store) -> None:
 
 def test_an_attempt_supersedes_only_what_came_before_it(store: Store) -> None:
     """A chain of resumptions keeps each attempt's checkpoints up to where the next resumed."""
-    identity = RunIdentity(store.root, FILESYSTEM)
+    identity = RunIdentity(PosixStorage(store.root, FILESYSTEM))
     identity.claim_attempt("run", 20, "x")
     commit(store, 25, sequence=31, attempt=2)
     commit(store, 35, sequence=32, attempt=2)
@@ -367,6 +368,6 @@ def test_a_checkpoint_that_cannot_be_looked_into_is_damaged(store: Store) -> Non
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             return super().open_existing(path)
 
-    survey = survey_store(store.root, Blind(), is_own=True)
+    survey = survey_store(PosixStorage(store.root, Blind()), is_own=True)
     conditions = {each.iteration: each.condition for each in survey.commits}
     assert conditions == {30: Condition.DAMAGED, 20: Condition.SOUND, 10: Condition.SOUND}

@@ -25,6 +25,7 @@ from holdfast.errors import (
 )
 from holdfast.format.dcp import key_path_of
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store
 from tests.support.hostile import hostile_pickle
 from tests.support.managers import Live, counters, linear, manager_of, step, zero
@@ -109,7 +110,7 @@ def test_a_save_afterwards_is_a_first_save(trained: Live, tmp_path: Path) -> Non
     live = linear(1)
     live.load(manager)
     live.save(manager, 41)
-    (checkpoint,) = Store(tmp_path / "own", manager._filesystem).listing().checkpoints
+    (checkpoint,) = Store(PosixStorage(tmp_path / "own", manager._filesystem)).listing().checkpoints
     manifest: Manifest = checkpoint.manifest
     assert (manifest.iteration, manifest.attempt, manifest.sequence) == (41, 1, 1)
     assert manifest.run_id

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import LocalFilesystem
 from holdfast.read.direct import Part, read_verified
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, describe_content
-from holdfast.storage.posix import LocalFilesystem, read_into
+from holdfast.storage.posix import PosixStorage, read_into
 
 SIZE = 2 * BLOCK_BYTES + 12345
 
@@ -30,6 +32,11 @@ def file(tmp_path: Path, content: bytes) -> tuple[Path, FileRecord]:
     return path, describe_content("shard", content)
 
 
+def _read(path: Path, record: FileRecord, parts: list[Part], ranges: Sequence[range] = ()) -> None:
+    storage = PosixStorage(path.parent, LocalFilesystem())
+    read_verified(storage, path.name, record, parts, ranges)
+
+
 def _part(offset: int, length: int) -> tuple[Part, bytearray]:
     memory = bytearray(length)
     return Part(offset, memoryview(memory)), memory
@@ -42,7 +49,7 @@ def test_parts_are_filled_wherever_they_lie(file: tuple[Path, FileRecord], conte
         (100, 0), (SIZE - 7, 7), (3, BLOCK_BYTES * 2), (0, SIZE),
     ]  # fmt: skip
     made = [(offset, *_part(offset, length)) for offset, length in places]
-    read_verified(LocalFilesystem(), *file, [part for _, part, _ in made])
+    _read(*file, [part for _, part, _ in made])
     for offset, _, memory in made:
         assert memory == content[offset : offset + len(memory)]
 
@@ -52,7 +59,7 @@ def test_thousands_of_small_parts_in_one_block(
 ) -> None:
     """More parts than one system call takes are filled all the same."""
     made = [(offset, *_part(offset, 100)) for offset in range(0, 900_000, 300)]
-    read_verified(LocalFilesystem(), *file, [part for _, part, _ in made])
+    _read(*file, [part for _, part, _ in made])
     assert all(memory == content[offset : offset + 100] for offset, _, memory in made)
 
 
@@ -69,7 +76,7 @@ def test_a_flipped_bit_is_named_by_block_and_bytes(
     first, last = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, SIZE) - 1
     part, _ = _part(first + 50, 10)
     with pytest.raises(CorruptCheckpointError) as caught:
-        read_verified(LocalFilesystem(), path, record, [part])
+        _read(path, record, [part])
     assert caught.value.byte_range == (first, last)
     assert f"block {number} (bytes {first}-{last})" in str(caught.value)
 
@@ -81,7 +88,7 @@ def test_only_blocks_that_are_asked_for_are_read(
     path, record = file
     path.write_bytes(b"x" + content[1:])
     part, memory = _part(BLOCK_BYTES, 10)
-    read_verified(LocalFilesystem(), path, record, [part])
+    _read(path, record, [part])
     assert memory == content[BLOCK_BYTES : BLOCK_BYTES + 10]
 
 
@@ -91,14 +98,14 @@ def test_a_file_cut_short_is_damage(file: tuple[Path, FileRecord], content: byte
     path.write_bytes(content[:-1])
     part, _ = _part(SIZE - 100, 10)
     with pytest.raises(CorruptCheckpointError, match="block 2"):
-        read_verified(LocalFilesystem(), path, record, [part])
+        _read(path, record, [part])
 
 
 def test_a_part_behind_the_end_is_refused(file: tuple[Path, FileRecord]) -> None:
     """Metadata that points behind the committed end is damage, whatever lies there now."""
     part, _ = _part(3 * BLOCK_BYTES, 10)
     with pytest.raises(CorruptCheckpointError, match="too few"):
-        read_verified(LocalFilesystem(), *file, [part])
+        _read(*file, [part])
 
 
 def test_streams_without_a_descriptor_are_read_too() -> None:
@@ -112,7 +119,7 @@ def test_streams_without_a_descriptor_are_read_too() -> None:
 def test_ranges_are_verified_without_memory(file: tuple[Path, FileRecord], content: bytes) -> None:
     """Bytes that matter though nobody wants them are held against their digests as well."""
     path, record = file
-    read_verified(LocalFilesystem(), path, record, [], [range(BLOCK_BYTES, SIZE)])
+    _read(path, record, [], [range(BLOCK_BYTES, SIZE)])
     path.write_bytes(content[:-1] + b"x")
     with pytest.raises(CorruptCheckpointError, match="block 2"):
-        read_verified(LocalFilesystem(), path, record, [], [range(BLOCK_BYTES, SIZE)])
+        _read(path, record, [], [range(BLOCK_BYTES, SIZE)])

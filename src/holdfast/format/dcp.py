@@ -1,11 +1,12 @@
-"""The `.metadata` file of torch.distributed.checkpoint, and torch's reader on our storage.
+"""Names and `.metadata` as torch.distributed.checkpoint has them, and its reader on our storage.
 
-Owns writing that pickle for a decision (the same bytes for the same decision), reading it without
-running code from it, and the read-only adapter through which torch's own reader reaches storage.
-Only the few types that describe tensors are unpickled as torch's own; names of torch.distributed
-and of Megatron that a load never needs (such as the plans that Megatron-Core caches in the file)
-become inert objects, and any other name is refused. Nested keys that a writer left out are derived
-from the flat names.
+Owns the flat names of nested state, equal to those that DCP gives it. Owns writing the pickle of
+`.metadata` for a decision (the same bytes for the same decision), reading it without running code
+from it, and the read-only adapter through which torch's own reader reaches storage. Only the few
+types that describe tensors are unpickled as torch's own; names of torch.distributed and of Megatron
+that a load never needs (such as the plans that Megatron-Core caches in the file) become inert
+objects, and any other name is refused. Nested keys that a writer left out are derived from the flat
+names.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import errno
 import io
 import pickle
 import pickletools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import IOBase
-from pathlib import Path, PurePath
+from itertools import pairwise
+from pathlib import PurePath
 from typing import Any, Self, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -34,7 +36,59 @@ from torch.distributed.checkpoint.metadata import (
 
 from holdfast.format.layout import Entry
 from holdfast.format.plan import Decision, shard_name
-from holdfast.storage.posix import Filesystem, naming
+from holdfast.storage.backend import Storage, open_stream
+from holdfast.torch_internals import EXTRA_STATE, PICKLED, StorageInfo
+
+KeyPath = tuple[str | int, ...]
+"""Nested keys: strings for mappings, integers for lists."""
+
+
+def flatten(nested: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, KeyPath]]:
+    """Return the leaves of nested state and their nested keys, by the flat names that DCP gives.
+
+    Raises:
+        ValueError: two leaves have the same name.
+    """
+    leaves: dict[str, Any] = {}
+    paths: dict[str, KeyPath] = {}
+
+    def add(path: KeyPath, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, each in value.items():
+                add((*path, str(key)), each)
+        elif isinstance(value, list) and not is_leaf(value):
+            for position, each in enumerate(value):
+                add((*path, position), each)
+        else:
+            name = ".".join(map(str, path))
+            if name in leaves:
+                raise ValueError(f"duplicated flatten key {name}")
+            leaves[name] = value
+            paths[name] = path
+
+    add((), nested)
+    return leaves, paths
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether DCP does not flatten a value: no mapping, and no list with tensors or mappings."""
+    if isinstance(value, list):
+        return all(is_leaf(each) and not isinstance(each, torch.Tensor) for each in value)
+    return not isinstance(value, Mapping)
+
+
+def put(nested: dict[str, Any], path: Sequence[Any], value: Any) -> None:
+    """Put a value where its nested keys say, making the mappings and lists on the way."""
+    container: Any = nested
+    for key, following in pairwise(path):
+        if isinstance(container, list):
+            container += [None] * (key + 1 - len(container))
+        if key not in container if isinstance(container, dict) else container[key] is None:
+            container[key] = [] if isinstance(following, int) else {}
+        container = container[key]
+    if isinstance(container, list):
+        container += [None] * (path[-1] + 1 - len(container))
+    container[path[-1]] = value
 
 
 def encode_metadata(decision: Decision) -> bytes:
@@ -48,7 +102,7 @@ def encode_metadata(decision: Decision) -> bytes:
     names = [pickled.text(name) for name in catalogue.numbers]
     files = [pickled.text(shard_name(rank)) for rank in range(len(decision.shares))]
     a_chunk = pickled.template(ChunkStorageMetadata, "offsets", "sizes")
-    a_place = pickled.template(_StorageInfo, "relative_path", "offset", "length")
+    a_place = pickled.template(StorageInfo, "relative_path", "offset", "length")
     a_chunk_index = pickled.template(MetadataIndex, "fqn", "index", "offset")
     a_value_index = pickled.template(MetadataIndex, "fqn", "index")
     chunks: list[list[bytes]] = [[] for _ in names]
@@ -106,7 +160,7 @@ class _Pickled:
     def text(self, text: str) -> bytes:
         return self._references.get(text) or self._refer(text, _plain(text))
 
-    def path(self, path: tuple[str | int, ...]) -> bytes:
+    def path(self, path: KeyPath) -> bytes:
         keys = (self.text(key) if isinstance(key, str) else _integer(key) for key in path)
         return b"".join((pickle.MARK, *keys, pickle.TUPLE))
 
@@ -164,12 +218,8 @@ _GLOBALS = {
         "StorageMeta",
         "TensorProperties",
         "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
     )
 } | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch._C", "Size"),
     ("torch", "Size"),
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
@@ -213,6 +263,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Resolves the types of a DCP metadata file and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in PICKLED:
+            return PICKLED[module, name]
         if (module, name) in _GLOBALS:
             return PurePath if module == "pathlib" else super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
@@ -258,16 +310,16 @@ def _is_described(entry: tuple[Any, Any]) -> bool:
     )
 
 
-def _complete(name: str, path: Any) -> tuple[str | int, ...]:
+def _complete(name: str, path: Any) -> KeyPath:
     """Return nested keys as a load expects them: model names flat even if saved nested."""
     if not isinstance(path, tuple) or len(path) < 2:
         return key_path_of(name)
-    if path[0] == "model" and len(path) > 2 and not str(path[1]).endswith("_extra_state"):
+    if path[0] == "model" and len(path) > 2 and not str(path[1]).endswith(EXTRA_STATE):
         return ("model", ".".join(map(str, path[1:])))
     return path
 
 
-def key_path_of(name: str) -> tuple[str | int, ...]:
+def key_path_of(name: str) -> KeyPath:
     """Return the nested keys of a flat model or optimizer name.
 
     A parameter's own name contains dots, so the name is split only at its ends: `model.<name>`,
@@ -291,21 +343,21 @@ def key_path_of(name: str) -> tuple[str | int, ...]:
 
 
 class SeamFileSystem(FileSystem):
-    """Exactly the file system methods that torch's reader calls."""
+    """Exactly the file system methods that torch's reader calls; paths are names in a storage."""
 
-    def __init__(self, filesystem: Filesystem) -> None:
-        self._filesystem = filesystem
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[IOBase]:
         if mode != "rb":
-            raise OSError(errno.EROFS, "only for reading", str(path))
-        with naming(Path(path)), self._filesystem.open_existing(Path(path)) as stream:
+            raise OSError(errno.EROFS, "only for reading", self._storage.where(str(path)))
+        with open_stream(self._storage, str(path)) as stream:
             yield cast(IOBase, stream)
 
     def exists(self, path: Any) -> bool:
         try:
-            self._filesystem.size_bytes(Path(path))
+            self._storage.size_bytes(str(path))
         except FileNotFoundError:
             return False
         return True
@@ -318,7 +370,7 @@ def merge_shards(shards: Iterable[tuple[str, Iterable[Entry]]]) -> Metadata:
     """
     described: dict[str, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, Any] = {}
     properties: dict[torch.dtype, TensorProperties] = {}
     for file_path, entries in shards:
         for entry in entries:
@@ -326,7 +378,7 @@ def merge_shards(shards: Iterable[tuple[str, Iterable[Entry]]]) -> Metadata:
             place = MetadataIndex(name, None if dtype is None else torch.Size(entry.offsets))
             if place in places:
                 continue
-            places[place] = _StorageInfo(file_path, entry.offset, entry.length)
+            places[place] = StorageInfo(file_path, entry.offset, entry.length)
             if dtype is None:
                 paths.setdefault(name, entry.path)
                 described.setdefault(name, BytesStorageMetadata())

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from holdfast.storage.posix import Filesystem, read_bytes
-from holdfast.storage.store import Checkpoint, Damage
+from holdfast.storage.backend import Storage
+from holdfast.storage.store import Damage
 
 METADATA_NAME = ".metadata"
 _SHOWN = 3
@@ -75,22 +75,17 @@ class _InventoryUnpickler(pickle.Unpickler):
         return _StandIn
 
 
-def name_tensors(
-    checkpoint: Checkpoint, damages: Sequence[Damage], filesystem: Filesystem
-) -> list[Damage]:
-    """Add to each damaged block the names of the tensors it holds parts of, where known."""
-    return [
-        replace(each, reason=each.reason + _clause(checkpoint, each, filesystem))
-        for each in damages
-    ]
+def name_tensors(files: Storage, damages: Sequence[Damage]) -> list[Damage]:
+    """Add to each damaged block of a checkpoint the names of the tensors in it, where known."""
+    return [replace(each, reason=each.reason + _clause(files, each)) for each in damages]
 
 
-def _clause(checkpoint: Checkpoint, damage: Damage, filesystem: Filesystem) -> str:
+def _clause(files: Storage, damage: Damage) -> str:
     if damage.byte_range is None:
         return ""
     try:
-        content = read_bytes(filesystem, checkpoint.path / METADATA_NAME)
+        content = files.get(METADATA_NAME)
     except OSError:
         return ""
-    file_name = damage.path.removeprefix(f"{checkpoint.path.name}/")
+    _, _, file_name = damage.path.partition("/")  # after the checkpoint's own name
     return list_names(names_in(content, file_name, damage.byte_range))

@@ -17,15 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.planner_helpers import _create_write_items
 from torch.distributed.tensor import DTensor
 
 from holdfast.errors import UnsupportedStateError
 from holdfast.format.layout import Item
 from holdfast.format.proposals import structure_of
 from holdfast.storage.digests import round_up
+from holdfast.torch_internals import can_be_flattened, chunks_of, local_of_dtensor, spec_of
 
 _SLOT_ALIGNMENT = 64
 _LEAST_HEADROOM_BYTES = 256
@@ -138,8 +136,9 @@ class Itemizer:
             if kind is known.kind:
                 source = leaf
                 if kind is DTensor:
-                    source = leaf._local_tensor
-                    if leaf._spec is not known.spec and leaf._spec != known.spec:
+                    source = local_of_dtensor(leaf)
+                    spec = spec_of(leaf)
+                    if spec is not known.spec and spec != known.spec:
                         return None
                 if (
                     source.shape != known.shape
@@ -175,14 +174,14 @@ class Itemizer:
                 return ((known.items[0], leaf),)
         elif kind is DTensor:
             known = self._known.get(name)
-            local = leaf._local_tensor
+            local = local_of_dtensor(leaf)
             if (
                 known is not None
                 and known.kind is DTensor
                 and known.shape == local.shape
                 and known.dtype is local.dtype
                 and type(local) in _PLAIN_TENSORS
-                and known.spec == leaf._spec
+                and known.spec == spec_of(leaf)
             ):
                 return tuple((item, local) for item in known.items)
         elif not isinstance(leaf, torch.Tensor):
@@ -194,20 +193,10 @@ class Itemizer:
     ) -> Sequence[tuple[Item, Source]]:
         path = tuple(paths[name])
         found: list[tuple[Item, Source]] = []
-        for written, local in _chunks(name, leaf):
-            data = written.tensor_data
-            assert data is not None
-            chunk = data.chunk
-            assert chunk is not None
+        size = tuple(leaf.size())
+        for offsets, lengths, local in _chunks(leaf):
             local = local.detach()
-            item = Item(
-                name,
-                path,
-                local.dtype,
-                tuple(data.size),
-                tuple(chunk.offsets),
-                tuple(chunk.sizes),
-            )
+            item = Item(name, path, local.dtype, size, offsets, lengths)
             if _is_dense(local):
                 found.append((item, local))
             else:
@@ -218,8 +207,8 @@ class Itemizer:
             if kind in _PLAIN_TENSORS:
                 self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, items)
             elif kind is DTensor and found:
-                local = leaf._local_tensor
-                self._known[name] = _Known(DTensor, leaf._spec, local.shape, local.dtype, items)
+                local = local_of_dtensor(leaf)
+                self._known[name] = _Known(DTensor, spec_of(leaf), local.shape, local.dtype, items)
         return found
 
     def _describe_value(
@@ -297,17 +286,15 @@ class _Encoded:
     content: bytes
 
 
-def _chunks(name: str, leaf: Any) -> Iterator[tuple[WriteItem, torch.Tensor]]:
-    """Yield what DCP would write of a tensor on this rank, each with its local tensor."""
-    if isinstance(leaf, DTensor):
-        if leaf.device_mesh.get_coordinate() is None:
-            return
-        locals_ = [leaf.to_local()]
-    elif isinstance(leaf, ShardedTensor):
-        locals_ = [shard.tensor for shard in leaf.local_shards()]
-    else:
-        locals_ = [leaf]
-    yield from zip(_create_write_items(name, leaf), locals_, strict=True)
+def _chunks(
+    leaf: torch.Tensor,
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+    """Yield offsets, lengths and local tensor of what this rank holds of a tensor."""
+    if not isinstance(leaf, DTensor):
+        yield (0,) * leaf.dim(), tuple(leaf.size()), leaf
+    elif leaf.device_mesh.get_coordinate() is not None:
+        for (offsets, sizes), local in zip(chunks_of(leaf), [leaf.to_local()], strict=True):
+            yield tuple(offsets), tuple(sizes), local
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -320,7 +307,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def _pickle_tensor(tensor: torch.Tensor, name: str) -> bytes:
     """Return the torch.save bytes of a tensor that is not plain dense memory."""
-    if type(tensor) not in _PLAIN_TENSORS and not hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) not in _PLAIN_TENSORS and not can_be_flattened(tensor):
         raise UnsupportedStateError(
             f"{name} is a {type(tensor).__name__}, a tensor type without __tensor_flatten__, which "
             "cannot be staged; convert it to a plain tensor."

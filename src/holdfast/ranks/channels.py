@@ -10,7 +10,7 @@ was initialised is opened again.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from holdfast.errors import CheckpointError
 from holdfast.ranks.coordinator import Coordinator, Entry, SingleProcess, StoreCoordinator
@@ -27,7 +27,9 @@ def open_channels(count: int, timeout_seconds: float, name: str) -> list[Coordin
         return [SingleProcess() for _ in range(count)]
     from torch import distributed
 
-    store: Any = distributed.distributed_c10d._get_default_store()
+    from holdfast.torch_internals import rendezvous_store
+
+    store = rendezvous_store()
     return [
         StoreCoordinator(
             store.clone(),  # a client of its own: a blocking wait holds the client's lock

@@ -13,21 +13,17 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-import xxhash
+from typing import NamedTuple
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.storage.backend import ObjectReader, Storage, as_stream
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     Blocks,
-    Difference,
     DifferenceError,
     FileRecord,
     read_blocks,
 )
-from holdfast.storage.posix import Filesystem, naming, read_into
 
 THREADS = min(4, os.cpu_count() or 1)
 _SCRATCH_BYTES = 256 << 10
@@ -48,8 +44,8 @@ class Part(NamedTuple):
 
 
 def read_verified(
-    filesystem: Filesystem,
-    path: Path,
+    storage: Storage,
+    name: str,
     record: FileRecord,
     parts: Iterable[Part],
     ranges: Iterable[range] = (),
@@ -63,25 +59,24 @@ def read_verified(
         OSError: the file cannot be read.
     """
     also = blocks_of(ranges)
-    expected = read_expected(filesystem, path, record)
+    with storage.open(name) as source:
+        expected = read_expected(source, storage.where(name), record)
     for layer in _layers(parts) or [[]]:
-        _Pass(filesystem, path, expected, layer).run(also)
+        _Pass(storage, name, expected, layer).run(also)
         also = set()  # verified by the first pass
 
 
-def read_expected(filesystem: Filesystem, path: Path, record: FileRecord) -> Blocks:
-    """Return the block digests of a file, themselves verified.
+def read_expected(source: ObjectReader, where: str, record: FileRecord) -> Blocks:
+    """Return the block digests of an open file, verified to be those committed.
 
     Raises:
-        CorruptCheckpointError: its footer is not the one that was committed.
-        OSError: it cannot be read.
+        CorruptCheckpointError: the footer that holds them is not the one that was committed.
+        OSError: the file cannot be read.
     """
-    with naming(path), filesystem.open_existing(path) as stream:
-        try:
-            return read_blocks(record, stream)
-        except DifferenceError as error:
-            found = error.difference
-            raise CorruptCheckpointError(str(path), found.reason, found.byte_range) from None
+    try:
+        return read_blocks(record, as_stream(source))
+    except DifferenceError as error:
+        raise error.difference.as_error(where) from None
 
 
 def _layers(parts: Iterable[Part]) -> list[list[Part]]:
@@ -111,10 +106,10 @@ class _Pass:
     """One pass over the blocks of a file that contain a list of non-overlapping parts."""
 
     def __init__(
-        self, filesystem: Filesystem, path: Path, expected: Blocks, parts: Sequence[Part]
+        self, storage: Storage, name: str, expected: Blocks, parts: Sequence[Part]
     ) -> None:
-        self._filesystem = filesystem
-        self._path = path
+        self._storage = storage
+        self._name = name
         self._expected = expected
         self._parts = parts
         self._offsets = [each.offset for each in parts]
@@ -123,7 +118,7 @@ class _Pass:
         numbers = sorted(also | blocks_of(range(each.offset, each.end) for each in self._parts))
         if numbers and numbers[-1] >= len(self._expected.digests):
             raise CorruptCheckpointError(
-                str(self._path),
+                self._storage.where(self._name),
                 f"has {self._expected.covered_bytes} bytes, too few for what it should hold",
             )
         workers = min(THREADS, len(numbers))
@@ -147,27 +142,30 @@ class _Pass:
     def _read_blocks(self, waiting: deque[int]) -> None:
         """Read the waiting blocks in file order until none is left."""
         scratch = _Scratch()
-        with naming(self._path), self._filesystem.open_existing(self._path) as stream:
+        with self._storage.open(self._name) as source:
             while True:
                 try:
                     number = waiting.popleft()
                 except IndexError:
                     return
-                self._read_block(stream, number, scratch)
+                self._read_block(source, number, scratch)
 
-    def _read_block(self, stream: BinaryIO, number: int, scratch: _Scratch) -> None:
-        start = number * BLOCK_BYTES
-        end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
-        views = self._views(start, end, scratch)
-        digest = xxhash.xxh3_128()
-        filled = 0
-        for piece in _pieces(views):
-            filled += read_into(stream, start + filled, piece)
-            for view in piece:
-                digest.update(view)
-        if filled != end - start or digest.hexdigest() != self._expected.digests[number]:
-            found = Difference.in_block(number, start, end - 1)
-            raise CorruptCheckpointError(str(self._path), found.reason, found.byte_range)
+    def _read_block(self, source: ObjectReader, number: int, scratch: _Scratch) -> None:
+        place = self._expected.place(number)
+        views = self._views(place.start, place.stop, scratch)
+
+        def read() -> Iterator[memoryview]:
+            offset = place.start
+            for piece in _pieces(views):
+                count = source.get_into(offset, piece)
+                if count < sum(map(len, piece)):
+                    return  # the file ends here: what was read so far does not match
+                offset += count
+                yield from piece
+
+        found = self._expected.compare(number, read())
+        if found is not None:
+            raise found.as_error(self._storage.where(self._name))
 
     def _views(self, start: int, end: int, scratch: _Scratch) -> list[memoryview]:
         """Return the memory for one block in file order: targets, and scratch between them."""

@@ -10,7 +10,6 @@ until the last tensor is freed. Changes on disk after a block was verified are n
 from __future__ import annotations
 
 import io
-import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -19,14 +18,13 @@ from threading import Lock
 from typing import Any
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.format.layout import container_of
+from holdfast.read.direct import blocks_of, read_expected
 from holdfast.read.reader import ShardReader
-from holdfast.storage.digests import BLOCK_BYTES, Blocks, Difference, DifferenceError, read_blocks
-from holdfast.storage.posix import naming
+from holdfast.storage.digests import Blocks
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -92,7 +90,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         place = self._reader.place_of(MetadataIndex(name, stored.offsets))
         file = self._file(place.relative_path)
         file.verify(range(place.offset, place.offset + place.length), name)
-        content = memoryview(file.content)[place.offset : place.offset + place.length]
+        content = file.content[place.offset : place.offset + place.length]
         container = container_of(dtype, size)
         header = container.header
         if container.size_bytes != len(content) or content[: len(header)] != header:
@@ -116,7 +114,7 @@ class _MappedFile:
     """One memory-mapped file, and which of its blocks are verified."""
 
     path: Path
-    content: mmap.mmap
+    content: memoryview
     expected: Blocks | None
     """None: nothing is verified."""
     _verified: set[int] = field(default_factory=set)
@@ -126,18 +124,12 @@ class _MappedFile:
     def open(cls, reader: ShardReader, name: str, verify: bool) -> _MappedFile:
         path, expected = reader.path / name, None
         try:
-            with naming(path), reader.filesystem.open_existing(path) as stream:
+            with reader.files.open(name) as source:
                 if verify:
-                    expected = read_blocks(reader.records[name], stream)
-                # No swap reservation where the system supports it: a file may exceed memory.
-                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-                access = mmap.PROT_READ | mmap.PROT_WRITE
-                content = mmap.mmap(stream.fileno(), 0, flags=flags, prot=access)
+                    expected = read_expected(source, str(path), reader.records[name])
+                content = source.map()
         except FileNotFoundError as error:
             raise CorruptCheckpointError(str(path), "is missing") from error
-        except DifferenceError as error:
-            found = error.difference
-            raise CorruptCheckpointError(str(path), found.reason, found.byte_range) from None
         return cls(path, content, expected)
 
     def verify(self, wanted: range, name: str) -> None:
@@ -154,19 +146,14 @@ class _MappedFile:
             return
         if wanted.stop > self.expected.covered_bytes:
             raise CorruptCheckpointError(str(self.path), f"has {name} where no digest covers it")
-        for number in range(wanted.start // BLOCK_BYTES, (wanted.stop - 1) // BLOCK_BYTES + 1):
+        for number in sorted(blocks_of([wanted])):
             with self._lock:  # a thread that waits here then finds the block verified
                 if number in self._verified:
                     continue
-                start = number * BLOCK_BYTES
-                end = min(start + BLOCK_BYTES, self.expected.covered_bytes)
-                with memoryview(self.content) as content, content[start:end] as block:
-                    digest = xxhash.xxh3_128_hexdigest(block)
-                if digest != self.expected.digests[number]:
-                    found = Difference.in_block(number, start, end - 1)
-                    raise CorruptCheckpointError(
-                        str(self.path), f"{found.reason}, in {name}", found.byte_range
-                    )
+                place = self.expected.place(number)
+                block = self.content[place.start : place.stop]
+                if (found := self.expected.compare(number, [block])) is not None:
+                    raise found.as_error(str(self.path), f", in {name}")
                 self._verified.add(number)
 
 

@@ -36,8 +36,8 @@ from holdfast.format.inventory import METADATA_NAME, list_names, names_at
 from holdfast.format.layout import container_of
 from holdfast.read.direct import Part, read_verified
 from holdfast.read.requests import Landing, Region, UncoveredError, Wanted, regions_of, waves
+from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord
-from holdfast.storage.posix import Filesystem
 
 
 class SafePlanner(DefaultLoadPlanner):
@@ -86,9 +86,9 @@ class RegionPlanner(SafePlanner):
 
 
 class _SeamReader(FileSystemReader):
-    def __init__(self, path: Path, metadata: Metadata, filesystem: Filesystem) -> None:
-        super().__init__(path)
-        self.fs = SeamFileSystem(filesystem)
+    def __init__(self, files: Storage, metadata: Metadata) -> None:
+        super().__init__("")  # names relative to the storage
+        self.fs = SeamFileSystem(files)
         self.storage_data = metadata.storage_data
 
 
@@ -96,8 +96,8 @@ class _SeamReader(FileSystemReader):
 class ShardReader:
     """The tensors and values of one checkpoint, by flat name."""
 
-    path: Path
-    filesystem: Filesystem
+    files: Storage
+    """Of the checkpoint."""
     metadata: Metadata
     records: Mapping[str, FileRecord]
     """Of the manifest, by path: the digests that every byte read is checked against."""
@@ -108,36 +108,41 @@ class ShardReader:
     _derives_keys: ClassVar[bool] = False
     """Whether the metadata may lack the nested keys of its names."""
 
+    @property
+    def path(self) -> Path:
+        """The full name of the checkpoint."""
+        return Path(self.files.where())
+
     @classmethod
-    def open(
-        cls, path: Path, content: bytes, records: Mapping[str, FileRecord], filesystem: Filesystem
-    ) -> Self:
+    def open(cls, files: Storage, content: bytes, records: Mapping[str, FileRecord]) -> Self:
         """Parse the content of `.metadata`.
 
         Raises:
             CorruptCheckpointError: it is not metadata, requires running code, or names files that
                 the manifest does not list.
         """
-        where = path / METADATA_NAME
+        where = files.where(METADATA_NAME)
         try:
             metadata = read_metadata(content, derive_keys=cls._derives_keys)
+        except CheckpointError:  # this torch cannot read it
+            raise
         except Exception as error:  # a hostile or torn pickle can raise anything
             if is_process_failure(error):
                 raise
-            raise CorruptCheckpointError(str(where), f"cannot be read: {error}") from error
+            raise CorruptCheckpointError(where, f"cannot be read: {error}") from error
         if metadata is None:
-            raise CorruptCheckpointError(str(where), "is not the metadata of a checkpoint")
+            raise CorruptCheckpointError(where, "is not the metadata of a checkpoint")
         assert metadata.planner_data is not None
         assert metadata.storage_data is not None
         if nameless := sorted(metadata.state_dict_metadata.keys() - metadata.planner_data.keys()):
-            raise CorruptCheckpointError(str(where), f"has no place for {nameless[0]!r}")
+            raise CorruptCheckpointError(where, f"has no place for {nameless[0]!r}")
         for info in metadata.storage_data.values():
             relative_path = getattr(info, "relative_path", None)
             if relative_path not in records:
                 raise CorruptCheckpointError(
-                    str(where), f"names {relative_path!r}, which {cls._unlisted}"
+                    where, f"names {relative_path!r}, which {cls._unlisted}"
                 )
-        return cls(path, filesystem, metadata, records)
+        return cls(files, metadata, records)
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return the description of every tensor by flat name."""
@@ -297,7 +302,7 @@ class ShardReader:
 
     def _read_parts(self, name: str, parts: list[Part], ranges: Sequence[range] = ()) -> None:
         try:
-            read_verified(self.filesystem, self.path / name, self.records[name], parts, ranges)
+            read_verified(self.files, name, self.records[name], parts, ranges)
         except FileNotFoundError as error:  # removed since, or not visible from this node yet
             raise CorruptCheckpointError(str(self.path / name), "is missing") from error
         except CorruptCheckpointError as error:
@@ -316,7 +321,7 @@ class ShardReader:
         Raises:
             CorruptCheckpointError: it cannot, and neither this process nor a target is the cause.
         """
-        reader = _SeamReader(self.path, self.metadata, self.filesystem)
+        reader = _SeamReader(self.files, self.metadata)
         try:
             reader.read_data(LoadPlan(list(items)), planner).wait()
         except pickle.UnpicklingError as error:

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.format.layout import Container
 from holdfast.read.direct import Part, blocks_of
 from holdfast.storage.digests import BLOCK_BYTES
+from holdfast.torch_internals import chunks_of, local_of_dtensor, spec_of
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -71,14 +72,15 @@ def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Itera
             raise ValueError(f"{name} is {list(described.size)}, here {list(target.size())}")
         if type(target) in _PLAIN:
             yield from _within(name, described, (0,) * target.dim(), target.size(), target.detach())
-        elif type(target) is DTensor and type(target._local_tensor) in _PLAIN:
+        elif type(target) is DTensor and type(local_of_dtensor(target)) in _PLAIN:
             if target.device_mesh.get_coordinate() is None:
                 continue
             # Equal for all tensors with the same spec, and slow to compute.
-            if (span := spans.get(target._spec)) is None:
-                (chunk,) = target.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch
-                span = spans[target._spec] = (chunk.offsets, chunk.sizes)
-            yield from _within(name, described, *span, target._local_tensor.detach())
+            spec = spec_of(target)
+            if (span := spans.get(spec)) is None:
+                (span,) = chunks_of(target)
+                spans[spec] = span
+            yield from _within(name, described, *span, local_of_dtensor(target).detach())
         else:
             others[name] = target
     if others:

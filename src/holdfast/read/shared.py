@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.errors import CheckpointError
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
+from holdfast.torch_internals import copy_each, local_of, local_of_dtensor
 
 BACKEND_PATIENCE = 10
 """NCCL's timeout as a multiple of ours: at its own timeout NCCL ends the process."""
@@ -50,9 +51,11 @@ def forget_group() -> None:
 
 def device_types() -> set[str]:
     """Return the device types whose memory the group can send from."""
-    world: Any = distributed.group.WORLD
-    found: list[torch.device] = [] if world is None else world._device_types
-    return {each.type for each in found}
+    world = distributed.group.WORLD
+    if world is None:
+        return set()
+    pairs = distributed.get_backend_config(world).split(",")  # such as cpu:gloo,cuda:nccl
+    return {each.partition(":")[0] for each in pairs}
 
 
 _BUCKET_BYTES = 32 << 20
@@ -153,10 +156,10 @@ class ReadShared:
             batch = buffer[: sum(sizes)]
             pieces = list(torch.split(batch, sizes))
             if owner == self._rank:
-                torch._foreach_copy_(pieces, tensors)
+                copy_each(pieces, tensors)
             distributed.broadcast(batch, owner, self._group)
             if owner != self._rank:
-                torch._foreach_copy_(tensors, pieces)
+                copy_each(tensors, pieces)
         self._steps = []
 
     def _plan_steps(
@@ -214,7 +217,7 @@ def _is_whole(target: torch.Tensor) -> bool:
             return False
         if not all(each.is_replicate() for each in target.placements):
             return False
-        target = target._local_tensor
+        target = local_of_dtensor(target)
     return (
         type(target) in _PLAIN
         and target.numel() > 0
@@ -224,5 +227,5 @@ def _is_whole(target: torch.Tensor) -> bool:
 
 
 def _bytes_of(target: torch.Tensor) -> torch.Tensor:
-    local = target._local_tensor if isinstance(target, DTensor) else target
+    local = local_of(target)
     return local.detach().as_strided((local.numel(),), (1,)).view(torch.uint8)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from holdfast.format.items import Source
+from holdfast.torch_internals import copy_each
 
 _LARGE_BYTES = 256 << 10
 """From this size on a tensor is copied with memcpy, divided between threads."""
@@ -192,7 +193,7 @@ def _copy_from_device(pairs: Pairs, device: torch.device, computed: Sequence[Any
     for each in computed:
         stream.wait_event(each)
     with cuda.stream(stream):
-        torch._foreach_copy_(
+        copy_each(
             [target for target, _ in pairs],
             [source for _, source in pairs],
             non_blocking=True,
@@ -219,7 +220,7 @@ def _copy_on_host(pairs: Pairs, front: _Front) -> None:
             targets.append(target)
             sources.append(source)
     if targets:
-        torch._foreach_copy_(targets, sources)
+        copy_each(targets, sources)
     _copy_memory(sorted(jobs), front)  # low addresses first: the front follows the large ones
 
 

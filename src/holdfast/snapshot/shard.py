@@ -15,8 +15,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -39,6 +40,7 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena, StreamedShard, allocate, image_bytes
 from holdfast.snapshot.copy import Copying, mark_streams
+from holdfast.storage.backend import Append, Storage
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     FileRecord,
@@ -46,7 +48,6 @@ from holdfast.storage.digests import (
     footer_size,
     make_footer,
 )
-from holdfast.storage.posix import Filesystem, writing_past_cache
 
 _DIGESTERS = 2
 """Threads that digest an image in memory: one thread reaches half of the memory's read speed."""
@@ -74,8 +75,7 @@ class Image(Protocol):
 
 
 def write_shard(
-    filesystem: Filesystem,
-    path: Path,
+    writing: AbstractContextManager[Append],
     name: str,
     image: Image,
     progress: Progress | None = None,
@@ -83,6 +83,7 @@ def write_shard(
 ) -> FileRecord:
     """Write a new file, body and footer, and return its record under a relative name.
 
+    `writing`: opens the file, which must be new, and gives the function that appends to it.
     `bytes_per_second`: the highest average rate over the whole file. None: no limit.
 
     Raises:
@@ -94,7 +95,7 @@ def write_shard(
     with (
         ThreadPoolExecutor(1, thread_name_prefix="holdfast-digest") as digesting,
         ThreadPoolExecutor(1, thread_name_prefix="holdfast-stretch") as preparing,
-        writing_past_cache(filesystem, path) as append,
+        writing as append,
     ):
         # Preparing the next stretch, digesting this one and writing it all release the GIL and run
         # concurrently.
@@ -150,19 +151,6 @@ def _keep_pace(
 logger = logging.getLogger(__name__)
 
 
-class _Metadata:
-    """The content of `.metadata`, encoded on first use and cached."""
-
-    def __init__(self, decision: Decision) -> None:
-        self._decision = decision
-        self._content: bytes | None = None
-
-    def content(self) -> bytes:
-        if self._content is None:
-            self._content = encode_metadata(self._decision)
-        return self._content
-
-
 @dataclass(frozen=True)
 class Share:
     """The items that a rank writes into one file, and their layout there."""
@@ -191,8 +179,14 @@ class ShardPlan:
     """Number of distinct names in the whole state."""
     structures: Sequence[bytes] | None = None
     """On rank 0: of every rank."""
-    metadata: _Metadata | None = None
-    """On rank 0."""
+    decision: Decision | None = None
+    """On rank 0: of the whole state."""
+
+    @cached_property  # asked for by the first save of a plan, off the training thread
+    def metadata(self) -> bytes:
+        """The content of `.metadata`, on rank 0."""
+        assert self.decision is not None
+        return encode_metadata(self.decision)
 
 
 @dataclass(frozen=True)
@@ -218,12 +212,8 @@ class StagedShard:
         if self.copying is not None:
             self.copying.wait()
 
-    def write(
-        self, filesystem: Filesystem, directory: Path, bytes_per_second: float | None
-    ) -> FileRecord:
-        """Write the file into a directory while it is being staged.
-
-        The caller makes its name durable.
+    def write(self, files: Storage, bytes_per_second: float | None) -> FileRecord:
+        """Write the file into the storage of a pending checkpoint while it is being staged.
 
         Raises:
             OSError: it cannot be written.
@@ -231,14 +221,8 @@ class StagedShard:
         if self.image is not self.arena:
             self.wait()
         name = self.plan.name
-        return write_shard(
-            filesystem, directory / name, name, self.image, self.progress, bytes_per_second
-        )
-
-    def metadata(self) -> bytes:
-        """Return the content of `.metadata`, on rank 0."""
-        assert self.plan.metadata is not None
-        return self.plan.metadata.content()
+        writing = files.put_from(name)
+        return write_shard(writing, name, self.image, self.progress, bytes_per_second)
 
 
 class ShardSaver:
@@ -370,7 +354,7 @@ def _make_plan(
         shard_name(coordinator.rank),
         division.state_names,
         structures,
-        _Metadata(division.decisions[0]) if division.decisions else None,
+        division.decisions[0] if division.decisions else None,
     )
 
 

@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -31,8 +30,8 @@ from holdfast.errors import (
     StoreIdentityError,
     SupersededAttemptError,
 )
+from holdfast.storage.backend import Storage
 from holdfast.storage.manifest import check_format, seal, unseal
-from holdfast.storage.posix import Filesystem, create_once, read_bytes, replace_file
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -70,8 +69,6 @@ def find_start_mark(pid: int) -> str | None:
 RUN_NAME = "run.json"
 FORMAT = 1
 """Of run.json and of each claim. Every version seals claims and numbers formats this way."""
-_TRIES = 5
-"""A sweep runs once per save: more failures in a row than this have another cause."""
 _CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
 
 
@@ -123,9 +120,8 @@ class Attempt:
 class RunIdentity:
     """The run id and the attempts, stored at the root of one store."""
 
-    def __init__(self, root: Path, filesystem: Filesystem) -> None:
-        self._root = root
-        self._filesystem = filesystem
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def read_run_id(self) -> str | None:
         """Return the run id; None: no job has saved here yet.
@@ -134,17 +130,15 @@ class RunIdentity:
             CorruptCheckpointError: run.json exists and cannot be read.
             FormatTooNewError: a newer holdfast wrote it.
         """
-        path = self._root / RUN_NAME
+        where = self._storage.where(RUN_NAME)
         try:
-            content = read_bytes(self._filesystem, path)
+            content = self._storage.get(RUN_NAME)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            run_id = _parse_known(content, path).get("run_id")
+            run_id = _parse_known(content, where).get("run_id")
             if not isinstance(run_id, str) or not run_id:
-                raise CorruptCheckpointError(
-                    str(path), "names no run_id; restore it from any manifest"
-                )
+                raise CorruptCheckpointError(where, "names no run_id; restore it from any manifest")
         except CorruptCheckpointError:
             if self._claims():
                 raise
@@ -159,7 +153,7 @@ class RunIdentity:
         """
         found = []
         for number, name in self._claims():
-            claim = self._read_claim(self._root / name)
+            claim = self._read_claim(name)
             if claim is None or claim.number != number:
                 # The file name alone takes the number. If run.json does not have it either, a crash
                 # tore the claim before anything depended on it.
@@ -167,22 +161,23 @@ class RunIdentity:
             found.append(claim)
         return found
 
-    def _read_claim(self, path: Path) -> Attempt | None:
+    def _read_claim(self, name: str) -> Attempt | None:
+        where = self._storage.where(name)
         try:
-            content = read_bytes(self._filesystem, path)
+            content = self._storage.get(name)
             try:
-                text = unseal(content, str(path))
+                text = unseal(content, where)
             except CorruptCheckpointError:
-                _parse_known(content, path)  # an intact claim of a newer format, sealed otherwise?
+                _parse_known(content, where)  # an intact claim of a newer format, sealed otherwise?
                 raise
-            return _attempt_of(_parse_known(text, path))
+            return _attempt_of(_parse_known(text, where))
         except (CorruptCheckpointError, KeyError, TypeError):
             return None
 
     def _repeated_in_run_json(self) -> dict[int, Attempt]:
-        path = self._root / RUN_NAME
         try:
-            listed = _parse_known(read_bytes(self._filesystem, path), path)["attempts"]
+            content = self._storage.get(RUN_NAME)
+            listed = _parse_known(content, self._storage.where(RUN_NAME))["attempts"]
             return {each.number: each for each in map(_attempt_of, listed)}
         except (OSError, CorruptCheckpointError, KeyError, TypeError):
             return {}
@@ -198,10 +193,10 @@ class RunIdentity:
             fresh = {"format": FORMAT, "run_id": configured or secrets.token_hex(8), "attempts": []}
             # Its name is synced with the first claim, before any save uses the run id.
             with suppress(FileExistsError):  # another job was first: use its id
-                self._despite_sweeps(create_once, RUN_NAME, _encode(fresh))
+                self._storage.put_new(RUN_NAME, _encode(fresh))
             run_id = self.read_run_id()
             if run_id is None:
-                replace_file(self._filesystem, self._root / RUN_NAME, _encode(fresh))  # it was torn
+                self._storage.replace(RUN_NAME, _encode(fresh))  # it was torn
                 run_id = self.read_run_id()
             assert run_id is not None
         self.check_run_id(configured, run_id)
@@ -215,7 +210,8 @@ class RunIdentity:
         """
         if configured is not None and configured != found:
             raise StoreIdentityError(
-                f"{self._root} belongs to run {found!r}, but checkpoint.run_id is {configured!r}.\n"
+                f"{self._storage.where()} belongs to run {found!r}, but checkpoint.run_id is "
+                f"{configured!r}.\n"
                 "Name another checkpoint.persistent.directory, or set checkpoint.run_id=null to go "
                 "on with the store's run."
             )
@@ -252,16 +248,16 @@ class RunIdentity:
             )
             try:
                 claim = seal(_encode({"format": FORMAT, **asdict(attempt)}))
-                self._despite_sweeps(create_once, _claim_name(number), claim)
+                self._storage.put_new(_claim_name(number), claim)
             except FileExistsError:
                 continue  # another job took this number after the listing
             # For people; another job's later version may win: it too is rebuilt from the claims.
             summary = [asdict(each) for each in self.attempts()]
             shown = {"format": FORMAT, "run_id": run_id, "attempts": summary}
-            self._despite_sweeps(replace_file, RUN_NAME, _encode(shown))
+            self._storage.replace(RUN_NAME, _encode(shown))
             # Before any checkpoint of this attempt can be visible: from here on the number and what
             # the attempt supersedes are durable.
-            self._filesystem.sync_directory(self._root)
+            self._storage.settle([_claim_name(number), RUN_NAME])
             return attempt
 
     def check_newest(self, attempt: Attempt) -> None:
@@ -273,33 +269,17 @@ class RunIdentity:
         claims = self._claims()
         if claims and claims[-1][0] > attempt.number:
             raise SupersededAttemptError(
-                f"{self._root}: attempt {claims[-1][0]} of this run has taken over from attempt "
-                f"{attempt.number}, which may no longer save here.\n"
+                f"{self._storage.where()}: attempt {claims[-1][0]} of this run has taken over from "
+                f"attempt {attempt.number}, which may no longer save here.\n"
                 "Stop this job: another one is running, or give it its own "
                 "checkpoint.persistent.directory."
             )
 
-    def _despite_sweeps(
-        self, write: Callable[[Filesystem, Path, bytes], None], name: str, content: bytes
-    ) -> None:
-        """Retry a write if another job's sweep removed its pending file as a leftover."""
-        for tried in range(1, _TRIES + 1):
-            try:
-                write(self._filesystem, self._root / name, content)
-                break
-            except FileNotFoundError:
-                if tried == _TRIES:
-                    raise
-
     def _claims(self) -> list[tuple[int, str]]:
-        try:
-            entries = self._filesystem.list_directory(self._root)
-        except FileNotFoundError:
-            return []
         return sorted(
             (int(match[1]), each.name)
-            for each in entries
-            if each.is_file and (match := _CLAIM_NAME.fullmatch(each.name))
+            for each in self._storage.list()
+            if not each.is_group and (match := _CLAIM_NAME.fullmatch(each.name))
         )
 
 
@@ -339,7 +319,7 @@ def _attempt_of(values: dict[str, Any]) -> Attempt:
     return attempt
 
 
-def _parse_known(content: bytes, path: Path) -> dict[str, Any]:
+def _parse_known(content: bytes, path: str) -> dict[str, Any]:
     """Parse a record that this version can read.
 
     Raises:
@@ -348,19 +328,19 @@ def _parse_known(content: bytes, path: Path) -> dict[str, Any]:
     """
     values = _parse(content, path)
     try:
-        check_format({"format": FORMAT, **values}, FORMAT, str(path))  # early claims had none
+        check_format({"format": FORMAT, **values}, FORMAT, path)  # early claims had none
     except FormatTooNewError:
         raise
     except (ValueError, TypeError) as error:
-        raise CorruptCheckpointError(str(path), f"is of no format: {error}") from error
+        raise CorruptCheckpointError(path, f"is of no format: {error}") from error
     return values
 
 
-def _parse(content: bytes, path: Path) -> dict[str, Any]:
+def _parse(content: bytes, path: str) -> dict[str, Any]:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(str(path), f"is not JSON: {error}") from error
+        raise CorruptCheckpointError(path, f"is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CorruptCheckpointError(str(path), "is not a JSON object")
+        raise CorruptCheckpointError(path, "is not a JSON object")
     return values

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import PurePosixPath
 from typing import Any
 
 import xxhash
 
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError
+from holdfast.storage.backend import is_name
 from holdfast.storage.digests import FileRecord
 
 PERSISTENT, LOCAL, FOREIGN = "persistent", "local", "foreign"
@@ -87,7 +87,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptCheckpointError(path, f"is not a manifest: {error}") from error
         for each in files:
-            if not _stays_inside(each.path):
+            if not is_name(each.path):
                 raise CorruptCheckpointError(path, f"lists {each.path!r}, outside the checkpoint")
         return manifest
 
@@ -187,10 +187,3 @@ _FIELD_TYPES: dict[str, type] = {"str": str, "int": int}
 
 def _as_tuple(blocks: list[str] | None) -> tuple[str, ...] | None:
     return None if blocks is None else tuple(blocks)
-
-
-def _stays_inside(path: str) -> bool:
-    if not path or "\\" in path or not path.isprintable():  # only names that a message can show
-        return False
-    parts = PurePosixPath(path)
-    return not parts.is_absolute() and ".." not in parts.parts and str(parts) == path

@@ -1,148 +1,238 @@
-"""Every durable step on a disk, one method each: the interface at which tests inject faults.
+"""A storage in a directory of a mounted file system.
 
-Owns the calls that change or read a file system, and the few compositions of them that make a small
-file appear whole or not at all. Promises that what a method has synced survives power loss, that
-files are written in full or an OSError with errno and path is raised, and that no symbolic link is
-followed out of a directory. Knows nothing about checkpoints. Importing it does not import torch.
+Owns how the promises of `storage.backend` are kept on POSIX: a small file is written aside, synced
+and linked or renamed; a group is a directory, published by a rename; names are durable once their
+directories were synced. Owns therefore the order of these steps, and everything in them that has no
+counterpart in an object store: descriptors, links, directories, writing past the page cache. The
+root may be a link; inside it no link is followed. `filesystem` carries out the single steps.
+Importing it does not import torch.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
-import secrets
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Self
 
-from holdfast.messages import describe_size
+from holdfast.filesystem import Filesystem, naming
+from holdfast.storage.backend import (
+    REPLACED_MARK,
+    Append,
+    Entry,
+    GroupUnreachableError,
+    check_name,
+    pending_name,
+    replaced_name,
+)
 
-PENDING_MARK = ".pending-"
-"""Between a name and a nonce: not committed, never listed, swept by the next save."""
-
-
-@dataclass(frozen=True)
-class DirectoryEntry:
-    """One name in a directory; a symbolic link is neither a file nor a directory."""
-
-    name: str
-    is_file: bool
-    is_directory: bool
-    is_link: bool = False
+_TRIES = 5
+"""A sweep runs once per save: more failures in a row than this have another cause."""
 
 
-class Filesystem(Protocol):
-    """The primitive operations. Each succeeds or raises OSError with errno and path."""
+class PosixStorage:
+    """The storage of one directory; its groups are the directories in it."""
 
-    def make_directory(self, path: Path) -> None: ...
-    def open_new(self, path: Path) -> BinaryIO: ...
-    def sync_file(self, path: Path, stream: Any) -> None: ...
-    def sync_directory(self, path: Path) -> None: ...
-    def rename(self, source: Path, target: Path) -> None: ...
-    def link(self, source: Path, target: Path) -> None: ...
-    def remove_file(self, path: Path) -> None: ...
-    def remove_directory(self, path: Path) -> None: ...
-    def list_directory(self, path: Path) -> list[DirectoryEntry]: ...
-    def open_existing(self, path: Path) -> BinaryIO: ...
-    def size_bytes(self, path: Path) -> int: ...
-    def is_directory(self, path: Path) -> bool: ...
+    def __init__(self, root: Path, filesystem: Filesystem) -> None:
+        self._root = root
+        self._filesystem = filesystem
 
+    def where(self, name: str = "") -> str:
+        return str(self._root / name)
 
-class LocalFilesystem:
-    """A mounted POSIX file system."""
+    def under(self, group: str) -> Self:
+        return type(self)(self._path(group), self._filesystem)
 
-    def __init__(self, *, private: bool = True) -> None:
-        """`private`: only the owner may read what is created; otherwise the umask decides."""
-        self._file_mode = 0o600 if private else 0o666
-        self._directory_mode = 0o700 if private else 0o777
+    def prepare(self) -> None:
+        make_durable_directory(self._filesystem, self._root)
 
-    def make_directory(self, path: Path) -> None:
-        """Create one directory and its missing parents; it may exist already."""
-        if not path.parent.exists():
-            self.make_directory(path.parent)
-        path.mkdir(self._directory_mode, exist_ok=True)
+    def has_group(self, group: str = "") -> bool:
+        return self._filesystem.is_directory(self._path(group) if group else self._root)
 
-    def open_new(self, path: Path) -> BinaryIO:
-        """Open a file that must not exist yet, for writing and reading back."""
-        descriptor = os.open(
-            path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._file_mode
-        )
-        return os.fdopen(descriptor, "w+b")
+    def _path(self, name: str) -> Path:
+        check_name(name)
+        return self._root / name
 
-    def sync_file(self, path: Path, stream: Any) -> None:
-        """Make the bytes and the size of a file durable, through the stream that wrote them.
+    # -- writing ---------------------------------------------------------------------------------
 
-        The system need not report a write-back error to a descriptor that was opened later.
-        """
-        with naming(path):
-            os.fsync(stream.fileno())
+    def put(self, name: str, content: bytes) -> None:
+        write_new(self._filesystem, self._new_path(name), content)
 
-    def sync_directory(self, path: Path) -> None:
-        """Make the names in a directory durable."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    @contextmanager
+    def put_from(self, name: str) -> Iterator[Append]:
+        with writing_past_cache(self._filesystem, self._new_path(name)) as append:
+            yield append
+
+    def _new_path(self, name: str) -> Path:
+        """Return the path of a name, and make the folder that it is in."""
+        path = self._path(name)
+        if path.parent != self._root:
+            self._filesystem.make_directory(path.parent)
+        return path
+
+    def put_new(self, name: str, content: bytes) -> None:
+        self._despite_sweeps(create_once, self._path(name), content)
+
+    def replace(self, name: str, content: bytes) -> None:
+        self._despite_sweeps(replace_file, self._path(name), content)
+
+    def _despite_sweeps(
+        self, write: Callable[[Filesystem, Path, bytes], None], path: Path, content: bytes
+    ) -> None:
+        """Write again if another job's sweep removed the pending file as a leftover."""
+        for tried in range(1, _TRIES + 1):
+            try:
+                write(self._filesystem, path, content)
+                return
+            except FileNotFoundError:
+                if tried == _TRIES:
+                    raise
+
+    def settle(self, names: Sequence[str]) -> None:
+        # The files' bytes were synced as they were written: what is left is their names.
+        folders = {
+            self._root / folder
+            for name in names
+            for folder in PurePosixPath(name).parents  # the last one is the root
+        }
+        for folder in sorted(folders, reverse=True):
+            self._filesystem.sync_directory(folder)
+
+    # -- groups ----------------------------------------------------------------------------------
+
+    def begin(self, group: str) -> None:
+        self._filesystem.make_directory(self._path(group))
+
+    def publish(
+        self, group: str, name: str, record: str, content: bytes, needs: Sequence[str]
+    ) -> str | None:
+        filesystem, files = self._filesystem, self.under(group)
+        pending, final = self._path(group), self._path(name)
+        files.put(record, content)
+        files.settle([*needs, record])  # the files' names, before the rename shows them
+        replaced = None
+        if self._is_taken(final):
+            # The removal of what an earlier publication replaced must be durable before the name is
+            # free, or a power cut could bring back its remains under this name.
+            filesystem.sync_directory(self._root)
+            replaced = final.with_name(replaced_name(name))
+            # It still counts under its new name. No sync is needed before the next rename: if only
+            # that one survives a power cut, the successor is complete.
+            filesystem.rename(final, replaced)
         try:
-            with naming(path):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            filesystem.rename(pending, final)  # visible from here
+        except OSError:
+            if replaced is not None:
+                with suppress(OSError):  # it counts under either name; the next sweep retries
+                    filesystem.rename(replaced, final)
+            raise
+        filesystem.sync_directory(self._root)  # durable from here
+        return replaced.name if replaced is not None else None
 
-    def rename(self, source: Path, target: Path) -> None:
-        """Rename a file or directory atomically, replacing an existing file."""
-        source.rename(target)
+    def restore(self, replaced: str, name: str) -> None:
+        source, target = self._path(replaced), self._path(name)
+        if not self._is_taken(target):
+            self._filesystem.rename(source, target)
 
-    def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name that must not exist yet."""
-        os.link(source, target, follow_symlinks=False)
+    def retract(self, name: str) -> str:
+        path, left = self._path(name), pending_name(name.partition(REPLACED_MARK)[0])
+        self._filesystem.rename(path, self._path(left))  # not listed from here
+        # Or a power cut could list it half deleted.
+        self._filesystem.sync_directory(self._root)
+        return left
 
-    def remove_file(self, path: Path) -> None:
-        """Remove a file or a link; the link's target stays."""
-        path.unlink()
+    def _is_taken(self, path: Path) -> bool:
+        """Whether this name is a directory or a link."""
+        if self._filesystem.is_directory(path):
+            return True
+        entries = self._filesystem.list_directory(path.parent)
+        return any(each.is_link and each.name == path.name for each in entries)
 
-    def remove_directory(self, path: Path) -> None:
-        """Remove an empty directory."""
-        path.rmdir()
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        if self._filesystem.is_directory(path):
+            remove_tree(self._filesystem, path)
+        else:
+            with suppress(FileNotFoundError):
+                self._filesystem.remove_file(path)  # of a link only the link, never its target
 
-    def list_directory(self, path: Path) -> list[DirectoryEntry]:
-        """Return the entries by name."""
-        with os.scandir(path) as entries:
-            found = [
-                DirectoryEntry(
-                    each.name,
-                    is_file=each.is_file(follow_symlinks=False),
-                    is_directory=each.is_dir(follow_symlinks=False),
-                    is_link=each.is_symlink(),
-                )
-                for each in entries
-            ]
-        return sorted(found, key=lambda each: each.name)
+    # -- reading ---------------------------------------------------------------------------------
 
-    def open_existing(self, path: Path) -> BinaryIO:
-        """Open a regular file for reading; refuse a link (ELOOP) and anything else (EINVAL)."""
-        # Non-blocking: opening a pipe instead of a file would otherwise wait for a writer forever.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "rb")
-
-    def size_bytes(self, path: Path) -> int:
-        """Return the size of a regular file; anything else is an error."""
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return found.st_size
-
-    def is_directory(self, path: Path) -> bool:
-        """Whether the path is a directory and not a link to one."""
+    def list(self) -> list[Entry]:
+        """See the protocol; a link is a group: a checkpoint that was moved to an archive."""
         try:
-            return stat.S_ISDIR(path.lstat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+            entries = self._filesystem.list_directory(self._root)
+        except FileNotFoundError:
+            return []
+        return [
+            Entry(each.name, is_group=not each.is_file)
+            for each in entries
+            if each.is_file or each.is_directory or each.is_link
+        ]
+
+    def get(self, name: str) -> bytes:
+        with self._explaining():
+            return read_bytes(self._filesystem, self._inner_path(name))
+
+    def size_bytes(self, name: str) -> int:
+        with self._explaining():
+            return self._filesystem.size_bytes(self._inner_path(name))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[_File]:
+        path = self._inner_path(name)
+        with self._explaining():
+            stream = self._filesystem.open_existing(path)
+        with stream:
+            yield _File(path, stream)
+
+    def _inner_path(self, name: str) -> Path:
+        """Return the path of a name; refuse a folder that is a link: it may lead anywhere."""
+        path = self._path(name)
+        for folder in reversed(PurePosixPath(name).parents[:-1]):
+            if not self._filesystem.is_directory(self._root / folder):
+                reason = f"{folder} is missing or a link, not a directory"
+                raise NotADirectoryError(errno.ENOTDIR, reason, str(path))
+        return path
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Report a link that leads nowhere in place of the root, instead of what is missing."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if not self._root.is_symlink() or self._root.exists():
+                raise
+            reason = f"is a link to {self._root.readlink()}, which is not there"
+            raise GroupUnreachableError(errno.ENOENT, reason, str(self._root)) from error
+
+
+class _File:
+    """An open file as a source."""
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self._path = path
+        self._stream = stream
+
+    @property
+    def size_bytes(self) -> int:
+        with naming(self._path):
+            return self._stream.seek(0, os.SEEK_END)
+
+    def get_into(self, offset: int, targets: Sequence[memoryview]) -> int:
+        with naming(self._path):
+            return read_into(self._stream, offset, targets)
+
+    def map(self) -> memoryview:
+        # No swap reservation where the system supports it: a file may exceed memory.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        with naming(self._path):
+            return memoryview(mmap.mmap(self._stream.fileno(), 0, flags=flags, prot=access))
 
 
 def make_durable_directory(filesystem: Filesystem, path: Path) -> None:
@@ -295,18 +385,7 @@ def remove_tree(filesystem: Filesystem, path: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Return a new pending name in the directory of a path."""
-    return path.with_name(f"{path.name}{PENDING_MARK}{secrets.token_hex(4)}")
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the path to an OSError that names no file, such as a failed write or read."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+    return path.with_name(pending_name(path.name))
 
 
 def _discard(filesystem: Filesystem, path: Path) -> None:
@@ -315,108 +394,3 @@ def _discard(filesystem: Filesystem, path: Path) -> None:
         filesystem.remove_file(path)
     except OSError:
         return
-
-
-# -- places on this machine, for files whose memory is mapped --------------------------------------
-
-_MEMORY_TYPES = ("tmpfs", "ramfs")
-
-
-def is_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether files under an existing directory are in RAM."""
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        if after and before.split()[2] == wanted:
-            return after.split()[0] in _MEMORY_TYPES
-    return False
-
-
-def place_of(path: Path) -> tuple[int, int]:
-    """Return what is equal for two paths only if they are one directory: device and inode."""
-    found = path.stat()
-    return found.st_dev, found.st_ino
-
-
-def why_not_private(path: Path) -> str | None:
-    """Return why another user could add or remove files in a directory; None: nobody can."""
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        return "is no directory"
-    if found.st_uid != os.geteuid():
-        return f"belongs to user {found.st_uid}, this job runs as user {os.geteuid()}"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-        return f"can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
-    return None
-
-
-def free_bytes(directory: Path) -> int:
-    """Return the free space of the file system under a directory."""
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
-
-
-def taken_bytes(directory: Path) -> int:
-    """Return the space of the files under a directory; what cannot be read counts as nothing."""
-    total = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
-    return total
-
-
-def as_problem(error: OSError, size_bytes: int) -> OSError:
-    """Return the error of a full directory with the needed and the free bytes."""
-    if error.errno != errno.ENOSPC or error.filename is None:
-        return error
-    left = free_bytes(Path(error.filename).parent)
-    reason = (
-        f"{error.strerror}: {describe_size(size_bytes)} are needed, "
-        f"{describe_size(left, size_bytes)} are free"
-    )
-    return OSError(error.errno, reason, error.filename)
-
-
-def append_durably(filesystem: Filesystem, path: Path, content: bytes) -> None:
-    """Append to an existing file and make its bytes durable."""
-    with naming(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "ab") as stream:
-            stream.write(content)
-            stream.flush()
-            filesystem.sync_file(path, stream)
-
-
-class SharedFile:
-    """A file that several processes write to at different offsets, created by the first."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it.
-
-        Raises:
-            OSError: it cannot be opened; a link is not followed.
-        """
-        self._path = path
-        with naming(path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._descriptor = os.open(path, flags, 0o600)
-
-    def write_at(self, offset: int, content: memoryview) -> None:
-        """Write all of it.
-
-        Raises:
-            OSError: there is not enough space, for instance.
-        """
-        with naming(self._path):
-            if os.pwrite(self._descriptor, content, offset) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-
-    def close(self) -> None:
-        """Close it."""
-        os.close(self._descriptor)

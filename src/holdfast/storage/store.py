@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from holdfast.errors import (
     CheckpointNotFoundError,
@@ -23,22 +22,20 @@ from holdfast.errors import (
     FormatTooNewError,
     is_process_failure,
 )
+from holdfast.storage.backend import (
+    PENDING_MARK,
+    REPLACED_MARK,
+    GroupUnreachableError,
+    Storage,
+    open_stream,
+    pending_name,
+)
 from holdfast.storage.digests import Difference, FileRecord, describe_content, find_difference
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest
-from holdfast.storage.posix import (
-    PENDING_MARK,
-    Filesystem,
-    naming,
-    read_bytes,
-    remove_tree,
-    replace_file,
-    write_new,
-)
 
 logger = logging.getLogger(__name__)
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
-REPLACED_MARK = ".replaced-"
 _NONCE = "[0-9a-f]{8}"
 _NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"  # exactly as checkpoint_name writes it
 _COMMITTED = re.compile(f"iter_({_NUMBER})")
@@ -119,19 +116,23 @@ def parse_checkpoint_name(name: str) -> int | None:
 class Store:
     """One root of checkpoints. One process at a time may write; any may read."""
 
-    def __init__(self, root: Path, filesystem: Filesystem) -> None:
-        self.root = root
-        self._filesystem = filesystem
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @property
+    def root(self) -> Path:
+        """Its full name, for messages and to compare."""
+        return Path(self.storage.where())
+
+    def files_of(self, checkpoint: Checkpoint) -> Storage:
+        """Return the storage of one checkpoint's files."""
+        return self.storage.under(checkpoint.path.name)
 
     # -- reading ---------------------------------------------------------------------------------
 
     def listing(self) -> Listing:
         """Read every manifest; a missing root holds nothing."""
-        try:
-            entries = self._filesystem.list_directory(self.root)
-        except FileNotFoundError:
-            entries = []
-        names = {each.name for each in entries if each.is_directory or each.is_link}
+        names = {each.name for each in self.storage.list() if each.is_group}
         places: dict[str, int] = {}
         for name in names:
             if (iteration := parse_checkpoint_name(name)) is not None:
@@ -145,9 +146,9 @@ class Store:
         broken: list[Broken] = []
         too_new: list[TooNew] = []
         for name, iteration in places.items():
-            path = self.root / name
+            path = Path(self.storage.where(name))
             try:
-                checkpoints.append(self.open(path, iteration))
+                checkpoints.append(open_checkpoint(self.storage.under(name), iteration))
             except CorruptCheckpointError as error:
                 broken.append(Broken(path, iteration, str(error)))
             except FormatTooNewError as error:
@@ -156,35 +157,6 @@ class Store:
         broken.sort(key=lambda each: each.iteration, reverse=True)
         too_new.sort(key=lambda each: each.iteration, reverse=True)
         return Listing(tuple(checkpoints), tuple(broken), tuple(too_new))
-
-    def open(self, path: Path, iteration: int) -> Checkpoint:
-        """Read the manifest of one directory or of a link's target.
-
-        Raises:
-            CorruptCheckpointError: it is missing, damaged, or of another iteration.
-            FormatTooNewError: a later version wrote it.
-            OSError: this process has too little memory or too many open files.
-        """
-        manifest_path = path / MANIFEST_NAME
-        try:
-            content = read_bytes(self._filesystem, manifest_path)
-        except FileNotFoundError:
-            if path.is_symlink() and not path.exists():
-                reason = f"is a link to {path.readlink()}, which is not there"
-            else:
-                reason = "has no manifest.json: it was never committed, or lost it since"
-            raise CorruptCheckpointError(str(path), reason) from None
-        except OSError as error:
-            if is_process_failure(error):
-                raise
-            raise CorruptCheckpointError(str(manifest_path), f"cannot be read: {error}") from error
-        manifest = Manifest.from_bytes(content, str(manifest_path))
-        if manifest.iteration != iteration:
-            raise CorruptCheckpointError(
-                str(manifest_path),
-                f"is of iteration {manifest.iteration}: the directory was renamed or mixed up",
-            )
-        return Checkpoint(path, manifest)
 
     def find(self, iteration: int) -> Checkpoint:
         """Open the checkpoint of one iteration, damaged ones included in the search.
@@ -210,9 +182,8 @@ class Store:
 
     def read_tracker(self) -> tuple[int | None, str]:
         """Return the tracker's iteration and, where that is None, the reason."""
-        path = self.root / TRACKER_NAME
         try:
-            content = read_bytes(self._filesystem, path)
+            content = self.storage.get(TRACKER_NAME)
         except FileNotFoundError:
             return None, "missing"
         except OSError as error:
@@ -224,141 +195,57 @@ class Store:
 
     def check_sizes(self, checkpoint: Checkpoint) -> list[Damage]:
         """Compare the size of every listed file; cheap, finds missing and truncated files."""
-        return self._damages(checkpoint, checkpoint.manifest.files, self._compare_size)
+        return _find_damages(self.files_of(checkpoint), checkpoint.manifest.files, _compare_size)
 
-    def verify(
-        self, checkpoint: Checkpoint, records: Sequence[FileRecord] | None = None
-    ) -> list[Damage]:
-        """Read files in full and compare them with the manifest. None: all of them."""
-        chosen = checkpoint.manifest.files if records is None else records
-        return self._damages(checkpoint, chosen, self._compare_bytes)
-
-    def _damages(
-        self,
-        checkpoint: Checkpoint,
-        records: Sequence[FileRecord],
-        compare: Callable[[Path, FileRecord], Difference | None],
-    ) -> list[Damage]:
-        damages = []
-        for record in records:
-            try:
-                found = self._find_link(checkpoint, record)
-                if found is None:
-                    found = compare(checkpoint.path / record.path, record)
-            except FileNotFoundError:
-                found = Difference("is missing")
-            except OSError as error:
-                if is_process_failure(error):
-                    raise
-                found = Difference(f"cannot be read: {error.strerror or error}")
-            if found is not None:
-                name = f"{checkpoint.path.name}/{record.path}"
-                damages.append(Damage(name, found.reason, found.byte_range))
-        return damages
-
-    def _find_link(self, checkpoint: Checkpoint, record: FileRecord) -> Difference | None:
-        """Refuse a parent folder that is a link: it may lead to files anywhere."""
-        for name in reversed(PurePosixPath(record.path).parents[:-1]):
-            if not self._filesystem.is_directory(checkpoint.path / name):
-                return Difference(f"cannot be read: {name} is missing or a link, not a directory")
-        return None
-
-    def _compare_size(self, path: Path, record: FileRecord) -> Difference | None:
-        size_bytes = self._filesystem.size_bytes(path)
-        if size_bytes == record.size_bytes:
-            return None
-        return Difference(f"has {size_bytes} bytes, {record.size_bytes} were committed")
-
-    def _compare_bytes(self, path: Path, record: FileRecord) -> Difference | None:
-        # The size first: for a truncated file it is a clearer reason than a wrong digest.
-        found = self._compare_size(path, record)
-        if found is None:
-            with naming(path), self._filesystem.open_existing(path) as stream:
-                found = find_difference(record, stream)
-        return found
+    def verify(self, checkpoint: Checkpoint) -> list[Damage]:
+        """Read every file in full and compare it with the manifest."""
+        return verify_files(self.files_of(checkpoint), checkpoint.manifest.files)
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def begin(self, iteration: int) -> Path:
-        """Create and return the pending directory of a new checkpoint."""
-        pending = self.root / f"{checkpoint_name(iteration)}{PENDING_MARK}{secrets.token_hex(4)}"
-        self._filesystem.make_directory(pending)
+    def begin(self, iteration: int) -> str:
+        """Begin a pending checkpoint and return its name."""
+        pending = pending_name(checkpoint_name(iteration))
+        self.storage.begin(pending)
         return pending
 
-    def write_file(self, pending: Path, name: str, content: bytes) -> FileRecord:
-        """Write one small file of a pending checkpoint; its name is not durable yet."""
-        path = pending / name
-        if path.parent != pending:
-            self._filesystem.make_directory(path.parent)
-        write_new(self._filesystem, path, content)
+    def write_file(self, pending: str, name: str, content: bytes) -> FileRecord:
+        """Write one small file of a pending checkpoint."""
+        self.storage.under(pending).put(name, content)
         return describe_content(name, content)  # of the bytes given, not of what the disk holds
 
-    def commit(self, pending: Path, manifest: Manifest) -> Checkpoint:
+    def commit(self, pending: str, manifest: Manifest) -> Checkpoint:
         """Make a pending checkpoint durable and visible, and move the tracker to it.
 
-        Every file that the manifest lists must be written and synced. An earlier checkpoint of the
-        same iteration stays loadable until this one is.
+        Every file that the manifest lists must have been written. An earlier checkpoint of the same
+        iteration stays loadable until this one is.
         """
-        filesystem = self._filesystem
-        write_new(filesystem, pending / MANIFEST_NAME, manifest.to_bytes())
-        folders = {(pending / each.path).parent for each in manifest.files} | {pending}
-        for folder in sorted(folders, reverse=True):
-            filesystem.sync_directory(folder)  # the files' names, before the rename shows them
-        final = self.root / checkpoint_name(manifest.iteration)
-        replaced = None
-        if self._is_taken(final):
-            # The removal of what an earlier commit moved aside must be durable before the name is
-            # free, or a power cut could bring back its remains as this iteration.
-            filesystem.sync_directory(self.root)
-            replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
-            # It still counts as this iteration. No sync is needed before the next rename: if only
-            # that one survives a power cut, the successor is complete.
-            filesystem.rename(final, replaced)
-        try:
-            filesystem.rename(pending, final)  # visible from here
-        except OSError:
-            if replaced is not None:
-                with suppress(OSError):  # it counts under either name; the next sweep retries
-                    filesystem.rename(replaced, final)
-            raise
-        filesystem.sync_directory(self.root)  # durable from here; only now may the tracker move
-        replace_file(filesystem, self.root / TRACKER_NAME, str(manifest.iteration).encode())
-        filesystem.sync_directory(self.root)  # the tracker's new bytes under its name
+        storage, final = self.storage, checkpoint_name(manifest.iteration)
+        replaced = storage.publish(
+            pending,
+            final,
+            MANIFEST_NAME,
+            manifest.to_bytes(),
+            [each.path for each in manifest.files],
+        )
+        # Visible and durable; only now may the tracker move.
+        storage.replace(TRACKER_NAME, str(manifest.iteration).encode())
+        storage.settle([TRACKER_NAME])
         if replaced is not None:
             with suppress(OSError):  # the commit is done; the next sweep removes it
-                self._remove_all(replaced)
-        return Checkpoint(final, manifest)
+                storage.delete(replaced)
+        return Checkpoint(Path(storage.where(final)), manifest)
 
-    def _is_taken(self, path: Path) -> bool:
-        """Whether this name is a directory or a link."""
-        return self._filesystem.is_directory(path) or self._is_link(path)
-
-    def _is_link(self, path: Path) -> bool:
-        entries = self._filesystem.list_directory(path.parent)
-        return any(each.is_link and each.name == path.name for each in entries)
-
-    def _remove_all(self, path: Path) -> None:
-        """Remove a directory with its contents; of a link only the link, never its target."""
-        if self._is_link(path):
-            self._filesystem.remove_file(path)
-        else:
-            remove_tree(self._filesystem, path)
-
-    def abandon(self, pending: Path) -> None:
+    def abandon(self, pending: str) -> None:
         """Remove a pending checkpoint that will not be committed."""
-        remove_tree(self._filesystem, pending)
+        self.storage.delete(pending)
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Delete a committed checkpoint: first unlist it by a rename, then remove its files.
+        """Delete a committed checkpoint: first unlist it, then remove its files.
 
-        If it is a link to an archive, remove only the link.
+        If it was moved to an archive, remove only its name here.
         """
-        removed = self.root / (
-            f"{checkpoint_name(checkpoint.iteration)}{PENDING_MARK}{secrets.token_hex(4)}"
-        )
-        self._filesystem.rename(checkpoint.path, removed)  # not listed from here
-        self._filesystem.sync_directory(self.root)  # or a power cut could list it half deleted
-        self._remove_all(removed)
+        self.storage.delete(self.storage.retract(checkpoint.path.name))
 
     def sweep(self, confirm: Callable[[], None] = lambda: None) -> list[str]:
         """Remove leftovers of crashed saves and return their names; other names stay.
@@ -367,23 +254,23 @@ class Store:
         moved aside for a successor that was never committed gets its name back. What cannot be
         removed is left for the next sweep: leftovers must not fail a save.
         """
-        leftovers = (
-            each
-            for each in self._filesystem.list_directory(self.root)
+        leftovers = [
+            each.name
+            for each in self.storage.list()
             if _PENDING.fullmatch(each.name) or _REPLACED.fullmatch(each.name)
-        )
-        if not any(leftovers):
+        ]
+        if not leftovers:
             return []
         # A commit whose last sync failed may have left renames that are not durable. Without this
         # sync, a power cut after the removal could bring back, half deleted, a checkpoint that is
         # obsolete only by the new names.
-        self._filesystem.sync_directory(self.root)
+        self.storage.settle(leftovers)
         for checkpoint in self.listing().checkpoints:  # newest first: of two, the newer
-            final = self.root / checkpoint_name(checkpoint.iteration)
-            if checkpoint.path != final and not self._is_taken(final):
-                self._filesystem.rename(checkpoint.path, final)
-        entries = self._filesystem.list_directory(self.root)
-        names = {each.name for each in entries if each.is_directory or each.is_link}
+            final = checkpoint_name(checkpoint.iteration)
+            if checkpoint.path.name != final:
+                self.storage.restore(checkpoint.path.name, final)
+        entries = self.storage.list()
+        names = {each.name for each in entries if each.is_group}
         confirm()
         swept = []
         for each in entries:
@@ -392,12 +279,81 @@ class Store:
             if not obsolete and not _PENDING.fullmatch(each.name):
                 continue
             try:
-                if each.is_directory:
-                    remove_tree(self._filesystem, self.root / each.name)
-                else:
-                    self._filesystem.remove_file(self.root / each.name)
+                self.storage.delete(each.name)
             except OSError as error:
-                logger.warning("%s stays for the next sweep: %s", self.root / each.name, error)
+                where = self.storage.where(each.name)
+                logger.warning("%s stays for the next sweep: %s", where, error)
                 continue
             swept.append(each.name)
         return swept
+
+
+def open_checkpoint(files: Storage, iteration: int | None = None) -> Checkpoint:
+    """Read the manifest of one checkpoint. `iteration` None: whichever it is of.
+
+    Raises:
+        CorruptCheckpointError: it is missing, damaged, or of another iteration.
+        FormatTooNewError: a later version wrote it.
+        OSError: this process has too little memory or too many open files.
+    """
+    path, where = files.where(), files.where(MANIFEST_NAME)
+    try:
+        content = files.get(MANIFEST_NAME)
+    except GroupUnreachableError as error:
+        raise CorruptCheckpointError(path, str(error.strerror)) from None
+    except FileNotFoundError:
+        raise CorruptCheckpointError(
+            path, "has no manifest.json: it was never committed, or lost it since"
+        ) from None
+    except OSError as error:
+        if is_process_failure(error):
+            raise
+        raise CorruptCheckpointError(where, f"cannot be read: {error}") from error
+    manifest = Manifest.from_bytes(content, where)
+    if iteration not in (None, manifest.iteration):
+        raise CorruptCheckpointError(
+            where, f"is of iteration {manifest.iteration}: the directory was renamed or mixed up"
+        )
+    return Checkpoint(Path(path), manifest)
+
+
+def verify_files(files: Storage, records: Sequence[FileRecord]) -> list[Damage]:
+    """Read files of a checkpoint in full and compare them with their records."""
+    return _find_damages(files, records, _compare_bytes)
+
+
+def _find_damages(
+    files: Storage,
+    records: Sequence[FileRecord],
+    compare: Callable[[Storage, FileRecord], Difference | None],
+) -> list[Damage]:
+    damages = []
+    for record in records:
+        try:
+            found = compare(files, record)
+        except FileNotFoundError:
+            found = Difference("is missing")
+        except OSError as error:
+            if is_process_failure(error):
+                raise
+            found = Difference(f"cannot be read: {error.strerror or error}")
+        if found is not None:
+            name = f"{Path(files.where()).name}/{record.path}"
+            damages.append(Damage(name, found.reason, found.byte_range))
+    return damages
+
+
+def _compare_size(files: Storage, record: FileRecord) -> Difference | None:
+    size_bytes = files.size_bytes(record.path)
+    if size_bytes == record.size_bytes:
+        return None
+    return Difference(f"has {size_bytes} bytes, {record.size_bytes} were committed")
+
+
+def _compare_bytes(files: Storage, record: FileRecord) -> Difference | None:
+    # The size first: for a truncated file it is a clearer reason than a wrong digest.
+    found = _compare_size(files, record)
+    if found is None:
+        with open_stream(files, record.path) as stream:
+            found = find_difference(record, stream)
+    return found

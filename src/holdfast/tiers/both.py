@@ -24,12 +24,14 @@ from holdfast.errors import (
     StoreIdentityError,
     StoreNotLoadedError,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Background, Committed, Outcome
 from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.storage.backend import Storage
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.budget import Need, report_budget, take_seats
 from holdfast.tiers.persistent import Admission, PersistentTier
 from holdfast.tiers.places import check_directories
@@ -75,9 +77,11 @@ class Tiers:
                 ["checkpoint.persistent.directory is null; name where checkpoints are kept"]
             )
         check_directories(config, filesystem)
+        # The root may be a link; inside it no link is followed.
+        self.storage: Storage = PosixStorage(Path(directory).absolute().resolve(), filesystem)
+        """Where the run's store is."""
         self.persistent = PersistentTier(
-            Path(directory).absolute(),
-            filesystem,
+            self.storage,
             config.run_id,
             config.persistent.keep.last,
             config.persistent.write_bytes_per_second,

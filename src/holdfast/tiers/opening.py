@@ -26,14 +26,16 @@ from holdfast.errors import (
     WrongArgumentError,
     is_process_failure,
 )
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.lazy import LazyTensors
 from holdfast.read.reader import ForeignReader, ShardReader
+from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord, find_difference
 from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.posix import Filesystem, LocalFilesystem, read_bytes
-from holdfast.storage.store import Checkpoint, Damage, Store
+from holdfast.storage.posix import PosixStorage
+from holdfast.storage.store import Checkpoint, Damage, verify_files
 from holdfast.tiers.places import ForeignCheckpoint
 from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
 from holdfast.tiers.survey import Survey, make_refusal, survey_place
@@ -54,13 +56,16 @@ _SHOWN = 3
 class SurveyedStore:
     """The checkpoints of one directory as surveyed, and the condition of those that were tried."""
 
-    def __init__(self, survey: Survey, filesystem: Filesystem) -> None:
+    def __init__(self, survey: Survey, storage: Storage) -> None:
+        """`storage`: of the directory, of which each checkpoint is a group."""
         self.survey = survey
-        self._filesystem = filesystem
+        self._storage = storage
 
     def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
         """Read the small state, verified, on all ranks; see `Source.open`."""
-        return open_together(self.survey.checkpoints[commit], coordinator, self._filesystem, wanted)
+        checkpoint = self.survey.checkpoints[commit]
+        files = self._storage.under(checkpoint.path.name)
+        return open_together(checkpoint, coordinator, files, wanted)
 
     def pass_over(
         self, commit: Commit, coordinator: Coordinator, error: CorruptCheckpointError
@@ -77,18 +82,18 @@ class SurveyedStore:
 
 @in_normal_mode  # live objects may keep what is read here
 def open_together(
-    checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem, wanted: Wanted
+    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage, wanted: Wanted
 ) -> Contents:
     """Open a checkpoint that every rank can read, on all ranks; see `Source.open`."""
     if wanted.verify_first:
-        damages = _verify_together(checkpoint, coordinator, filesystem)
+        damages = _verify_together(checkpoint, coordinator, files)
         if damages:
             reason = _listed([str(damage) for damage in damages])
             raise CorruptCheckpointError(str(checkpoint.path), reason)
     opened: list[Contents] = []
 
     def read() -> None:
-        contents = open_contents(checkpoint, filesystem, coordinator, wanted.suffices)
+        contents = open_contents(checkpoint, files, coordinator, wanted.suffices)
         wanted.accept(contents)
         opened.append(contents)
 
@@ -133,7 +138,7 @@ def read_together(
 
 def open_contents(
     checkpoint: Checkpoint,
-    filesystem: Filesystem,
+    files: Storage,
     coordinator: Coordinator,
     suffices: Callable[[bytes], bool],
 ) -> Contents:
@@ -143,18 +148,18 @@ def open_contents(
         CorruptCheckpointError: a file is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
-        foreign = open_shards(checkpoint, filesystem)
+        foreign = open_shards(checkpoint, files)
         unchanged = {"train_state": {}, "num_floating_point_operations_so_far": 0}
         return Contents(checkpoint, foreign, foreign.read_values(), unchanged, None, {})
 
     def read(name: str) -> bytes:
-        return _read_checked(checkpoint, name, filesystem)
+        return _read_checked(checkpoint, name, files)
 
     counters = check_counters(
-        read(TRAIN_STATE_NAME), checkpoint.iteration, checkpoint.path / TRAIN_STATE_NAME
+        read(TRAIN_STATE_NAME), checkpoint.iteration, files.where(TRAIN_STATE_NAME)
     )
     read(RUN_CONFIG_NAME)  # only to check its digest
-    reader = open_shards(checkpoint, filesystem)
+    reader = open_shards(checkpoint, files)
     values, shared = reader.read_values(), read(SHARED_STATE_NAME)
     own, saved_size = coordinator.rank, checkpoint.manifest.world_size
     states: dict[int, bytes] = {}
@@ -165,47 +170,45 @@ def open_contents(
     return Contents(checkpoint, reader, values, counters, shared, states)
 
 
-def open_shards(checkpoint: Checkpoint, filesystem: Filesystem) -> ShardReader:
+def open_shards(checkpoint: Checkpoint, files: Storage) -> ShardReader:
     """Find where tensors and values are stored, reading none of them.
 
     Raises:
         CorruptCheckpointError: `.metadata` is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
-        return _open_foreign(checkpoint, filesystem)
-    metadata = _read_checked(checkpoint, METADATA_NAME, filesystem)
+        return _open_foreign(files)
+    metadata = _read_checked(checkpoint, METADATA_NAME, files)
     records = {each.path: each for each in checkpoint.manifest.files}
-    return ShardReader.open(checkpoint.path, metadata, records, filesystem)
+    return ShardReader.open(files, metadata, records)
 
 
-def _open_foreign(checkpoint: ForeignCheckpoint, filesystem: Filesystem) -> ForeignReader:
-    """Read the metadata of a directory that torch alone wrote.
+def _open_foreign(files: Storage) -> ForeignReader:
+    """Read the metadata of a checkpoint written by torch alone.
 
     Raises:
         CorruptCheckpointError: its metadata cannot be read, or names files that are not there.
     """
-    path = checkpoint.path
     records = {
-        each.name: FileRecord(each.name, filesystem.size_bytes(path / each.name), "", ())
-        for each in filesystem.list_directory(path)
-        if each.is_file
+        each.name: FileRecord(each.name, files.size_bytes(each.name), "", ())
+        for each in files.list()
+        if not each.is_group
     }
     try:
-        content = read_bytes(filesystem, path / METADATA_NAME)
+        content = files.get(METADATA_NAME)
     except FileNotFoundError as error:
-        raise CorruptCheckpointError(str(path / METADATA_NAME), "is missing") from error
-    return ForeignReader.open(path, content, records, filesystem)
+        raise CorruptCheckpointError(files.where(METADATA_NAME), "is missing") from error
+    return ForeignReader.open(files, content, records)
 
 
 def _verify_together(
-    checkpoint: Checkpoint, coordinator: Coordinator, filesystem: Filesystem
+    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage
 ) -> list[Damage]:
     """Read every file once, each rank its share; return all damage on every rank."""
-    store = Store(checkpoint.path.parent, filesystem)
     share = _shares(checkpoint.manifest.files, coordinator.world_size)[coordinator.rank]
 
     def verify() -> list[Damage]:
-        return name_tensors(checkpoint, store.verify(checkpoint, share), filesystem)
+        return name_tensors(files, verify_files(files, share))
 
     parts = coordinator.all_gather("verify", verify)
     return [damage for part in parts for damage in part]
@@ -222,20 +225,20 @@ def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRec
     return shares
 
 
-def _read_checked(checkpoint: Checkpoint, name: str, filesystem: Filesystem) -> bytes:
+def _read_checked(checkpoint: Checkpoint, name: str, files: Storage) -> bytes:
     """Return the content of a small file, checked against its digest."""
     record = next((each for each in checkpoint.manifest.files if each.path == name), None)
     if record is None:
         raise CorruptCheckpointError(
-            str(checkpoint.path / MANIFEST_NAME), f"does not list {name}, which a load needs"
+            files.where(MANIFEST_NAME), f"does not list {name}, which a load needs"
         )
-    path = checkpoint.path / name
+    where = files.where(name)
     try:
-        content = read_bytes(filesystem, path)
+        content = files.get(name)
     except FileNotFoundError as error:  # removed since, or not visible on this node yet
-        raise CorruptCheckpointError(str(path), "is missing") from error
+        raise CorruptCheckpointError(where, "is missing") from error
     if (difference := find_difference(record, BytesIO(content))) is not None:
-        raise CorruptCheckpointError(str(path), difference.reason, difference.byte_range)
+        raise CorruptCheckpointError(where, difference.reason, difference.byte_range)
     return content
 
 
@@ -273,7 +276,7 @@ def open_tensors(
         raise make_refusal(choice, survey, None, filesystem)
     checkpoint = survey.checkpoints[choice.commit]
     has_digests = not isinstance(checkpoint, ForeignCheckpoint)
-    reader = open_shards(checkpoint, filesystem)
+    reader = open_shards(checkpoint, PosixStorage(checkpoint.path, filesystem))
     return LazyTensors(reader, prefix, verify=verify and has_digests)
 
 

@@ -29,10 +29,10 @@ from holdfast.policies.keeping import Candidate, retain
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
 from holdfast.snapshot.arena import Arena
+from holdfast.storage.backend import Storage, pending_name
 from holdfast.storage.digests import FileRecord
 from holdfast.storage.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
 from holdfast.storage.manifest import PERSISTENT, Manifest
-from holdfast.storage.posix import Filesystem, make_durable_directory, set_aside, write_new
 from holdfast.storage.store import Checkpoint, Store
 from holdfast.tiers.opening import SurveyedStore
 from holdfast.tiers.select import Commit
@@ -102,23 +102,21 @@ class PersistentTier:
 
     def __init__(
         self,
-        root: Path,
-        filesystem: Filesystem,
+        storage: Storage,
         run_id: str | None,
         keep_last: int | None,
         bytes_per_second: float | None = None,
     ) -> None:
-        root = root.resolve()  # the root may be a link; inside it no link is followed
-        self.store = Store(root, filesystem)
-        self.identity = RunIdentity(root, filesystem)
-        self._filesystem = filesystem
+        self.store = Store(storage)
+        self.identity = RunIdentity(storage)
+        self._storage = storage
         self._configured_run_id = run_id
         self._keep_last = keep_last
         self._bytes_per_second = bytes_per_second
         self._resumed: _Resumed | None = None
         self._grant: _Grant | None = None
         self._parent: Parent | None = None
-        self._found = SurveyedStore(Survey(root), filesystem)
+        self._found = SurveyedStore(Survey(self.store.root), storage)
         """The run's own checkpoints at the last survey."""
 
     # -- load ------------------------------------------------------------------------------------
@@ -140,14 +138,13 @@ class PersistentTier:
         found = coordinator.broadcast(
             "survey",
             lambda: survey_store(
-                self.store.root,
-                self._filesystem,
+                self._storage,
                 is_own=True,
                 run_id=self._configured_run_id,
                 step=step,
             ),
         )
-        self._found = SurveyedStore(found, self._filesystem)
+        self._found = SurveyedStore(found, self._storage)
         return found.commits
 
     def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
@@ -191,15 +188,15 @@ class PersistentTier:
         Raises:
             StoreNotWritableError: the directory cannot be created or written to.
         """
-        root = self.store.root
-        probe = set_aside(root / RUN_NAME)  # a name that a sweep removes if we die here
+        storage = self._storage
+        probe = pending_name(RUN_NAME)  # a name that a sweep removes if we die here
         try:
-            make_durable_directory(self._filesystem, root)
+            storage.prepare()
             with suppress(FileNotFoundError):  # a concurrent attempt's sweep may remove it
-                write_new(self._filesystem, probe, b"")
-                self._filesystem.remove_file(probe)
+                storage.put(probe, b"")
+                storage.delete(probe)
         except OSError as error:
-            raise StoreNotWritableError(str(root), error) from error
+            raise StoreNotWritableError(storage.where(), error) from error
 
     def admit(self) -> Admission:
         """Claim an attempt at this store, on rank 0, before the first save; idempotent.
@@ -213,19 +210,18 @@ class PersistentTier:
         if self._grant is not None:
             self.identity.check_newest(self._grant.attempt)
             return Admission(self._grant.run_id, False, own is not None, resumed_from)
-        root = self.store.root
         found = self.identity.read_run_id()
         if found is None:
-            make_durable_directory(self._filesystem, root)
+            self._storage.prepare()
         else:
             self.identity.check_run_id(self._configured_run_id, found)
         listing = self.store.listing()
         is_empty = not (listing.checkpoints or listing.broken or listing.too_new)
         if not is_empty and own is None:
             raise StoreNotLoadedError(
-                f"{root} holds checkpoints that this job has not loaded; saving beside them could "
-                "supersede them.\nCall load first (with load.directory=null), or name another "
-                "checkpoint.persistent.directory."
+                f"{self._storage.where()} holds checkpoints that this job has not loaded; saving "
+                "beside them could supersede them.\nCall load first (with load.directory=null), or "
+                "name another checkpoint.persistent.directory."
             )
         lineage = own.run_id if own is not None else None
         run_id = self.identity.agree_run_id(self._configured_run_id or lineage)
@@ -308,7 +304,7 @@ class PersistentTier:
         removed = coordinator.broadcast("retain", self._retain)
         return Committed(checkpoint.path, checkpoint.manifest.size_bytes, removed)
 
-    def _begin(self, iteration: int) -> Path:
+    def _begin(self, iteration: int) -> str:
         assert self._grant is not None
         attempt = self._grant.attempt
         self.identity.check_newest(attempt)
@@ -317,16 +313,16 @@ class PersistentTier:
         self.store.sweep(lambda: self.identity.check_newest(attempt))
         return self.store.begin(iteration)
 
-    def _write_files(self, pending: Path, snapshot: Snapshot, rank: int) -> list[FileRecord]:
+    def _write_files(self, pending: str, snapshot: Snapshot, rank: int) -> list[FileRecord]:
         records: list[FileRecord] = []
         with self._naming_successor():
-            if not self._filesystem.is_directory(pending):
+            if not self._storage.has_group(pending):
                 # Rank 0 has created it: a rank that does not see it would write to its own disk,
                 # which no other rank can read.
-                raise FileNotFoundError(errno.ENOENT, _NOT_SHARED, str(pending))
+                raise FileNotFoundError(errno.ENOENT, _NOT_SHARED, self._storage.where(pending))
             if not snapshot.shard.is_empty:
-                record = snapshot.shard.write(self._filesystem, pending, self._bytes_per_second)
-                records.append(record)
+                files = self._storage.under(pending)
+                records.append(snapshot.shard.write(files, self._bytes_per_second))
             snapshot.confirm()
             state_name = rank_state_name(rank)
             records.append(self.store.write_file(pending, state_name, snapshot.rank_state))
@@ -344,7 +340,7 @@ class PersistentTier:
 
     def _commit(
         self,
-        pending: Path,
+        pending: str,
         snapshot: Snapshot,
         written: Sequence[Sequence[FileRecord]],
         coordinator: Coordinator,
@@ -355,7 +351,7 @@ class PersistentTier:
         records = [record for part in written for record in part]
         with self._naming_successor():
             for name, content in (
-                (METADATA_NAME, snapshot.shard.metadata()),
+                (METADATA_NAME, snapshot.shard.plan.metadata),
                 (SHARED_STATE_NAME, snapshot.shared_state),
                 (TRAIN_STATE_NAME, snapshot.train_state),
                 (RUN_CONFIG_NAME, snapshot.run_config),
@@ -396,8 +392,9 @@ class PersistentTier:
             logger.warning("retention stopped, the next save continues it: %s", error)
         return tuple(removed)
 
-    def _abandon(self, pending: Path) -> None:
+    def _abandon(self, pending: str) -> None:
         try:
             self.store.abandon(pending)
         except OSError as error:
-            logger.warning("%s is left behind for the next save to sweep: %s", pending, error)
+            where = self._storage.where(pending)
+            logger.warning("%s is left behind for the next save to sweep: %s", where, error)

@@ -22,9 +22,11 @@ from pathlib import Path
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import ConfigError
+from holdfast.filesystem import DirectoryEntry, Filesystem
 from holdfast.format.inventory import METADATA_NAME
+from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
-from holdfast.storage.posix import PENDING_MARK, DirectoryEntry, Filesystem, read_bytes
+from holdfast.storage.posix import PosixStorage, read_bytes
 from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.local.shard_file import parse_shard_name
 from holdfast.tiers.tier import RUN_CONFIG_NAME, SHARED_STATE_NAME, TRAIN_STATE_NAME
@@ -172,12 +174,12 @@ class ForeignCheckpoint(Checkpoint):
         return cls(path, Manifest("", 0, 0, iteration, FOREIGN, 1, "", ()))
 
 
-def is_foreign(path: Path, filesystem: Filesystem) -> bool:
-    """Whether a directory is a checkpoint written by torch alone.
+def is_foreign(files: Storage) -> bool:
+    """Whether these are the files of a checkpoint written by torch alone.
 
-    A directory with any file that only holdfast writes is holdfast's, and damaged without manifest.
+    One with any file that only holdfast writes is holdfast's, and damaged without manifest.
     """
-    names = {each.name for each in filesystem.list_directory(path)}
+    names = {each.name for each in files.list()}
     return METADATA_NAME in names and not names & _OURS
 
 
@@ -283,7 +285,7 @@ def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
 def _look_at(directory: Path, filesystem: Filesystem) -> Place | None:
     if not directory.is_dir() or PENDING_MARK in directory.name:
         return None  # never committed: not loadable
-    if is_checkpoint(directory, filesystem) or is_foreign(directory, filesystem):
+    if is_checkpoint(directory, filesystem) or is_foreign(PosixStorage(directory, filesystem)):
         return Place(directory.parent, directory)
     return Place(directory) if _is_store(directory, filesystem) else None
 

@@ -25,10 +25,11 @@ from holdfast.errors import (
     StatePartlyLoadedError,
     reason_inside,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.storage.identity import RUN_NAME, Parent
-from holdfast.storage.posix import Filesystem
+from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.shard_file import find_orphans
@@ -273,7 +274,7 @@ class Search:
             return True, load.step
         if place.checkpoint is None:
             return False, load.step
-        if is_foreign(place.checkpoint, self._filesystem):
+        if is_foreign(PosixStorage(place.checkpoint, self._filesystem)):
             return True, load.step  # in this store, but of no run
         survey = survey_place(path, self._filesystem)
         (commit,) = survey.commits
@@ -289,7 +290,7 @@ class Search:
         links to an archive; files, and `latest`, name the store.
         """
         if parse_checkpoint_name(path.name) is not None:
-            return path.is_dir() and is_foreign(path, self._filesystem)
+            return path.is_dir() and is_foreign(PosixStorage(path, self._filesystem))
         if path.name in (LATEST_NAME, TRACKER_NAME, RUN_NAME):
             return path.is_dir() and not path.is_symlink()
         return not path.is_file()
@@ -300,7 +301,7 @@ class Search:
         survey = self._coordinator.broadcast(
             "survey other", lambda: survey_place(Path(directory), self._filesystem, step)
         )
-        self._elsewhere[action] = SurveyedStore(survey, self._filesystem)
+        self._elsewhere[action] = SurveyedStore(survey, PosixStorage(survey.root, self._filesystem))
 
     def _look_at_local(self) -> None:
         if self._has_local:

@@ -26,11 +26,21 @@ from holdfast.errors import (
     StoreIdentityError,
     join_path,
 )
+from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
+from holdfast.storage.backend import Storage
 from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
-from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
-from holdfast.storage.posix import Filesystem, read_bytes
-from holdfast.storage.store import Broken, Checkpoint, Listing, Store, TooNew, parse_checkpoint_name
+from holdfast.storage.manifest import FOREIGN
+from holdfast.storage.posix import PosixStorage
+from holdfast.storage.store import (
+    Broken,
+    Checkpoint,
+    Listing,
+    Store,
+    TooNew,
+    open_checkpoint,
+    parse_checkpoint_name,
+)
 from holdfast.tiers.places import (
     ForeignCheckpoint,
     Place,
@@ -66,8 +76,7 @@ class Survey:
 
 
 def survey_store(
-    root: Path,
-    filesystem: Filesystem,
+    storage: Storage,
     *,
     is_own: bool,
     run_id: str | None = None,
@@ -83,9 +92,10 @@ def survey_store(
             and holds checkpoints of several runs.
         FormatTooNewError: a later version of holdfast wrote its run.json.
     """
-    if not filesystem.is_directory(root):
+    root = Path(storage.where())
+    if not storage.has_group():
         return Survey(root)
-    store, identity = Store(root, filesystem), RunIdentity(root, filesystem)
+    store, identity = Store(storage), RunIdentity(storage)
     listing = store.listing()
     found_id = identity.read_run_id()
     has_record = found_id is not None
@@ -98,7 +108,7 @@ def survey_store(
         _describe_checkpoint(each, store, found_id, attempts): each for each in listing.checkpoints
     }
     commits = list(checkpoints)
-    commits += [_describe_broken(each, filesystem) for each in listing.broken]
+    commits += [_describe_broken(each, store) for each in listing.broken]
     commits += [_describe_too_new(each) for each in listing.too_new]
     commits.sort(key=lambda each: each.iteration or 0, reverse=True)
     _warn_of_tracker(store, commits)
@@ -124,7 +134,7 @@ def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) ->
     if place is None:
         return Survey(path)
     if place.checkpoint is None:
-        return survey_store(place.store, filesystem, is_own=False, step=step)
+        return survey_store(PosixStorage(place.store, filesystem), is_own=False, step=step)
     return survey_checkpoint(place, filesystem)
 
 
@@ -132,20 +142,17 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
     """Survey one checkpoint that was named."""
     path = place.checkpoint
     assert path is not None
-    if is_foreign(path, filesystem):
+    files = PosixStorage(path, filesystem)
+    if is_foreign(files):
         foreign = ForeignCheckpoint.at(path)
         warn_of_foreign(path)
         commit = Commit(foreign.manifest.tier, foreign.iteration, 0, path=str(path))
         return Survey(place.store, (commit,), {commit: foreign}, is_one=True)
-    store = Store(place.store, filesystem)
-    iteration = parse_checkpoint_name(path.name)
+    store = Store(PosixStorage(place.store, filesystem))
+    iteration = parse_checkpoint_name(path.name)  # None: a copy under another name
     bare = Commit(PERSISTENT, iteration, None, path=str(path))
     try:
-        if iteration is None:  # a copy under another name: use the manifest's iteration
-            manifest_path = path / MANIFEST_NAME
-            content = read_bytes(filesystem, manifest_path)
-            iteration = Manifest.from_bytes(content, str(manifest_path)).iteration
-        checkpoint = store.open(path, iteration)
+        checkpoint = open_checkpoint(files, iteration)
     except FormatTooNewError as error:
         commit = replace(bare, condition=Condition.TOO_NEW, reason=error.summary, error=error)
         return Survey(place.store, (commit,), is_one=True)
@@ -153,7 +160,7 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
         commit = replace(bare, condition=Condition.DAMAGED, reason=str(error), error=error)
         return Survey(place.store, (commit,), is_one=True)
     manifest = checkpoint.manifest
-    commit = replace(bare, iteration=iteration, sequence=manifest.sequence)
+    commit = replace(bare, iteration=manifest.iteration, sequence=manifest.sequence)
     commit = _check_sizes(commit, checkpoint, store)
     return Survey(place.store, (commit,), {commit: checkpoint}, is_one=True)
 
@@ -239,9 +246,9 @@ def _describe_checkpoint(
     return commit
 
 
-def _describe_broken(found: Broken, filesystem: Filesystem) -> Commit:
+def _describe_broken(found: Broken, store: Store) -> Commit:
     path, reason = str(found.path), found.reason
-    if _was_written_by_torch(found.path, filesystem):
+    if _was_written_by_torch(store.storage.under(found.path.name)):
         reason = (
             "was written without holdfast, and is of no run: move it out of this store, and start "
             "from it with load.pretrained.directory"
@@ -297,9 +304,9 @@ def _only_run_id(
     return found[0] if found else None
 
 
-def _was_written_by_torch(path: Path, filesystem: Filesystem) -> bool:
+def _was_written_by_torch(files: Storage) -> bool:
     try:
-        return is_foreign(path, filesystem)
+        return is_foreign(files)
     except OSError:  # unreadable: treat it as damaged
         return False
 
@@ -332,13 +339,13 @@ def _warn_of_tracker(store: Store, commits: Sequence[Commit]) -> None:
         )
 
 
-def warn_of_living_attempt(root: Path, filesystem: Filesystem) -> None:
+def warn_of_living_attempt(storage: Storage) -> None:
     """Warn if the newest attempt at a store may be running; call it on rank 0, at the load.
 
     Read errors are left to the load, which reports them.
     """
     try:
-        reason = _find_living_attempt(root, filesystem)
+        reason = _find_living_attempt(storage)
     except (CheckpointError, OSError):
         return
     if reason is not None:
@@ -346,20 +353,20 @@ def warn_of_living_attempt(root: Path, filesystem: Filesystem) -> None:
             "%s: %s.\nThe first save of this job will stop it: an overtaken attempt may not save. "
             "If that is not what you want, stop this job, or give it its own "
             "checkpoint.persistent.directory.",
-            root,
+            storage.where(),
             reason,
         )
 
 
-def _find_living_attempt(root: Path, filesystem: Filesystem) -> str | None:
+def _find_living_attempt(storage: Storage) -> str | None:
     here = this_process()
-    attempts = RunIdentity(root, filesystem).attempts()
+    attempts = RunIdentity(storage).attempts()
     if not attempts:
         return None
     attempt = attempts[-1]
     commits: list[datetime] = []
     if attempt.host != here.host:  # only then are the manifests needed
-        for each in Store(root, filesystem).listing().checkpoints:
+        for each in Store(storage).listing().checkpoints:
             found = _parse_time(each.manifest.saved_at)
             if each.manifest.attempt == attempt.number and found is not None:
                 commits.append(found)

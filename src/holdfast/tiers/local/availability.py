@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -294,22 +293,19 @@ class Availability:
     def verify(self, candidate: Candidate) -> list[str]:
         """Read every file of a commit that this rank lists; note and return what is damaged."""
 
-        def read(path: Path, record: ShardRecord) -> None:
+        def read(path: str, record: ShardRecord) -> None:
             whole = [range(record.body_bytes)]
-            read_verified(self._run.filesystem, path, record.image_record(str(path)), [], whole)
+            read_verified(self._run.storage, path, record.image_record(path), [], whole)
 
         return self._read_each(candidate, read)[1]
 
     def _outline(self, candidate: Candidate) -> list[Chunk]:
         """Return the chunks in the shards of a commit that this rank lists."""
-        filesystem = self._run.filesystem
-        found, _ = self._read_each(
-            candidate, lambda path, record: outline(path, record, filesystem)
-        )
+        found, _ = self._read_each(candidate, lambda *shard: outline(self._run.storage, *shard))
         return [each for chunks in found for each in chunks]
 
     def _read_each(
-        self, candidate: Candidate, read: Callable[[Path, ShardRecord], T]
+        self, candidate: Candidate, read: Callable[[str, ShardRecord], T]
     ) -> tuple[list[T], list[str]]:
         """Read every shard of a commit that this rank lists; note and return what is damaged."""
         found, problems = [], []
@@ -317,8 +313,7 @@ class Availability:
             if copy.rank == self.files.rank and copy.is_whole:
                 try:
                     with self.noting(copy.path):
-                        record = self._run.read_trailer(copy.path).record
-                        found.append(read(self._run.root / copy.path, record))
+                        found.append(read(copy.path, self._run.read_trailer(copy.path).record))
                 except (CorruptCheckpointError, OSError) as error:
                     if is_process_failure(error):
                         raise
@@ -452,12 +447,8 @@ class Availability:
         replication, files, rank = self.replication, self.files, self.files.rank
         assert replication is not None
         sources = {
-            owner: FileShard(
-                self._run.filesystem,
-                self._run.root / listed[rank][owner].path,
-                self._body_bytes(listed[rank][owner].path),
-            )
-            for owner in plan.required_ids(rank)
+            owner: FileShard(self._run.storage, path, self._body_bytes(path))
+            for owner, path in ((each, listed[rank][each].path) for each in plan.required_ids(rank))
         }
         senders = {each.id_: each.sender for each in plan.entries if each.receiver == rank}
         sinks = {owner: files.sink() for owner in senders}

@@ -17,19 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import SharedFile
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import Part, blocks_of, read_verified
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Intake, Wanted
+from holdfast.storage.backend import ObjectReader, Storage
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import Filesystem, SharedFile, naming, read_into
 from holdfast.tiers.local.availability import Availability
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.shard_file import CommitKey, Index
@@ -197,7 +197,7 @@ class PeerFetch:
         for number in sorted(intake.blocks):
             content = buffer[: _block_size(shard.body_bytes, number)]
             part = Part(number * BLOCK_BYTES, content)
-            read_verified(self._files.run.filesystem, self._root / shard.path, shard.record, [part])
+            read_verified(self._files.run.storage, shard.path, shard.record, [part])
             intake.take(number, content)
 
     @property
@@ -237,8 +237,8 @@ class PeerFetch:
                 served = [each for each in share if each[0] in self.served]
                 if served and receiver != files.rank:
                     source = BlockSource(
-                        files.run.filesystem,
-                        [(root / self.served[owner], number) for owner, number in served],
+                        files.run.storage,
+                        [(self.served[owner], number) for owner, number in served],
                         [_block_size(self.sizes[owner], number) for owner, number in served],
                         in_memory=files.in_memory,
                     )
@@ -297,44 +297,43 @@ class BlockSource:
 
     def __init__(
         self,
-        filesystem: Filesystem,
-        blocks: Sequence[tuple[Path, int]],
+        files: Storage,
+        blocks: Sequence[tuple[str, int]],
         sizes: Sequence[int],
         *,
         in_memory: bool = False,
     ) -> None:
+        """`blocks`: the name of the file, and the number in it."""
         self.body_bytes = 0
         self.block_bytes = max(sizes)
         self.size_bytes = self.block_bytes * len(blocks)
-        self._filesystem = filesystem
+        self._files = files
         self._blocks = blocks
-        self._streams: dict[Path, BinaryIO] = {}
-        self._mapped: dict[Path, mmap.mmap] = {}
+        self._opened = ExitStack()
+        self._sources: dict[str, ObjectReader] = {}
+        self._mapped: dict[str, memoryview] = {}
         self._is_over = False
         self._ahead: threading.Thread | None = None
         if in_memory:
             with suppress(OSError, ValueError):  # gone, or empty: the later read reports it
-                for path in {path for path, _ in blocks}:
-                    descriptor = self._stream(path).fileno()
-                    # Private: torch requires writable memory, though nothing writes to it.
-                    self._mapped[path] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
+                for name in {name for name, _ in blocks}:
+                    self._mapped[name] = self._source(name).map()
                 self._ahead = threading.Thread(target=self._map_ahead, name="holdfast-mapper")
                 self._ahead.start()
 
     def view(self, offset: int, length: int) -> memoryview | None:
         """Return a block of a file in RAM; None: it must be read."""
-        path, number = self._blocks[offset // self.block_bytes]
+        name, number = self._blocks[offset // self.block_bytes]
         start = number * BLOCK_BYTES
-        mapped = self._mapped.get(path)
+        mapped = self._mapped.get(name)
         if mapped is None or start + length > len(mapped):
             return None
-        return memoryview(mapped)[start : start + length]
+        return mapped[start : start + length]
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Read a block."""
-        path, number = self._blocks[offset // self.block_bytes]
-        with naming(path):
-            read_into(self._stream(path), number * BLOCK_BYTES, [target])
+        name, number = self._blocks[offset // self.block_bytes]
+        self._source(name).get_into(number * BLOCK_BYTES, [target])
 
     def close(self) -> None:
         """End the thread and close every file."""
@@ -342,22 +341,22 @@ class BlockSource:
         if self._ahead is not None:
             self._ahead.join()
         self._mapped.clear()
-        for stream in self._streams.values():
-            stream.close()
+        self._opened.close()
 
-    def _stream(self, path: Path) -> BinaryIO:
-        if path not in self._streams:
-            self._streams[path] = self._filesystem.open_existing(path)
-        return self._streams[path]
+    def _source(self, name: str) -> ObjectReader:
+        if name not in self._sources:
+            self._sources[name] = self._opened.enter_context(self._files.open(name))
+        return self._sources[name]
 
     def _map_ahead(self) -> None:
-        for path, number in self._blocks:
-            start, mapped = number * BLOCK_BYTES, self._mapped[path]
+        for name, number in self._blocks:
+            start, mapped = number * BLOCK_BYTES, self._mapped[name]
             length = min(BLOCK_BYTES, len(mapped) - start)
             if self._is_over or length <= 0:
                 return
-            with suppress(OSError):  # an older kernel maps pages when they are sent
-                mapped.madvise(_POPULATE_READ, start, length)
+            if isinstance(mapped.obj, mmap.mmap):
+                with suppress(OSError):  # an older kernel maps pages when they are sent
+                    mapped.obj.madvise(_POPULATE_READ, start, length)
 
 
 class _BlockSink(Sink):

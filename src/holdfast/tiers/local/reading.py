@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -26,13 +26,16 @@ from holdfast.format.dcp import merge_shards
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
+from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
-from holdfast.storage.posix import PENDING_MARK, Filesystem
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.peers import PeerFetch, Shard
 from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
 from holdfast.tiers.tier import Contents, check_counters
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 _COUNT = struct.Struct("<Q")
 _SMALL = ("rank_state", "shared_state", "train_state")
@@ -46,15 +49,13 @@ class MergedShards(ShardReader):
     fetch: PeerFetch
 
     @classmethod
-    def of(
-        cls, root: Path, filesystem: Filesystem, shards: Sequence[Shard], fetch: PeerFetch
-    ) -> Self:
+    def of(cls, files: Storage, shards: Sequence[Shard], fetch: PeerFetch) -> Self:
         """Return the merged view of shards, some of which may be fetched from peers."""
         metadata = merge_shards(
-            [(each.path, each.index.entries(str(root / each.path))) for each in shards]
+            [(each.path, each.index.entries(files.where(each.path))) for each in shards]
         )
         fetch.shards = shards
-        return cls(root, filesystem, metadata, {each.path: each.record for each in shards}, fetch)
+        return cls(files, metadata, {each.path: each.record for each in shards}, fetch)
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
         """As its base; values of remote shards were sent by their providers."""
@@ -82,7 +83,7 @@ class MergedShards(ShardReader):
 
     def widen(self, shards: Sequence[Shard]) -> None:
         """Switch this reader to these shards."""
-        wider = self.of(self.path, self.filesystem, shards, self.fetch)
+        wider = self.of(self.files, shards, self.fetch)
         # In place: callers keep using this reader object.
         self.metadata.state_dict_metadata = wider.metadata.state_dict_metadata
         self.metadata.planner_data = wider.metadata.planner_data
@@ -237,17 +238,7 @@ class Opening:
         if not remote:
             is_enough = self.coordinator.all_reduce("local index", read_and_join, all)
         else:
-            descriptions: list[bytes] = []
-
-            def read_and_describe() -> int:
-                read()
-                descriptions.append(self._describe(remote))
-                return len(descriptions[0])
-
-            sizes = self.coordinator.all_gather("local index", read_and_describe)
-            is_enough = self.coordinator.all_reduce(
-                "local share", lambda: join(self._share(descriptions[0], sizes)), all
-            )
+            is_enough = self._exchange("local index", remote, read, join, all)
         return opened[0] if is_enough else None
 
     def _trailer_of(self, path: str) -> Trailer:
@@ -261,7 +252,7 @@ class Opening:
         trailer = self._trailer_of(path)
         run = self._files.run
         with self.available.noting(path):
-            index = read_shard_index(run.root / path, trailer.record, run.filesystem)
+            index = read_shard_index(run.storage, path, trailer.record)
         return Shard(owner, path, index, trailer.record.body_bytes, None)
 
     def _remote_shard(self, owner: int, described: _Description) -> Shard:
@@ -300,20 +291,33 @@ class Opening:
 
     def _describe_all(self) -> dict[int, _Description]:
         owners = range(len(self.candidate.copies))
+        shared: list[dict[int, _Description]] = []
+        self._exchange("local describe", owners, lambda: None, shared.append, lambda _: None)
+        return shared[0]
+
+    def _exchange(
+        self,
+        stage: str,
+        owners: Collection[int],
+        prepare: Callable[[], None],
+        use: Callable[[dict[int, _Description]], S],
+        judge: Callable[[list[S]], T],
+    ) -> T:
+        """Send each rank what the providers of these shards describe; return what all make of it.
+
+        `stage`: in which each rank prepares and describes what it provides.
+        """
         descriptions: list[bytes] = []
 
         def describe() -> int:
+            prepare()
             descriptions.append(self._describe(owners))
             return len(descriptions[0])
 
-        sizes = self.coordinator.all_gather("local describe", describe)
-        shared: list[dict[int, _Description]] = []
-        self.coordinator.all_reduce(
-            "local share",
-            lambda: shared.append(self._share(descriptions[0], sizes)),
-            lambda _: None,
+        sizes = self.coordinator.all_gather(stage, describe)
+        return self.coordinator.all_reduce(
+            "local share", lambda: use(self._share(descriptions[0], sizes)), judge
         )
-        return shared[0]
 
     def _shards_of(self, described: Mapping[int, _Description]) -> list[Shard]:
         """Return each shard as this rank reads it: own directory, this place, then peers."""
@@ -368,8 +372,8 @@ class Opening:
                 head["offset"] = index.offset
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
                 with self.available.noting(path):
-                    metadata = merge_shards([(path, index.entries(str(run.root / path)))])
-                    reader = ShardReader(run.root, run.filesystem, metadata, records)
+                    metadata = merge_shards([(path, index.entries(run.storage.where(path)))])
+                    reader = ShardReader(run.storage, metadata, records)
                     found = reader.read_contents(reader.value_names())
                 pairs = [(name.encode(), value) for name, value in found.items()]
                 values = _pack([frame for pair in pairs for frame in pair])
@@ -402,8 +406,7 @@ class Opening:
         return dict(sorted(described.items()))
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
-        run = self._files.run
-        return MergedShards.of(run.root, run.filesystem, shards, fetch)
+        return MergedShards.of(self._files.run.storage, shards, fetch)
 
     def _contents(
         self,

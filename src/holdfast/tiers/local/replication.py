@@ -32,6 +32,7 @@ from holdfast.tiers.local.exchange import (
     carry_out,
     to_bytes,
 )
+from holdfast.torch_internals import abort_group
 
 _WINDOW = 4
 """Blocks of one stream in flight: one is received while another is digested and written."""
@@ -275,7 +276,7 @@ class DeviceGroup(HostGroup):
         deadline = time.monotonic() + self._wait.total_seconds()
         while not work.is_completed():
             if time.monotonic() > deadline:
-                distributed.distributed_c10d._abort_process_group(self.wrapped.group)
+                abort_group(self.wrapped.group)
                 raise RuntimeError(f"no answer within {self._wait.total_seconds():g} s")
             time.sleep(_POLL_SECONDS)
         work.wait()  # raises the operation's error

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -33,20 +32,13 @@ from holdfast.errors import (
     FormatTooNewError,
     is_process_failure,
 )
+from holdfast.filesystem import Filesystem, naming, why_not_private
 from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.read.direct import Part, read_expected, read_verified
+from holdfast.storage.backend import PENDING_MARK, REPLACED_MARK, Storage, replaced_name
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
-from holdfast.storage.posix import (
-    PENDING_MARK,
-    Filesystem,
-    make_durable_directory,
-    naming,
-    read_bytes,
-    read_into,
-    replace_file,
-    why_not_private,
-)
+from holdfast.storage.posix import PosixStorage, make_durable_directory, read_bytes, replace_file
 
 CommitKey = tuple[int, int, int]
 """What all files of one commit share: sequence, attempt, iteration; larger is newer."""
@@ -220,7 +212,6 @@ def _split(states: bytes, sizes: Any) -> dict[str, bytes]:
 
 STORE_NAME = "store.txt"
 """In a run's directory: the path of the store that holds its persistent checkpoints."""
-REPLACED_MARK = ".replaced-"
 _NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"
 _SHARD = re.compile(
     rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.pt({re.escape(REPLACED_MARK)}[0-9a-f]{{8}})?"
@@ -241,11 +232,6 @@ def parse_shard_name(name: str) -> tuple[int, int] | None:
     """Return the iteration and the owner in a shard's name; None: not the name of a shard."""
     match = _SHARD.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
-
-
-def pending_name(stem: str) -> str:
-    """Return a unique name for a file that does not count, either not yet or no longer."""
-    return f"{stem}{PENDING_MARK}{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
@@ -274,6 +260,7 @@ class RunDirectory:
         self.root = directory / run_id
         self.run_id = run_id
         self.filesystem = filesystem
+        self.storage: Storage = PosixStorage(self.root, filesystem)
         self._directory = directory
 
     def prepare(self, rank: int) -> None:
@@ -369,7 +356,7 @@ class RunDirectory:
         final = self.rank_directory(rank) / shard_name(iteration, owner)
         replaced = None
         if final.name in self._names(rank):
-            replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
+            replaced = final.with_name(replaced_name(final.name))
             self.filesystem.rename(final, replaced)
         self.filesystem.rename(pending, final)  # visible from here
         return final, replaced
@@ -455,35 +442,36 @@ class Index:
             raise CorruptCheckpointError(path, str(error)) from error
 
 
-def read_shard_index(path: Path, record: ShardRecord, filesystem: Filesystem) -> Index:
+def read_shard_index(files: Storage, name: str, record: ShardRecord) -> Index:
     """Read the index of a published shard, verified against the digests of its blocks.
 
     Raises:
         CorruptCheckpointError: it is damaged or missing.
         OSError: it cannot be read.
     """
-    image = record.image_record(str(path))
+    where = files.where(name)
+    image = record.image_record(where)
     tail_place = record.body_bytes - TAIL.size
     glimpse, end = bytearray(TAIL.size), bytearray(TAIL.size)
     try:
-        blocks = read_expected(filesystem, path, image)
-        with naming(path), filesystem.open_existing(path) as stream:
-            read_into(stream, tail_place, [memoryview(glimpse)])
+        with files.open(name) as source:
+            blocks = read_expected(source, where, image)
+            source.get_into(tail_place, [memoryview(glimpse)])
     except FileNotFoundError as error:
-        raise CorruptCheckpointError(str(path), "is missing") from error
+        raise CorruptCheckpointError(where, "is missing") from error
     try:
         place = locate_index(bytes(glimpse), record.body_bytes)
     except ValueError as error:
-        raise CorruptCheckpointError(str(path), str(error)) from error
+        raise CorruptCheckpointError(where, str(error)) from error
     content = bytearray(len(place))
     parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
-    read_verified(filesystem, path, image, parts)
+    read_verified(files, name, image, parts)
     if end != glimpse:
-        raise CorruptCheckpointError(str(path), "is changed while it is read")
+        raise CorruptCheckpointError(where, "is changed while it is read")
     return Index(bytes(content), place.start, tuple(blocks.digests))
 
 
-def outline(path: Path, record: ShardRecord, filesystem: Filesystem) -> list[Chunk]:
+def outline(files: Storage, name: str, record: ShardRecord) -> list[Chunk]:
     """Return the chunks in a published shard; raises as `read_shard_index`."""
-    entries = read_shard_index(path, record, filesystem).entries(str(path))
+    entries = read_shard_index(files, name, record).entries(files.where(name))
     return [(each.name, each.size, each.offsets, each.lengths) for each in entries]

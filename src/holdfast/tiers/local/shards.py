@@ -10,20 +10,20 @@ trailer are those that were sent and belong to the expected commit. Knows no oth
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import append_durably
 from holdfast.format.layout import Layout
 from holdfast.ranks.topology import Topology
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import seal_image, write_shard
+from holdfast.storage.backend import ObjectReader, Storage, pending_name
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     FileRecord,
@@ -32,7 +32,7 @@ from holdfast.storage.digests import (
     make_footer,
 )
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import Filesystem, append_durably, naming, read_into
+from holdfast.storage.posix import writing_past_cache
 from holdfast.tiers.local.pool import BufferPool, PooledFile
 from holdfast.tiers.local.shard_file import (
     CommitKey,
@@ -41,7 +41,6 @@ from holdfast.tiers.local.shard_file import (
     ShardRecord,
     Trailer,
     parse_trailer,
-    pending_name,
     shard_name,
 )
 from holdfast.tiers.tier import Snapshot
@@ -79,18 +78,18 @@ class FileShard:
 
     block_bytes = BLOCK_BYTES
 
-    def __init__(self, filesystem: Filesystem, path: Path, body_bytes: int) -> None:
+    def __init__(self, files: Storage, name: str, body_bytes: int) -> None:
         """Open it; a file that cannot be opened is sent as zero bytes, which receivers reject.
 
         The sender must take part all the same, since the receiver waits for it.
         """
         self.body_bytes = body_bytes
-        self.path = path
         self.size_bytes = 0
-        self._stream: BinaryIO | None = None
+        self._opened = ExitStack()
+        self._source: ObjectReader | None = None
         with suppress(OSError):
-            self._stream = filesystem.open_existing(path)
-            self.size_bytes = self._stream.seek(0, os.SEEK_END)
+            self._source = self._opened.enter_context(files.open(name))
+            self.size_bytes = self._source.size_bytes
 
     def view(self, offset: int, length: int) -> memoryview | None:
         """Return None: a file's bytes are not reliably in memory."""
@@ -98,15 +97,13 @@ class FileShard:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Read bytes; past the end of a truncated file they are zeros, which fail the digest."""
-        assert self._stream is not None, "of nothing no byte is asked for"
-        with naming(self.path):
-            filled = read_into(self._stream, offset, [target])
+        assert self._source is not None, "of nothing no byte is asked for"
+        filled = self._source.get_into(offset, [target])
         target[filled:] = bytes(len(target) - filled)
 
     def close(self) -> None:
         """Close it."""
-        if self._stream is not None:
-            self._stream.close()
+        self._opened.close()
 
 
 class ReceivedShard:
@@ -401,8 +398,11 @@ def seal(
     else:
         shards.run.filesystem.make_directory(shards.directory)
         pending = shards.directory / pending_name(name)
-        written = write_shard(shards.run.filesystem, pending, name, arena)
-        _read_footer(shards, pending, arena)
+        written = write_shard(writing_past_cache(shards.run.filesystem, pending), name, arena)
+        # Computed while writing to the disk; needed in memory behind the body.
+        footer = arena.memory[arena.body_bytes : image_bytes(arena.layout)]
+        with shards.run.storage.open(f"{shards.rank}/{pending.name}") as source:
+            source.get_into(arena.body_bytes, [footer])
     trailer = _trailer_of(snapshot, identity, shards, arena.body_bytes, written)
     image_size = trailer.record.image_bytes
     if file is not None:
@@ -443,10 +443,3 @@ def _trailer_of(
         "run_config": snapshot.run_config,
     }
     return Trailer(record, parts)
-
-
-def _read_footer(shards: ShardDirectory, path: Path, arena: Arena) -> None:
-    """Read the footer, computed while writing to disk, into memory behind the body."""
-    footer = arena.memory[arena.body_bytes : image_bytes(arena.layout)]
-    with naming(path), shards.run.filesystem.open_existing(path) as stream:
-        read_into(stream, arena.body_bytes, [footer])
