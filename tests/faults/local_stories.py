@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import SaveFailedError
-from holdfast.storage.posix import is_memory
+from holdfast.filesystem import is_memory
 from tests.faults.jobs import Job, State, load, state_of, train_to
 from tests.faults.tiers import Violation
 from tests.support.crash_filesystem import Image
