@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from holdfast.storage.digests import ALIGNMENT_BYTES, footer_size
+from holdfast.storage.store import checkpoint_name
+from holdfast.tiers.local.shard_file import read_trailer
 from tests.faults import local_stories
 from tests.faults.jobs import Job, State, damages, load
 from tests.faults.local_crashes import check_is_tidy
@@ -60,11 +63,39 @@ class Place:
         """Return all there is."""
         return tree_of(self.base)
 
+    def shard(self, iteration: int) -> Path:
+        """Return the file that holds the tensors of a checkpoint."""
+        if not self.to_local:
+            return self.base / "store" / checkpoint_name(iteration) / "__0_0.distcp"
+        (found,) = (self.base / "local").glob(f"*/0/iter_{iteration:07d}_0_local.pt")
+        return found
+
+    def body_bytes(self, iteration: int) -> int:
+        """Return how much of a shard is covered by blocks: what lies before its footer."""
+        path = self.shard(iteration)
+        if self.to_local:
+            with path.open("rb") as stream:
+                return read_trailer(stream, str(path)).record.body_bytes
+        return covered_bytes(path)
+
     def check_is_sound(self) -> None:
         """Demand that nothing waits to be swept once the processes have ended, and no damage."""
         check_is_tidy(self.base)
         if (self.base / "store").exists():
             assert not damages(self.base / "store")
+
+
+def covered_bytes(path: Path) -> int:
+    """Return the size of a checkpoint's file without the footer that a shard ends with."""
+    size_bytes = path.stat().st_size
+    if path.suffix != ".distcp":
+        return size_bytes
+    fitting = (
+        body_bytes
+        for body_bytes in range(0, size_bytes, ALIGNMENT_BYTES)
+        if body_bytes + footer_size(body_bytes) == size_bytes
+    )
+    return next(fitting)
 
 
 @contextmanager

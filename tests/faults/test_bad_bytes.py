@@ -8,33 +8,42 @@ names the same file.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from holdfast.cli import main
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError, NoLoadableCheckpointError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.storage.digests import ALIGNMENT_BYTES, BLOCK_BYTES, footer_size
+from holdfast.storage.digests import BLOCK_BYTES
 from holdfast.storage.manifest import MANIFEST_NAME
 from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import checkpoint_name, open_checkpoint, verify_files
 from holdfast.tiers.persistent import PersistentTier
 from holdfast.tiers.select import Condition
 from holdfast.tiers.survey import survey_store
+from tests.faults.damage import (
+    Damage,
+    cut_by_one,
+    cut_in_half,
+    cut_to_nothing,
+    fill_with_zeros,
+    flipped,
+    lengthen,
+    lose,
+    put_a_directory_there,
+)
 from tests.faults.jobs import Job, copy_store, job_of_rank, make_store
+from tests.faults.places import covered_bytes
 from tests.faults.report import record
+from tests.faults.tiers import FULL
 from tests.support.ranks import run_ranks
 
-FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
 SEED = 30
 STEPS = (2, 4, 6)
 OLDER, NEWEST = STEPS[-2:]
@@ -74,24 +83,6 @@ def test_the_files_of_a_checkpoint_are_these(saved: tuple[Path, Digests]) -> Non
 # One flipped bit.
 
 
-@contextmanager
-def _flipped(path: Path, position: int, bit: int) -> Iterator[None]:
-    """Flip one bit while the context lasts."""
-    with path.open("r+b", buffering=0) as stream:
-
-        def flip() -> None:
-            stream.seek(position)
-            [value] = stream.read(1)
-            stream.seek(position)
-            stream.write(bytes([value ^ 1 << bit]))
-
-        flip()
-        try:
-            yield
-        finally:
-            flip()
-
-
 def test_every_byte_of_every_file_is_covered(store: Path) -> None:
     """A flipped bit in any byte of a checkpoint is found, in its file and in its byte range.
 
@@ -103,17 +94,17 @@ def test_every_byte_of_every_file_is_covered(store: Path) -> None:
     sound = open_checkpoint(files, NEWEST)
     flips = 0
     for file in sound.manifest.files:
-        covered_bytes = _covered_bytes(folder / file.path)
+        covered = covered_bytes(folder / file.path)
         for position in _positions(file.size_bytes, rng):
-            expected = f"{folder.name}/{file.path}: {_place(position, covered_bytes)}"
-            with _flipped(folder / file.path, position, rng.randrange(8)):
+            expected = f"{folder.name}/{file.path}: {_place(position, covered)}"
+            with flipped(folder / file.path, position, rng.randrange(8)):
                 [damage] = verify_files(files, [file])
             assert str(damage).startswith(expected), position
             flips += 1
     manifest = folder / MANIFEST_NAME
     for position in _positions(manifest.stat().st_size, rng):
         with (
-            _flipped(manifest, position, rng.randrange(8)),
+            flipped(manifest, position, rng.randrange(8)),
             pytest.raises(CorruptCheckpointError) as caught,
         ):
             open_checkpoint(files, NEWEST)
@@ -123,19 +114,6 @@ def test_every_byte_of_every_file_is_covered(store: Path) -> None:
         "the flips were not undone"
     )
     record("byte flips", flips)
-
-
-def _covered_bytes(path: Path) -> int:
-    """Return the size of a file without the footer that a shard file ends with."""
-    size_bytes = path.stat().st_size
-    if path.suffix != ".distcp":
-        return size_bytes
-    fitting = (
-        body_bytes
-        for body_bytes in range(0, size_bytes, ALIGNMENT_BYTES)
-        if body_bytes + footer_size(body_bytes) == size_bytes
-    )
-    return next(fitting)
 
 
 def _place(position: int, covered_bytes: int) -> str:
@@ -162,93 +140,19 @@ def test_a_load_goes_past_a_flipped_bit(
     size_bytes = path.stat().st_size
     rng = random.Random(f"{SEED} {name}")
     positions = [0, size_bytes - 1, *(rng.randrange(size_bytes) for _ in range(4))]
-    covered_bytes = _covered_bytes(path)
+    covered = covered_bytes(path)
     for position in positions:
         expected = re.escape(f"{checkpoint_name(NEWEST)}/{name}: ")
         if name != MANIFEST_NAME:
-            expected += re.escape(_place(position, covered_bytes))
-        with _flipped(path, position, rng.randrange(8)):
+            expected += re.escape(_place(position, covered))
+        with flipped(path, position, rng.randrange(8)):
             _expect_older(store, saved[1], expected)
             _expect_refusal_by_number(store, expected)
             _expect_named_by_verify(store, expected, capsys)
     record("byte flips", len(positions))
 
 
-class _Large(nn.Module):
-    """A little more than two blocks of parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        elements = (2 * BLOCK_BYTES + BLOCK_BYTES // 2) // 4
-        self.weight = nn.Parameter(torch.arange(elements, dtype=torch.float32))
-
-
-def _large_job(directory: Path) -> Job:
-    job = Job(directory, persistent={"directory": str(directory)})
-    job.run.model = _Large()
-    job.run.optimizer = torch.optim.SGD(job.run.model.parameters())
-    job.run.scheduler = torch.optim.lr_scheduler.ConstantLR(job.run.optimizer)
-    return job
-
-
-def test_every_block_of_a_large_file_is_covered(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In a file of several blocks the first and the last byte of each are told by their block."""
-    job = _large_job(tmp_path)
-    digests = {}
-    for step in STEPS[-2:]:
-        job.state.train_state.step = step
-        with torch.no_grad():
-            job.run.model.weight.add_(1.0)  # type: ignore[operator]  # a parameter
-        job.save()
-        digests[step] = job.digests()
-    path = tmp_path / checkpoint_name(NEWEST) / "__0_0.distcp"
-    covered_bytes = _covered_bytes(path)
-    starts = [*range(0, covered_bytes, BLOCK_BYTES), covered_bytes]
-    assert len(starts) == 4
-    ends = [*starts[1:], path.stat().st_size]
-    rng, flips = random.Random(SEED), 0
-    for start, end in zip(starts, (each - 1 for each in ends), strict=True):
-        where = f"{checkpoint_name(NEWEST)}/__0_0.distcp: {_place(start, covered_bytes)}"
-        for position in (start, rng.randint(start, end), end):
-            with _flipped(path, position, rng.randrange(8)):
-                fresh = _large_job(tmp_path)
-                result = fresh.load()
-                _expect_named_by_verify(tmp_path, re.escape(where), capsys)
-            assert result.iteration == OLDER
-            assert [each.iteration for each in result.skipped] == [NEWEST]
-            assert where in result.skipped[0].reason
-            assert fresh.digests() == digests[OLDER]
-            flips += 1
-    record("byte flips", flips)
-
-
 # Whole files.
-
-
-def _cut_to_nothing(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _cut_in_half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _cut_by_one(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def _lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def _lose(path: Path) -> None:
-    path.unlink()
-
-
-def _fill_with_zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
 
 
 def _take_from_an_older_checkpoint(path: Path) -> None:
@@ -257,27 +161,22 @@ def _take_from_an_older_checkpoint(path: Path) -> None:
     path.write_bytes((root / checkpoint_name(OLDER) / name).read_bytes())
 
 
-def _put_a_directory_there(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGES: tuple[Callable[[Path], None], ...] = (
-    _cut_to_nothing,
-    _cut_in_half,
-    _cut_by_one,
-    _lengthen,
-    _lose,
-    _fill_with_zeros,
+DAMAGES: tuple[Damage, ...] = (
+    cut_to_nothing,
+    cut_in_half,
+    cut_by_one,
+    lengthen,
+    lose,
+    fill_with_zeros,
     _take_from_an_older_checkpoint,
-    _put_a_directory_there,
+    put_a_directory_there,
 )
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda each: each.__name__.strip("_"))
 def test_a_damaged_file_is_named_and_passed_over(
-    damage: Callable[[Path], None],
+    damage: Damage,
     name: str,
     store: Path,
     saved: tuple[Path, Digests],
@@ -298,10 +197,8 @@ def test_a_damaged_file_is_named_and_passed_over(
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "manifest.json", "state/shared.pt"])
-@pytest.mark.parametrize("damage", [_cut_in_half, _lose, _fill_with_zeros])
-def test_with_nothing_good_left_nothing_is_touched(
-    damage: Callable[[Path], None], name: str, store: Path
-) -> None:
+@pytest.mark.parametrize("damage", [cut_in_half, lose, fill_with_zeros])
+def test_with_nothing_good_left_nothing_is_touched(damage: Damage, name: str, store: Path) -> None:
     """When no checkpoint is good the load says why of each, and the live state is as it was."""
     for step in STEPS:
         damage(store / checkpoint_name(step) / name)
@@ -376,7 +273,7 @@ def test_a_flipped_bit_beside_the_checkpoints_decides_nothing(tmp_path: Path) ->
     for path in sorted(each for each in store.iterdir() if each.is_file()):
         for position in range(path.stat().st_size):
             bit = rng.randrange(8)
-            with _flipped(path, position, bit):
+            with flipped(path, position, bit):
                 flips += 1
                 with suppress(CorruptCheckpointError, FormatTooNewError):
                     commits = survey_store(PosixStorage(store, filesystem), is_own=True).commits

@@ -195,8 +195,9 @@ def is_name(name: str) -> bool:
     """Whether a name stays below the root of a storage, and a message can show it."""
     if not name or "\\" in name or not name.isprintable():
         return False
-    parts = PurePosixPath(name)
-    return not parts.is_absolute() and ".." not in parts.parts and str(parts) == name
+    path = PurePosixPath(name)
+    parts = path.parts
+    return bool(parts) and not path.is_absolute() and ".." not in parts and str(path) == name
 
 
 def check_name(name: str) -> None:

@@ -121,12 +121,13 @@ class PosixStorage:
         return replaced.name if replaced is not None else None
 
     def restore(self, replaced: str, name: str) -> None:
-        if not self._is_taken(self._path(name)):
-            self._filesystem.rename(self._path(replaced), self._path(name))
+        source, target = self._path(replaced), self._path(name)
+        if not self._is_taken(target):
+            self._filesystem.rename(source, target)
 
     def retract(self, name: str) -> str:
-        left = pending_name(name.partition(REPLACED_MARK)[0])
-        self._filesystem.rename(self._path(name), self._path(left))  # not listed from here
+        path, left = self._path(name), pending_name(name.partition(REPLACED_MARK)[0])
+        self._filesystem.rename(path, self._path(left))  # not listed from here
         # Or a power cut could list it half deleted.
         self._filesystem.sync_directory(self._root)
         return left

@@ -1,0 +1,100 @@
+"""The persistent tier needs nothing of a storage but the protocol: here it has no file system."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from holdfast.errors import CorruptCheckpointError, SupersededAttemptError
+from holdfast.format.items import Itemizer
+from holdfast.ranks.coordinator import SingleProcess
+from holdfast.read.lazy import LazyTensors
+from holdfast.snapshot.shard import ShardSaver
+from holdfast.storage.store import TRACKER_NAME
+from holdfast.testing import MemoryStorage
+from holdfast.tiers.opening import open_contents
+from holdfast.tiers.persistent import PersistentTier, Snapshot
+from holdfast.tiers.survey import survey_store
+
+WEIGHT = torch.arange(3_000_000.0)
+
+
+class _Job:
+    """One start of a run, without a model."""
+
+    def __init__(self, storage: MemoryStorage, keep_last: int | None = None) -> None:
+        self.tier = PersistentTier(storage, None, keep_last)
+        self.saver, self.itemizer, self.rank = ShardSaver(), Itemizer(), SingleProcess()
+
+    def save(self, iteration: int) -> None:
+        leaves = {"model.w": WEIGHT, "model.b": torch.full((5,), iteration), "step": 7}
+        paths = {name: (name,) for name in leaves}
+        plan = self.saver.settle(lambda: self.itemizer.describe(leaves, paths), self.rank)
+        staged = self.saver.stage(*plan)
+        assert staged.copying is not None
+        staged.copying.begin()
+        counters = {
+            "train_state": {"step": iteration},
+            "num_floating_point_operations_so_far": 0,
+        }
+        self.tier.admit()
+        self.tier.write(
+            Snapshot(
+                iteration, staged, b"rank", b"shared", json.dumps(counters).encode(), b"config"
+            ),
+            self.rank,
+        )
+
+
+def _load(storage: MemoryStorage) -> tuple[int, dict[str, torch.Tensor]]:
+    """Load the newest sound checkpoint."""
+    survey = survey_store(storage, is_own=True)
+    commit = max(survey.checkpoints, key=lambda each: each.order)
+    checkpoint = survey.checkpoints[commit]
+    contents = open_contents(checkpoint, storage.under(checkpoint.path.name))
+    assert contents.read_rank_state(0) == b"rank"
+    assert contents.values == {"step": 7}
+    targets = {"model.w": torch.zeros_like(WEIGHT), "model.b": torch.zeros(5, dtype=torch.int64)}
+    contents.reader.read_tensors(targets)
+    return checkpoint.iteration, targets
+
+
+def test_a_checkpoint_is_saved_loaded_and_superseded_in_memory() -> None:
+    """Saves, retention, a load, lazy tensors and a second start work without a file system."""
+    storage = MemoryStorage()
+    first = _Job(storage, keep_last=2)
+    for iteration in (10, 20, 30, 30):
+        first.save(iteration)
+    iteration, tensors = _load(storage)
+    assert iteration == 30
+    assert torch.equal(tensors["model.w"], WEIGHT)
+    assert torch.equal(tensors["model.b"], torch.full((5,), 30))
+    names = [each.name for each in storage.list()]
+    assert names == [
+        "attempt_0000001.json", "iter_0000020", "iter_0000030", TRACKER_NAME, "run.json",
+    ]  # fmt: skip
+    checkpoint = first.tier.store.find(30)
+    reader = open_contents(checkpoint, first.tier.store.files_of(checkpoint)).reader
+    assert torch.equal(LazyTensors(reader, "model.")["w"], WEIGHT)
+    second = _Job(storage)
+    second.tier.resume_from(second.tier.store.find(20))
+    second.save(25)
+    assert _load(storage)[0] == 25
+    with pytest.raises(SupersededAttemptError):
+        first.save(40)
+    assert _load(storage)[0] == 25
+
+
+def test_a_changed_byte_is_found_in_memory_too() -> None:
+    """Digests are above the storage: one that returns wrong bytes is found out, by name."""
+    storage = MemoryStorage()
+    _Job(storage).save(10)
+    files = storage.under("iter_0000010")
+    content = bytearray(files.get("__0_0.distcp"))
+    content[9_000_000] ^= 1
+    files.put("__0_0.distcp", bytes(content))
+    with pytest.raises(CorruptCheckpointError, match="block 1") as caught:
+        _load(storage)
+    assert caught.value.path == "/memory/iter_0000010/__0_0.distcp"
