@@ -3,7 +3,8 @@
 Owns the calls that change or read a file system, one method each. `Filesystem` is the protocol, the
 interface at which tests inject faults; `LocalFilesystem` carries it out, to be derived from.
 Promises that what a method has synced survives power loss, that every failure is an OSError with
-errno and path, and that no symbolic link is followed where a file or a directory is expected. Knows
+errno and path, and that no symbolic link is followed where a file or a directory is expected. Owns
+also what the local tier asks of a directory of its node: whether it is in RAM, private, full. Knows
 nothing about checkpoints. `storage.posix` composes these calls into the promises of a storage.
 """
 
@@ -13,10 +14,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+
+from holdfast.messages import describe_size
 
 __all__ = ["DirectoryEntry", "Filesystem", "LocalFilesystem"]
 
@@ -150,3 +153,106 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+_MEMORY_TYPES = ("tmpfs", "ramfs")
+
+
+def is_memory(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether files under an existing directory are in RAM."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        if after and before.split()[2] == wanted:
+            return after.split()[0] in _MEMORY_TYPES
+    return False
+
+
+def place_of(path: Path) -> tuple[int, int]:
+    """Return what is equal for two paths only if they are one directory: device and inode."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def why_not_private(path: Path) -> str | None:
+    """Return why another user could add or remove files in a directory; None: nobody can."""
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "is no directory"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}, this job runs as user {os.geteuid()}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        return f"can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def free_bytes(directory: Path) -> int:
+    """Return the free space of the file system under a directory."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def taken_bytes(directory: Path) -> int:
+    """Return the space of the files under a directory; what cannot be read counts as nothing."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return total
+
+
+def as_problem(error: OSError, size_bytes: int) -> OSError:
+    """Return the error of a full directory with the needed and the free bytes."""
+    if error.errno != errno.ENOSPC or error.filename is None:
+        return error
+    left = free_bytes(Path(error.filename).parent)
+    reason = (
+        f"{error.strerror}: {describe_size(size_bytes)} are needed, "
+        f"{describe_size(left, size_bytes)} are free"
+    )
+    return OSError(error.errno, reason, error.filename)
+
+
+def append_durably(filesystem: Filesystem, path: Path, content: bytes) -> None:
+    """Append to an existing file and make its bytes durable."""
+    with naming(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "ab") as stream:
+            stream.write(content)
+            stream.flush()
+            filesystem.sync_file(path, stream)
+
+
+class SharedFile:
+    """A file that several processes write to at different offsets, created by the first."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it.
+
+        Raises:
+            OSError: it cannot be opened; a link is not followed.
+        """
+        self._path = path
+        with naming(path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor = os.open(path, flags, 0o600)
+
+    def write_at(self, offset: int, content: memoryview) -> None:
+        """Write all of it.
+
+        Raises:
+            OSError: there is not enough space, for instance.
+        """
+        with naming(self._path):
+            if os.pwrite(self._descriptor, content, offset) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._descriptor)

@@ -53,8 +53,8 @@ from holdfast.restoring import LastLoad, Opened, Restoration, open_candidate
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.model import run_each
-from holdfast.state.options import Overrides
-from holdfast.state.rank import Place, warn_of_lost_position
+from holdfast.state.overrides import Overrides
+from holdfast.state.small import Place, warn_of_lost_position
 from holdfast.storage.manifest import LOCAL, PERSISTENT
 from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint

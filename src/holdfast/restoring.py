@@ -31,23 +31,20 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
 from holdfast.state.codec import decode, encode
-from holdfast.state.compare import SavedTensors
-from holdfast.state.counters import check_counters, read_counters, restore_counters, without_fields
+from holdfast.state.compare import SavedTensors, describe_options
 from holdfast.state.model import run_each
-from holdfast.state.options import (
-    COMPONENTS,
-    LiveOptions,
-    Overrides,
-    check_kind,
-    describe_differences,
-)
-from holdfast.state.rank import (
+from holdfast.state.overrides import COMPONENTS, LiveOptions, Overrides
+from holdfast.state.small import (
     Place,
     SavedRun,
     apply_data,
     apply_generators,
+    check_counters,
     check_data,
     own_state,
+    read_counters,
+    restore_counters,
+    without_fields,
 )
 from holdfast.storage.backend import Storage
 from holdfast.storage.posix import PosixStorage
@@ -369,13 +366,17 @@ class Restoration:
         if self._overrides.names and not self.takes_weights_only:
             counters = list(read_counters(self._train_state))
             self._overrides.check(optimizers, given.scheduler, counters, schedule, len(groups))
-        if saved is not None:
-            check_kind(self._app.optimizers, saved.option_names(), path)
-        self._app.check(path, saved, opened.shared, own, strict)
-        self._app.check_data(own, path, accept_data_restart)
+        self._app.check(
+            path,
+            saved,
+            opened.shared,
+            own,
+            strict=strict,
+            accept_data_restart=accept_data_restart,
+        )
         check_counters(self._train_state, self._counters, path)
-        differences = describe_differences(
-            optimizers, groups, given.scheduler, schedule, self._overrides
+        differences = describe_options(
+            self._app.optimizers, groups, self._app.scheduler, schedule, self._overrides
         )
         if differences is not None and self.loaded.place.rank == 0:
             logger.warning("%s: %s", path, differences)

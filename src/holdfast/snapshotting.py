@@ -32,12 +32,11 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
-from holdfast.state.app import AppState, Captured
-from holdfast.state.bindings import Bindings
-from holdfast.state.codec import encode, to_yaml
-from holdfast.state.counters import read_counters
-from holdfast.state.estimate import estimate
-from holdfast.state.model import check_reachable, run_each
+from holdfast.state.app import AppState, Bindings, Captured
+from holdfast.state.codec import check_reachable, encode, to_yaml
+from holdfast.state.model import run_each
+from holdfast.state.optimizer import estimate
+from holdfast.state.small import read_counters
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.budget import Need, report_budget, take_seats
@@ -216,8 +215,8 @@ class Snapshotter:
 
         def describe() -> Inventory:
             leaves = app.gather_leaves()
-            now = self._itemizer.describe(leaves.values, leaves.paths)
-            then = estimate(app.optimizers, leaves, now.items)
+            now = self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
+            then = estimate(app.optimizers, leaves.values, now.items)
             uncounted.extend(then.uncounted)
             return Inventory(then.items, now.sources, structure_of(then.items))
 

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from holdfast.errors import StoreIdentityError, StoreNotLoadedError, SupersededAttemptError
-from holdfast.storage.posix import is_memory
+from holdfast.filesystem import is_memory
 from tests.faults.jobs import Job, load, train_to
 from tests.faults.local_crashes import check_at_rest
 from tests.faults.local_stories import Story, start

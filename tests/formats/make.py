@@ -32,6 +32,7 @@ from holdfast.protocol import CheckpointSaveContext, GlobalState, TrainState
 from holdfast.storage.digests import describe_content, footer_size
 from holdfast.storage.identity import RunIdentity
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
+from holdfast.storage.posix import PosixStorage
 from tests.support.hostile import hostile_torch_file
 from tests.support.ranks import run_ranks
 

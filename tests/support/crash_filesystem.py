@@ -597,7 +597,7 @@ def _caller() -> str:
         if module.startswith("holdfast."):
             function = f"{module.removeprefix('holdfast.')}.{frame.f_code.co_qualname}"
             names.append(f"{function}:{frame.f_lineno}")
-            if module != "holdfast.storage.posix":
+            if module not in ("holdfast.storage.posix", "holdfast.filesystem"):
                 break
         frame = frame.f_back  # type: ignore[assignment]  # None at the outermost
     return " < ".join(names)

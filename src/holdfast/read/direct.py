@@ -15,14 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import xxhash
-
 from holdfast.errors import CorruptCheckpointError
 from holdfast.storage.backend import ObjectReader, Storage, as_stream
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     Blocks,
-    Difference,
     DifferenceError,
     FileRecord,
     read_blocks,
@@ -79,8 +76,7 @@ def read_expected(source: ObjectReader, where: str, record: FileRecord) -> Block
     try:
         return read_blocks(record, as_stream(source))
     except DifferenceError as error:
-        found = error.difference
-        raise CorruptCheckpointError(where, found.reason, found.byte_range) from None
+        raise error.difference.as_error(where) from None
 
 
 def _layers(parts: Iterable[Part]) -> list[list[Part]]:
@@ -155,19 +151,21 @@ class _Pass:
                 self._read_block(source, number, scratch)
 
     def _read_block(self, source: ObjectReader, number: int, scratch: _Scratch) -> None:
-        start = number * BLOCK_BYTES
-        end = min(start + BLOCK_BYTES, self._expected.covered_bytes)
-        views = self._views(start, end, scratch)
-        digest = xxhash.xxh3_128()
-        filled = 0
-        for piece in _pieces(views):
-            filled += source.get_into(start + filled, piece)
-            for view in piece:
-                digest.update(view)
-        if filled != end - start or digest.hexdigest() != self._expected.digests[number]:
-            where = self._storage.where(self._name)
-            found = Difference.in_block(number, start, end - 1)
-            raise CorruptCheckpointError(where, found.reason, found.byte_range)
+        place = self._expected.place(number)
+        views = self._views(place.start, place.stop, scratch)
+
+        def read() -> Iterator[memoryview]:
+            offset = place.start
+            for piece in _pieces(views):
+                count = source.get_into(offset, piece)
+                if count < sum(map(len, piece)):
+                    return  # the file ends here: what was read so far does not match
+                offset += count
+                yield from piece
+
+        found = self._expected.compare(number, read())
+        if found is not None:
+            raise found.as_error(self._storage.where(self._name))
 
     def _views(self, start: int, end: int, scratch: _Scratch) -> list[memoryview]:
         """Return the memory for one block in file order: targets, and scratch between them."""

@@ -18,14 +18,13 @@ from threading import Lock
 from typing import Any
 
 import torch
-import xxhash
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.format.layout import container_of
-from holdfast.read.direct import read_expected
+from holdfast.read.direct import blocks_of, read_expected
 from holdfast.read.reader import ShardReader
-from holdfast.storage.digests import BLOCK_BYTES, Blocks, Difference
+from holdfast.storage.digests import Blocks
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -147,18 +146,14 @@ class _MappedFile:
             return
         if wanted.stop > self.expected.covered_bytes:
             raise CorruptCheckpointError(str(self.path), f"has {name} where no digest covers it")
-        for number in range(wanted.start // BLOCK_BYTES, (wanted.stop - 1) // BLOCK_BYTES + 1):
+        for number in sorted(blocks_of([wanted])):
             with self._lock:  # a thread that waits here then finds the block verified
                 if number in self._verified:
                     continue
-                start = number * BLOCK_BYTES
-                end = min(start + BLOCK_BYTES, self.expected.covered_bytes)
-                digest = xxhash.xxh3_128_hexdigest(self.content[start:end])
-                if digest != self.expected.digests[number]:
-                    found = Difference.in_block(number, start, end - 1)
-                    raise CorruptCheckpointError(
-                        str(self.path), f"{found.reason}, in {name}", found.byte_range
-                    )
+                place = self.expected.place(number)
+                block = self.content[place.start : place.stop]
+                if (found := self.expected.compare(number, [block])) is not None:
+                    raise found.as_error(str(self.path), f", in {name}")
                 self._verified.add(number)
 
 

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 import xxhash
 
+from holdfast.errors import CorruptCheckpointError
+
 BLOCK_BYTES = 8 << 20
 ALIGNMENT_BYTES = 4096
 """Bodies and footers are multiples of it, so that they can be written past the page cache."""
@@ -55,6 +57,10 @@ class Difference:
         reason = f"block {number} (bytes {first}-{last}) does not match its digest"
         return cls(reason, (first, last))
 
+    def as_error(self, path: str, names: str = "") -> CorruptCheckpointError:
+        """Return the error of a file that differs. `names`: which tensors are there, if known."""
+        return CorruptCheckpointError(path, self.reason + names, self.byte_range)
+
 
 class DifferenceError(Exception):
     """A file differs, found while reading its block digests; readers never let this escape."""
@@ -71,6 +77,18 @@ class Blocks:
     covered_bytes: int
     """Bytes from the start of the file that the digests cover; a footer follows."""
     digests: Sequence[str]
+
+    def place(self, number: int) -> range:
+        """Return the bytes of one block."""
+        start = number * BLOCK_BYTES
+        return range(start, min(start + BLOCK_BYTES, self.covered_bytes))
+
+    def compare(self, number: int, pieces: Iterable[memoryview]) -> Difference | None:
+        """Return how a block differs, given in pieces in order; None: it is what was committed."""
+        if matches(pieces, self.digests[number]):
+            return None
+        place = self.place(number)
+        return Difference.in_block(number, place.start, place.stop - 1)
 
 
 def describe_content(path: str, content: bytes) -> FileRecord:
@@ -151,7 +169,7 @@ def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:
     for count, block in enumerate(_blocks(stream, record.size_bytes + 1, limit_bytes)):
         if count >= len(expected.digests):
             return Difference(f"is longer than the {record.size_bytes} bytes committed")
-        if xxhash.xxh3_128_hexdigest(block) != expected.digests[count]:
+        if not matches([block], expected.digests[count]):
             return Difference.in_block(count, position, position + len(block) - 1)
         position += len(block)
     if in_footer:

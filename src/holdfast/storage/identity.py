@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -70,8 +69,6 @@ def find_start_mark(pid: int) -> str | None:
 RUN_NAME = "run.json"
 FORMAT = 1
 """Of run.json and of each claim. Every version seals claims and numbers formats this way."""
-_TRIES = 5
-"""A sweep runs once per save: more failures in a row than this have another cause."""
 _CLAIM_NAME = re.compile(r"attempt_([0-9]{7}|[1-9][0-9]{7,})\.json")
 
 
@@ -196,7 +193,7 @@ class RunIdentity:
             fresh = {"format": FORMAT, "run_id": configured or secrets.token_hex(8), "attempts": []}
             # Its name is synced with the first claim, before any save uses the run id.
             with suppress(FileExistsError):  # another job was first: use its id
-                self._despite_sweeps(self._storage.put_new, RUN_NAME, _encode(fresh))
+                self._storage.put_new(RUN_NAME, _encode(fresh))
             run_id = self.read_run_id()
             if run_id is None:
                 self._storage.replace(RUN_NAME, _encode(fresh))  # it was torn
@@ -251,13 +248,13 @@ class RunIdentity:
             )
             try:
                 claim = seal(_encode({"format": FORMAT, **asdict(attempt)}))
-                self._despite_sweeps(self._storage.put_new, _claim_name(number), claim)
+                self._storage.put_new(_claim_name(number), claim)
             except FileExistsError:
                 continue  # another job took this number after the listing
             # For people; another job's later version may win: it too is rebuilt from the claims.
             summary = [asdict(each) for each in self.attempts()]
             shown = {"format": FORMAT, "run_id": run_id, "attempts": summary}
-            self._despite_sweeps(self._storage.replace, RUN_NAME, _encode(shown))
+            self._storage.replace(RUN_NAME, _encode(shown))
             # Before any checkpoint of this attempt can be visible: from here on the number and what
             # the attempt supersedes are durable.
             self._storage.settle([_claim_name(number), RUN_NAME])
@@ -277,18 +274,6 @@ class RunIdentity:
                 "Stop this job: another one is running, or give it its own "
                 "checkpoint.persistent.directory."
             )
-
-    def _despite_sweeps(
-        self, write: Callable[[str, bytes], None], name: str, content: bytes
-    ) -> None:
-        """Retry a write if another job's sweep removed its pending file as a leftover."""
-        for tried in range(1, _TRIES + 1):
-            try:
-                write(name, content)
-                break
-            except FileNotFoundError:
-                if tried == _TRIES:
-                    raise
 
     def _claims(self) -> list[tuple[int, str]]:
         return sorted(

@@ -308,7 +308,7 @@ class PersistentTier:
         records = [record for part in written for record in part]
         with self._naming_successor():
             for name, content in (
-                (METADATA_NAME, snapshot.shard.metadata()),
+                (METADATA_NAME, snapshot.shard.plan.metadata),
                 (SHARED_STATE_NAME, snapshot.shared_state),
                 (TRAIN_STATE_NAME, snapshot.train_state),
                 (RUN_CONFIG_NAME, snapshot.run_config),

@@ -18,12 +18,11 @@ from pathlib import Path
 
 from holdfast.config import LocalConfig
 from holdfast.errors import ConfigError
-from holdfast.filesystem import Filesystem
+from holdfast.filesystem import Filesystem, free_bytes, is_memory, place_of, taken_bytes
 from holdfast.messages import describe_size
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.topology import Seat, Topology, assign_holders, node_name
 from holdfast.snapshot.arena import Room, find_room
-from holdfast.storage.posix import free_bytes, is_memory, place_of, taken_bytes
 from holdfast.tiers.local.replication import device_of, load_package
 from holdfast.tiers.local.shard_file import make_private_directory
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import SharedFile
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import Part, blocks_of, read_verified
@@ -29,7 +30,6 @@ from holdfast.read.requests import Intake, Wanted
 from holdfast.storage.backend import ObjectReader, Storage
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import SharedFile
 from holdfast.tiers.local.availability import Availability
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.shard_file import CommitKey, Index

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from holdfast.errors import NoFileFreeError
-from holdfast.filesystem import Filesystem, naming
+from holdfast.filesystem import Filesystem, as_problem, naming
 from holdfast.snapshot.arena import prefer_huge_pages
-from holdfast.storage.posix import as_problem
-from holdfast.tiers.local.shard_file import pending_name
+from holdfast.storage.backend import pending_name
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,12 @@ import xxhash
 
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
+from holdfast.filesystem import append_durably
 from holdfast.format.layout import Layout
 from holdfast.ranks.topology import Topology
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import seal_image, write_shard
-from holdfast.storage.backend import ObjectReader, Storage
+from holdfast.storage.backend import ObjectReader, Storage, pending_name
 from holdfast.storage.digests import (
     BLOCK_BYTES,
     FileRecord,
@@ -32,7 +33,7 @@ from holdfast.storage.digests import (
     make_footer,
 )
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import append_durably, writing_past_cache
+from holdfast.storage.posix import writing_past_cache
 from holdfast.tiers.local.pool import BufferPool, PooledFile
 from holdfast.tiers.local.shard_file import (
     CommitKey,
@@ -41,7 +42,6 @@ from holdfast.tiers.local.shard_file import (
     ShardRecord,
     Trailer,
     parse_trailer,
-    pending_name,
     shard_name,
 )
 

@@ -26,13 +26,12 @@ from holdfast.errors import (
     StageTimeoutError,
     blames_checkpoint,
 )
-from holdfast.filesystem import Filesystem
+from holdfast.filesystem import Filesystem, is_memory
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.topology import assign_holders
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import is_memory
 from holdfast.tiers.local.availability import Availability, Candidate, Objection
 from holdfast.tiers.local.budget import Budget, Need, report_budget, take_seats
 from holdfast.tiers.local.pool import PooledFile
