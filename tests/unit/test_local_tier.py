@@ -268,8 +268,8 @@ def test_a_memory_save_reuses_the_memory_of_older_ones() -> None:
         made = {each.stat().st_ino for each in (root / "node0").rglob("*") if each.is_file()}
         arenas = set()
         for iteration in (40, 50, 60, 70):
-            arenas.add(id(job.tier.begin(iteration, job.layout, job.control)))
-            job.tier.abandon()
+            arenas.add(id(job.tier.reserve(job.layout, job.control)))
+            job.tier.release()
             job.save(iteration)
         after = {each.stat().st_ino for each in (root / "node0").rglob("*") if each.is_file()}
         assert after == made

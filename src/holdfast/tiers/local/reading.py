@@ -32,7 +32,7 @@ from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Availability, Candidate, Copy
 from holdfast.tiers.local.peers import PeerFetch, Shard
 from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
-from holdfast.tiers.opening import Contents
+from holdfast.tiers.tier import Contents, check_counters
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -96,19 +96,12 @@ class MergedShards(ShardReader):
 class LocalContents(Contents):
     """The contents of a local commit, with the interface of a persistent checkpoint's."""
 
-    rank_states: Mapping[int, bytes]
-    """By saving rank: all of them, or this rank's alone where it needs no other."""
     fetch: PeerFetch
 
-    def read_rank_state(self, rank: int) -> bytes:
-        """Return the small state of one of the saving ranks.
-
-        Raises:
-            CorruptCheckpointError: the commit was opened without the states of other ranks.
-        """
-        if rank not in self.rank_states:
-            raise CorruptCheckpointError(str(self.checkpoint.path), f"no state of rank {rank} here")
-        return self.rank_states[rank]
+    @property
+    def is_shared(self) -> bool:
+        """Each node reads its own files."""
+        return False
 
     def bring(
         self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
@@ -423,15 +416,8 @@ class Opening:
         fetch: PeerFetch,
     ) -> LocalContents:
         record = self.candidate.record
-        where = str(self._files.run.root)
-        try:
-            counters = json.loads(parts["train_state"])
-            step = dict(counters["train_state"])["step"]
-            int(counters["num_floating_point_operations_so_far"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(where, f"holds no train state: {error}") from error
-        if type(step) is not int or step != record.iteration:
-            raise CorruptCheckpointError(where, f"is of step {step!r}")
+        where = f"{self._files.run.root}, iteration {record.iteration}"
+        counters = check_counters(parts["train_state"], record.iteration, where)
         manifest = Manifest(
             run_id=record.run_id,
             attempt=record.attempt,
