@@ -167,12 +167,6 @@ pre_hooks_of = attrgetter("_state_dict_pre_hooks")
 EXTRA_STATE = "_extra_state"
 """The last part of the name of a module's extra state. Part of the format of state dicts."""
 
-WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
-"""Name parts that DCP removes: of DDP, torch.compile and activation checkpointing.
-
-With other names, a state dict has names that are not bound, and is gathered by torch's getters.
-"""
-
 _SHARDING = "torch.distributed.fsdp._fully_shard."
 """Where FSDP2's own hooks are made. If they are made elsewhere: a hook of the user's."""
 _COMPILING = "torch._dynamo.eval_frame"

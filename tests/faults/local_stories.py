@@ -53,7 +53,8 @@ def place_on_disk(folder: Path) -> Iterator[Path]:
 def start(base: Path, *, step: int | None = None, **settings: Any) -> Job:
     """Start a process of the run."""
     local = {"directory": str(base / "local"), "keep": {"last": KEEP}, **settings.pop("local", {})}
-    return Job(base / "store", seed=1, local=local, load={"step": step}, **settings)
+    options = {"seed": 1, "load": {"step": step}, **settings}
+    return Job(base / "store", local=local, **options)
 
 
 @dataclass(frozen=True)

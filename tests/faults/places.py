@@ -7,9 +7,10 @@ faults.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.faults.jobs import Job, State, damages, load
 from tests.faults.local_crashes import check_is_tidy
 from tests.faults.local_stories import place_in_memory, place_on_disk
 from tests.faults.tiers import NEEDS_LOCAL
-from tests.support.kernel_calls import Tree, tree_of
+from tests.support.kernel_calls import KernelCalls, Tree, plant, tree_of
 
 
 @dataclass(frozen=True)
@@ -33,31 +34,47 @@ class Place:
     base: Path
     to_local: bool
     """Which tier that is."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Of every process, beside its own."""
 
     @property
     def label(self) -> str:
         """What stands before the rows of the table that this tier counts for."""
         return "local: " if self.to_local else ""
 
+    def inside(self, name: str) -> Place:
+        """Return a place for another run, below this one."""
+        (self.base / name).mkdir()
+        return replace(self, base=self.base / name)
+
+    def calls(self) -> KernelCalls:
+        """Return what sees the calls by which the tier that is tried changes what is there."""
+        return KernelCalls(self.base / ("local" if self.to_local else "store"))
+
     def start(self, *, step: int | None = None, **settings: Any) -> Job:
         """Start a process of the run."""
-        options = {**self.settings, **settings}
         if self.to_local:
-            return local_stories.start(self.base, step=step, **options)
-        return Job(self.base / "store", seed=1, load={"step": step}, **options)
+            return local_stories.start(self.base, step=step, **settings)
+        return Job(self.base / "store", **{"seed": 1, "load": {"step": step}, **settings})
 
     def save(self, job: Job) -> None:
         """Save in the tier that is tried."""
         job.save(to_local=self.to_local)
 
-    def newest(self) -> State:
+    def begin_save(self, job: Job) -> None:
+        """Save in the tier that is tried; with async_save return before it is written."""
+        job.begin_save(to_local=self.to_local)
+
+    def newest(self, **settings: Any) -> State:
         """Return what a fresh process loads."""
-        job = self.start()
+        job = self.start(**settings)
         found = load(job)
         job.close()
         return found
+
+    def newest_beside(self, **settings: Any) -> State:
+        """Return what one loads that sweeps nothing away of what a running job keeps."""
+        with tempfile.TemporaryDirectory(dir=self.base.parent) as folder:
+            plant(Path(folder), self.tree())
+            return replace(self, base=Path(folder)).newest(**settings)
 
     def tree(self) -> Tree:
         """Return all there is."""

@@ -9,11 +9,11 @@ import pytest
 
 from holdfast.errors import ConfigError
 from holdfast.filesystem import LocalFilesystem, is_memory
+from holdfast.storage.backend import pending_name
 from holdfast.tiers.local.shard_file import (
     RunDirectory,
     make_private_directory,
     parse_shard_name,
-    pending_name,
     shard_name,
 )
 from tests.unit.test_shard_trailer import FILE, RECORD

@@ -16,8 +16,9 @@ from torch.optim.optimizer import (
 from holdfast.format.items import Itemizer
 from holdfast.format.layout import Item
 from holdfast.format.proposals import structure_of
-from holdfast.state.app import AppState, Place
-from holdfast.state.estimate import Estimate, estimate
+from holdfast.state.app import AppState
+from holdfast.state.optimizer import Estimate, estimate
+from holdfast.state.small import Place
 from tests.support.managers import Live, step
 from tests.support.ranks import run_ranks
 from tests.support.states import FEATURES, MODELS, digest
@@ -82,7 +83,7 @@ def _look(live: Live) -> tuple[Estimate, Sequence[Item]]:
     app = AppState(live.model, live.optimizer, None, None, Place(0, 1, 0, 1))
     leaves = app.gather_leaves()
     items = Itemizer().describe(leaves.values, leaves.paths).items
-    return estimate(app.optimizers, leaves, items), items
+    return estimate(app.optimizers, leaves.values, items), items
 
 
 def _live(make: Make, model: nn.Module) -> Live:

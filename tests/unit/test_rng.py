@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from holdfast.state.codec import check_plain, decode, encode
-from holdfast.state.rank import apply_rng, capture_rng, reseed
+from holdfast.state.small import apply_rng, capture_rng, reseed
 from tests.support.states import draw_from_each_generator, rng_digests, seed_everything
 
 

@@ -73,8 +73,8 @@ def _write(staged: StagedShard, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     if not staged.is_empty:
         staged.write(PosixStorage(directory, LocalFilesystem()), None)
-    if staged.plan.metadata is not None:
-        (directory / ".metadata").write_bytes(staged.metadata())
+    if staged.plan.decision is not None:
+        (directory / ".metadata").write_bytes(staged.plan.metadata)
 
 
 def _read(directory: Path, like: dict[str, Any]) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def test_a_changed_structure_is_planned_anew_and_told(
 def test_metadata_is_made_when_it_is_asked_for() -> None:
     """`.metadata` names every item once, with its file, and is not encoded again."""
     staged = _Rank().stage(SingleProcess(), _leaves())
-    content = staged.metadata()
-    assert staged.metadata() is content
+    content = staged.plan.metadata
+    assert staged.plan.metadata is content
     found = pickle.loads(content)
     assert found.state_dict_metadata.keys() == _leaves().keys()
     assert {each.relative_path for each in found.storage_data.values()} == {"__0_0.distcp"}

@@ -20,8 +20,10 @@ from holdfast.errors import CheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.layout import read_index
 from holdfast.manager import DefaultCheckpointManager
-from holdfast.state.app import AppState, Place
-from holdfast.state.model import model_state, optimizer_state
+from holdfast.state.app import AppState
+from holdfast.state.model import read_model
+from holdfast.state.optimizer import OptimizerView, read_optimizers
+from holdfast.state.small import Place
 from tests.support.managers import Live, manager_of, step
 from tests.support.states import digest
 
@@ -602,8 +604,8 @@ def test_what_is_taken_in_place_is_what_the_getters_give(name: str) -> None:
     live = change.build()
     change.make(live)
     app = _app(live)
-    views: Any = app._optimizers
-    model, optimizer = model_state(app._model), optimizer_state(app._model, app.optimizers)
+    views: Any = [OptimizerView(each) for each in app.optimizers]
+    model, optimizer = read_model(app._model), read_optimizers(app._model, app.optimizers)
     if model is not None:
         expected = get_model_state_dict(app._model)
         assert list(model) == list(expected)

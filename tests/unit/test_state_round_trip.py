@@ -397,6 +397,17 @@ def test_without_strict_groups_may_differ(tmp_path: Path) -> None:
     step(live)
 
 
+def test_state_that_no_optimizer_takes_is_not_counted_as_restored(tmp_path: Path) -> None:
+    """Saved state of a parameter that is frozen now is left out, and not read either."""
+    saved, live = _named(a=2, b=2), _named(a=2, b=2)
+    step(saved)
+    saved.save(manager_of(tmp_path))
+    live.optimizer = torch.optim.AdamW(live.model["a"].parameters())  # type: ignore[index]
+    result = live.load(manager_of(tmp_path), strict=False)
+    assert result.restored["model"].tensors == 4
+    assert result.restored["optimizer"].tensors == 3 * 2
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_shapes_must_agree_either_way(tmp_path: Path, strict: bool) -> None:
     """A tensor of another shape is refused, strict or not, naming both shapes."""

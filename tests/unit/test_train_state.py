@@ -12,7 +12,7 @@ import torch
 
 from holdfast.errors import StateMismatchError, UnsupportedStateError
 from holdfast.protocol import GlobalState, TrainState
-from holdfast.state.counters import read_counters
+from holdfast.state.small import read_counters
 from tests.support.managers import linear, manager_of
 from tests.support.states import digest
 from tests.support.stores import reseal

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -150,19 +151,6 @@ def _keep_pace(
 logger = logging.getLogger(__name__)
 
 
-class _Metadata:
-    """The content of `.metadata`, encoded on first use and cached."""
-
-    def __init__(self, decision: Decision) -> None:
-        self._decision = decision
-        self._content: bytes | None = None
-
-    def content(self) -> bytes:
-        if self._content is None:
-            self._content = encode_metadata(self._decision)
-        return self._content
-
-
 @dataclass(frozen=True)
 class Share:
     """The items that a rank writes into one file, and their layout there."""
@@ -191,8 +179,14 @@ class ShardPlan:
     """Number of distinct names in the whole state."""
     structures: Sequence[bytes] | None = None
     """On rank 0: of every rank."""
-    metadata: _Metadata | None = None
-    """On rank 0."""
+    decision: Decision | None = None
+    """On rank 0: of the whole state."""
+
+    @cached_property  # asked for by the first save of a plan, off the training thread
+    def metadata(self) -> bytes:
+        """The content of `.metadata`, on rank 0."""
+        assert self.decision is not None
+        return encode_metadata(self.decision)
 
 
 @dataclass(frozen=True)
@@ -229,11 +223,6 @@ class StagedShard:
         name = self.plan.name
         writing = files.put_from(name)
         return write_shard(writing, name, self.image, self.progress, bytes_per_second)
-
-    def metadata(self) -> bytes:
-        """Return the content of `.metadata`, on rank 0."""
-        assert self.plan.metadata is not None
-        return self.plan.metadata.content()
 
 
 class ShardSaver:
@@ -365,7 +354,7 @@ def _make_plan(
         shard_name(coordinator.rank),
         division.state_names,
         structures,
-        _Metadata(division.decisions[0]) if division.decisions else None,
+        division.decisions[0] if division.decisions else None,
     )
 
 

@@ -11,46 +11,122 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import Optimizer
 
-from holdfast.errors import UnsupportedStateError
-from holdfast.format.dcp import flatten, put
+from holdfast.format.dcp import KeyPath, flatten, is_leaf, put
 from holdfast.protocol import Stateful
-from holdfast.state.bindings import Bindings, Leaves
-from holdfast.state.codec import check_plain
+from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import (
     Differences,
     SavedTensors,
+    check_kind,
     compare_model,
-    finish_optimizers,
-    has_landed,
+    describe_left_out,
     is_extra,
 )
-from holdfast.state.model import (
-    OptimizerView,
-    ask_model,
-    ask_optimizers,
-    check_reachable,
-    model_state,
-    optimizer_state,
-    run_each,
-)
-from holdfast.state.rank import Place, apply_data, capture_rng, check_data
+from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
+from holdfast.state.optimizer import OptimizerWalk, optimizer_state, restore_optimizers
+from holdfast.state.small import Place, apply_data, capture_rng, check_data
 from holdfast.torch_internals import local_of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Model and optimizer as flat named leaves, referring to live tensors."""
+
+    values: Mapping[str, Any]
+    """Tensors and plain values by DCP's flat name."""
+    paths: Mapping[str, KeyPath]
+    """The nested keys of each name: strings for mappings, integers for lists."""
+    changed_by_steps: frozenset[str]
+    """Names that only an optimizer step changes: trainable parameters, optimizer state."""
+    hollow: tuple[tuple[str, ...], ...] = ()
+    """The nested keys of mappings without a leaf, which have no name."""
+
+
+class Bindings:
+    """Where the leaves of one model and its optimizers are, for the saves that follow.
+
+    A full capture builds, names and flattens whole state dicts; `follow` only looks every leaf up
+    again. It is never silently stale: what was added, removed, replaced or hooked since requires a
+    full capture.
+    """
+
+    def __init__(
+        self, model: ModelWalk, optimizers: Sequence[OptimizerWalk], leaves: Leaves
+    ) -> None:
+        """Use `bind`."""
+        self._model = model
+        self._optimizers = optimizers
+        self._leaves = leaves
+
+    @classmethod
+    def bind(
+        cls, root: nn.Module, optimizers: Sequence[Optimizer], leaves: Leaves
+    ) -> Bindings | None:
+        """Find every leaf; None: one has no place where it could be looked up again."""
+        model = ModelWalk.find(root)
+        if model is None:
+            return None
+        walks = OptimizerWalk.find_all(optimizers, model.parameter_names())
+        if walks is None:
+            return None
+        bindings = cls(model, walks, replace(leaves, values={}))
+        live = bindings._collect()
+        are_found = (
+            live is not None
+            and list(live) == list(leaves.values)
+            and all(map(_is_same, leaves.values.values(), live.values()))
+        )
+        return bindings if are_found else None
+
+    def follow(self, root: nn.Module, optimizers: Sequence[Optimizer]) -> Leaves | None:
+        """Return the current leaves; None: something changed and must be bound again."""
+        if not self._model.holds(root) or len(optimizers) != len(self._optimizers):
+            return None
+        if not all(
+            walk.holds(each) for walk, each in zip(self._optimizers, optimizers, strict=True)
+        ):
+            return None
+        if self._model.run_hooks() and not self._model.holds(root):
+            return None
+        live = self._collect()
+        return None if live is None else replace(self._leaves, values=live)
+
+    def _collect(self) -> dict[str, Any] | None:
+        """Return the live leaves in the order of a full capture; None: some are not there."""
+        found = self._model.values()
+        is_there = all(each.add_state(found) for each in self._optimizers)
+        is_there = is_there and all(each.add_groups(found) for each in self._optimizers)
+        return found if is_there else None
+
+
+def _is_same(leaf: Any, live: Any) -> bool:
+    """Whether a leaf from a getter is this live value and not a copy of it."""
+    if leaf is live:
+        return True
+    if not isinstance(live, torch.Tensor):
+        return is_leaf(live) and type(leaf) is type(live)
+    if not isinstance(leaf, torch.Tensor) or leaf.shape != live.shape or leaf.dtype != live.dtype:
+        return False
+    one, other = local_of(leaf), local_of(live)
+    return (
+        type(leaf) in (type(live), torch.Tensor)
+        and one.layout is other.layout is torch.strided
+        and one.device == other.device
+        and one.shape == other.shape
+        and one.data_ptr() == other.data_ptr()
+        and one.stride() == other.stride()
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +164,6 @@ class AppState:
         else:
             optimizers = [optimizer]
         self.optimizers = optimizers
-        self._optimizers = [OptimizerView(each) for each in optimizers]
         self._scheduler = scheduler
         self._given_data = data
         self._data = data if isinstance(data, Stateful) else None
@@ -161,17 +236,16 @@ class AppState:
         """
         _, model, optimizer = run_each(
             lambda: check_reachable(self._optimized),
-            self._model_state,
-            lambda: self._optimizer_state() if self._optimizers else None,
+            lambda: model_state(self._model),
+            lambda: optimizer_state(self._model, self.optimizers) if self.optimizers else None,
         )
         tensors: dict[str, Any] = {"model": model}
         if optimizer is not None:
             tensors["optimizer"] = optimizer
         for key, value in tensors.items():
             check_plain(value, key)
-            _check_keys(value, key)
+            check_keys(value, key)
         flat, paths = flatten(tensors)
-        check_reachable(flat)
         stepped = {
             _address(parameter)
             for optimizer in self.optimizers
@@ -188,8 +262,7 @@ class AppState:
                 or (paths[name][0] == "model" and _address(value) in stepped)
             )
         )
-        hollow = tuple(_find_hollow(tensors))
-        return Leaves(flat, paths, changed_by_steps, hollow)
+        return Leaves(flat, paths, changed_by_steps, tuple(_find_hollow(tensors)))
 
     def look(self) -> None:
         """Look up model and optimizers: it may run collectives, and nothing later in the load does.
@@ -198,7 +271,7 @@ class AppState:
             Exception: whatever torch's getters or a hook raised.
         """
         run_each(
-            lambda: self._live_model, lambda: self._live_optimizer if self._optimizers else None
+            lambda: self._live_model, lambda: self._live_optimizer if self.optimizers else None
         )
 
     def check(
@@ -207,22 +280,27 @@ class AppState:
         saved: SavedTensors | None,
         shared: Mapping[str, Any],
         rank: Mapping[str, Any],
+        *,
         strict: bool,
+        accept_data_restart: bool,
     ) -> None:
         """Compare names, shapes and types with a checkpoint's, touching nothing.
 
         `saved` None: model and optimizer are left alone.
 
         Raises:
-            StateMismatchError: shapes differ, nothing fits, or `strict` and anything else does.
+            StateMismatchError: shapes or kinds of optimizers differ, nothing fits, or `strict` and
+                anything else does not.
             UnsupportedStateError: live tensors that no value could be restored into.
+            DataReshardError: another data-parallel size, and the iterator cannot reshard.
         """
         found = Differences()
         if saved is not None:
+            check_kind(self.optimizers, saved.option_names(), path)
             live = self._live_model
             self._check_reachable(live, saved)
             found = compare_model(live, saved, path, strict)
-            if self._optimizers:
+            if self.optimizers:
                 live_names, saved_names = self._parameter_names, saved.parameter_names()
                 found.missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
                 found.unexpected += [
@@ -236,8 +314,16 @@ class AppState:
         if self._place.rank == 0:
             if (summary := found.summary()) is not None:
                 logger.warning("%s is loaded in part. %s", path, summary)
-            for left_out in self._not_asked_for(saved, shared, rank):
-                logger.warning("%s: %s", path, left_out)
+            here = {
+                "optimizer": bool(self.optimizers),
+                "scheduler": self._scheduler is not None,
+                "data": self._data is not None,
+            }
+            absent = {name for name, is_here in here.items() if not is_here} - self._kept
+            for each in describe_left_out(absent, saved, shared, rank, self._given_data):
+                logger.warning("%s: %s", path, each)
+        if self._data is not None:
+            check_data(self._data, rank, self._place, path, accept_data_restart)
 
     def _check_reachable(self, live: Mapping[str, Any], saved: SavedTensors) -> None:
         """Refuse live tensors that no value could be restored into.
@@ -251,7 +337,7 @@ class AppState:
         )
         # Those that an optimizer was given before the model was materialised are in no model.
         check_reachable(self._optimized)
-        if self._optimizers:
+        if self.optimizers:
             check_reachable(
                 {
                     f"optimizer.state.{owner}.{key}": value
@@ -270,108 +356,62 @@ class AppState:
             for position, parameter in enumerate(group["params"])
         }
 
-    def _not_asked_for(
-        self, saved: SavedTensors | None, shared: Mapping[str, Any], rank: Mapping[str, Any]
-    ) -> Iterator[str]:
-        """Yield what the checkpoint holds and this load has no object for."""
-        kept = self._kept
-        if (
-            "optimizer" not in kept
-            and saved is not None
-            and not self._optimizers
-            and saved.parameter_names()
-        ):
-            yield "it holds optimizer state, and this load was given no optimizer: left out"
-        if (
-            "scheduler" not in kept
-            and self._scheduler is None
-            and shared.get("scheduler") is not None
-        ):
-            yield "it holds scheduler state, and this load was given no scheduler: left out"
-        if "data" not in kept and self._data is None and rank.get("data") is not None:
-            given = self._given_data
-            why = "was given no data iterator"
-            if given is not None:
-                why = f"was given a {type(given).__name__}, which has no load_state_dict"
-            yield (
-                f"it holds a data position, and this load {why}: left out. Give it to an iterator "
-                "that is built later with restore_data(iterator)"
-            )
-
     def targets(self, saved: SavedTensors) -> dict[str, torch.Tensor]:
         """Return the tensors to fill, by flat name: live ones where they exist, else new ones."""
         live = self._live_model
-        state = self._live_optimizer["state"] if self._optimizers else {}
+        state = self._live_optimizer["state"] if self.optimizers else {}
         found = {}
         for name, source in saved.tensors.items():
             path = saved.key_paths[name]
-            if path[0] == "model":
-                target = live.get(f"model.{path[1]}")
-                if isinstance(target, torch.Tensor) and not is_extra(name):
-                    found[name] = target
-                elif f"model.{path[1]}" in live:  # part of a module's extra state
-                    found[name] = _new(source)
-            elif not self._optimizers:
+            if not self._takes(path):  # as `check` has said
                 continue
-            elif path[1] != "state":  # a learning rate kept as a tensor, say
-                found[name] = _new(source)
-            elif isinstance(parameter := live.get(f"model.{path[2]}"), torch.Tensor):
+            target: Any = None
+            if path[0] == "model":
+                # A part of a module's extra state is given to the module, which may copy it.
+                target = None if is_extra(name) else live[MODEL + path[1]]
+            elif path[1] == "state":
                 present = state.get(path[2], {}).get(path[3]) if len(path) == 4 else None
-                found[name] = _fitting(present, parameter, source)
-            # else left out, as `check` has said
+                target = _fitting(present, live.get(MODEL + path[2]), source)
+            found[name] = target if isinstance(target, torch.Tensor) else _new(source)
         return found
+
+    def _takes(self, path: Sequence[Any]) -> bool:
+        """Whether saved state with these nested keys has a place here."""
+        if path[0] == "model":
+            return MODEL + path[1] in self._live_model
+        return bool(self.optimizers) and (path[1] != "state" or path[2] in self._parameter_names)
 
     def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> bool:
         """Give model and optimizer their state; `filled` holds tensors and values by flat name.
 
         Returns whether the optimizer got any.
         """
-        options = StateDictOptions(strict=False)  # `check` has compared the names
-        live = self._live_model
-        known = self._parameter_names if self._optimizers else set()
+        known = self._parameter_names if self.optimizers else set()
         nested: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}}
         parts: list[tuple[Sequence[Any], Any]]
         parts = [(path, {}) for path in saved.hollow if path[2:] or path[0] == "model"]
         parts += [(saved.key_paths[name], value) for name, value in filled.items()]
         for path, value in parts:
-            if path[0] == "model":
-                belongs = f"model.{path[1]}" in live
-            else:
-                belongs = path[1] != "state" or path[2] in known
-            if belongs:
+            if self._takes(path):
                 put(nested, path, value)
 
-        def give_model() -> None:
-            restored = {f"model.{name}": value for name, value in nested["model"].items()}
-            if not has_landed(self._model, live, restored):
-                set_model_state_dict(self._model, nested["model"], options=options)
-
         def give_optimizers() -> bool:
-            if not known & saved.parameter_names():
+            saved_names = saved.parameter_names()
+            if not known & saved_names:
                 return False
-            if not finish_optimizers(self.optimizers, self._live_optimizer, nested["optimizer"]):
-                self._keep_unknown(nested["optimizer"], known - saved.parameter_names())
-                views: Any = self._optimizers
-                set_optimizer_state_dict(self._model, views, nested["optimizer"], options=options)
+            restore_optimizers(
+                self._model,
+                self.optimizers,
+                self._live_optimizer,
+                nested["optimizer"],
+                known - saved_names,
+            )
             return True
 
-        _, has_optimizer = run_each(give_model, give_optimizers)
+        _, has_optimizer = run_each(
+            lambda: restore_model(self._model, self._live_model, nested["model"]), give_optimizers
+        )
         return bool(has_optimizer)
-
-    def _keep_unknown(self, restored: dict[str, Any], unknown: set[str]) -> None:
-        """Add the live state of parameters without saved state: an optimizer takes all its state at
-        once, and drops what it is not given.
-        """
-        if not unknown:
-            return
-        live = self._live_optimizer
-        restored["state"].update({name: live["state"][name] for name in unknown & {*live["state"]}})
-        groups = [
-            {**group, "params": [name for name in group["params"] if name in unknown]}
-            for group in live["param_groups"]
-        ]
-        # First: the options of a group that both sides have are the checkpoint's.
-        restored["param_groups"] = groups + restored["param_groups"]
 
     def apply_scheduler(self, shared: Mapping[str, Any]) -> bool:
         """Give the scheduler its state, where both sides have one; return whether they have."""
@@ -380,35 +420,19 @@ class AppState:
         self._scheduler.load_state_dict(shared["scheduler"])
         return True
 
-    def check_data(self, rank: Mapping[str, Any], path: str, accept_restart: bool) -> None:
-        """Check early whether the data state can be restored, touching nothing; see `state.rank`.
-
-        Raises:
-            DataReshardError: another data-parallel size, and the loader cannot reshard.
-        """
-        if self._data is not None:
-            check_data(self._data, rank, self._place, path, accept_restart)
-
     def apply_data(self, states: Sequence[Mapping[str, Any]]) -> bool:
-        """Restore the data position from these ranks' states; see `state.rank`."""
+        """Restore the data position from these ranks' states; see `state.small`."""
         return self._data is not None and apply_data(self._data, states, self._place)
 
     @cached_property
     def _live_model(self) -> dict[str, Any]:
         """The model's state as it was when first asked for; its tensors stay the live ones."""
-        return {f"model.{name}": each for name, each in self._model_state().items()}
+        return {MODEL + name: each for name, each in model_state(self._model).items()}
 
     @cached_property
     def _live_optimizer(self) -> dict[str, Any]:
         """The optimizers' state, likewise."""
-        return self._optimizer_state()
-
-    def _model_state(self) -> dict[str, Any]:
-        return model_state(self._model) or ask_model(self._model)
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        state = optimizer_state(self._model, self.optimizers)
-        return ask_optimizers(self._model, self._optimizers) if state is None else state
+        return optimizer_state(self._model, self.optimizers)
 
     @cached_property
     def _parameter_names(self) -> set[str]:
@@ -432,31 +456,12 @@ def _find_hollow(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterat
             yield from _find_hollow(each, (*path, key))
 
 
-def _check_keys(value: Any, place: str) -> None:
-    """Refuse keys that are no strings: DCP would restore them as strings.
-
-    Raises:
-        UnsupportedStateError: naming the first such key.
-    """
-    if isinstance(value, Mapping):
-        for key, each in value.items():
-            if not isinstance(key, str):
-                raise UnsupportedStateError(
-                    f"the key {key!r} of {place} is no string, and would be restored as one.\n"
-                    "Use strings as keys in what get_extra_state and the optimizer return."
-                )
-            _check_keys(each, f"{place}.{key}")
-    elif isinstance(value, list):
-        for position, each in enumerate(value):
-            _check_keys(each, f"{place}[{position}]")
-
-
 def _new(saved: TensorStorageMetadata) -> torch.Tensor:
     return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
 
-def _fitting(present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata) -> torch.Tensor:
-    """Return the tensor to read optimizer state into, placed as its parameter where it fits."""
+def _fitting(present: Any, parameter: Any, saved: TensorStorageMetadata) -> torch.Tensor | None:
+    """Return the tensor to read optimizer state into, placed as its parameter; None: none fits."""
     dtype = saved.properties.dtype
     if (
         isinstance(present, torch.Tensor)
@@ -464,6 +469,6 @@ def _fitting(present: Any, parameter: torch.Tensor, saved: TensorStorageMetadata
         and present.dtype == dtype
     ):
         return present
-    if saved.size == parameter.size():
+    if isinstance(parameter, torch.Tensor) and saved.size == parameter.size():
         return torch.empty_like(parameter, dtype=dtype)
-    return _new(saved)
+    return None

@@ -1,9 +1,11 @@
-"""Small state as bytes that can be read back without running code, and the config as YAML.
+"""Which values can be saved, and small state as bytes.
 
-Owns the check before writing and the only encoding of such values: everything written here can be
-read by weights-only loading; anything else is refused at the save. Also owns the composed config of
-a run as YAML for people: readable output for any config, never an error, never read back by
-holdfast. Knows no files, only bytes.
+Owns the checks before writing and the only encoding of small values: everything written here can be
+read by weights-only loading, without running code. Anything else is refused at the save, and so are
+tensors that no dense bytes can be taken from or copied into (meta, sparse, quantised, MKL-DNN,
+nested), each by name and with the remedy. Also owns the composed config of a run as YAML for
+people: readable output for any config, never an error, never read back by holdfast. Knows no files,
+only bytes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,32 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
 from holdfast.errors import CorruptCheckpointError, UnsupportedStateError, is_process_failure
-from holdfast.state.model import check_reachable
+from holdfast.torch_internals import local_of
 
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 )
 _SEQUENCES = (list, tuple, set)
 _MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
+_SHOWN = 5
+"""Names that one message lists."""
+_META = "on the meta device, with no memory to hold values"
+_SPARSE = "not dense"
+_QUANTISED = "quantised"
+_SHARDED = "a ShardedTensor, as FSDP1 makes without a device mesh"
+_OVERLAPPING = "of elements that share memory (expanded)"
+_REMEDIES = {
+    _META: "Materialise first: build the model, call model.to_empty(device=...), make the "
+    "optimizer from its parameters, then load or save.",
+    _SPARSE: "Keep it out of the state (register_buffer(..., persistent=False)) and build it from "
+    "dense parts, such as its indices and values, which can be saved.",
+    _QUANTISED: "Save the model before it is quantised, or keep int_repr(), scale and zero point "
+    "as plain buffers.",
+    _SHARDED: "Pass device_mesh= to FullyShardedDataParallel, or use fully_shard: their parameters "
+    "are DTensors, which can be saved.",
+    _OVERLAPPING: "Give it memory of its own, with .clone() or .contiguous(), before loading.",
+}
+_DENSE = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def check_plain(value: Any, name: str) -> None:
@@ -52,6 +73,66 @@ def check_plain(value: Any, name: str) -> None:
             "read back only by running code from the checkpoint.\nUse tensors, numbers, strings, "
             "and lists or dicts of them in state_dict()."
         ) from error
+
+
+def check_keys(value: Any, place: str) -> None:
+    """Refuse keys that are no strings: DCP would restore them as strings.
+
+    Raises:
+        UnsupportedStateError: naming the first such key.
+    """
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise UnsupportedStateError(
+                    f"the key {key!r} of {place} is no string, and would be restored as one.\n"
+                    "Use strings as keys in what get_extra_state and the optimizer return."
+                )
+            check_keys(each, f"{place}.{key}")
+    elif isinstance(value, list):
+        for position, each in enumerate(value):
+            check_keys(each, f"{place}[{position}]")
+
+
+def check_reachable(state: Mapping[str, Any], *, written_to: bool = False) -> None:
+    """Refuse tensors whose values cannot be saved; `written_to`: or not be restored in place.
+
+    Raises:
+        UnsupportedStateError: naming the tensors of the first kind found.
+    """
+    found: dict[str, list[str]] = {}
+    for name, value in state.items():
+        reason = _why_not(value, written_to) if isinstance(value, torch.Tensor) else None
+        if reason is not None:
+            layout = f" ({local_of(value).layout})" if reason == _SPARSE else ""
+            found.setdefault(reason, []).append(name + layout)
+    for reason, names in found.items():
+        listed = ", ".join(names[:_SHOWN])
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        verb = "is" if len(names) == 1 else "are"
+        raise UnsupportedStateError(f"{listed}{more} {verb} {reason}.\n{_REMEDIES[reason]}")
+
+
+def _why_not(value: torch.Tensor, written_to: bool) -> str | None:
+    if type(value).__name__ == "ShardedTensor":  # by name: its module is torch's own, and may move
+        return _SHARDED
+    tensor = local_of(value)
+    if tensor.device.type == "meta":
+        return _META
+    if tensor.layout is not torch.strided:
+        return _SPARSE
+    if tensor.is_quantized:
+        return _QUANTISED
+    if written_to and type(tensor) in _DENSE and _overlaps(tensor):
+        return _OVERLAPPING
+    return None
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    return 0 in tensor.stride() and any(
+        stride == 0 and size > 1
+        for stride, size in zip(tensor.stride(), tensor.size(), strict=True)
+    )
 
 
 def encode(value: Any) -> bytes:

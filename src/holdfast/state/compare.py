@@ -1,37 +1,39 @@
-"""Compare a checkpoint with the live state, and skip load_state_dict for tensors read in place.
+"""Compare what a checkpoint holds with the live state, changing nothing.
 
-Owns the comparison of names, shapes and types: what is missing, left over or different, whether
-anything fits at all, and which prefix would make it fit. Reads no values of either side.
-
-Also owns whether torch's setters are needed at all: they walk every module and rebuild every
-dictionary to copy tensors onto themselves. `has_landed` returns whether all restored state of a
-model was read into its own tensors; `finish_optimizers` restores what else an optimizer has. Both
-apply only to state dicts that nothing overrides or hooks.
+Owns what is missing, left over or different by names, shapes and types, whether anything fits at
+all, and which prefix would make it fit; which kind of optimizer was saved; and which live options
+differ from the saved ones. Everything that differs is said in one error or one sentence. Reads no
+tensor of either side.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.errors import NothingFitsError, StateMismatchError
-from holdfast.torch_internals import (
-    EXTRA_STATE,
-    has_default_loading,
-    optimizer_has_default_loading,
-)
+from holdfast.state.overrides import Overrides, walk_schedules
+from holdfast.torch_internals import EXTRA_STATE, NESTED_SCHEDULES, nested_schedules
 
 _SHOWN = 3
 """Names that one message lists."""
-_MODEL = "model."
+_OF_SCHEDULERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+)
+"""Options that torch's schedulers add to groups."""
+_PROGRESS = frozenset({"last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter"})
+_RATES = ("base_lrs", "max_lrs", "min_lrs")
+"""Scheduler attributes that hold a constructor argument expanded to one value per group."""
+_DRIVEN = ("lr", "weight_decay", "momentum", "betas")
+"""Options that a scheduler other than torch's may change."""
 
 
 @dataclass(frozen=True)
@@ -55,33 +57,30 @@ class SavedTensors:
 
     def parameter_names(self) -> set[str]:
         """Return the names of the parameters that the saved optimizer had."""
-        return {
-            name
-            for key, path in self.key_paths.items()
-            if path[:2] == ("optimizer", "param_groups") and path[3:] == ("params",)
-            for name in self.values[key]
-        }
+        lists = [self.values[name] for name, path in self._options() if path[3:] == ("params",)]
+        return set[str]().union(*lists)
 
     def option_names(self) -> set[str]:
         """Return the names of the options that saved groups of parameters have."""
-        return {
-            path[3]
-            for path in self.key_paths.values()
-            if path[:2] == ("optimizer", "param_groups") and len(path) > 3
-        }
+        return {path[3] for _, path in self._options()}
 
     def groups(self, filled: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Return the options of each saved group of parameters, in order.
+        """Return the options of each saved group of parameters, in order; no nested ones.
 
         `filled`: tensors already read, for options that are tensors; None: leave those out.
         """
+        values = {**(filled or {}), **self.values}
         found: dict[int, dict[str, Any]] = {}
-        for name, path in self.key_paths.items():
-            if path[:2] == ("optimizer", "param_groups") and len(path) == 4:
-                values = self.values if name in self.values else filled or {}
-                if name in values:
-                    found.setdefault(path[2], {})[path[3]] = values[name]
+        for name, path in self._options():
+            if len(path) == 4 and name in values:
+                found.setdefault(path[2], {})[path[3]] = values[name]
         return [found[number] for number in sorted(found)]
+
+    def _options(self) -> Iterator[tuple[str, Sequence[Any]]]:
+        """Yield the flat name and the nested keys of each value in a group of parameters."""
+        for name, path in self.key_paths.items():
+            if path[:2] == ("optimizer", "param_groups") and len(path) > 3:
+                yield name, path
 
 
 @dataclass
@@ -136,6 +135,31 @@ def compare_model(
         sorted(names - set(live)),
         _find_different(live, saved.tensors, strict),
     )
+
+
+def describe_left_out(
+    absent: Collection[str],
+    saved: SavedTensors | None,
+    shared: Mapping[str, Any],
+    rank: Mapping[str, Any],
+    given_data: Any | None,
+) -> Iterator[str]:
+    """Yield what the checkpoint holds of components that this load has no object for.
+
+    `given_data`: what was given for the data position and cannot take it, if anything.
+    """
+    if "optimizer" in absent and saved is not None and saved.parameter_names():
+        yield "it holds optimizer state, and this load was given no optimizer: left out"
+    if "scheduler" in absent and shared.get("scheduler") is not None:
+        yield "it holds scheduler state, and this load was given no scheduler: left out"
+    if "data" in absent and rank.get("data") is not None:
+        why = "was given no data iterator"
+        if given_data is not None:
+            why = f"was given a {type(given_data).__name__}, which has no load_state_dict"
+        yield (
+            f"it holds a data position, and this load {why}: left out. Give it to an iterator "
+            "that is built later with restore_data(iterator)"
+        )
 
 
 def suggest_prefix(live: Iterable[str], held: Iterable[str]) -> str | None:
@@ -206,57 +230,127 @@ def _find_different(
     return different
 
 
-def has_landed(model: nn.Module, live: Mapping[str, Any], restored: Mapping[str, Any]) -> bool:
-    """Whether every restored entry of a model is the live tensor in its state dict."""
-    return all(map(has_default_loading, model.modules())) and _are_same(restored, live)
+def check_kind(optimizers: Sequence[Optimizer], saved: Collection[str], path: str) -> None:
+    """Refuse groups that another kind of optimizer saved; `saved`: the options that they have.
 
+    Each side has options then that the other lacks. Options of one side alone are those of another
+    version of torch, or were added by a scheduler.
 
-def finish_optimizers(
-    optimizers: Sequence[Optimizer], live: Mapping[str, Any], restored: Mapping[str, Any]
-) -> bool:
-    """Restore the options of optimizers whose tensors were read in place.
-
-    `live` and `restored` are nested as torch's getter returns them. False: nothing was changed,
-    since names, groups or options differ, or hooks or overrides are involved.
+    Raises:
+        StateMismatchError: with the options of both sides.
     """
-    groups, saved_groups = live["param_groups"], restored.get("param_groups", ())
-    own_groups = [group for each in optimizers for group in each.param_groups]
-    if not (
-        all(map(optimizer_has_default_loading, optimizers))
-        and len(own_groups) == len(groups) == len(saved_groups)
-        and live["state"].keys() == restored["state"].keys()
-        and all(map(_is_alike, own_groups, groups, saved_groups))
-        and all(
-            live["state"][name].keys() == state.keys() and _are_same(state, live["state"][name])
-            for name, state in restored["state"].items()
-        )
-    ):
-        return False
-    for group, saved in zip(own_groups, saved_groups, strict=True):
-        group.update({key: deepcopy(saved[key]) for key in saved if key != "params"})
-    for each in optimizers:
-        # The last step of torch's own load_state_dict: some optimizers upgrade older state here.
-        each.__setstate__({"state": each.state, "param_groups": each.param_groups})
-    return True
+    for optimizer in optimizers if saved else ():
+        live = set[str]().union(*(group.keys() for group in optimizer.param_groups)) - {"params"}
+        lacking = (live & _arguments(type(optimizer))) - set(saved)
+        unknown = set(saved) - live - {"params"} - _OF_SCHEDULERS
+        if lacking and unknown:
+            error = StateMismatchError(
+                path,
+                [f"optimizer.param_groups.{each}" for each in sorted(lacking)],
+                [f"optimizer.param_groups.{each}" for each in sorted(unknown)],
+                strict=False,
+            )
+            error.message += (
+                f"\nAnother optimizer than this {type(optimizer).__name__} was saved: "
+                "load.override=[optimizer] keeps this one beside the saved model."
+            )
+            raise error
 
 
-def _are_same(restored: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
-    return all(
-        isinstance(value, torch.Tensor) and live.get(name) is value
-        for name, value in restored.items()
-    )
+def describe_options(
+    optimizers: Sequence[Optimizer],
+    saved_groups: Sequence[Mapping[str, Any]],
+    scheduler: Any | None,
+    saved_scheduler: Any | None,
+    overrides: Overrides,
+) -> str | None:
+    """Report every option of restored objects that differs, and how to keep it; None: none does.
 
-
-def _is_alike(own: Mapping[str, Any], live: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
-    """Whether a group has the same parameters in the same order, and the same plain options."""
+    Compared is what was chosen as an argument of a constructor. What a schedule changes during
+    training is not a choice.
+    """
+    schedule = scheduler if saved_scheduler is not None else None
+    reported: list[str] = []
+    names: list[str] = []
+    groups = [(each, group) for each in optimizers for group in each.param_groups]
+    if len(groups) == len(saved_groups):
+        for number, ((optimizer, group), saved) in enumerate(
+            zip(groups, saved_groups, strict=True)
+        ):
+            for key, live, old in _differing(optimizer, group, saved, schedule):
+                name = f"optimizer.{key}"
+                if name not in overrides.names:
+                    where = f" (group {number})" if len(groups) > 1 else ""
+                    reported.append(f"{name}{where} is {live} here and was {old}")
+                    names.append(name)
+    if isinstance(schedule, LRScheduler):
+        rate_is_reported = "optimizer.lr" in (*names, *overrides.names)
+        for key, live, old in _differing_schedule(
+            schedule, schedule.state_dict(), saved_scheduler or {}
+        ):
+            if not (rate_is_reported and key == "base_lrs"):
+                reported.append(f"scheduler.{key} is {live} here and was {old}")
+                names.append("scheduler")
+    if not reported:
+        return None
+    keep = ",".join(dict.fromkeys(names))
     return (
-        own.keys() == live.keys() == saved.keys()
-        and len(own["params"]) == len(live["params"])
-        and live["params"] == saved["params"]
-        and not any(
-            isinstance(each, torch.Tensor)
-            for key in saved
-            if key != "params"
-            for each in (own[key], saved[key])
-        )
+        f"options of this run differ from the saved ones, which are used: {'; '.join(reported)}. "
+        f"checkpoint.load.override=[{keep}] keeps those of this run"
     )
+
+
+def _differing(
+    optimizer: Optimizer, group: Mapping[str, Any], saved: Mapping[str, Any], schedule: Any | None
+) -> Iterator[tuple[str, Any, Any]]:
+    chosen = _arguments(type(optimizer))
+    driven: set[str] = set()
+    if isinstance(schedule, LRScheduler):
+        driven = {"lr"}
+        if any(getattr(each, "cycle_momentum", False) for each in walk_schedules(schedule)):
+            driven |= {"momentum", "betas"}
+    elif schedule is not None:
+        driven = set(_DRIVEN)
+    for key in sorted(group.keys() & saved.keys() & chosen - {"params"}):
+        live, old = group[key], saved[key]
+        if key in driven:
+            if key != "lr" or "initial_lr" not in group or "initial_lr" not in saved:
+                continue
+            live, old = group["initial_lr"], saved["initial_lr"]
+        live, old = _comparable(live), _comparable(old)
+        if live != old:
+            yield key, live, old
+
+
+def _differing_schedule(
+    schedule: Any, live: Mapping[str, Any], saved: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    chosen = _arguments(type(schedule)) - _PROGRESS
+    for key in sorted(live.keys() & saved.keys()):
+        if key == NESTED_SCHEDULES:
+            parts = zip(nested_schedules(schedule), live[key], saved[key], strict=False)
+            for each in parts:
+                yield from _differing_schedule(*each)
+        elif key.lstrip("_") in chosen or key in _RATES:
+            one, other = _comparable(live[key]), _comparable(saved[key])
+            if one != other:
+                yield key.lstrip("_"), one, other
+
+
+def _arguments(kind: type) -> set[str]:
+    """Return the parameter names of a class's constructor and of its base classes'."""
+    found: set[str] = set()
+    for each in kind.__mro__:
+        if "__init__" in vars(each) and each is not object:
+            found |= set(inspect.signature(vars(each)["__init__"]).parameters)
+    return found
+
+
+def _comparable(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # a torch or numpy value
+        return _comparable(value.tolist())
+    if isinstance(value, list | tuple):
+        return tuple(map(_comparable, value))
+    if isinstance(value, Mapping):
+        return {key: _comparable(each) for key, each in value.items()}
+    return value

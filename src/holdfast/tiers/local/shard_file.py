@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -36,7 +35,7 @@ from holdfast.errors import (
 from holdfast.filesystem import Filesystem, naming, why_not_private
 from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
 from holdfast.read.direct import Part, read_expected, read_verified
-from holdfast.storage.backend import PENDING_MARK, Storage
+from holdfast.storage.backend import PENDING_MARK, REPLACED_MARK, Storage, replaced_name
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
 from holdfast.storage.posix import PosixStorage, make_durable_directory, read_bytes, replace_file
@@ -213,7 +212,6 @@ def _split(states: bytes, sizes: Any) -> dict[str, bytes]:
 
 STORE_NAME = "store.txt"
 """In a run's directory: the path of the store that holds its persistent checkpoints."""
-REPLACED_MARK = ".replaced-"
 _NUMBER = "[0-9]{7}|[1-9][0-9]{7,}"
 _SHARD = re.compile(
     rf"iter_({_NUMBER})_(0|[1-9][0-9]*)_local\.pt({re.escape(REPLACED_MARK)}[0-9a-f]{{8}})?"
@@ -234,11 +232,6 @@ def parse_shard_name(name: str) -> tuple[int, int] | None:
     """Return the iteration and the owner in a shard's name; None: not the name of a shard."""
     match = _SHARD.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else None
-
-
-def pending_name(stem: str) -> str:
-    """Return a unique name for a file that does not count, either not yet or no longer."""
-    return f"{stem}{PENDING_MARK}{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
@@ -363,7 +356,7 @@ class RunDirectory:
         final = self.rank_directory(rank) / shard_name(iteration, owner)
         replaced = None
         if final.name in self._names(rank):
-            replaced = final.with_name(f"{final.name}{REPLACED_MARK}{secrets.token_hex(4)}")
+            replaced = final.with_name(replaced_name(final.name))
             self.filesystem.rename(final, replaced)
         self.filesystem.rename(pending, final)  # visible from here
         return final, replaced

@@ -1,29 +1,23 @@
-"""What keeps its live value in a load, and which live options differ from the saved ones.
+"""What keeps its live value in a load.
 
 Owns the names that `load.override` accepts and how a live value survives a restore. Unknown names
 and schedules that cannot be rescaled are refused before anything is changed. With a restored
 schedule, a kept learning rate has the expected meaning: the schedule continues where it was, scaled
 to the live base rate, which is exact only if rates are proportional to the base; other schedulers
 are refused.
-
-Also owns which live options are compared with the saved ones: those chosen as arguments of the
-optimizer's and the scheduler's constructors. One sentence reports all of them; what a schedule
-changes during training is not a choice and is not reported.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.optim import Optimizer, lr_scheduler
-from torch.optim.lr_scheduler import LRScheduler
 
-from holdfast.errors import ConfigError, StateMismatchError
+from holdfast.errors import ConfigError
 from holdfast.torch_internals import (
     NESTED_SCHEDULES,
     hides_schedules,
@@ -50,10 +44,6 @@ _PROPORTIONAL = frozenset(
     }
 )
 """Schedulers whose rates are a multiple of the base rate; a subclass may not be."""
-_OF_SCHEDULERS = frozenset(
-    {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
-)
-"""Options that torch's schedulers add to groups."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,9 @@ class LiveOptions:
             {key: _copy(group[key]) for key in options & group.keys()} for group in self._groups
         ]
         self._base_rates = [_base_rate(group) for group in self._groups]
-        self._base_lists = [list(each.base_lrs) for each in _walk(scheduler) if _has_bases(each)]
+        self._base_lists = [
+            list(each.base_lrs) for each in walk_schedules(scheduler) if _has_bases(each)
+        ]
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -169,7 +161,7 @@ class LiveOptions:
         self._rebase_schedules(factors)
 
     def _rebase_schedules(self, factors: Sequence[float]) -> None:
-        schedules = list(_walk(self._scheduler))
+        schedules = list(walk_schedules(self._scheduler))
         with_bases = [each for each in schedules if _has_bases(each)]
         for schedule, bases in zip(with_bases, self._base_lists, strict=True):
             schedule.base_lrs = bases
@@ -192,7 +184,7 @@ class LiveOptions:
 
 def _why_not_proportional(scheduler: Any, saved: Any) -> str | None:
     """Return why a schedule cannot continue with a different base rate; None: it can."""
-    for each in _walk(scheduler):
+    for each in walk_schedules(scheduler):
         if type(each) not in _PROPORTIONAL:
             return f"the rates of a {type(each).__name__} are not known to follow the base rate"
         if hides_schedules(each):
@@ -204,11 +196,12 @@ def _why_not_proportional(scheduler: Any, saved: Any) -> str | None:
     return None
 
 
-def _walk(scheduler: Any | None) -> Iterator[Any]:
+def walk_schedules(scheduler: Any | None) -> Iterator[Any]:
+    """Yield a schedule and all those inside it; None: none."""
     if scheduler is not None:
         yield scheduler
         for each in nested_schedules(scheduler):
-            yield from _walk(each)
+            yield from walk_schedules(each)
 
 
 def _walk_saved(state: Any) -> Iterator[Mapping[str, Any]]:
@@ -239,136 +232,3 @@ def _set(group: dict[str, Any], key: str, value: float) -> None:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-
-
-_PROGRESS = frozenset({"last_epoch", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter"})
-_RATES = ("base_lrs", "max_lrs", "min_lrs")
-"""Scheduler attributes that hold a constructor argument expanded to one value per group."""
-_DRIVEN = ("lr", "weight_decay", "momentum", "betas")
-"""Options that a scheduler other than torch's may change."""
-
-
-def check_kind(optimizers: Sequence[Optimizer], saved: Collection[str], path: str) -> None:
-    """Refuse groups that another kind of optimizer saved; `saved`: the options that they have.
-
-    Each side has options then that the other lacks. Options of one side alone are those of another
-    version of torch, or were added by a scheduler.
-
-    Raises:
-        StateMismatchError: with the options of both sides.
-    """
-    for optimizer in optimizers if saved else ():
-        live = set[str]().union(*(group.keys() for group in optimizer.param_groups)) - {"params"}
-        lacking = (live & _arguments(type(optimizer))) - set(saved)
-        unknown = set(saved) - live - {"params"} - _OF_SCHEDULERS
-        if lacking and unknown:
-            error = StateMismatchError(
-                path,
-                [f"optimizer.param_groups.{each}" for each in sorted(lacking)],
-                [f"optimizer.param_groups.{each}" for each in sorted(unknown)],
-                strict=False,
-            )
-            error.message += (
-                f"\nAnother optimizer than this {type(optimizer).__name__} was saved: "
-                "load.override=[optimizer] keeps this one beside the saved model."
-            )
-            raise error
-
-
-def describe_differences(
-    optimizers: Sequence[Optimizer],
-    saved_groups: Sequence[Mapping[str, Any]],
-    scheduler: Any | None,
-    saved_scheduler: Any | None,
-    overrides: Overrides,
-) -> str | None:
-    """Report every live option that differs and how to keep it; None: none differs.
-
-    `saved_groups` empty, or `saved_scheduler` None: not restored.
-    """
-    restored = saved_scheduler is not None and not overrides.keeps("scheduler")
-    schedule = scheduler if restored else None
-    reported: list[str] = []
-    names: list[str] = []
-    groups = [(each, group) for each in optimizers for group in each.param_groups]
-    if len(groups) == len(saved_groups) and not overrides.keeps("optimizer"):
-        for number, ((optimizer, group), saved) in enumerate(
-            zip(groups, saved_groups, strict=True)
-        ):
-            for key, live, old in _differing(optimizer, group, saved, schedule):
-                name = f"optimizer.{key}"
-                if name not in overrides.names:
-                    where = f" (group {number})" if len(groups) > 1 else ""
-                    reported.append(f"{name}{where} is {live} here and was {old}")
-                    names.append(name)
-    if isinstance(schedule, LRScheduler):
-        rate_is_reported = "optimizer.lr" in (*names, *overrides.names)
-        for key, live, old in _differing_schedule(
-            schedule, schedule.state_dict(), saved_scheduler or {}
-        ):
-            if not (rate_is_reported and key == "base_lrs"):
-                reported.append(f"scheduler.{key} is {live} here and was {old}")
-                names.append("scheduler")
-    if not reported:
-        return None
-    keep = ",".join(dict.fromkeys(names))
-    return (
-        f"options of this run differ from the saved ones, which are used: {'; '.join(reported)}. "
-        f"checkpoint.load.override=[{keep}] keeps those of this run"
-    )
-
-
-def _differing(
-    optimizer: Optimizer, group: Mapping[str, Any], saved: Mapping[str, Any], schedule: Any | None
-) -> Iterator[tuple[str, Any, Any]]:
-    chosen = _arguments(type(optimizer))
-    driven: set[str] = set()
-    if isinstance(schedule, LRScheduler):
-        driven = {"lr"}
-        if any(getattr(each, "cycle_momentum", False) for each in _walk(schedule)):
-            driven |= {"momentum", "betas"}
-    elif schedule is not None:
-        driven = set(_DRIVEN)
-    for key in sorted(group.keys() & saved.keys() & chosen - {"params"}):
-        live, old = group[key], saved[key]
-        if key in driven:
-            if key != "lr" or "initial_lr" not in group or "initial_lr" not in saved:
-                continue
-            live, old = group["initial_lr"], saved["initial_lr"]
-        live, old = _comparable(live), _comparable(old)
-        if live != old:
-            yield key, live, old
-
-
-def _differing_schedule(
-    schedule: Any, live: Mapping[str, Any], saved: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    chosen = _arguments(type(schedule)) - _PROGRESS
-    for key in sorted(live.keys() & saved.keys()):
-        if key == NESTED_SCHEDULES:
-            parts = zip(nested_schedules(schedule), live[key], saved[key], strict=False)
-            for each in parts:
-                yield from _differing_schedule(*each)
-        elif key.lstrip("_") in chosen or key in _RATES:
-            one, other = _comparable(live[key]), _comparable(saved[key])
-            if one != other:
-                yield key.lstrip("_"), one, other
-
-
-def _arguments(kind: type) -> set[str]:
-    """Return the parameter names of a class's constructor and of its base classes'."""
-    found: set[str] = set()
-    for each in kind.__mro__:
-        if "__init__" in vars(each) and each is not object:
-            found |= set(inspect.signature(vars(each)["__init__"]).parameters)
-    return found
-
-
-def _comparable(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # a torch or numpy value
-        return _comparable(value.tolist())
-    if isinstance(value, list | tuple):
-        return tuple(map(_comparable, value))
-    if isinstance(value, Mapping):
-        return {key: _comparable(each) for key, each in value.items()}
-    return value

@@ -1,0 +1,355 @@
+"""The small states of a run: random number generators, position in the data, counters.
+
+Owns how each is taken from live objects and given back. Generators (python, numpy, torch CPU and
+every CUDA device) and data positions belong to a rank; a run with another number of ranks gives a
+position to the same data-parallel reader if there is one, lets the iterator reshard if it can, and
+refuses otherwise; it reseeds the generators, with a separate stream for each rank, the same on
+every machine. Counters are converted between any kind of `state.train_state` and JSON values.
+Promises that the next draw after a restore equals the next draw after the capture, that counters
+are restored exactly, that `.step` is then the checkpoint's, and that `check_data` and
+`check_counters` change nothing. Reads and writes no files.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedStateError
+from holdfast.protocol import (
+    ReshardableData,
+    Stateful,
+    TrainState,
+    fit_counter,
+    fit_fields,
+    set_fields,
+)
+from holdfast.state.overrides import Overrides
+
+logger = logging.getLogger(__name__)
+
+_ROUNDING = 1e-5
+"""Relative error that a 32-bit float may have introduced into a counter."""
+
+
+def capture_rng() -> dict[str, Any]:
+    """Return the state of every generator as plain values and tensors, without drawing."""
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = legacy
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def apply_rng(state: dict[str, Any]) -> list[str]:
+    """Restore what `capture_rng` returned; return the names of generators missing here."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    saved = state["cuda"]
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, each in enumerate(saved[:present]):
+        torch.cuda.set_rng_state(each, device)
+    return [f"cuda:{device}" for device in range(present, len(saved))]
+
+
+def reseed(run_id: str, iteration: int, rank: int) -> None:
+    """Seed every generator from the identity of a checkpoint and the rank only."""
+    digest = hashlib.sha256(f"{run_id}/{iteration}/{rank}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's coordinates in the job."""
+
+    rank: int
+    world_size: int
+    data_rank: int
+    """Rank among those that read different data."""
+    data_size: int
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, pg_collection: Any | None) -> Place:
+        """Read the data-parallel group from `pg_collection.dp`; None: every rank of the world."""
+        group = getattr(pg_collection, "dp", None)
+        if group is None:
+            return cls(rank, world_size, rank, world_size)
+        return cls(rank, world_size, group.rank(), group.size())
+
+    def reads_on_from(self, state: Mapping[str, Any]) -> bool:
+        """Whether a saved data state has this rank's data-parallel rank and size."""
+        saved = (state["data_rank"], state["data_size"])
+        return saved == (self.data_rank, self.data_size)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What applying per-rank state needs to know of the run that wrote the checkpoint."""
+
+    run_id: str
+    iteration: int
+    world_size: int
+
+
+def check_data(
+    data: Stateful, rank: Mapping[str, Any], place: Place, path: str, accept_restart: bool
+) -> None:
+    """Check early whether an iterator can restore the data state, changing nothing.
+
+    Raises:
+        DataReshardError: the data-parallel size differs and the iterator cannot reshard.
+    """
+    saved_data_size = rank["data_size"]
+    if rank["data"] is None or saved_data_size == place.data_size:
+        return
+    if not isinstance(data, ReshardableData) and not accept_restart:
+        raise DataReshardError(
+            f"{path} holds data state of {saved_data_size} data-parallel ranks, this run has "
+            f"{place.data_size}, and {type(data).__name__} has no "
+            "load_resharded_state.\nGive it one, or set load.accept_data_restart=true to start "
+            "the data from its beginning."
+        )
+
+
+def warn_of_lost_position(data: Any | None) -> bool:
+    """Warn of an iterator whose position cannot be saved; return whether there is an iterator."""
+    if data is None:
+        return False
+    missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(data, name)]
+    if missing:
+        logger.warning(
+            "train_data_iterator is a %s without %s: its position is not saved, and a resumed "
+            "run reads its data from the beginning",
+            type(data).__name__,
+            " and ".join(missing),
+        )
+    return True
+
+
+def apply_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place) -> bool:
+    """Restore an iterator's position; False: none was saved, or it starts from the beginning.
+
+    `states`: of this rank alone, or of every rank of the run that saved.
+    """
+    # Another rank may have saved this reader's state; another reader's state is never restored.
+    reader = next((each for each in states if place.reads_on_from(each)), None)
+    if reader is None:
+        return _reshard_data(data, states, place)
+    if reader["data"] is None:
+        return False
+    data.load_state_dict(copy.deepcopy(reader["data"]))  # it may be applied again
+    return True
+
+
+def apply_generators(states: Sequence[Mapping[str, Any]], saved: SavedRun, place: Place) -> bool:
+    """Restore every generator; False: the number of ranks differs, so they were reseeded."""
+    if saved.world_size == place.world_size:
+        own = own_state(states, place)
+        for name in apply_rng(own["rng"]):
+            logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
+        return True
+    reseed(saved.run_id, saved.iteration, place.rank)
+    if place.rank == 0:
+        logger.warning(
+            "saved by %d ranks, loaded by %d: RNG reseeded from run id, iteration and rank",
+            saved.world_size,
+            place.world_size,
+        )
+    return False
+
+
+def own_state(states: Sequence[Mapping[str, Any]], place: Place) -> Mapping[str, Any]:
+    """Return the state of this rank, or of the last one if there are fewer."""
+    return states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
+
+
+def _reshard_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place) -> bool:
+    saved_size = own_state(states, place)["data_size"]
+    by_rank = {each["data_rank"]: each["data"] for each in states}
+    ordered = [by_rank[rank] for rank in sorted(by_rank) if by_rank[rank] is not None]
+    if not ordered:
+        return False
+    reshards = isinstance(data, ReshardableData)
+    if isinstance(data, ReshardableData):
+        data.load_resharded_state(copy.deepcopy(ordered))
+    if place.rank == 0:
+        logger.warning(
+            "data of %d data-parallel ranks, now %d: %s",
+            saved_size,
+            place.data_size,
+            "resharded" if reshards else "restarted from its beginning (load.accept_data_restart)",
+        )
+    return reshards
+
+
+def read_counters(train_state: Any) -> dict[str, Any]:
+    """Return the counters as JSON values, including `step`.
+
+    Raises:
+        UnsupportedStateError: the object's type cannot be saved, or its `.step` and its state_dict
+            disagree.
+    """
+    if _converts_itself(train_state):
+        found = dict(train_state.to_dict())
+    elif isinstance(train_state, Stateful):
+        found = {key: _plain(value) for key, value in train_state.state_dict().items()}
+        for name, exact in _numbers_of(train_state).items():
+            if name in found and _is_rounded(found[name], exact):
+                found[name] = exact
+    elif is_dataclass(train_state):
+        fields_now = asdict(train_state)  # type: ignore[arg-type]  # an instance, not a class
+        found = {key: _plain(value) for key, value in fields_now.items()}
+    else:
+        raise UnsupportedStateError(
+            f"state.train_state is a {type(train_state).__name__}, which cannot be saved.\n"
+            "Use holdfast.TrainState, a subclass of it, another dataclass, or an object with "
+            "state_dict and load_state_dict."
+        )
+    step = train_state.step
+    if found.setdefault("step", step) != step:
+        raise UnsupportedStateError(
+            f"state.train_state.step is {step!r}, and its state_dict() says {found['step']!r}: "
+            "it is ambiguous which iteration a checkpoint would be of."
+        )
+    return found
+
+
+def check_counters(train_state: Any, saved: Mapping[str, Any], path: str) -> None:
+    """Refuse counters that cannot be restored into the live object, changing nothing.
+
+    Raises:
+        StateMismatchError: naming each field whose saved value has a different type.
+        UnsupportedStateError: the live object's type cannot be restored.
+    """
+    if not saved:
+        return
+    problems: list[str] = []
+    if _converts_itself(train_state):
+        if getattr(type(train_state), "update_from", None) is TrainState.update_from:
+            problems = fit_fields(train_state, saved)[1]
+    elif isinstance(train_state, Stateful) or not is_dataclass(train_state):
+        problems = _fit(read_counters(train_state), saved)
+        if not problems:
+            _merged(train_state, saved)
+    else:
+        problems = fit_fields(train_state, saved)[1]
+        if getattr(type(train_state), "__dataclass_params__").frozen:  # noqa: B009  # untyped
+            problems.append("train_state is a frozen dataclass, which nothing can be restored into")
+    if problems:
+        raise StateMismatchError(path, different=problems)
+
+
+def restore_counters(train_state: Any, saved: Mapping[str, Any]) -> None:
+    """Overwrite the counters in place; a name that was not saved keeps its value.
+
+    Raises:
+        UnsupportedStateError: `.step` differs from the saved one afterwards and cannot be set.
+    """
+    if not saved:
+        return
+    if _converts_itself(train_state):
+        train_state.update_from(saved)
+    elif isinstance(train_state, Stateful):
+        train_state.load_state_dict(_merged(train_state, saved))
+        for name, now in _numbers_of(train_state).items():
+            if name in saved and _is_rounded(now, saved[name]):
+                setattr(train_state, name, type(now)(saved[name]))
+    else:
+        set_fields(train_state, saved)
+    if train_state.step != saved["step"]:
+        try:
+            train_state.step = saved["step"]
+        except AttributeError as error:
+            raise UnsupportedStateError(
+                f"state.train_state.step is {train_state.step!r} after load_state_dict, and not "
+                f"{saved['step']}: restore it there."
+            ) from error
+
+
+def without_fields(saved: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Return saved counters without those that keep their live values; `step` always stays."""
+    if overrides.keeps("train_state"):
+        return {name: value for name, value in saved.items() if name == "step"}
+    kept = overrides.parts_of("train_state")
+    found = {name: value for name, value in saved.items() if name not in kept}
+    if isinstance(extra := found.get("extra"), Mapping):
+        found["extra"] = {name: value for name, value in extra.items() if name not in kept}
+    return found
+
+
+def _converts_itself(train_state: Any) -> bool:
+    return isinstance(train_state, TrainState) or (
+        hasattr(train_state, "to_dict") and hasattr(train_state, "update_from")
+    )
+
+
+def _fit(live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name in live.keys() & saved.keys():
+        try:
+            fit_counter(name, live[name], saved[name])
+        except ValueError as error:
+            problems.append(str(error))
+    return sorted(problems)
+
+
+def _merged(train_state: Stateful, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the argument for load_state_dict: the live state dict, updated by saved values."""
+    live = train_state.state_dict()
+    merged = {**live, **{key: _like(live.get(key), value) for key, value in saved.items()}}
+    if "step" not in live:  # added when it was saved
+        del merged["step"]
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    """Convert tensors and numpy numbers to plain Python values."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().tolist()
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):
+        return value.tolist()
+    return value
+
+
+def _like(live: Any, value: Any) -> Any:
+    """Return a saved value as the kind of value that the live object uses."""
+    if isinstance(live, torch.Tensor):
+        return torch.tensor(value, dtype=live.dtype, device=live.device)
+    return value
+
+
+def _numbers_of(train_state: Any) -> dict[str, int | float]:
+    """Return the fields of a dataclass that are plain numbers."""
+    if not is_dataclass(train_state):
+        return {}
+    live = {each.name: getattr(train_state, each.name) for each in fields(train_state)}
+    return {name: value for name, value in live.items() if type(value) in (int, float)}
+
+
+def _is_rounded(value: Any, exact: Any) -> bool:
+    """Whether a number differs from another only by the rounding of a narrow tensor."""
+    numbers = type(value) in (int, float) and type(exact) in (int, float)
+    return numbers and value != exact and math.isclose(value, exact, rel_tol=_ROUNDING)
