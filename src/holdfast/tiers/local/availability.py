@@ -35,11 +35,10 @@ from holdfast.tiers.local.shard_file import (
 )
 from holdfast.tiers.local.shards import FileShard, ShardDirectory
 from holdfast.tiers.select import Commit, Condition
+from holdfast.tiers.tier import Objection
 
 T = TypeVar("T")
 
-Objection = Callable[[ShardRecord], str | None]
-"""Why a sound commit must not be loaded; None: it may be."""
 _SHOWN = 4
 
 
