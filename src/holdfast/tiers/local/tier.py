@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from holdfast.caller import in_normal_mode
 from holdfast.config import LocalConfig
@@ -446,16 +446,6 @@ class LocalTier:
         self._kept = [each for each in self._kept if iteration is not None and each[2] <= iteration]
 
     # -- other -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def hold(self, iteration: int) -> Iterator[BinaryIO]:
-        """Open this rank's own shard of a commit, protected from reuse meanwhile, on any thread.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        with self.files.pool.hold(self._own_path(iteration)) as stream:
-            yield stream
 
     @contextmanager
     def keep(self, iteration: int) -> Iterator[None]:
