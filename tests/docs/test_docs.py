@@ -180,6 +180,6 @@ def test_no_command_needs_a_program_that_make_did_not_install() -> None:
 def test_every_recipe_that_pages_name_exists(page: Path) -> None:
     """A program, an overlay or a config in a command is there, and so is each benchmark."""
     text = page.read_text()
-    files = set(re.findall(r"\b((?:recipes|configs|benchmarks)/[\w/]+\.(?:py|yaml))", text))
+    files = set(re.findall(r"(?<![\w/])((?:recipes|configs|benchmarks)/[\w/]+\.(?:py|yaml))", text))
     files |= {f"configs/recipe/{name}.yaml" for name in re.findall(r"\brecipe=(\w+)", text)}
     assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
