@@ -47,7 +47,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.messages import describe_size, name_first
+from holdfast.messages import describe_size, list_first, name_first
 
 
 class CheckpointError(Exception):
@@ -402,9 +402,7 @@ class CheckpointOverdueError(CheckpointError, TimeoutError):
         """Of that commit; None: there is none since the load."""
         self.reason = reason
         """The likely cause."""
-        durable = (
-            "none since the load" if iteration is None else f"the last is iteration {iteration}"
-        )
+        last = "none since the load" if iteration is None else f"the last is iteration {iteration}"
         super().__init__(
             f"No checkpoint was committed to the persistent tier for {seconds:.0f} s "
             f"({last}): {reason}.\n"
