@@ -28,6 +28,7 @@ from holdfast.errors import (
 )
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
+from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.lazy import LazyTensors
 from holdfast.read.reader import ForeignReader, ShardReader
@@ -48,9 +49,6 @@ from holdfast.tiers.tier import (
     check_counters,
     rank_state_name,
 )
-
-_SHOWN = 3
-"""Damaged files that one message lists."""
 
 
 class SurveyedStore:
@@ -88,7 +86,7 @@ def open_together(
     if wanted.verify_first:
         damages = _verify_together(checkpoint, coordinator, files)
         if damages:
-            reason = _listed([str(damage) for damage in damages])
+            reason = list_first(damages, "files")
             raise CorruptCheckpointError(str(checkpoint.path), reason)
     opened: list[Contents] = []
 
@@ -133,7 +131,7 @@ def read_together(
     if len(damages) == 1:
         raise damages[0]
     if damages:
-        raise CorruptCheckpointError(str(checkpoint.path), _listed([str(each) for each in damages]))
+        raise CorruptCheckpointError(str(checkpoint.path), list_first(damages, "files"))
 
 
 def open_contents(
@@ -240,11 +238,6 @@ def _read_checked(checkpoint: Checkpoint, name: str, files: Storage) -> bytes:
     if (difference := find_difference(record, BytesIO(content))) is not None:
         raise CorruptCheckpointError(where, difference.reason, difference.byte_range)
     return content
-
-
-def _listed(damages: Sequence[str]) -> str:
-    more = f"; and {len(damages) - _SHOWN} more files" if len(damages) > _SHOWN else ""
-    return "; ".join(damages[:_SHOWN]) + more
 
 
 def open_tensors(

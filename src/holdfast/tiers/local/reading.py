@@ -29,7 +29,7 @@ from holdfast.read.reader import ShardReader
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
 from holdfast.storage.store import Checkpoint
-from holdfast.tiers.local.availability import Availability, Candidate
+from holdfast.tiers.local.availability import Availability, Candidate, Copy
 from holdfast.tiers.local.peers import PeerFetch, Shard
 from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
 from holdfast.tiers.tier import Contents, check_counters
@@ -260,7 +260,9 @@ class Opening:
         leader = self._files.topology.place_mates(self._files.rank)[0]
         mark = zlib.crc32(repr(self.candidate.commit).encode())
         path = f"{leader}/borrowed_{owner}{PENDING_MARK}{mark:08x}"
-        return Shard(owner, path, described.index, described.body_bytes, self._providers[owner][0])
+        return Shard(
+            owner, path, described.index, described.body_bytes, self._providers[owner].rank
+        )
 
     def _open_anywhere(self) -> LocalContents:
         """Open with the index of every shard, sent to all ranks by the shard's provider."""
@@ -283,8 +285,7 @@ class Opening:
         described = self._describe_all()
         wider = self._make_fetch(described, is_empty=len(self._files.topology.seats) == 1)
         fetch = reader.fetch
-        fetch.served, fetch.sizes, fetch.provided = wider.served, wider.sizes, wider.provided
-        fetch.is_empty = wider.is_empty
+        fetch.sizes, fetch.is_empty = wider.sizes, wider.is_empty
         self.coordinator.all_reduce(
             "local widen", lambda: reader.widen(self._shards_of(described)), lambda _: None
         )
@@ -337,13 +338,11 @@ class Opening:
         return shards
 
     def _make_fetch(self, described: Mapping[int, _Description], *, is_empty: bool) -> PeerFetch:
-        providers, rank = self._providers, self._files.rank
         return PeerFetch(
             self.available,
             self.candidate.commit,
-            served={owner: path for owner, (each, path) in providers.items() if each == rank},
+            providers=self._providers,
             sizes={owner: each.body_bytes for owner, each in described.items()},
-            provided={owner: path for owner, (_, path) in providers.items()},
             values={
                 (self._remote_shard(owner, each).path, name): content
                 for owner, each in described.items()
@@ -360,9 +359,10 @@ class Opening:
         for owner, copies in enumerate(self.candidate.copies):
             if owner not in owners:
                 continue
-            rank, path = self._providers.get(owner, (copies[0].rank, copies[0].path))
-            if rank != self._files.rank:
+            provider = self._providers.get(owner, copies[0])
+            if provider.rank != self._files.rank:
                 continue
+            path = provider.path
             trailer = self._trailer_of(path)
             head = {"owner": owner, "body_bytes": trailer.record.body_bytes, "offset": None}
             content, digests, values = b"", b"", b""
@@ -436,8 +436,8 @@ class Opening:
         )
 
 
-def _choose_providers(candidate: Candidate) -> dict[int, tuple[int, str]]:
-    """Return for each available shard the rank that describes and sends it, and the path."""
+def _choose_providers(candidate: Candidate) -> dict[int, Copy]:
+    """Return for each available shard the copy that is described and sent."""
     loads: dict[int, int] = {}
     chosen = {}
     for owner, copies in enumerate(candidate.copies):
@@ -445,7 +445,7 @@ def _choose_providers(candidate: Candidate) -> dict[int, tuple[int, str]]:
         if whole:
             best = min(whole, key=lambda each: (loads.get(each.rank, 0), each.rank, each.path))
             loads[best.rank] = loads.get(best.rank, 0) + 1
-            chosen[owner] = (best.rank, best.path)
+            chosen[owner] = best
     return chosen
 
 

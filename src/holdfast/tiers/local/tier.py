@@ -2,10 +2,10 @@
 
 Owns the order in which a job uses its local checkpoints: memory to stage into, sealing, the
 exchange of copies, publishing and pruning; the agreement on a commit to load, opening it, and
-restoring missing files afterwards. Promises that a failed save leaves earlier
-commits intact, that a commit it finds was sealed by all its ranks, that everything passed over has
-a reason, and that ranks enter an exchange only after all have agreed to it. Power loss and a lost
-node without copies are left to the persistent tier.
+restoring missing files afterwards. Promises that a failed save leaves earlier commits intact, that
+a commit it finds was sealed by all its ranks, that everything passed over has a reason, and that
+ranks enter an exchange only after all have agreed to it. Power loss and a lost node without copies
+are left to the persistent tier.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from holdfast.caller import in_normal_mode
 from holdfast.config import LocalConfig
@@ -31,7 +31,6 @@ from holdfast.filesystem import Filesystem, is_memory
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
-from holdfast.ranks.topology import assign_holders
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.manifest import LOCAL
@@ -39,7 +38,7 @@ from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.budget import Budget, Need, report_budget, take_seats
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.reading import LocalContents, Opening
-from holdfast.tiers.local.replication import Replication, new_group, open_group
+from holdfast.tiers.local.replication import Replication, make_replication, new_group
 from holdfast.tiers.local.shard_file import (
     UNREAD,
     CommitKey,
@@ -119,7 +118,9 @@ class LocalTier:
         self.in_memory = places[0]
         if store is not None:
             run.note_store(store)
-        self.replication = self._make_replication(coordinator)
+        self.replication = make_replication(
+            config.replication, self.topology.nodes, rank, timeout_seconds
+        )
         held = [] if self.replication is None else self.replication.owners_held_by(rank)
         self.files = ShardDirectory(
             run,
@@ -144,24 +145,6 @@ class LocalTier:
         """Damage known when the candidate was opened."""
         self._opened: LocalContents | None = None
         coordinator.all_reduce("local sweep", lambda: run.sweep(self.files.share()), _nothing)
-
-    def _make_replication(self, coordinator: Coordinator) -> Replication | None:
-        """Return who holds whose copies, over a new group; None: there is one rank."""
-        factor, jump = self._config.replication.factor, self._config.replication.jump
-        nodes = self.topology.nodes
-        # Even without copies of shards the small states go to another node: where the remaining
-        # shards cover the state, the small states are all that a lost node would take with it.
-        copies = factor if factor > 1 else min(2, len(set(nodes)))
-        holders = assign_holders(nodes, copies, jump)
-        if coordinator.world_size == 1:
-            return None
-        if factor > 1 and min(map(len, holders)) < factor and coordinator.rank == 0:
-            logger.warning(
-                "checkpoint.local.replication.factor is %d; this job has too few ranks for it",
-                factor,
-            )
-        group = open_group(self._config.replication.transport, self._timeout_seconds)
-        return Replication(group, holders, sends_images=factor > 1)
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -243,8 +226,7 @@ class LocalTier:
         self._keep_and_prune(trailer.record.commit)
         if self.in_memory:
             self._prepare_next(size)
-        name = shard_name(snapshot.iteration, coordinator.rank)
-        return Committed(self.files.directory / name, total, (), tier=LOCAL)
+        return Committed(self._own_path(snapshot.iteration), total, (), tier=LOCAL)
 
     def _exchange(self, replication: Replication, image: memoryview, trailer: Trailer) -> None:
         """Send this rank's shard to its holders and receive the copies held here."""
@@ -385,9 +367,8 @@ class LocalTier:
         passed over with this reason.
         """
         assert self._candidate is not None
-        reason = str(error)
+        reason, path = str(error), str(self.directory)
         self._reject(self._candidate, coordinator, reason)
-        path = str(self.directory)
         failed = replace(commit, condition=Condition.DAMAGED, reason=reason, path=path, error=error)
         self._failed.append(failed)
         return failed
@@ -440,22 +421,10 @@ class LocalTier:
         def is_superseded(record: ShardRecord) -> bool:
             return iteration is None or record.iteration > iteration
 
-        coordinator.all_reduce(
-            "local discard", lambda: self.files.discard(is_superseded), lambda _: None
-        )
+        coordinator.all_reduce("local discard", lambda: self.files.discard(is_superseded), _nothing)
         self._kept = [each for each in self._kept if iteration is not None and each[2] <= iteration]
 
     # -- other -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def hold(self, iteration: int) -> Iterator[BinaryIO]:
-        """Open this rank's own shard of a commit, protected from reuse meanwhile, on any thread.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        with self.files.pool.hold(self._own_path(iteration)) as stream:
-            yield stream
 
     @contextmanager
     def keep(self, iteration: int) -> Iterator[None]:
@@ -496,8 +465,6 @@ class LocalTier:
         self.release()
         self.files.close()
 
-    # -- the group -------------------------------------------------------------------------------
-
     def _group_is_broken(self) -> bool:
         return self.replication is not None and self.replication.group.is_broken
 
@@ -505,8 +472,8 @@ class LocalTier:
         """Replace a group in which a wait timed out: gloo has closed its connections."""
         if is_broken:
             assert self.replication is not None
-            group = new_group(self._config.replication.transport, self._timeout_seconds)
-            self.replication.group.renew(group)
+            transport = self._config.replication.transport
+            self.replication.group.renew(new_group(transport, self._timeout_seconds))
 
 
 def _nothing(_: object) -> None:
