@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import holdfast
 from holdfast.errors import CorruptCheckpointError, SupersededAttemptError
 from holdfast.format.items import Itemizer
 from holdfast.ranks.coordinator import SingleProcess
@@ -79,7 +82,7 @@ def test_a_checkpoint_is_saved_loaded_and_superseded_in_memory() -> None:
     reader = open_contents(checkpoint, first.tier.store.files_of(checkpoint)).reader
     assert torch.equal(LazyTensors(reader, "model.")["w"], WEIGHT)
     second = _Job(storage)
-    second.tier.resume_from(second.tier.store.find(20))
+    second.tier.resume_from(second.tier.store.find(20), is_own=True)
     second.save(25)
     assert _load(storage)[0] == 25
     with pytest.raises(SupersededAttemptError):
@@ -98,3 +101,37 @@ def test_a_changed_byte_is_found_in_memory_too() -> None:
     with pytest.raises(CorruptCheckpointError, match="block 1") as caught:
         _load(storage)
     assert caught.value.path == "/memory/iter_0000010/__0_0.distcp"
+
+
+FILE_CALLS = frozenset(
+    {
+        "dup", "fcntl", "fileno", "flock", "fstat", "fsync", "ftruncate", "is_symlink", "iterdir",
+        "link", "list_directory", "listdir", "lstat", "make_directory", "mkdir", "open_existing",
+        "open_new", "preadv", "pwrite", "readlink", "remove_directory", "remove_file", "rename",
+        "rmdir", "scandir", "statvfs", "sync_directory", "sync_file", "symlink_to", "unlink",
+    }
+)  # fmt: skip
+MAY_CALL = {
+    "filesystem": "the single steps",
+    "storage.posix": "keeps the promises of a storage with them",
+    "snapshot.arena": "measures memory, under a lock of the node",
+    "tiers.local.pool": "files that are mapped as arenas",
+    "tiers.local.peers": "files that are mapped for blocks on their way",
+    "tiers.local.shard_file": "files of a node's own directory, renamed into and out of the pool",
+    "tiers.local.shards": "the same",
+    "tiers.local.tier": "the same",
+    "tiers.places": "what a path names that a user typed",
+    "cli": "what a path names that a user typed",
+}
+"""The modules that know descriptors, links, renames or directories, and why."""
+
+
+def test_only_these_modules_know_a_file_system() -> None:
+    """Every other module sees a storage: a new kind of storage is added without touching it."""
+    root = Path(holdfast.__file__).parent
+    found = set()
+    for path in root.rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        if FILE_CALLS & {each.attr for each in nodes if isinstance(each, ast.Attribute)}:
+            found.add(".".join(path.relative_to(root).with_suffix("").parts))
+    assert found - set(MAY_CALL) == set()
