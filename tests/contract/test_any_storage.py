@@ -15,11 +15,13 @@ from holdfast.format.items import Itemizer
 from holdfast.ranks.coordinator import SingleProcess
 from holdfast.read.lazy import LazyTensors
 from holdfast.snapshot.shard import ShardSaver
-from holdfast.storage.store import TRACKER_NAME
+from holdfast.storage.backend import Storage
+from holdfast.storage.store import TRACKER_NAME, Checkpoint
 from holdfast.testing import MemoryStorage
 from holdfast.tiers.opening import open_contents
-from holdfast.tiers.persistent import PersistentTier, Snapshot
+from holdfast.tiers.persistent import PersistentTier
 from holdfast.tiers.survey import survey_store
+from holdfast.tiers.tier import Contents, Snapshot
 
 WEIGHT = torch.arange(3_000_000.0)
 
@@ -47,8 +49,13 @@ class _Job:
             Snapshot(
                 iteration, staged, b"rank", b"shared", json.dumps(counters).encode(), b"config"
             ),
+            self.tier.next_identity,
             self.rank,
         )
+
+
+def _open(checkpoint: Checkpoint, files: Storage) -> Contents:
+    return open_contents(checkpoint, files, SingleProcess(), lambda state: True)
 
 
 def _load(storage: MemoryStorage) -> tuple[int, dict[str, torch.Tensor]]:
@@ -56,8 +63,8 @@ def _load(storage: MemoryStorage) -> tuple[int, dict[str, torch.Tensor]]:
     survey = survey_store(storage, is_own=True)
     commit = max(survey.checkpoints, key=lambda each: each.order)
     checkpoint = survey.checkpoints[commit]
-    contents = open_contents(checkpoint, storage.under(checkpoint.path.name))
-    assert contents.read_rank_state(0) == b"rank"
+    contents = _open(checkpoint, storage.under(checkpoint.path.name))
+    assert contents.rank_states == {0: b"rank"}
     assert contents.values == {"step": 7}
     targets = {"model.w": torch.zeros_like(WEIGHT), "model.b": torch.zeros(5, dtype=torch.int64)}
     contents.reader.read_tensors(targets)
@@ -79,7 +86,7 @@ def test_a_checkpoint_is_saved_loaded_and_superseded_in_memory() -> None:
         "attempt_0000001.json", "iter_0000020", "iter_0000030", TRACKER_NAME, "run.json",
     ]  # fmt: skip
     checkpoint = first.tier.store.find(30)
-    reader = open_contents(checkpoint, first.tier.store.files_of(checkpoint)).reader
+    reader = _open(checkpoint, first.tier.store.files_of(checkpoint)).reader
     assert torch.equal(LazyTensors(reader, "model.")["w"], WEIGHT)
     second = _Job(storage)
     second.tier.resume_from(second.tier.store.find(20), is_own=True)
