@@ -25,8 +25,7 @@ from torch.optim import Optimizer
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, ConfigError, StageTimeoutError, UnsupportedStateError
 from holdfast.filesystem import Filesystem
-from holdfast.format.items import Inventory, Itemizer
-from holdfast.format.proposals import structure_of
+from holdfast.format.items import Inventory, Itemizer, structure_of
 from holdfast.protocol import CheckpointSaveContext
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
