@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         LoadResult,
         TrainState,
     )
-    from holdfast.tiers.viewing import open_tensors
+    from holdfast.tiers.opening import open_tensors
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOMES = {
     "LoadResult": "protocol",
     "TrainState": "protocol",
     "create_checkpoint_manager": "factory",
-    "open_tensors": "tiers.viewing",
+    "open_tensors": "tiers.opening",
 }
 
 __all__ = [

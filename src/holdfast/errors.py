@@ -43,12 +43,11 @@ failures to each other). Holds no policy: the code that raises decides.
 from __future__ import annotations
 
 import errno
-import errno as errno_names
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.messages import describe_size
+from holdfast.messages import describe_size, list_first, name_first
 
 
 class CheckpointError(Exception):
@@ -242,7 +241,7 @@ class NothingFitsError(StateMismatchError):
         """Names the checkpoint has, in order."""
         self.hint = hint
         """The prefix that would make them fit, if known."""
-        holds, needs = _first(self.held) or "no tensors", _first(self.missing)
+        holds, needs = name_first(self.held) or "no tensors", name_first(self.missing)
         self.message = (
             f"{path}: no name of the checkpoint fits; it holds {holds}; the model has {needs}"
             f"{f'; {hint}' if hint else ''}.\n"
@@ -290,12 +289,12 @@ class StoreNotWritableError(CheckpointError, OSError):
 
     def __init__(self, root: str, cause: OSError) -> None:
         self.path = root
-        self.code = errno_names.errorcode.get(cause.errno or 0, type(cause).__name__)
+        self.code = errno.errorcode.get(cause.errno or 0, type(cause).__name__)
         """The symbol of the errno, such as `EACCES`."""
         is_elsewhere = cause.filename is not None and str(cause.filename) != root
         where = f" at {cause.filename}" if is_elsewhere else ""
         reason = f"{self.code} {cause.strerror or cause}"
-        if cause.errno in (errno_names.EEXIST, errno_names.ENOTDIR):
+        if cause.errno in (errno.EEXIST, errno.ENOTDIR):
             reason = "something that is no directory is in its place"
         super().__init__(
             f"checkpoint.persistent.directory: {root} cannot be written{where}: {reason}.\n"
@@ -343,7 +342,7 @@ class RankFailure:
         """Describe an exception raised on a rank, keeping errno and path of an OSError."""
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             path = None if error.filename is None else str(error.filename)
-            name = errno_names.errorcode.get(error.errno or 0, "")
+            name = errno.errorcode.get(error.errno or 0, "")
             reason = f"{name} {error.strerror or error}".strip()
             return cls(rank, type(error).__name__, reason, path, error.errno)
         path = getattr(error, "path", None)
@@ -403,16 +402,13 @@ class CheckpointOverdueError(CheckpointError, TimeoutError):
         """Of that commit; None: there is none since the load."""
         self.reason = reason
         """The likely cause."""
+        last = "none since the load" if iteration is None else f"the last is iteration {iteration}"
         super().__init__(
             f"No checkpoint was committed to the persistent tier for {seconds:.0f} s "
-            f"({_last_durable(iteration)}): {reason}.\n"
+            f"({last}): {reason}.\n"
             "The run stops because checkpoint.alarm_stops is true. Repair the cause, or raise "
             "checkpoint.alarm_after_seconds (inf: no alarm)."
         )
-
-
-def _last_durable(iteration: int | None) -> str:
-    return "none since the load" if iteration is None else f"the last is iteration {iteration}"
 
 
 class NoFileFreeError(CheckpointError, TimeoutError):
@@ -426,7 +422,7 @@ class StageFailedError(CheckpointError, RuntimeError):
         self.stage = stage
         self.failures = tuple(failures)
         """At least one, in rank order."""
-        super().__init__(f'stage "{stage}" failed: {_listed(self.failures)}')
+        super().__init__(f'stage "{stage}" failed: {list_first(self.failures, "ranks")}')
 
 
 class StageTimeoutError(StageFailedError, TimeoutError):
@@ -457,19 +453,10 @@ class SaveFailedError(StageFailedError):
         self.iteration = iteration
         self.message = (
             f'The save of iteration {iteration} failed in stage "{stage}": '
-            f"{_listed(self.failures)}.\n"
+            f"{list_first(self.failures, 'ranks')}.\n"
             "It changed no earlier checkpoint. Fix the cause, or set on_save_failure=warn to "
             "train on without this checkpoint."
         )
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _listed(failures: Sequence[RankFailure]) -> str:
-    shown = "; ".join(str(failure) for failure in failures[:3])
-    return shown if len(failures) <= 3 else f"{shown}; and {len(failures) - 3} more ranks"
 
 
 _EXHAUSTED = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS})

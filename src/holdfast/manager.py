@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from holdfast.arguments import (
     Calls,
@@ -29,7 +28,6 @@ from holdfast.arguments import (
 from holdfast.caller import Call, Caller, CallerLeftError, Gate
 from holdfast.config import CheckpointConfig, read_config
 from holdfast.errors import (
-    ConfigError,
     CorruptCheckpointError,
     LoadIncompleteError,
     SaveAbandonedError,
@@ -49,22 +47,17 @@ from holdfast.protocol import (
 from holdfast.ranks.channels import Channels
 from holdfast.ranks.coordinator import Coordinator, Entry
 from holdfast.ranks.job import Committed, FailureRule, Flight, Progress, Save
-from holdfast.restoring import LastLoad, Opened, Restoration, open_candidate
+from holdfast.restoring import LastLoad, Opened, Restoration, open_selected
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
 from holdfast.state.small import Place, warn_of_lost_position
-from holdfast.storage.manifest import LOCAL, PERSISTENT
-from holdfast.storage.posix import PosixStorage
-from holdfast.storage.store import Checkpoint
 from holdfast.tiers.both import Tiers
-from holdfast.tiers.persistent import Admission, PersistentTier
-from holdfast.tiers.places import check_directories, warn_of_living_attempt
+from holdfast.tiers.persistent import Admission
 from holdfast.tiers.search import Search, Selected
-
-if TYPE_CHECKING:
-    from holdfast.tiers.local.availability import Candidate
+from holdfast.tiers.survey import warn_of_living_attempt
+from holdfast.tiers.tier import Source
 
 logger = logging.getLogger(__name__)
 
@@ -98,30 +91,16 @@ class DefaultCheckpointManager:
         self._base = str(Path.cwd())
         """What relative paths of the configuration are relative to."""
         config = self._config = checkpoint_config.with_expanded_paths(self._base)
-        directory = config.persistent.directory
-        if directory is None:
-            raise ConfigError(
-                ["checkpoint.persistent.directory is null; name where checkpoints are kept"]
-            )
         self._filesystem = filesystem or LocalFilesystem(private=config.permissions == "private")
-        check_directories(config, self._filesystem)
-        self._tier = PersistentTier(
-            # The root may be a link; inside it no link is followed.
-            PosixStorage(Path(directory).absolute().resolve(), self._filesystem),
-            config.run_id,
-            config.persistent.keep.last,
-            config.persistent.write_bytes_per_second,
-        )
-        self._tiers = Tiers(config, self._tier, self._filesystem)
+        self._tiers = Tiers(config, self._filesystem)
         self._snapshotter = Snapshotter(config, self._tiers)
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
         rule, watchers = FailureRule(config), (self._steps, self._alarm)
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
-        self._channels = Channels(3, config.timeout_seconds, str(self._tier.store.root))
+        self._channels = Channels(3, config.timeout_seconds, str(self._tiers.root))
         self._calls_inside = Calls()
-        self._is_budgeted = False
         self._has_warned_of_data = False
         self._last_load = LastLoad()
         self._is_torn = False
@@ -172,7 +151,7 @@ class DefaultCheckpointManager:
 
         def admit() -> Admission:  # on rank 0, whose clock counts
             self._alarm.check(self._describe_flight(), is_persistent=is_persistent)
-            return self._tier.admit()
+            return self._tiers.admit()
 
         if control.rank == 0 and not self._has_warned_of_data:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
@@ -184,31 +163,26 @@ class DefaultCheckpointManager:
             self._tiers.follow(admission, control, to_local=not is_persistent)
             with collection_put_off():
                 app = _app_state(ctx, control)
-                snapshot, to_local = self._snapshotter.take(ctx, app, control, confirm)
+                snapshot, reserved = self._snapshotter.take(ctx, app, control, confirm)
         except StageFailedError as error:
             if error is refusal:
                 raise
             self._saving.fail(save, error, control.rank)
             return
-        drains = is_persistent and to_local and config.async_save and self._tiers.can_drain
+        route = self._tiers.route(reserved, local_only=not is_persistent)
 
         def write() -> Committed:
-            return self._tiers.write(
-                snapshot, writer, to_local=to_local, to_persistent=is_persistent, drains=drains
-            )
+            return self._tiers.write(snapshot, route, writer)
 
-        def drain(committed: Committed) -> None:
-            if committed.tier != LOCAL:
-                return  # it had to go to the persistent tier after all
-            promote = self._tiers.hold(snapshot, drainer)
-            # The loop has gone on: the event is of the iteration that was saved.
-            event = replace(save.event, tier=PERSISTENT)
-            self._draining.start(Save(save.callback_manager, event, save.started), promote, drainer)
+        def promote(committed: Committed) -> None:
+            promotion = self._tiers.promote(snapshot, committed, drainer)
+            if promotion is not None:
+                self._draining.start(save.continued_in(promotion.tier), promotion.work, drainer)
 
         if not config.async_save:
             self._saving.run(save, write, control.rank)
             return
-        self._saving.start(save, write, writer, drain if drains else None)
+        self._saving.start(save, write, writer, promote if route.is_promoted else None)
         try:
             self._snapshotter.finish(snapshot)  # while the thread prepares to write
             save.confirm(call)
@@ -265,7 +239,7 @@ class DefaultCheckpointManager:
                 self._tiers.close()
 
     def _warn_if_overdue(self, rank: int) -> None:
-        self._alarm.warn(self._describe_flight(), str(self._tier.store.root), rank)
+        self._alarm.warn(self._describe_flight(), str(self._tiers.root), rank)
 
     def _describe_flight(self) -> str | None:
         """Say how long the persistent save in flight has taken, and how far it came."""
@@ -321,17 +295,16 @@ class DefaultCheckpointManager:
         self._begin_call("arrive", check_own, lambda: None, refusal)
         search = Search(self._config, self._tiers, self._filesystem, control)
         if control.rank == 0:
-            warn_of_living_attempt(self._tier.store.storage)
+            warn_of_living_attempt(self._tiers.storage)
         touched = False
         while (selected := search.next(touched=touched)) is not None:
-            self._report_budget(ctx, selected.candidate, control)
+            self._report_needs(ctx, selected.source, control)
             try:
                 with collection_put_off():
-                    opened = open_candidate(
-                        selected.candidate,
-                        self._tiers.local,
+                    opened = open_selected(
+                        selected.source,
+                        selected.commit,
                         control,
-                        self._filesystem,
                         _place(ctx, control),
                         verify_first=self._config.load.verify == "first",
                     )
@@ -343,16 +316,15 @@ class DefaultCheckpointManager:
                 continue
             control.all_gather("apply", restoration.apply)
             self._last_load.note(restoration.loaded)
-            if selected.commit.tier == LOCAL:
-                self._tiers.finish_load(writer)
+            self._tiers.finish_load(selected.source, writer)
             search.warn(selected)
             result = self._finish_load(selected, opened, restoration, search)
             self._end_load(call)
             return result
-        self._report_budget(ctx, None, control)
+        self._report_needs(ctx, None, control)
         self._last_load.note(None)
         # Now, and not at the first save hours away.
-        control.broadcast("probe", self._tier.prove_writable)
+        control.broadcast("probe", self._tiers.prove_writable)
         self._steps.note_load(None)
         self._alarm.begin()
         self._end_load(call)
@@ -385,20 +357,18 @@ class DefaultCheckpointManager:
         """
         self._last_load.restore_data(iterator, self._config.load.accept_data_restart)
 
-    def _report_budget(
-        self,
-        ctx: CheckpointLoadContext,
-        candidate: Checkpoint | Candidate | None,
-        control: Coordinator,
+    def _report_needs(
+        self, ctx: CheckpointLoadContext, source: Source | None, control: Coordinator
     ) -> None:
-        """Report once, before anything is touched, what the local tier will need of each node."""
-        is_off = self._config.local.directory is None
-        if is_off or self._is_budgeted or ctx.skip_load_to_model_and_opt:
+        """Report what local checkpoints will need of each node, before anything is touched."""
+        if ctx.skip_load_to_model_and_opt:
             return
-        app = _app_state(ctx, control)
+
+        def estimate(nodes: Sequence[int]) -> tuple[int, list[str]]:
+            return self._snapshotter.estimate(_app_state(ctx, control), nodes, control)
+
         with collection_put_off():
-            self._snapshotter.report_budget(app, candidate, self._filesystem, control)
-        self._is_budgeted = True
+            self._tiers.report_needs(source, estimate, control)
 
     def _compare(
         self,
@@ -417,7 +387,7 @@ class DefaultCheckpointManager:
             _place(ctx, control),
             with_tensors=not ctx.skip_load_to_model_and_opt,
             overrides=None if takes_weights_only else Overrides.of(load.override, rng=load.rng),
-            broadcast=load.broadcast and opened.checkpoint.manifest.tier != LOCAL,
+            broadcast=load.broadcast and opened.contents.is_shared,
         )
         strict = load.strict if ctx.strict is None else ctx.strict
         control.all_gather("compare", lambda: restoration.compare(strict, load.accept_data_restart))

@@ -1,4 +1,4 @@
-"""How messages state sizes, and which setting an unknown one was meant to be.
+"""How messages state sizes and long lists, and which setting an unknown one was meant to be.
 
 Owns the units of sizes (binary, with a decimal or two, so that what is needed and what is free can
 be compared at a glance), and the comparison of a mistyped setting with the dotted paths of a tree
@@ -30,6 +30,17 @@ def _power_of(size_bytes: float) -> int:
     while power < len(_UNITS) - 1 and abs(size_bytes) / 1024**power >= 1023.95:
         power += 1
     return power
+
+
+def list_first(items: Sequence[object], kind: str, most: int = 3) -> str:
+    """Return the first items as text, and how many more of that kind there are."""
+    shown = "; ".join(map(str, items[:most]))
+    return shown if len(items) <= most else f"{shown}; and {len(items) - most} more {kind}"
+
+
+def name_first(names: Sequence[str]) -> str:
+    """Return the first names, and three dots if there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def list_settings(kind: type[Any]) -> list[str]:

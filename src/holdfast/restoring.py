@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from holdfast.caller import in_normal_mode
 from holdfast.errors import (
-    CheckpointError,
     CorruptCheckpointError,
     NothingLoadedError,
-    RankFailure,
     UnsupportedStateError,
-    is_process_failure,
 )
-from holdfast.filesystem import Filesystem
 from holdfast.protocol import Restored, Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
@@ -46,20 +42,14 @@ from holdfast.state.small import (
     restore_counters,
     without_fields,
 )
-from holdfast.storage.backend import Storage
-from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint
-from holdfast.tiers.opening import Contents, open_contents, verify_together
+from holdfast.tiers.opening import read_together
+from holdfast.tiers.select import Commit
+from holdfast.tiers.tier import Contents, Source, Wanted
 from holdfast.torch_internals import local_of
-
-if TYPE_CHECKING:
-    from holdfast.tiers.local.availability import Candidate
-    from holdfast.tiers.local.tier import LocalTier
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 3
-"""Damaged files that one message lists."""
 _RANK_KEYS = ("rng", "data", "data_rank", "data_size")
 
 
@@ -79,150 +69,37 @@ class Opened:
         return self.contents.checkpoint
 
 
-def open_candidate(
-    candidate: Checkpoint | Candidate,
-    local: LocalTier | None,
-    coordinator: Coordinator,
-    filesystem: Filesystem,
-    place: Place,
-    *,
-    verify_first: bool,
+def open_selected(
+    source: Source, commit: Commit, coordinator: Coordinator, place: Place, *, verify_first: bool
 ) -> Opened:
-    """Open a candidate of either tier on all ranks; raises as `open_verified`."""
-    if isinstance(candidate, Checkpoint):
-        files = PosixStorage(candidate.path, filesystem)
-        return open_verified(candidate, coordinator, files, place, verify_first=verify_first)
-    assert local is not None
-    return open_local(candidate, local, coordinator, place, verify_first=verify_first)
-
-
-@in_normal_mode  # live objects may keep what is read here
-def open_verified(
-    checkpoint: Checkpoint,
-    coordinator: Coordinator,
-    files: Storage,
-    place: Place,
-    *,
-    verify_first: bool,
-) -> Opened:
-    """Read the small state, verified, on all ranks; `verify_first`: after every byte there is.
-
-    Raises:
-        CorruptCheckpointError: on every rank, naming what is damaged or cannot be read.
-    """
-    if verify_first:
-        damages = verify_together(checkpoint, coordinator, files)
-        if damages:
-            reason = _listed([str(damage) for damage in damages])
-            raise CorruptCheckpointError(str(checkpoint.path), reason)
+    """Open a commit on all ranks and decode its small state; raises as `Source.open`."""
+    decoded: dict[bytes, dict[str, Any]] = {}
     opened: list[Opened] = []
 
-    def read() -> None:
-        contents = open_contents(checkpoint, files)
+    def decode_state(content: bytes, where: str) -> Any:
+        # Random numbers are long lists, and slow to decode.
+        if content not in decoded:
+            decoded[content] = decode(content, where)
+        return decoded[content]
+
+    def suffices(content: bytes) -> bool:
+        state = decode_state(content, "the state of this rank")
+        return _is_state(state, _RANK_KEYS) and place.reads_on_from(state)
+
+    def accept(contents: Contents) -> None:
         if contents.shared_state is None:
             opened.append(Opened(contents, {}, []))
             return
-        saved_size = checkpoint.manifest.world_size
-        states = []
-        if place.world_size == saved_size:
-            states = [_read_rank_state(contents, place.rank)]
-        if not states or not place.reads_on_from(states[0]):
-            states = [_read_rank_state(contents, rank) for rank in range(saved_size)]
-        shared = _as_state(decode(contents.shared_state, str(checkpoint.path)), (), checkpoint)
-        opened.append(Opened(contents, shared, states))
-
-    _read_together("open", read, checkpoint, coordinator)
-    return opened[0]
-
-
-@in_normal_mode  # likewise
-def open_local(
-    candidate: Candidate,
-    tier: LocalTier,
-    coordinator: Coordinator,
-    place: Place,
-    *,
-    verify_first: bool,
-) -> Opened:
-    """As `open_verified`, a commit of the local tier, which passes it over where that fails.
-
-    Raises:
-        CorruptCheckpointError: on every rank, naming what is damaged or cannot be read.
-    """
-    if verify_first:
-        tier.verify(candidate, coordinator)
-    same_world = candidate.record.world_size == place.world_size
-
-    decoded: dict[bytes, dict[str, Any]] = {}
-
-    def suffices(content: bytes) -> bool:
-        if not same_world:
-            return False
-        if content not in decoded:
-            decoded[content] = decode(content, "the state of this rank")
-        return place.reads_on_from(decoded[content])
-
-    def state_of(rank: int) -> Any:
-        content = contents.rank_states[rank]
-        if content in decoded:  # random numbers are long lists, and slow to decode
-            return decoded.pop(content)
-        return decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
-
-    contents = tier.open(candidate, coordinator, suffices)
-    opened: list[Opened] = []
-
-    def read() -> None:
-        ranks = sorted(contents.rank_states)
-        if place.rank in ranks and suffices(contents.rank_states[place.rank]):
-            ranks = [place.rank]
         at = contents.checkpoint
-        states = [_as_state(state_of(rank), _RANK_KEYS, at) for rank in ranks]
-        assert contents.shared_state is not None
+        states = [
+            _as_state(decode_state(content, f"{at.path}: state of rank {rank}"), _RANK_KEYS, at)
+            for rank, content in sorted(contents.rank_states.items())
+        ]
         shared = _as_state(decode(contents.shared_state, str(at.path)), (), at)
         opened.append(Opened(contents, shared, states))
 
-    _read_together("open", read, contents.checkpoint, coordinator)
+    source.open(commit, coordinator, Wanted(suffices, accept, verify_first))
     return opened[0]
-
-
-def _read_together(
-    stage: str, work: Callable[[], None], checkpoint: Checkpoint, coordinator: Coordinator
-) -> None:
-    """Read on every rank; what any of them finds damaged is reported on all, file by file.
-
-    `work` reads the checkpoint's own files and calls nothing of the user's, so that a file that
-    cannot be read is damage. Anything else that fails is no reason to take an older checkpoint.
-
-    Raises:
-        CorruptCheckpointError: on every rank, the same.
-        StageFailedError: a rank failed or is gone; the checkpoint is not to blame.
-    """
-
-    def find_damage() -> CorruptCheckpointError | None:
-        try:
-            work()
-        except CorruptCheckpointError as error:
-            return error
-        except OSError as error:
-            if isinstance(error, CheckpointError) or is_process_failure(error):
-                raise
-            failure = RankFailure.of(coordinator.rank, error)
-            reason = f"cannot be read on rank {failure.rank}: {failure.reason}"
-            return CorruptCheckpointError(failure.path or str(checkpoint.path), reason)
-        return None
-
-    found = coordinator.all_gather(stage, find_damage)
-    # Ranks that read the same file say the same of it.
-    damages = list({str(each): each for each in found if each is not None}.values())
-    if len(damages) == 1:
-        raise damages[0]
-    if damages:
-        raise CorruptCheckpointError(str(checkpoint.path), _listed([str(each) for each in damages]))
-
-
-def _listed(damages: Sequence[str]) -> str:
-    more = f"; and {len(damages) - _SHOWN} more files" if len(damages) > _SHOWN else ""
-    return "; ".join(damages[:_SHOWN]) + more
 
 
 @dataclass(frozen=True)
@@ -409,7 +286,7 @@ class Restoration:
             reading.read(reader, targets)
             self._filled = {**saved.values, **targets}
 
-        _read_together("read", read, self._opened.checkpoint, coordinator)
+        read_together("read", read, self._opened.checkpoint, coordinator)
         reading.pass_on(coordinator)
 
     @in_normal_mode  # likewise
@@ -486,10 +363,8 @@ def _tensors_in(state: Any) -> int:
     return int(isinstance(state, torch.Tensor))
 
 
-def _read_rank_state(contents: Contents, rank: int) -> dict[str, Any]:
-    content = contents.read_rank_state(rank)
-    state = decode(content, f"{contents.checkpoint.path}: state of rank {rank}")
-    return _as_state(state, _RANK_KEYS, contents.checkpoint)
+def _is_state(value: Any, keys: Sequence[str]) -> bool:
+    return isinstance(value, dict) and all(key in value for key in keys)
 
 
 def _as_state(value: Any, keys: Sequence[str], checkpoint: Checkpoint) -> dict[str, Any]:
@@ -498,6 +373,7 @@ def _as_state(value: Any, keys: Sequence[str], checkpoint: Checkpoint) -> dict[s
     Raises:
         CorruptCheckpointError: it has not; what matched its digest is no state of ours.
     """
-    if not isinstance(value, dict) or any(key not in value for key in keys):
+    if not _is_state(value, keys):
         raise CorruptCheckpointError(str(checkpoint.path), "holds no state where one should be")
-    return value
+    state: dict[str, Any] = value
+    return state

@@ -1,11 +1,11 @@
 """Copy the app state to memory that training does not change.
 
 Owns the steps from live objects to a snapshot that threads may write: capture, agree on the plan,
-get memory (the local tier's where it provides some), stage. Before the first save it reports what
-the local tier will need. Promises that either all ranks have a snapshot to write or none has, that
-everything reused between saves is compared with the live state each time, that an optimizer step
-waits for a copy in progress (`StepGuard` hooks each optimizer once), and that the writer sees the
-error of a failed copy. Writes nothing.
+ask the provider for memory, stage. Before the first save it estimates what a snapshot will take.
+Promises that either all ranks have a snapshot to write or none has, that everything reused between
+saves is compared with the live state each time, that an optimizer step waits for a copy in progress
+(`StepGuard` hooks each optimizer once), and that the writer sees the error of a failed copy. Writes
+nothing, and knows no tier.
 """
 
 from __future__ import annotations
@@ -16,34 +16,25 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
 from holdfast.config import CheckpointConfig
-from holdfast.errors import CheckpointError, ConfigError, StageTimeoutError, UnsupportedStateError
-from holdfast.filesystem import Filesystem
+from holdfast.errors import CheckpointError, UnsupportedStateError
 from holdfast.format.items import Inventory, Itemizer, structure_of
 from holdfast.protocol import CheckpointSaveContext
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
-from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.snapshot.arena import image_bytes
 from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
 from holdfast.state.app import AppState, Bindings, Captured
 from holdfast.state.codec import check_reachable, encode, to_yaml
 from holdfast.state.model import run_each
 from holdfast.state.optimizer import estimate
 from holdfast.state.small import read_counters
-from holdfast.storage.store import Checkpoint
-from holdfast.tiers.both import Tiers
-from holdfast.tiers.local.budget import Need, report_budget, take_seats
-from holdfast.tiers.persistent import Snapshot
-
-if TYPE_CHECKING:
-    from holdfast.ranks.topology import Topology
-    from holdfast.tiers.local.availability import Candidate
+from holdfast.tiers.tier import MemoryProvider, Reserved, Snapshot
 
 
 class StepGuard:
@@ -86,25 +77,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """The memory that a save is staged into."""
-
-    arena: Arena | None
-    """Of the local tier; None: the shard saver's own."""
-    pinned: bool
-    is_local: bool
-    """Whether the local tier takes part."""
-
-
 class Snapshotter:
     """Takes snapshots; each overwrites the previous one, unless a tier keeps it."""
 
-    def __init__(self, config: CheckpointConfig, tiers: Tiers) -> None:
+    def __init__(self, config: CheckpointConfig, memory: MemoryProvider) -> None:
         self._config = config
         self._is_async = config.async_save
         self._overlaps = config.async_save and config.staging == "overlapped"
-        self._tiers = tiers
+        self._memory = memory
         self._shards = ShardSaver()
         self._itemizer = Itemizer()
         self._bindings: Bindings | None = None
@@ -121,8 +101,8 @@ class Snapshotter:
         app: AppState,
         control: Coordinator,
         confirm: Callable[[], None],
-    ) -> tuple[Snapshot, bool]:
-        """Take a snapshot of this step, and return whether it can go to the local tier.
+    ) -> tuple[Snapshot, Reserved]:
+        """Take a snapshot of this step; return also the memory that it was staged into.
 
         Large tensors are copied once `finish` has returned or the next optimizer step begins.
         `confirm`: see `Snapshot`.
@@ -142,14 +122,21 @@ class Snapshotter:
             leaves = captured.leaves
             return self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
 
-        plan, inventory = self._shards.settle(capture, control, self._tiers.nodes)
-        memory = self._take_memory(ctx, plan, inventory, control)
+        plan, inventory = self._shards.settle(capture, control, self._memory.nodes)
+        pinned = _is_on_gpu(inventory)
+        reserved = self._memory.reserve(
+            plan.staged.layout,
+            plan.identity,
+            control,
+            pinned=pinned,
+            required=ctx.non_persistent_ckpt,
+        )
 
         def stage() -> Snapshot:
             ((captured, counters),) = taken
             snapshot = Snapshot(
                 iteration,
-                self._stage_shard(captured, plan, inventory, memory),
+                self._stage_shard(captured, plan, inventory, reserved, pinned=pinned),
                 encode(captured.rank),
                 encode(captured.shared),
                 counters,
@@ -163,9 +150,9 @@ class Snapshotter:
             return snapshot
 
         try:
-            return _keep_own(control, "stage", stage), memory.is_local
+            return _keep_own(control, "stage", stage), reserved
         except CheckpointError:
-            self._tiers.abandon_local()
+            self._memory.release()
             raise
 
     def finish(self, snapshot: Snapshot) -> None:
@@ -173,43 +160,17 @@ class Snapshotter:
         if snapshot.shard.copying is not None and not self._overlaps:
             snapshot.shard.copying.finish()
 
-    def report_budget(
-        self,
-        app: AppState,
-        candidate: Checkpoint | Candidate | None,
-        filesystem: Filesystem,
-        control: Coordinator,
-    ) -> None:
-        """Report what the local tier will need on each node; copy nothing.
+    def estimate(
+        self, app: AppState, nodes: Sequence[int] | None, control: Coordinator
+    ) -> tuple[int, list[str]]:
+        """Return what this rank will stage once every optimizer has taken a step; copy nothing.
 
-        `candidate`: what may be loaded. For a local commit with the same number of ranks, the size
-        of the shard is used and no plan is made. Otherwise the need is computed from the current
-        state, including what optimizers will keep after their first step. The plan made for this
-        is reused by the first save if the state matches the estimate.
+        That is a size in bytes, and the optimizers whose state it does not count. The plan made for
+        it is reused by the first save if the state matches the estimate.
 
         Raises:
-            ConfigError: on every rank: it does not fit somewhere, with the numbers.
-            CheckpointError: on every rank: the state cannot be saved, or a directory is unusable.
+            CheckpointError: on every rank: the state cannot be saved.
         """
-        config, tiers = self._config.local, self._tiers
-        local = tiers.local
-        topology = local.topology if local else take_seats(config, filesystem, control)
-        resumed = None if isinstance(candidate, Checkpoint) else candidate
-        if resumed is not None and resumed.record.world_size == control.world_size:
-            assert local is not None
-            need = Need(local.size_before(resumed.record))
-        else:
-            need = self._estimate_need(app, topology, control)
-        if local is not None:
-            run_id: str | None = local.run_id
-        else:  # no local commit of this run was looked for; there may be some all the same
-            found = control.broadcast("run id", tiers.persistent.identity.read_run_id)
-            run_id = found or self._config.run_id
-        drains = self._config.persistent.from_local
-        report_budget(config, topology, run_id, need, control, drains=drains)
-
-    def _estimate_need(self, app: AppState, topology: Topology, control: Coordinator) -> Need:
-        """Return what this rank will stage once every optimizer has taken a step."""
         uncounted: list[str] = []
 
         def describe() -> Inventory:
@@ -219,8 +180,8 @@ class Snapshotter:
             uncounted.extend(then.uncounted)
             return Inventory(then.items, now.sources, structure_of(then.items))
 
-        plan, _ = self._shards.settle(describe, control, topology.nodes)
-        return Need(image_bytes(plan.staged.layout), uncounted)
+        plan, _ = self._shards.settle(describe, control, nodes)
+        return image_bytes(plan.staged.layout), uncounted
 
     def wait(self) -> None:
         """Wait until the last snapshot no longer reads live tensors."""
@@ -232,44 +193,20 @@ class Snapshotter:
         self._shards.release()
         self._bindings = None
 
-    def _take_memory(
-        self,
-        ctx: CheckpointSaveContext,
-        plan: ShardPlan,
-        inventory: Inventory,
-        control: Coordinator,
-    ) -> _Memory:
-        """Request memory for staging from the local tier, if there is one."""
-        pinned = _is_on_gpu(inventory)
-        if self._tiers.local is None:
-            return _Memory(None, pinned, is_local=False)
-        iteration = ctx.state.train_state.step
-        try:
-            arena = self._tiers.begin_local(iteration, plan, control, pinned=pinned)
-        except (StageTimeoutError, ConfigError):
-            raise
-        except CheckpointError as error:
-            if ctx.non_persistent_ckpt:
-                raise
-            if control.rank == 0:
-                logger.warning("no local copy of this save: %s", error)
-            return _Memory(None, pinned, is_local=False)
-        return _Memory(arena, pinned, is_local=True)
-
     def _stage_shard(
         self,
         captured: Captured,
         plan: ShardPlan,
         inventory: Inventory,
-        memory: _Memory,
+        reserved: Reserved,
+        *,
+        pinned: bool,
     ) -> StagedShard:
-        if not self._is_async and not memory.is_local:
+        if not self._is_async and not reserved.to_local:
             # Written before `save` returns: nothing to copy.
             return self._shards.stream(plan, inventory)
         later = captured.leaves.changed_by_steps if self._overlaps else None
-        return self._shards.stage(
-            plan, inventory, arena=memory.arena, pinned=memory.pinned, later=later
-        )
+        return self._shards.stage(plan, inventory, arena=reserved.arena, pinned=pinned, later=later)
 
 
 @contextmanager

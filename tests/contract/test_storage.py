@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +58,18 @@ class TestPosixStorage(StorageContract):
             with pytest.raises(OSError, match="missing or a link") as caught:
                 attempt("folder/a")
             assert caught.value.filename == str(tmp_path / "new/root/folder/a")
+
+    def test_what_no_name_can_reach_is_not_listed(
+        self, open_storage: OpenStorage, tmp_path: Path
+    ) -> None:
+        """Files whose names the protocol refuses, pipes and the like are passed by."""
+        storage = open_storage()
+        storage.prepare()
+        storage.put("a", b"x")
+        (tmp_path / "new/root/b\\c").write_bytes(b"x")
+        (tmp_path / "new/root/d\n").write_bytes(b"x")
+        os.mkfifo(tmp_path / "new/root/pipe")
+        assert [each.name for each in storage.list()] == ["a"]
 
     def test_a_root_that_is_a_link_is_followed(
         self, open_storage: OpenStorage, tmp_path: Path

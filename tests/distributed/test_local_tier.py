@@ -428,7 +428,7 @@ def _refuse_on_one(root: Path) -> list[str]:
     job = Job(root, ("a", "b"), factor=2, timeout_seconds=DEADLINE_SECONDS)
     job.save(10)
     messages = []
-    job.tier.abandon()
+    job.tier.release()
     iteration = 20 if job.rank == 0 else 21
     messages.append(str(failure_of(lambda: job.save(iteration))))
     job.save(30)

@@ -174,3 +174,12 @@ def test_no_command_needs_a_program_that_make_did_not_install() -> None:
         for block in _blocks(page, "sh"):
             for line in block.splitlines():
                 assert not re.match(r"(python|torchrun|holdfast) ", line), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_that_pages_name_exists(page: Path) -> None:
+    """A program, an overlay or a config in a command is there, and so is each benchmark."""
+    text = page.read_text()
+    files = set(re.findall(r"(?<![\w/])((?:recipes|configs|benchmarks)/[\w/]+\.(?:py|yaml))", text))
+    files |= {f"configs/recipe/{name}.yaml" for name in re.findall(r"\brecipe=(\w+)", text)}
+    assert [name for name in sorted(files) if not (ROOT / name).exists()] == []

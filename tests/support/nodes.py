@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -35,13 +35,13 @@ from holdfast.format.layout import Item, lay_out
 from holdfast.protocol import TrainState
 from holdfast.ranks.channels import open_channels
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.shard import ShardPlan, Share, StagedShard
 from holdfast.storage.identity import CommitIdentity
-from holdfast.tiers.local.shards import LocalSnapshot
 from holdfast.tiers.local.tier import LocalTier
-
-if TYPE_CHECKING:
-    from holdfast.tiers.local.reading import LocalContents
+from holdfast.tiers.select import Commit, Condition
+from holdfast.tiers.tier import Contents, Snapshot, Wanted
 
 RUN_ID = "run"
 ROWS = 24
@@ -160,19 +160,16 @@ class Job:
 
     def save(self, iteration: int, before_write: Callable[[], None] | None = None) -> None:
         """Save the state of an iteration and wait for it."""
-        arena = self.tier.begin(iteration, self.layout, self.control) or self.arena
+        arena = self.tier.reserve(self.layout, self.control) or self.arena
         assert arena is not None
         arena.stage([self._source(slot.item, iteration) for slot in self.layout.slots]).wait()
         if before_write is not None:
             before_write()
         counters = TrainState(step=iteration).to_dict()
         self.tier.write(
-            LocalSnapshot(
+            Snapshot(
                 iteration=iteration,
-                arena=arena,
-                structure=self.structure,
-                plan=bytes(16),
-                state_names=len(self._shapes) + 1,
+                shard=StagedShard(self._plan(), arena, arena, None, Progress()),
                 rank_state=f"rank {self.rank} at {iteration}".encode(),
                 shared_state=f"shared at {iteration}".encode(),
                 train_state=json.dumps(
@@ -184,6 +181,11 @@ class Job:
             self.writer,
         )
 
+    def _plan(self) -> ShardPlan:
+        share = Share(self.layout, range(len(self.layout.slots)))
+        names = len(self._shapes) + 1
+        return ShardPlan(bytes(16), self.structure, share, share, "unused", names)
+
     def _identify(self) -> CommitIdentity:
         self._sequence = max(self._sequence, self.tier.newest_sequence) + 1
         return CommitIdentity(self.attempt, self._sequence)
@@ -194,19 +196,21 @@ class Job:
         """Load the newest commit that can be loaded, as the manager does, and compare it."""
         tries = 0
         while True:
-            candidate = self.tier.find(self.control, lambda record: None)
+            commit = self.survey()
             reasons = [f"{each.path}: {each.reason}" for each in self.tier.passed]
-            if candidate is None:
+            if commit is None:
                 return Loaded(None, reasons=reasons, tries=tries)
             tries += 1
             assert tries < 10, reasons
-            iteration = candidate.record.iteration
+            iteration = commit.iteration
+            assert iteration is not None
             try:
-                contents = self.tier.open(candidate, self.control, lambda state: True)
+                wanted = Wanted(lambda state: True, lambda contents: None)
+                contents = self.tier.open(commit, self.control, wanted)
                 targets = self._targets()
                 self._read(contents, targets)
             except CorruptCheckpointError as error:
-                self.tier.pass_over(candidate, self.control, str(error))
+                self.tier.pass_over(commit, self.control, error)
                 continue
             wrong = [
                 name for name, each in targets.items() if not self._is_right(name, each, iteration)
@@ -217,17 +221,23 @@ class Job:
                 wrong.append("shared state")
             if contents.counters["train_state"]["step"] != iteration:
                 wrong.append("counters")
-            saved = candidate.record.world_size
+            saved = contents.checkpoint.manifest.world_size
             ranks = [self.rank] if saved == self.size else list(range(saved))
-            states = [contents.read_rank_state(rank) for rank in ranks]
+            states = [contents.rank_states[rank] for rank in ranks]
             for rank, state in zip(ranks, states, strict=True):
                 if state != f"rank {rank} at {iteration}".encode():
                     wrong.append(f"state of rank {rank}")
-            if self.tier.finish():
-                self.tier.restore(self.control)
+            restore = self.tier.finish_load()
+            if restore is not None:
+                restore(self.control)
             return Loaded(iteration, wrong, reasons, states, tries)
 
-    def _read(self, contents: LocalContents, targets: dict[str, torch.Tensor]) -> None:
+    def survey(self) -> Commit | None:
+        """Return the newest commit that can be loaded; None: there is none."""
+        commits = self.tier.survey(self.control, lambda record: None)
+        return next((each for each in commits if each.condition is Condition.SOUND), None)
+
+    def _read(self, contents: Contents, targets: dict[str, torch.Tensor]) -> None:
         contents.bring(lambda: targets, self.control)
         self.control.all_reduce(
             "read", lambda: contents.reader.read_tensors(targets), lambda _: None

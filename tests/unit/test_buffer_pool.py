@@ -98,8 +98,8 @@ def test_a_save_gets_the_file_that_its_reader_lets_go_of(turns: BufferPool) -> N
     """A held file is not filled while it is read, though its turn has come."""
     paths = [_publish(turns, turns.take(SIZE, 0.0), f"shard{number}") for number in range(3)]
     got: list[PooledFile] = []
-    with turns.hold(paths[1]):
-        with turns.hold(paths[0]) as stream:
+    with turns.keep(paths[1]):
+        with turns.keep(paths[0]), paths[0].open("rb") as stream:
             turns.retire(paths[0])
             turns.retire(paths[1])
             assert paths[0].exists()

@@ -17,7 +17,7 @@ from holdfast.filesystem import LocalFilesystem
 from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
 from holdfast.storage.manifest import seal, unseal
 from holdfast.storage.posix import PosixStorage
-from holdfast.tiers.places import find_living_attempt
+from holdfast.tiers.survey import find_living_attempt
 from tests.support.managers import linear, manager_of
 
 HERE = Process("alpha", 100, "boot/5")

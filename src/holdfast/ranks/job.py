@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -266,6 +266,10 @@ class Save:
             scheduler=ctx.opt_param_scheduler,
         )
         return cls(callback_manager, event, time.monotonic())
+
+    def continued_in(self, tier: str) -> Save:
+        """Return the same save, on its way to another tier; the loop has gone on meanwhile."""
+        return Save(self.callback_manager, replace(self.event, tier=tier), self.started)
 
     @property
     def name(self) -> str:

@@ -26,6 +26,7 @@ from holdfast.storage.backend import (
     Entry,
     GroupUnreachableError,
     check_name,
+    is_name,
     pending_name,
     replaced_name,
 )
@@ -171,7 +172,7 @@ class PosixStorage:
         return [
             Entry(each.name, is_group=not each.is_file)
             for each in entries
-            if each.is_file or each.is_directory or each.is_link
+            if is_name(each.name) and (each.is_file or each.is_directory or each.is_link)
         ]
 
     def get(self, name: str) -> bytes:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.config import CheckpointConfig
@@ -24,13 +25,17 @@ from holdfast.errors import (
     StoreNotLoadedError,
 )
 from holdfast.filesystem import Filesystem
+from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Background, Committed, Outcome
 from holdfast.snapshot.arena import Arena, image_bytes
-from holdfast.snapshot.shard import ShardPlan
+from holdfast.storage import open_storage
+from holdfast.storage.backend import Storage
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.manifest import LOCAL
-from holdfast.tiers.persistent import Admission, PersistentTier, Snapshot
+from holdfast.tiers.local.budget import Need, report_budget, take_seats
+from holdfast.tiers.persistent import Admission, PersistentTier
+from holdfast.tiers.places import check_directories
+from holdfast.tiers.tier import Reserved, Snapshot, Source
 
 if TYPE_CHECKING:
     from holdfast.tiers.local.tier import LocalTier
@@ -38,14 +43,49 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Route:
+    """Which tiers one save is written to, and when."""
+
+    to_local: bool
+    to_persistent: bool
+    is_promoted: bool
+    """Whether the persistent copy is made from the local commit afterwards, on another thread."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """The later copy of a commit to another tier."""
+
+    tier: str
+    work: Callable[[], Committed]
+    """Makes it, on a thread of its own."""
+
+
 class Tiers:
     """The persistent tier of one run, and the local one where it is configured."""
 
-    def __init__(
-        self, config: CheckpointConfig, persistent: PersistentTier, filesystem: Filesystem
-    ):
-        """Open nothing yet: the run id is known only once the store has been read."""
-        self.persistent = persistent
+    def __init__(self, config: CheckpointConfig, filesystem: Filesystem) -> None:
+        """Open nothing yet: the run id is known only once the store has been read.
+
+        Raises:
+            ConfigError: no directory is configured, or one cannot be used.
+        """
+        directory = config.persistent.directory
+        if directory is None:
+            raise ConfigError(
+                ["checkpoint.persistent.directory is null; name where checkpoints are kept"]
+            )
+        check_directories(config, filesystem)
+        # The root may be a link; inside it no link is followed.
+        self.storage: Storage = open_storage(Path(directory).absolute().resolve(), filesystem)
+        """Where the run's store is."""
+        self.persistent = PersistentTier(
+            self.storage,
+            config.run_id,
+            config.persistent.keep.last,
+            config.persistent.write_bytes_per_second,
+        )
         self.local: LocalTier | None = None
         self._config = config
         self._filesystem = filesystem
@@ -53,10 +93,17 @@ class Tiers:
         """Attempt and sequence of the last local commit, on rank 0."""
         self._budgeted = b""
         """Identity of the plan for which the local tier was found to have enough space."""
+        self._is_budgeted = False
+        """Whether the needs of the local tier were reported before training."""
         self._is_ordered = False
         """Whether commits of this attempt are newer than all earlier ones in the local tier."""
         self._restoring: Background[None] = Background()
         """The background rewrite of shards that nodes had lost of the loaded commit."""
+
+    @property
+    def root(self) -> Path:
+        """The store of the run: what messages name, and ranks know one another by."""
+        return self.persistent.store.root
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -70,6 +117,14 @@ class Tiers:
             raise ConfigError(
                 ["checkpoint.local.directory is null: there is no local tier to save to"]
             )
+
+    def admit(self) -> Admission:
+        """Claim an attempt at the run's store, on rank 0; see `PersistentTier.admit`."""
+        return self.persistent.admit()
+
+    def prove_writable(self) -> None:
+        """Fail now if a first save could not be written; on rank 0."""
+        self.persistent.prove_writable()
 
     def follow(self, admission: Admission, coordinator: Coordinator, *, to_local: bool) -> None:
         """Prepare the local tier for a save that the persistent tier has admitted.
@@ -120,54 +175,72 @@ class Tiers:
         """The node of each rank; None: there is no local tier."""
         return None if self.local is None else self.local.topology.nodes
 
-    @property
-    def can_drain(self) -> bool:
-        """Whether a persistent save is to be promoted from its local commit.
+    def route(self, reserved: Reserved, *, local_only: bool) -> Route:
+        """Return where a save goes whose memory was reserved.
 
-        Only where the arena is the local file: the buffer pool keeps that file unchanged while
-        other buffers are used. On a disk the next local save would overwrite the arena during the
-        drain.
+        It is promoted only where the memory is the local file: the buffer pool keeps that file
+        unchanged while other buffers are used. On a disk the next local save would overwrite it.
         """
-        drains = self._config.persistent.from_local
-        return drains and self.local is not None and self.local.in_memory
+        config = self._config
+        is_promoted = (
+            config.persistent.from_local
+            and config.async_save
+            and not local_only
+            and reserved.to_local
+            and self.local is not None
+            and self.local.in_memory
+        )
+        return Route(reserved.to_local, not local_only, is_promoted)
 
-    def begin_local(
-        self, snapshot_of: int, plan: ShardPlan, coordinator: Coordinator, *, pinned: bool
-    ) -> Arena | None:
-        """Return the local tier's memory to stage into; None: stage into the stager's own.
+    def reserve(
+        self, layout: Layout, plan: bytes, coordinator: Coordinator, *, pinned: bool, required: bool
+    ) -> Reserved:
+        """Return memory of the local tier to stage into; without one, the caller's own.
 
         Raises:
             ConfigError: on every rank: the whole buffer pool does not fit, with the numbers.
-            CheckpointError: on every rank: not enough free space.
+            CheckpointError: on every rank: not enough free space, and it is `required`.
         """
-        assert self.local is not None
-        if not self._is_ordered:
-            raise CheckpointError("the local tier could not be read when this save began")
-        layout = plan.staged.layout
-        if plan.identity != self._budgeted:
-            # Before any allocation: the need of the whole buffer pool, not only of the next file.
-            self.local.budget(image_bytes(layout), coordinator)
-            self._budgeted = plan.identity
-        return self.local.begin(snapshot_of, layout, coordinator, pinned=pinned)
+        if self.local is None:
+            return Reserved(None, to_local=False)
+        try:
+            arena = self._reserve_local(self.local, layout, plan, coordinator, pinned=pinned)
+        except (StageTimeoutError, ConfigError):
+            raise
+        except CheckpointError as error:
+            if required:
+                raise
+            if coordinator.rank == 0:
+                logger.warning("no local copy of this save: %s", error)
+            return Reserved(None, to_local=False)
+        return Reserved(arena, to_local=True)
 
-    def abandon_local(self) -> None:
-        """Release that memory: the staging failed."""
-        if self.local is not None:
-            self.local.abandon()
-
-    def write(
+    def _reserve_local(
         self,
-        snapshot: Snapshot,
+        local: LocalTier,
+        layout: Layout,
+        plan: bytes,
         coordinator: Coordinator,
         *,
-        to_local: bool,
-        to_persistent: bool,
-        drains: bool = False,
-    ) -> Committed:
+        pinned: bool,
+    ) -> Arena | None:
+        if not self._is_ordered:
+            raise CheckpointError("the local tier could not be read when this save began")
+        if plan != self._budgeted:
+            # Before any allocation: the need of the whole buffer pool, not only of the next file.
+            local.budget(image_bytes(layout), coordinator)
+            self._budgeted = plan
+        return local.reserve(layout, coordinator, pinned=pinned)
+
+    def release(self) -> None:
+        """Give reserved memory back: the staging failed."""
+        if self.local is not None:
+            self.local.release()
+
+    def write(self, snapshot: Snapshot, route: Route, coordinator: Coordinator) -> Committed:
         """Write one snapshot to the tiers that are due; every rank calls it.
 
-        `drains`: skip the persistent tier if the local commit succeeds; the caller then promotes it
-        with `hold`.
+        If it is to be promoted and its local commit succeeds, call `promote` afterwards.
 
         Raises:
             CheckpointError: on every rank: the persistent save failed, or only a local save was due
@@ -176,80 +249,102 @@ class Tiers:
         identities: list[CommitIdentity] = []
 
         def identify() -> CommitIdentity:
-            identities.append(self.persistent.reserve())
+            identities.append(self.persistent.next_identity())
             return identities[-1]
 
         committed: Committed | None = None
-        if to_local:
+        if route.to_local:
+            assert self.local is not None
             try:
-                committed = self._write_local(snapshot, identify, coordinator)
+                committed = self.local.write(snapshot, identify, coordinator)
             except (StageTimeoutError, StoreIdentityError):
                 raise
             except CheckpointError as error:
-                if not to_persistent:
+                if not route.to_persistent:
                     raise
                 if coordinator.rank == 0:
                     logger.warning("the local copy of this save failed: %s", error)
-        identity = self._identity = identities[0] if identities else None
-        if to_persistent and not (drains and committed is not None):
-            copies = () if committed is None else (LOCAL,)
-            committed = self.persistent.write(snapshot, coordinator, identity)
+        self._identity = identities[0] if identities else None
+        if route.to_persistent and not (route.is_promoted and committed is not None):
+            copies = () if committed is None else (committed.tier,)
+            committed = self._write_persistent(snapshot, self._identity, coordinator)
             committed = replace(committed, copies=copies)
         assert committed is not None
         return committed
 
-    def hold(self, snapshot: Snapshot, coordinator: Coordinator) -> Callable[[], Committed]:
-        """Keep the local commit of a snapshot from being overwritten; return what promotes it.
+    def _write_persistent(
+        self, snapshot: Snapshot, identity: CommitIdentity | None, coordinator: Coordinator
+    ) -> Committed:
+        """`identity`: what the local commit of this snapshot has; None: a new one."""
+        return self.persistent.write(
+            snapshot, lambda: identity or self.persistent.next_identity(), coordinator
+        )
 
-        Call the returned function on a thread of its own: it writes to the persistent tier and
-        then releases the local commit.
+    def promote(
+        self, snapshot: Snapshot, committed: Committed, coordinator: Coordinator
+    ) -> Promotion | None:
+        """Return what copies a commit to the persistent tier; None: it is there already.
+
+        The local commit is protected from being overwritten from now until that has ended.
         """
+        if committed.tier == self.persistent.name:
+            return None  # the local save had failed
         assert self.local is not None
         kept = ExitStack()
         kept.enter_context(self.local.keep(snapshot.iteration))
         identity = self._identity
 
-        def promote() -> Committed:
+        def work() -> Committed:
             with kept:
-                return self.persistent.write(snapshot, coordinator, identity)
+                return self._write_persistent(snapshot, identity, coordinator)
 
-        return promote
-
-    def _write_local(
-        self, snapshot: Snapshot, identify: Callable[[], CommitIdentity], coordinator: Coordinator
-    ) -> Committed:
-        from holdfast.tiers.local.shards import LocalSnapshot
-
-        assert self.local is not None
-        plan, arena = snapshot.shard.plan, snapshot.shard.arena
-        assert arena is not None
-        snapshot.shard.wait()
-        snapshot.confirm()
-        local = LocalSnapshot(
-            snapshot.iteration,
-            arena,
-            plan.structure,
-            plan.identity,
-            plan.state_names,
-            snapshot.rank_state,
-            snapshot.shared_state,
-            snapshot.train_state,
-            snapshot.run_config,
-        )
-        done = self.local.write(local, identify, coordinator)
-        return Committed(done.path, done.size_bytes, (), tier=LOCAL)
+        return Promotion(self.persistent.name, work)
 
     # -- load ------------------------------------------------------------------------------------
 
-    def finish_load(self, channel: Coordinator) -> None:
-        """End a load of a local commit; rewrite on a thread the shards that nodes have lost.
+    def report_needs(
+        self,
+        selected: Source | None,
+        estimate: Callable[[Sequence[int]], tuple[int, list[str]]],
+        coordinator: Coordinator,
+    ) -> None:
+        """Report once, before training, what the local tier will need of each node.
+
+        `selected`: where the checkpoint is that will be loaded. If it is the local tier, and as
+        many ranks saved, the size of the shard is known. Otherwise `estimate` is given the node of
+        each rank, and returns the size in bytes, and what it does not count.
+
+        Raises:
+            ConfigError: on every rank: it does not fit somewhere, with the numbers.
+            CheckpointError: on every rank: the state cannot be saved, or a directory is unusable.
+        """
+        config, local = self._config, self.local
+        if config.local.directory is None or self._is_budgeted:
+            return
+        topology = (
+            local.topology if local else take_seats(config.local, self._filesystem, coordinator)
+        )
+        size = None
+        if local is not None and selected is local:
+            size = local.size_before(coordinator.world_size)
+        need = Need(*estimate(topology.nodes)) if size is None else Need(size)
+        if local is not None:
+            run_id: str | None = local.run_id
+        else:  # no local commit of this run was looked for; there may be some all the same
+            found = coordinator.broadcast("run id", self.persistent.identity.read_run_id)
+            run_id = found or config.run_id
+        drains = config.persistent.from_local
+        report_budget(config.local, topology, run_id, need, coordinator, drains=drains)
+        self._is_budgeted = True
+
+    def finish_load(self, source: Source, channel: Coordinator) -> None:
+        """End a load; do on a thread what is left, such as rewriting shards that nodes have lost.
 
         `channel`: the one of that thread, in use until `wait_restored` has returned.
         """
-        local = self.local
-        assert local is not None
-        if local.finish():
-            self._restoring.start(lambda: local.restore(channel), channel)
+        work = source.finish_load()
+        if work is not None:
+            self._restoring.start(lambda: work(channel), channel)
 
     def wait_restored(self, rank: int) -> None:
         """Wait until lost shards are rewritten; every rank calls it.

@@ -1,81 +1,187 @@
-"""Open a selected checkpoint, and if asked verify it in full, before anything live is touched.
+"""Open a checkpoint before anything live is touched: on all ranks for a load, or alone to read it.
 
-Owns how ranks share the work of verifying and which small files a rank needs. Promises that every
-rank receives all damage found on any rank, and that `open_contents` returns only after all small
-state was read and matched its digests. Decides nothing.
-
-Owns also how a directory that torch.distributed.checkpoint wrote without holdfast is recognised,
-and the substitutes for its missing parts: an empty manifest, and counters that change nothing. A
-damaged checkpoint of holdfast is never mistaken for one. A load warns that its bytes are not
-covered by digests.
+Owns how ranks share the work of verifying, which small files a rank needs, and the substitutes for
+what a checkpoint of torch alone lacks: digests, and counters, which then change nothing. Promises
+that every rank receives all damage found on any rank, that damage is told from a failure of a
+process, and that a checkpoint is handed over only after all small state was read and matched its
+digests. Also the way from a path to tensors without a job: it opens the checkpoint that a load
+would try first and does not fall back to an older one.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from holdfast.errors import CorruptCheckpointError
+from holdfast.caller import in_normal_mode
+from holdfast.config import expand_path
+from holdfast.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    RankFailure,
+    WrongArgumentError,
+    is_process_failure,
+)
+from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
-from holdfast.protocol import ShardSource
+from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.lazy import LazyTensors
 from holdfast.read.reader import ForeignReader, ShardReader
+from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord, find_difference
-from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
+from holdfast.storage.manifest import MANIFEST_NAME
 from holdfast.storage.store import Checkpoint, Damage, verify_files
-from holdfast.tiers.persistent import (
+from holdfast.tiers.places import ForeignCheckpoint
+from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
+from holdfast.tiers.survey import Survey, make_refusal, survey_place
+from holdfast.tiers.tier import (
     RUN_CONFIG_NAME,
     SHARED_STATE_NAME,
     TRAIN_STATE_NAME,
+    Contents,
+    Wanted,
+    check_counters,
     rank_state_name,
 )
 
-logger = logging.getLogger(__name__)
 
-_OURS = {MANIFEST_NAME, TRAIN_STATE_NAME, RUN_CONFIG_NAME, SHARED_STATE_NAME.partition("/")[0]}
-_ITERATION = re.compile("iter_([0-9]+)")
+class SurveyedStore:
+    """The checkpoints of one directory as surveyed, and the condition of those that were tried."""
+
+    def __init__(self, survey: Survey, storage: Storage) -> None:
+        """`storage`: of the directory, of which each checkpoint is a group."""
+        self.survey = survey
+        self._storage = storage
+
+    def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
+        """Read the small state, verified, on all ranks; see `Source.open`."""
+        checkpoint = self.survey.checkpoints[commit]
+        files = self._storage.under(checkpoint.path.name)
+        return open_together(checkpoint, coordinator, files, wanted)
+
+    def pass_over(
+        self, commit: Commit, coordinator: Coordinator, error: CorruptCheckpointError
+    ) -> Commit:
+        """Note that a commit could not be loaded; see `Source.pass_over`."""
+        reason = error.reason if error.path == commit.path else str(error)
+        commits = mark_damaged(self.survey.commits, commit, reason, error)
+        self.survey = replace(self.survey, commits=commits)
+        return replace(commit, condition=Condition.DAMAGED, reason=reason)
+
+    def finish_load(self) -> None:
+        """Nothing is left to do."""
 
 
-@dataclass(frozen=True)
-class ForeignCheckpoint(Checkpoint):
-    """A checkpoint written by torch alone, with a manifest that lists no files."""
+@in_normal_mode  # live objects may keep what is read here
+def open_together(
+    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage, wanted: Wanted
+) -> Contents:
+    """Open a checkpoint that every rank can read, on all ranks; see `Source.open`."""
+    if wanted.verify_first:
+        damages = _verify_together(checkpoint, coordinator, files)
+        if damages:
+            reason = list_first(damages, "files")
+            raise CorruptCheckpointError(str(checkpoint.path), reason)
+    opened: list[Contents] = []
 
-    @classmethod
-    def at(cls, path: Path) -> ForeignCheckpoint:
-        """Make one for a directory; the iteration is N for a name `iter_N`, else 0."""
-        match = _ITERATION.fullmatch(path.name)
-        iteration = int(match[1]) if match else 0
-        return cls(path, Manifest("", 0, 0, iteration, FOREIGN, 1, "", ()))
+    def read() -> None:
+        contents = open_contents(checkpoint, files, coordinator, wanted.suffices)
+        wanted.accept(contents)
+        opened.append(contents)
+
+    read_together("open", read, checkpoint, coordinator)
+    return opened[0]
 
 
-def is_foreign(files: Storage) -> bool:
-    """Whether these are the files of a checkpoint written by torch alone.
+def read_together(
+    stage: str, work: Callable[[], None], checkpoint: Checkpoint, coordinator: Coordinator
+) -> None:
+    """Read on every rank; what any of them finds damaged is reported on all, file by file.
 
-    One with any file that only holdfast writes is holdfast's, and damaged without manifest.
+    `work` reads the checkpoint's own files and calls nothing of the user's, so that a file that
+    cannot be read is damage. Anything else that fails is no reason to take an older checkpoint.
+
+    Raises:
+        CorruptCheckpointError: on every rank, the same.
+        StageFailedError: a rank failed or is gone; the checkpoint is not to blame.
     """
-    names = {each.name for each in files.list()}
-    return METADATA_NAME in names and not names & _OURS
+
+    def find_damage() -> CorruptCheckpointError | None:
+        try:
+            work()
+        except CorruptCheckpointError as error:
+            return error
+        except OSError as error:
+            if isinstance(error, CheckpointError) or is_process_failure(error):
+                raise
+            failure = RankFailure.of(coordinator.rank, error)
+            reason = f"cannot be read on rank {failure.rank}: {failure.reason}"
+            return CorruptCheckpointError(failure.path or str(checkpoint.path), reason)
+        return None
+
+    found = coordinator.all_gather(stage, find_damage)
+    # Ranks that read the same file say the same of it.
+    damages = list({str(each): each for each in found if each is not None}.values())
+    if len(damages) == 1:
+        raise damages[0]
+    if damages:
+        raise CorruptCheckpointError(str(checkpoint.path), list_first(damages, "files"))
 
 
-def warn_of_foreign(path: Path) -> None:
-    """Warn that such a checkpoint has no digests and only model and optimizer."""
-    logger.warning(
-        "%s was written without holdfast: nothing vouches for its bytes, and only model and "
-        "optimizer are loaded from it",
-        path,
+def open_contents(
+    checkpoint: Checkpoint,
+    files: Storage,
+    coordinator: Coordinator,
+    suffices: Callable[[bytes], bool],
+) -> Contents:
+    """Read the small state of a checkpoint, on this rank.
+
+    Raises:
+        CorruptCheckpointError: a file is missing or damaged.
+    """
+    if isinstance(checkpoint, ForeignCheckpoint):
+        foreign = open_shards(checkpoint, files)
+        unchanged = {"train_state": {}, "num_floating_point_operations_so_far": 0}
+        return Contents(checkpoint, foreign, foreign.read_values(), unchanged, None, {})
+
+    def read(name: str) -> bytes:
+        return _read_checked(checkpoint, name, files)
+
+    counters = check_counters(
+        read(TRAIN_STATE_NAME), checkpoint.iteration, files.where(TRAIN_STATE_NAME)
     )
+    read(RUN_CONFIG_NAME)  # only to check its digest
+    reader = open_shards(checkpoint, files)
+    values, shared = reader.read_values(), read(SHARED_STATE_NAME)
+    own, saved_size = coordinator.rank, checkpoint.manifest.world_size
+    states: dict[int, bytes] = {}
+    if coordinator.world_size == saved_size:
+        states[own] = read(rank_state_name(own))
+    if own not in states or not suffices(states[own]):
+        states = {rank: read(rank_state_name(rank)) for rank in range(saved_size)}
+    return Contents(checkpoint, reader, values, counters, shared, states)
 
 
-def open_foreign(files: Storage) -> ForeignReader:
+def open_shards(checkpoint: Checkpoint, files: Storage) -> ShardReader:
+    """Find where tensors and values are stored, reading none of them.
+
+    Raises:
+        CorruptCheckpointError: `.metadata` is missing or damaged.
+    """
+    if isinstance(checkpoint, ForeignCheckpoint):
+        return _open_foreign(files)
+    metadata = _read_checked(checkpoint, METADATA_NAME, files)
+    records = {each.path: each for each in checkpoint.manifest.files}
+    return ShardReader.open(files, metadata, records)
+
+
+def _open_foreign(files: Storage) -> ForeignReader:
     """Read the metadata of a checkpoint written by torch alone.
 
     Raises:
@@ -93,53 +199,7 @@ def open_foreign(files: Storage) -> ForeignReader:
     return ForeignReader.open(files, content, records)
 
 
-def unchanged_counters() -> dict[str, Any]:
-    """Return counters that change none of the run's."""
-    return {"train_state": {}, "num_floating_point_operations_so_far": 0}
-
-
-_SHARD = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The contents of a checkpoint, tensors not yet read."""
-
-    checkpoint: Checkpoint
-    reader: ShardReader
-    values: dict[str, Any]
-    """All values in the shards that are not tensors, by flat name."""
-    counters: dict[str, Any]
-    """`train_state`, and `num_floating_point_operations_so_far`."""
-    shared_state: bytes | None
-    """None: a foreign checkpoint, which has no rank states either."""
-
-    def read_rank_state(self, rank: int) -> bytes:
-        """Return the state file of one of the saving ranks.
-
-        Raises:
-            CorruptCheckpointError: it is damaged, or not listed and so without a digest.
-        """
-        return _read_checked(self.checkpoint, rank_state_name(rank), self.reader.files)
-
-    def bring(
-        self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
-    ) -> None:
-        """Fetch what these tensors need and only other ranks can read; no-op here.
-
-        In this class every rank can read all files. Every rank calls it, before any rank reads.
-        """
-
-    def sources(self) -> tuple[ShardSource, ...]:
-        """Return the files that this rank has read tensors from."""
-        root, tier = self.checkpoint.path, self.checkpoint.manifest.tier
-        return tuple(
-            ShardSource(tier, f"{root.name}/{path}", size_bytes, _owner_of(path))
-            for path, size_bytes in sorted(self.reader.taken.items())
-        )
-
-
-def verify_together(
+def _verify_together(
     checkpoint: Checkpoint, coordinator: Coordinator, files: Storage
 ) -> list[Damage]:
     """Read every file once, each rank its share; return all damage on every rank."""
@@ -152,48 +212,15 @@ def verify_together(
     return [damage for part in parts for damage in part]
 
 
-def open_contents(checkpoint: Checkpoint, files: Storage) -> Contents:
-    """Read the small state of a checkpoint.
-
-    Raises:
-        CorruptCheckpointError: a file is missing or damaged.
-    """
-    if isinstance(checkpoint, ForeignCheckpoint):
-        foreign = open_shards(checkpoint, files)
-        return Contents(checkpoint, foreign, foreign.read_values(), unchanged_counters(), None)
-    where = files.where(TRAIN_STATE_NAME)
-    content = _read_checked(checkpoint, TRAIN_STATE_NAME, files)
-    try:
-        counters = json.loads(content)
-        # Whether the live counters accept the other values is checked later, before any change.
-        step = dict(counters["train_state"])["step"]
-        int(counters["num_floating_point_operations_so_far"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(where, f"is not a train state: {error}") from error
-    if type(step) is not int or step != checkpoint.iteration:
-        raise CorruptCheckpointError(where, f"is of step {step!r}")
-    _read_checked(checkpoint, RUN_CONFIG_NAME, files)  # only to check its digest
-    reader = open_shards(checkpoint, files)
-    return Contents(
-        checkpoint,
-        reader,
-        reader.read_values(),
-        counters,
-        _read_checked(checkpoint, SHARED_STATE_NAME, files),
-    )
-
-
-def open_shards(checkpoint: Checkpoint, files: Storage) -> ShardReader:
-    """Find where tensors and values are stored, reading none of them.
-
-    Raises:
-        CorruptCheckpointError: `.metadata` is missing or damaged.
-    """
-    if isinstance(checkpoint, ForeignCheckpoint):
-        return open_foreign(files)
-    metadata = _read_checked(checkpoint, METADATA_NAME, files)
-    records = {each.path: each for each in checkpoint.manifest.files}
-    return ShardReader.open(files, metadata, records)
+def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:
+    """Assign files to ranks, largest first, each to the least loaded rank."""
+    shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for record in sorted(records, key=lambda each: (-each.size_bytes, each.path)):
+        rank = loads.index(min(loads))
+        shares[rank].append(record)
+        loads[rank] += record.size_bytes + 1
+    return shares
 
 
 def _read_checked(checkpoint: Checkpoint, name: str, files: Storage) -> bytes:
@@ -213,18 +240,40 @@ def _read_checked(checkpoint: Checkpoint, name: str, files: Storage) -> bytes:
     return content
 
 
-def _owner_of(path: str) -> int | None:
-    """Return the rank that wrote a shard file, if it has a name as torch gives it."""
-    match = _SHARD.fullmatch(path)
-    return int(match[1]) if match else None
+def open_tensors(
+    path: str | os.PathLike[str],
+    *,
+    prefix: str = "",
+    step: int | None = None,
+    verify: bool = True,
+) -> LazyTensors:
+    """Open the tensors of a checkpoint without reading them, by name.
+
+    `path`: one `iter_*` directory, or a store, of which the newest checkpoint or iteration
+    `step` is opened. `prefix`: only names with this prefix, which is removed; `model.` gives the
+    names that `load_state_dict(..., assign=True)` takes. `verify`: check each block against its
+    digest at the first access to a tensor in it.
+
+    Raises:
+        WrongArgumentError: `path` is not a path.
+        CheckpointNotFoundError: the path or the iteration does not exist, or the store is empty.
+        CorruptCheckpointError: a file is missing or damaged.
+        NoLoadableCheckpointError: the store holds checkpoints, and none can be loaded.
+    """
+    _check_path(path)
+    filesystem = LocalFilesystem()
+    survey = survey_place(Path(expand_path(path)), filesystem, step)
+    asked = Asked(names_other_place=True, step=step)
+    choice = choose(asked, Seen(other=survey.commits))
+    if choice.commit is None or choice.action is Action.REFUSE:
+        raise make_refusal(choice, survey, None, filesystem)
+    checkpoint = survey.checkpoints[choice.commit]
+    has_digests = not isinstance(checkpoint, ForeignCheckpoint)
+    reader = open_shards(checkpoint, open_storage(checkpoint.path, filesystem))
+    return LazyTensors(reader, prefix, verify=verify and has_digests)
 
 
-def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:
-    """Assign files to ranks, largest first, each to the least loaded rank."""
-    shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for record in sorted(records, key=lambda each: (-each.size_bytes, each.path)):
-        rank = loads.index(min(loads))
-        shares[rank].append(record)
-        loads[rank] += record.size_bytes + 1
-    return shares
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        found, advice = f"is of type {type(path).__name__}", "Pass the directory of a checkpoint."
+        raise WrongArgumentError("open_tensors", "path", found, advice)

@@ -17,52 +17,45 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from holdfast import __version__
-from holdfast.errors import CheckpointError, StoreNotLoadedError, StoreNotWritableError
+from holdfast.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    StoreNotLoadedError,
+    StoreNotWritableError,
+)
 from holdfast.format.inventory import METADATA_NAME
+from holdfast.format.layout import Layout
 from holdfast.policies.keeping import Candidate, retain
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
-from holdfast.snapshot.shard import StagedShard
+from holdfast.snapshot.arena import Arena
 from holdfast.storage.backend import Storage, pending_name
 from holdfast.storage.digests import FileRecord
 from holdfast.storage.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
 from holdfast.storage.manifest import PERSISTENT, Manifest
 from holdfast.storage.store import Checkpoint, Store
+from holdfast.tiers.opening import SurveyedStore
+from holdfast.tiers.select import Commit
+from holdfast.tiers.survey import Survey, survey_store
+from holdfast.tiers.tier import (
+    RUN_CONFIG_NAME,
+    SHARED_STATE_NAME,
+    TRAIN_STATE_NAME,
+    Contents,
+    Objection,
+    Snapshot,
+    Wanted,
+    rank_state_name,
+)
 
 logger = logging.getLogger(__name__)
 
 SEQUENCE_STRIDE = 1_000_000_000
 """More commits than one attempt can make."""
-TRAIN_STATE_NAME = "train_state.json"
 _NOT_SHARED = (
     "rank 0 has created this directory, but it is not here; "
     "checkpoint.persistent.directory must be on a file system that all ranks share"
 )
-RUN_CONFIG_NAME = "run_config.yaml"
-SHARED_STATE_NAME = "state/shared.pt"
-
-
-def rank_state_name(rank: int) -> str:
-    """Return the file that holds one rank's RNG and data state."""
-    return f"state/rank_{rank:05d}.pt"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one save writes, unaffected by training: this rank's shard, the rest as bytes."""
-
-    iteration: int
-    shard: StagedShard
-    """The parts of model and optimizer that this rank writes."""
-    rank_state: bytes
-    """State of this rank; each rank writes its own."""
-    shared_state: bytes
-    """Equal on every rank, like the next two fields; rank 0 writes it."""
-    train_state: bytes
-    run_config: bytes
-    confirm: Callable[[], None] = lambda: None
-    """Called when all of it has been read, before the commit. Returns if training cannot have
-    changed the state until then; otherwise raises."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +98,8 @@ class _Grant:
 class PersistentTier:
     """One store, written by all ranks of a job."""
 
+    name = PERSISTENT
+
     def __init__(
         self,
         storage: Storage,
@@ -121,6 +116,47 @@ class PersistentTier:
         self._resumed: _Resumed | None = None
         self._grant: _Grant | None = None
         self._parent: Parent | None = None
+        self._found = SurveyedStore(Survey(self.store.root), storage)
+        """The run's own checkpoints at the last survey."""
+
+    # -- load ------------------------------------------------------------------------------------
+
+    @property
+    def surveyed(self) -> Survey:
+        """The run's own checkpoints: as surveyed, but for those found damaged since."""
+        return self._found.survey
+
+    def survey(
+        self, coordinator: Coordinator, objection: Objection, step: int | None = None
+    ) -> Sequence[Commit]:
+        """Survey the store on rank 0; superseded commits are marked, so no objection is needed.
+
+        Raises:
+            StoreIdentityError: it belongs to another run than the one configured.
+            FormatTooNewError: a later version of holdfast wrote its run.json.
+        """
+        found = coordinator.broadcast(
+            "survey",
+            lambda: survey_store(
+                self._storage,
+                is_own=True,
+                run_id=self._configured_run_id,
+                step=step,
+            ),
+        )
+        self._found = SurveyedStore(found, self._storage)
+        return found.commits
+
+    def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
+        return self._found.open(commit, coordinator, wanted)
+
+    def pass_over(
+        self, commit: Commit, coordinator: Coordinator, error: CorruptCheckpointError
+    ) -> Commit:
+        return self._found.pass_over(commit, coordinator, error)
+
+    def finish_load(self) -> None:
+        """Nothing is left to do."""
 
     def begin_from(self, parent: Parent) -> None:
         """Record on every rank what a new run begins from; its first attempt saves it."""
@@ -130,16 +166,14 @@ class PersistentTier:
         self,
         checkpoint: Checkpoint,
         *,
-        is_own: bool | None = None,
+        is_own: bool,
         asked_step: int | None = None,
     ) -> None:
         """Record on every rank what was loaded; the first save continues from there.
 
-        `is_own`: whether it belongs to this store's run. None: true if it is in this store.
+        `is_own`: whether it belongs to this store's run.
         `asked_step`: the value of `load.step`, which the attempt records.
         """
-        if is_own is None:
-            is_own = checkpoint.path.parent.resolve() == self.store.root.resolve()
         run_id = checkpoint.manifest.run_id
         self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own, asked_step)
         if is_own:
@@ -215,7 +249,7 @@ class PersistentTier:
         assert self._grant is not None
         self.outrank(self._grant.attempt.number * SEQUENCE_STRIDE)
 
-    def reserve(self) -> CommitIdentity:
+    def next_identity(self) -> CommitIdentity:
         """Return the next sequence number, on rank 0; it is used up even if the commit fails.
 
         Raises:
@@ -229,16 +263,25 @@ class PersistentTier:
         )
         return CommitIdentity(self._grant.attempt.number, sequence)
 
+    # -- save ------------------------------------------------------------------------------------
+
+    def reserve(self, layout: Layout, coordinator: Coordinator, *, pinned: bool) -> Arena | None:
+        """Return None: files are written from the caller's memory."""
+        return None
+
+    def release(self) -> None:
+        """Nothing was reserved."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
     def write(
         self,
         snapshot: Snapshot,
+        identify: Callable[[], CommitIdentity],
         coordinator: Coordinator,
-        identity: CommitIdentity | None = None,
     ) -> Committed:
         """Write, commit and retain; every rank calls it, on any thread.
-
-        `identity`: what `reserve` returned for the local commit of this snapshot, on rank 0. None:
-        reserve one.
 
         Raises:
             CheckpointError: on every rank, naming the stage, the ranks and the cause.
@@ -250,9 +293,7 @@ class PersistentTier:
             )
             checkpoint = coordinator.broadcast(
                 "commit",
-                lambda: self._commit(
-                    pending, snapshot, written or [], coordinator, identity or self.reserve()
-                ),
+                lambda: self._commit(pending, snapshot, written or [], coordinator, identify()),
             )
         except CheckpointError:
             if coordinator.rank == 0:

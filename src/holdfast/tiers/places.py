@@ -1,36 +1,42 @@
 """What a path names, and whether checkpoints may be written there.
 
 Owns how a path of a load is resolved (links, a file inside a checkpoint, `latest`, the tracker),
-and the message when it holds no checkpoint: what is there, and where nearby a checkpoint is. Owns
-also the checks when a manager is made: the two tiers' directories do not overlap, neither is inside
-a committed checkpoint, and no path passes through a file, a circle of links or a directory that
-this user may not enter. Warns of an accidental second start: the newest attempt may still be
-running, judged by its process on the same host and by its last checkpoint's age on another. Writes
+how a directory that torch.distributed.checkpoint wrote without holdfast is recognised, and the
+message for a path without a checkpoint: what is there, and where nearby a checkpoint is. Owns also
+the checks when a manager is made: the two tiers' directories do not overlap, neither is inside a
+committed checkpoint, and no path passes through a file, a circle of links or a directory that this
+user may not enter. A damaged checkpoint of holdfast is never mistaken for one of torch. Writes
 nothing, reads no tensors, and does not decide which checkpoint to load.
+
+What a user typed is a path of a file system: this is the one module of the tiers that looks at
+links and directories as such. Everything behind a path is read through its storage.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import re
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from holdfast.config import CheckpointConfig
-from holdfast.errors import CheckpointError, ConfigError
+from holdfast.errors import ConfigError
 from holdfast.filesystem import DirectoryEntry, Filesystem
 from holdfast.format.inventory import METADATA_NAME
+from holdfast.storage import open_storage
 from holdfast.storage.backend import PENDING_MARK, Storage
-from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
-from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.posix import PosixStorage, read_bytes
-from holdfast.storage.store import TRACKER_NAME, Store, parse_checkpoint_name
+from holdfast.storage.identity import RUN_NAME
+from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
+from holdfast.storage.posix import read_bytes
+from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.local.shard_file import parse_shard_name
-from holdfast.tiers.opening import is_foreign
+from holdfast.tiers.tier import RUN_CONFIG_NAME, SHARED_STATE_NAME, TRAIN_STATE_NAME
+
+logger = logging.getLogger(__name__)
 
 LASTING = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 """Errors that a retry cannot fix."""
@@ -152,11 +158,43 @@ def _identify(path: Path) -> tuple[int, int] | None:
 
 
 LATEST_NAME = "latest"
+_OURS = {MANIFEST_NAME, TRAIN_STATE_NAME, RUN_CONFIG_NAME, SHARED_STATE_NAME.partition("/")[0]}
+_ITERATION = re.compile("iter_([0-9]+)")
 _LEVELS_UP = 3
 """The largest depth of a file inside a checkpoint."""
 _SHOWN = 6
 _LOOKED_AT = 200
 """Entries of one directory that the search for a nearby checkpoint reads at most."""
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint(Checkpoint):
+    """A checkpoint written by torch alone, with a manifest that lists no files."""
+
+    @classmethod
+    def at(cls, path: Path) -> ForeignCheckpoint:
+        """Make one for a directory; the iteration is N for a name `iter_N`, else 0."""
+        match = _ITERATION.fullmatch(path.name)
+        iteration = int(match[1]) if match else 0
+        return cls(path, Manifest("", 0, 0, iteration, FOREIGN, 1, "", ()))
+
+
+def is_foreign(files: Storage) -> bool:
+    """Whether these are the files of a checkpoint written by torch alone.
+
+    One with any file that only holdfast writes is holdfast's, and damaged without manifest.
+    """
+    names = {each.name for each in files.list()}
+    return METADATA_NAME in names and not names & _OURS
+
+
+def warn_of_foreign(path: Path) -> None:
+    """Warn that such a checkpoint has no digests and only model and optimizer."""
+    logger.warning(
+        "%s was written without holdfast: nothing vouches for its bytes, and only model and "
+        "optimizer are loaded from it",
+        path,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,6 +232,19 @@ def is_same_directory(first: Path, second: Path) -> bool:
         return first.resolve() == second.resolve() or first.samefile(second)
     except (OSError, RuntimeError, ValueError):  # a circle of links, or not a valid path
         return False
+
+
+def is_other_inside(path: Path, filesystem: Filesystem) -> bool:
+    """Whether an entry of the run's own store is not part of the run.
+
+    The run's checkpoints are recognised by name, also if they were removed meanwhile or are links
+    to an archive; files, and `latest`, name the store.
+    """
+    if parse_checkpoint_name(path.name) is not None:
+        return path.is_dir() and is_foreign(open_storage(path, filesystem))
+    if path.name in (LATEST_NAME, TRACKER_NAME, RUN_NAME):
+        return path.is_dir() and not path.is_symlink()
+    return not path.is_file()
 
 
 def describe(path: Path, filesystem: Filesystem) -> str:
@@ -252,7 +303,7 @@ def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
 def _look_at(directory: Path, filesystem: Filesystem) -> Place | None:
     if not directory.is_dir() or PENDING_MARK in directory.name:
         return None  # never committed: not loadable
-    if is_checkpoint(directory, filesystem) or is_foreign(PosixStorage(directory, filesystem)):
+    if is_checkpoint(directory, filesystem) or is_foreign(open_storage(directory, filesystem)):
         return Place(directory.parent, directory)
     return Place(directory) if _is_store(directory, filesystem) else None
 
@@ -330,91 +381,3 @@ def _entries(directory: Path, filesystem: Filesystem) -> list[DirectoryEntry]:
         return filesystem.list_directory(directory)
     except OSError:
         return []
-
-
-logger = logging.getLogger(__name__)
-
-
-def warn_of_living_attempt(storage: Storage) -> None:
-    """Warn if the newest attempt at a store may be running; call it on rank 0, at the load.
-
-    Read errors are left to the load, which reports them.
-    """
-    try:
-        reason = _find_in_store(storage)
-    except (CheckpointError, OSError):
-        return
-    if reason is not None:
-        logger.warning(
-            "%s: %s.\nThe first save of this job will stop it: an overtaken attempt may not save. "
-            "If that is not what you want, stop this job, or give it its own "
-            "checkpoint.persistent.directory.",
-            storage.where(),
-            reason,
-        )
-
-
-def _find_in_store(storage: Storage) -> str | None:
-    here = this_process()
-    attempts = RunIdentity(storage).attempts()
-    if not attempts:
-        return None
-    attempt = attempts[-1]
-    commits: list[datetime] = []
-    if attempt.host != here.host:  # only then are the manifests needed
-        for each in Store(storage).listing().checkpoints:
-            found = _parse_time(each.manifest.saved_at)
-            if each.manifest.attempt == attempt.number and found is not None:
-                commits.append(found)
-    living_mark = find_start_mark(attempt.pid) if attempt.pid is not None else None
-    return find_living_attempt(attempt, commits, here, living_mark, datetime.now(UTC))
-
-
-def find_living_attempt(
-    attempt: Attempt,
-    commits: Sequence[datetime],
-    here: Process,
-    living_mark: str | None,
-    now: datetime,
-) -> str | None:
-    """Return why an attempt seems to be running; None: there is no sign of it.
-
-    `commits`: the times of its checkpoints. `living_mark`: the start mark of the process that has
-    its pid on this host now; None: there is none.
-    """
-    since = f", since {attempt.claimed_at}" if attempt.claimed_at is not None else ""
-    if attempt.host is None:
-        return None  # a claim of an older version, or damaged
-    if attempt.host == here.host:
-        if attempt.start_mark is None or attempt.start_mark != living_mark:
-            return None  # it has ended; its pid may have been reused
-        if (attempt.pid, attempt.start_mark) == (here.pid, here.start_mark):
-            return None
-        return (
-            f"attempt {attempt.number} (process {attempt.pid} on this host{since}) is still running"
-        )
-    times = sorted(commits)
-    if not times:
-        return None
-    start = times[-2] if len(times) > 1 else _parse_time(attempt.claimed_at)
-    if start is None:
-        return None
-    interval, age = times[-1] - start, now - times[-1]
-    if age >= interval:
-        return None
-    return (
-        f"attempt {attempt.number} (on host {attempt.host}{since}) may still be running: its last "
-        f"checkpoint is {_seconds(age)} s old, and it took {_seconds(interval)} s to that one"
-    )
-
-
-def _parse_time(value: str | None) -> datetime | None:
-    """Parse a time of a manifest or a claim; None: it is invalid."""
-    with suppress(TypeError, ValueError):
-        found = datetime.fromisoformat(value or "")
-        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-    return None
-
-
-def _seconds(duration: timedelta) -> int:
-    return max(0, round(duration.total_seconds()))  # clocks of two hosts differ

@@ -10,9 +10,9 @@ all other rules are in `select`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from holdfast.caller import stop_if_left
 from holdfast.config import CheckpointConfig
@@ -28,14 +28,13 @@ from holdfast.errors import (
 from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.storage.identity import RUN_NAME, Parent
-from holdfast.storage.manifest import LOCAL
-from holdfast.storage.posix import PosixStorage
-from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
+from holdfast.storage import open_storage
+from holdfast.storage.identity import Parent
+from holdfast.storage.store import Checkpoint, parse_checkpoint_name
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.shard_file import find_orphans
-from holdfast.tiers.opening import is_foreign
-from holdfast.tiers.places import LATEST_NAME, find_place, is_same_directory
+from holdfast.tiers.opening import SurveyedStore
+from holdfast.tiers.places import find_place, is_foreign, is_other_inside, is_same_directory
 from holdfast.tiers.select import (
     Action,
     Asked,
@@ -46,7 +45,6 @@ from holdfast.tiers.select import (
     Seen,
     choose,
     effective_step,
-    mark_damaged,
     object_to,
 )
 from holdfast.tiers.survey import (
@@ -56,12 +54,8 @@ from holdfast.tiers.survey import (
     list_reasons,
     make_refusal,
     survey_place,
-    survey_store,
 )
-
-if TYPE_CHECKING:
-    from holdfast.tiers.local.availability import Candidate
-    from holdfast.tiers.local.shard_file import ShardRecord
+from holdfast.tiers.tier import Recorded, Source
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +64,12 @@ logger = logging.getLogger(__name__)
 class Selected:
     """The candidate that a load tries now."""
 
-    candidate: Checkpoint | Candidate
+    source: Source
+    """What opens it."""
     commit: Commit
     action: Action
     is_durable: bool = True
     """Whether the persistent tier has the same commit."""
-
-    @property
-    def local(self) -> Candidate:
-        """The candidate, which must be of the local tier."""
-        assert not isinstance(self.candidate, Checkpoint)
-        return self.candidate
 
     @property
     def is_own(self) -> bool:
@@ -114,18 +103,17 @@ class Search:
         self._filesystem = filesystem
         self._coordinator = coordinator
         self._root = tiers.persistent.store.root
-        self._places: dict[Action, Survey] = {}
-        """The surveys made so far, by the action that would load from each."""
-        self._failed: list[Commit] = []
-        """Local commits that were tried and found damaged."""
+        self._elsewhere: dict[Action, SurveyedStore] = {}
+        """Other places that were surveyed so far, by the action that would load from each."""
         self._tried: list[Commit] = []
         """All commits that were tried and found damaged, in both tiers."""
-        self._local: list[Commit] = []
+        self._local: Sequence[Commit] = ()
         """Commits of the local tier at its last survey."""
-        self._asked, own, orphans = coordinator.broadcast("survey", self._survey_own)
-        self._places[Action.LOAD] = own
+        tiers.persistent.survey(coordinator, self._object_to, config.load.step)
+        self._asked, orphans = coordinator.broadcast("request", self._understand)
         if coordinator.rank == 0:
             self._warn_of_own(orphans)
+        own = self._own
         run_id = own.run_id or config.run_id
         self._has_local = config.local.directory is not None and run_id is not None
         if self._has_local:
@@ -146,9 +134,9 @@ class Search:
             OwnCheckpointsExistError: another place is named, and the run has its own checkpoints.
         """
         stop_if_left()
-        local, found = self._look_at_local()
+        self._look_at_local()
         while True:
-            choice = choose(self._asked, self._seen(local))
+            choice = choose(self._asked, self._seen())
             if choice.action is Action.LOOK_AT_OTHER:
                 self._look_at(Action.LOAD_OTHER, self._config.load.directory)
             elif choice.action is Action.LOOK_AT_PARENT:
@@ -158,36 +146,23 @@ class Search:
         if choice.action is Action.START_FRESH:
             return None
         if choice.action is Action.REFUSE:
-            raise self._make_error(choice, local, touched=touched)
-        assert choice.commit is not None
-        survey = self._places[choice.action]
-        if choice.commit.tier == LOCAL:
-            assert found is not None
-            is_durable = self._is_durable(choice.commit, survey)
-            return Selected(found, choice.commit, choice.action, is_durable)
-        return Selected(survey.checkpoints[choice.commit], choice.commit, choice.action)
+            raise self._make_error(choice, touched=touched)
+        commit = choice.commit
+        assert commit is not None
+        if choice.action is not Action.LOAD:
+            return Selected(self._elsewhere[choice.action], commit, choice.action)
+        is_local = commit in self._local
+        source = self._tiers.local if is_local else self._tiers.persistent
+        assert source is not None
+        return Selected(source, commit, choice.action, not is_local or self._is_durable(commit))
 
     def pass_over(self, selected: Selected, error: CorruptCheckpointError) -> None:
         """Record why a candidate was not loaded, so that `next` returns another one."""
-        commit = selected.commit
-        if commit.tier == LOCAL:
-            local = self._tiers.local
-            assert local is not None
-            local.pass_over(selected.local, self._coordinator, str(error))
-            commit = replace(commit, path=str(local.directory))
-            reason = str(error)
-            self._failed.append(
-                replace(commit, condition=Condition.DAMAGED, reason=reason, error=error)
-            )
-        else:
-            reason = error.reason if error.path == commit.path else str(error)
-            survey = self._places[selected.action]
-            commits = mark_damaged(survey.commits, commit, reason, error)
-            self._places[selected.action] = replace(survey, commits=commits)
-        self._tried.append(replace(commit, condition=Condition.DAMAGED, reason=reason))
-        is_one = effective_step(self._asked) is not None or self._places[selected.action].is_one
+        commit = selected.source.pass_over(selected.commit, self._coordinator, error)
+        self._tried.append(commit)
+        is_one = effective_step(self._asked) is not None or self._survey_of(selected.action).is_one
         if self._coordinator.rank == 0 and not is_one:
-            shown = reason_inside(commit.path, reason)
+            shown = reason_inside(commit.path, commit.reason)
             logger.warning("%s cannot be loaded and is passed over: %s", commit.path, shown)
 
     def skipped(self, selected: Selected) -> tuple[SkippedCheckpoint, ...]:
@@ -223,8 +198,8 @@ class Search:
                 iteration,
                 "; ".join(list_reasons(damaged)[:3]),
             )
-        own = self._places[Action.LOAD]
-        if selected.commit.tier == LOCAL and not own.has_record and not own.commits:
+        own = self._own
+        if selected.commit in self._local and not own.has_record and not own.commits:
             logger.warning(
                 "%s holds nothing of this run; iteration %d is loaded from the local tier alone.\n"
                 "If the store was lost, save persistently soon: memory does not survive a power "
@@ -247,15 +222,16 @@ class Search:
 
     # -- what is there ---------------------------------------------------------------------------
 
-    def _survey_own(self) -> tuple[Asked, Survey, list[tuple[str, int]]]:
-        """Look at the run's own store, on rank 0."""
-        load, config = self._config.load, self._config
-        own = survey_store(
-            self._tiers.persistent.store.storage,
-            is_own=True,
-            run_id=config.run_id,
-            step=load.step,
-        )
+    @property
+    def _own(self) -> Survey:
+        return self._tiers.persistent.surveyed
+
+    def _survey_of(self, action: Action) -> Survey:
+        return self._own if action is Action.LOAD else self._elsewhere[action].survey
+
+    def _understand(self) -> tuple[Asked, list[tuple[str, int]]]:
+        """Return what the settings ask for, and runs whose store was lost; on rank 0."""
+        load, config, own = self._config.load, self._config, self._own
         is_other, step = self._understand_directory()
         if is_other and load.pretrained.directory is not None:
             both = "checkpoint.load.directory and checkpoint.load.pretrained.directory"
@@ -274,7 +250,7 @@ class Search:
         if config.local.directory is not None and own.run_id is None and config.run_id is None:
             directory = Path(config.local.directory).absolute()
             orphans = find_orphans(directory, self._root, self._filesystem)
-        return asked, own, orphans
+        return asked, orphans
 
     def _understand_directory(self) -> tuple[bool, int | None]:
         """Return whether `load.directory` is another place, and the named own iteration."""
@@ -284,7 +260,9 @@ class Search:
         path = Path(load.directory)
         if is_same_directory(path, self._root):
             return False, load.step
-        if is_same_directory(path.parent, self._root) and not self._is_other_inside(path):
+        if is_same_directory(path.parent, self._root) and not is_other_inside(
+            path, self._filesystem
+        ):
             iteration = parse_checkpoint_name(path.name)
             if iteration is None:
                 return False, load.step
@@ -298,7 +276,7 @@ class Search:
             return True, load.step
         if place.checkpoint is None:
             return False, load.step
-        if is_foreign(PosixStorage(place.checkpoint, self._filesystem)):
+        if is_foreign(open_storage(place.checkpoint, self._filesystem)):
             return True, load.step  # in this store, but of no run
         survey = survey_place(path, self._filesystem)
         (commit,) = survey.commits
@@ -307,71 +285,44 @@ class Search:
             raise make_refusal(choice, survey, "load.directory", self._filesystem)
         return False, commit.iteration
 
-    def _is_other_inside(self, path: Path) -> bool:
-        """Whether an entry of the own store is not part of the run.
-
-        The run's checkpoints are recognised by name, also if they were removed meanwhile or are
-        links to an archive; files, and `latest`, name the store.
-        """
-        if parse_checkpoint_name(path.name) is not None:
-            return path.is_dir() and is_foreign(PosixStorage(path, self._filesystem))
-        if path.name in (LATEST_NAME, TRACKER_NAME, RUN_NAME):
-            return path.is_dir() and not path.is_symlink()
-        return not path.is_file()
-
     def _look_at(self, action: Action, directory: str | None) -> None:
         assert directory is not None
         step = self._asked.step if action is Action.LOAD_OTHER else self._asked.pretrained_step
-        self._places[action] = self._coordinator.broadcast(
+        survey = self._coordinator.broadcast(
             "survey other", lambda: survey_place(Path(directory), self._filesystem, step)
         )
+        self._elsewhere[action] = SurveyedStore(survey, open_storage(survey.root, self._filesystem))
 
-    def _look_at_local(self) -> tuple[list[Commit], Candidate | None]:
-        """Return the local tier's commits and the newest one that all ranks can load."""
-        if not self._has_local:
-            return [], None
-        tier = self._tiers.local
-        assert tier is not None
-        attempts = self._places[Action.LOAD].attempts
+    def _look_at_local(self) -> None:
+        if self._has_local:
+            assert self._tiers.local is not None
+            self._local = self._tiers.local.survey(self._coordinator, self._object_to)
 
-        def object_to_record(record: ShardRecord) -> str | None:
-            superseded = find_supersession(record.attempt, record.iteration, attempts)
-            return object_to(self._asked, record.iteration, superseded)
+    def _object_to(self, record: Recorded) -> str | None:
+        superseded = find_supersession(record.attempt, record.iteration, self._own.attempts)
+        return object_to(self._asked, record.iteration, superseded)
 
-        found = tier.find(self._coordinator, object_to_record)
-        failed = {(each.iteration, each.sequence) for each in self._failed}
-        commits = list(self._failed)
-        commits += [each for each in tier.passed if (each.iteration, each.sequence) not in failed]
-        if found is not None:
-            record = found.record
-            commits.append(
-                Commit(LOCAL, record.iteration, record.sequence, path=str(tier.directory))
-            )
-        return commits, found
-
-    def _seen(self, local: list[Commit]) -> Seen:
-        other = self._places.get(Action.LOAD_OTHER)
-        parent = self._places.get(Action.LOAD_PARENT)
-        self._local = local
+    def _seen(self) -> Seen:
+        other = self._elsewhere.get(Action.LOAD_OTHER)
+        parent = self._elsewhere.get(Action.LOAD_PARENT)
         return Seen(
-            (*self._places[Action.LOAD].commits, *local),
-            None if other is None else other.commits,
-            None if parent is None else parent.commits,
+            (*self._own.commits, *self._local),
+            None if other is None else other.survey.commits,
+            None if parent is None else parent.survey.commits,
         )
 
     def _list_all(self, action: Action) -> list[Commit]:
         """Return the commits of one place; for the run itself, of both tiers."""
-        commits = list(self._places[action].commits)
+        commits = list(self._survey_of(action).commits)
         if action is Action.LOAD:
             commits += self._local
         return sorted(commits, key=lambda each: each.iteration or 0, reverse=True)
 
-    @staticmethod
-    def _is_durable(commit: Commit, survey: Survey) -> bool:
+    def _is_durable(self, commit: Commit) -> bool:
         return any(
             (each.iteration, each.sequence) == (commit.iteration, commit.sequence)
             and each.condition is Condition.SOUND
-            for each in survey.commits
+            for each in self._own.commits
         )
 
     # -- messages --------------------------------------------------------------------------------
@@ -399,7 +350,7 @@ class Search:
                 Path(self._config.local.directory or "") / run_id,
             )
 
-    def _make_error(self, choice: Choice, local: list[Commit], *, touched: bool) -> CheckpointError:
+    def _make_error(self, choice: Choice, *, touched: bool) -> CheckpointError:
         load = self._config.load
         if choice.refusal is Refusal.OWN_EXISTS:
             return OwnCheckpointsExistError(str(load.directory), str(self._root), choice.reason)
@@ -410,12 +361,12 @@ class Search:
                 "on_missing=start_fresh."
             )
         if self._asked.names_other_place:
-            survey, field_name = self._places[Action.LOAD_OTHER], "load.directory"
-        elif Action.LOAD_PARENT in self._places:
-            survey, field_name = self._places[Action.LOAD_PARENT], "load.pretrained.directory"
+            survey, field_name = self._survey_of(Action.LOAD_OTHER), "load.directory"
+        elif Action.LOAD_PARENT in self._elsewhere:
+            survey, field_name = self._survey_of(Action.LOAD_PARENT), "load.pretrained.directory"
         else:
-            survey, field_name = self._places[Action.LOAD], "load.step"
-            survey = replace(survey, commits=(*survey.commits, *local))
+            survey, field_name = self._own, "load.step"
+            survey = replace(survey, commits=(*survey.commits, *self._local))
             if choice.refusal is Refusal.NOT_THERE and not survey.commits:
                 return CheckpointNotFoundError(
                     f"{self._root} has no checkpoint of iteration {choice.step}; it has: none."

@@ -2,15 +2,18 @@
 
 Owns reading a store's names, manifests and attempts, on one rank, into the values that `select`
 decides by. Promises that every checkpoint found is in the survey, with a reason if it is not sound,
-and that notable facts about a store (such as a tracker that is not followed) are logged. Reads
-manifests and sizes only; decides nothing and never touches live state.
+and that notable facts about a store are logged: a tracker that is not followed, or a newest attempt
+that may still be running (judged by its process on the same host, and by the age of its last
+checkpoint on another). Reads manifests and sizes only, decides nothing, touches no live state.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from holdfast.errors import (
@@ -25,10 +28,10 @@ from holdfast.errors import (
 )
 from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
+from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
-from holdfast.storage.identity import Attempt, RunIdentity
+from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
 from holdfast.storage.manifest import FOREIGN
-from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import (
     Broken,
     Checkpoint,
@@ -38,8 +41,14 @@ from holdfast.storage.store import (
     open_checkpoint,
     parse_checkpoint_name,
 )
-from holdfast.tiers.opening import ForeignCheckpoint, is_foreign, warn_of_foreign
-from holdfast.tiers.places import Place, describe, find_place
+from holdfast.tiers.places import (
+    ForeignCheckpoint,
+    Place,
+    describe,
+    find_place,
+    is_foreign,
+    warn_of_foreign,
+)
 from holdfast.tiers.select import Choice, Commit, Condition, Refusal
 
 logger = logging.getLogger(__name__)
@@ -125,7 +134,7 @@ def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) ->
     if place is None:
         return Survey(path)
     if place.checkpoint is None:
-        return survey_store(PosixStorage(place.store, filesystem), is_own=False, step=step)
+        return survey_store(open_storage(place.store, filesystem), is_own=False, step=step)
     return survey_checkpoint(place, filesystem)
 
 
@@ -133,13 +142,13 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
     """Survey one checkpoint that was named."""
     path = place.checkpoint
     assert path is not None
-    files = PosixStorage(path, filesystem)
+    files = open_storage(path, filesystem)
     if is_foreign(files):
         foreign = ForeignCheckpoint.at(path)
         warn_of_foreign(path)
         commit = Commit(foreign.manifest.tier, foreign.iteration, 0, path=str(path))
         return Survey(place.store, (commit,), {commit: foreign}, is_one=True)
-    store = Store(PosixStorage(place.store, filesystem))
+    store = Store(open_storage(place.store, filesystem))
     iteration = parse_checkpoint_name(path.name)  # None: a copy under another name
     bare = Commit(PERSISTENT, iteration, None, path=str(path))
     try:
@@ -328,3 +337,88 @@ def _warn_of_tracker(store: Store, commits: Sequence[Commit]) -> None:
             store.root,
             problem if iteration is not None else f"is {problem}",
         )
+
+
+def warn_of_living_attempt(storage: Storage) -> None:
+    """Warn if the newest attempt at a store may be running; call it on rank 0, at the load.
+
+    Read errors are left to the load, which reports them.
+    """
+    try:
+        reason = _find_living_attempt(storage)
+    except (CheckpointError, OSError):
+        return
+    if reason is not None:
+        logger.warning(
+            "%s: %s.\nThe first save of this job will stop it: an overtaken attempt may not save. "
+            "If that is not what you want, stop this job, or give it its own "
+            "checkpoint.persistent.directory.",
+            storage.where(),
+            reason,
+        )
+
+
+def _find_living_attempt(storage: Storage) -> str | None:
+    here = this_process()
+    attempts = RunIdentity(storage).attempts()
+    if not attempts:
+        return None
+    attempt = attempts[-1]
+    commits: list[datetime] = []
+    if attempt.host != here.host:  # only then are the manifests needed
+        for each in Store(storage).listing().checkpoints:
+            found = _parse_time(each.manifest.saved_at)
+            if each.manifest.attempt == attempt.number and found is not None:
+                commits.append(found)
+    living_mark = find_start_mark(attempt.pid) if attempt.pid is not None else None
+    return find_living_attempt(attempt, commits, here, living_mark, datetime.now(UTC))
+
+
+def find_living_attempt(
+    attempt: Attempt,
+    commits: Sequence[datetime],
+    here: Process,
+    living_mark: str | None,
+    now: datetime,
+) -> str | None:
+    """Return why an attempt seems to be running; None: there is no sign of it.
+
+    `commits`: the times of its checkpoints. `living_mark`: the start mark of the process that has
+    its pid on this host now; None: there is none.
+    """
+    since = f", since {attempt.claimed_at}" if attempt.claimed_at is not None else ""
+    if attempt.host is None:
+        return None  # a claim of an older version, or damaged
+    if attempt.host == here.host:
+        if attempt.start_mark is None or attempt.start_mark != living_mark:
+            return None  # it has ended; its pid may have been reused
+        if (attempt.pid, attempt.start_mark) == (here.pid, here.start_mark):
+            return None
+        return (
+            f"attempt {attempt.number} (process {attempt.pid} on this host{since}) is still running"
+        )
+    times = sorted(commits)
+    if not times:
+        return None
+    start = times[-2] if len(times) > 1 else _parse_time(attempt.claimed_at)
+    if start is None:
+        return None
+    interval, age = times[-1] - start, now - times[-1]
+    if age >= interval:
+        return None
+    return (
+        f"attempt {attempt.number} (on host {attempt.host}{since}) may still be running: its last "
+        f"checkpoint is {_seconds(age)} s old, and it took {_seconds(interval)} s to that one"
+    )
+
+
+def _parse_time(value: str | None) -> datetime | None:
+    """Parse a time of a manifest or a claim; None: it is invalid."""
+    with suppress(TypeError, ValueError):
+        found = datetime.fromisoformat(value or "")
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+    return None
+
+
+def _seconds(duration: timedelta) -> int:
+    return max(0, round(duration.total_seconds()))  # clocks of two hosts differ

@@ -89,15 +89,6 @@ class Budget:
         assert limit is not None
         return f"checkpoint.local: {self.line}; limited by {limit.limited_by}; {advice}"
 
-    def check(self) -> None:
-        """Refuse a budget that cannot fit.
-
-        Raises:
-            ConfigError: with the numbers.
-        """
-        if self.problem is not None:
-            raise ConfigError([self.problem])
-
 
 def _part_of(needed_bytes: int, room: Room | None) -> float:
     if room is None or needed_bytes <= 0:

@@ -30,7 +30,7 @@ from holdfast.read.requests import Intake, Wanted
 from holdfast.storage.backend import ObjectReader, Storage
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
-from holdfast.tiers.local.availability import Availability
+from holdfast.tiers.local.availability import Availability, Copy
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.shard_file import CommitKey, Index
 from holdfast.tiers.local.shards import ShardDirectory
@@ -67,12 +67,10 @@ class PeerFetch:
     commit: CommitKey
     shards: Sequence[Shard] = ()
     """The shards this rank reads from."""
-    served: Mapping[int, str] = field(default_factory=dict)
-    """The shards whose blocks this rank sends, by owner: the path of the file."""
+    providers: Mapping[int, Copy] = field(default_factory=dict)
+    """By owner: the file that blocks of its shard are sent from, by the rank that lists it."""
     sizes: Mapping[int, int] = field(default_factory=dict)
     """The shards whose blocks any rank sends, by owner: the bytes of the body."""
-    provided: Mapping[int, str] = field(default_factory=dict)
-    """By owner: the path of the provider's file."""
     values: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
     """By path and name: the values in remote shards, as their providers sent them."""
     is_empty: bool = True
@@ -234,11 +232,11 @@ class PeerFetch:
             incoming.append(Incoming(provider, sinks[provider], placed=placed))
         with ExitStack() as opened:
             for receiver, share in enumerate(shares):
-                served = [each for each in share if each[0] in self.served]
+                served = [each for each in share if self.providers[each[0]].rank == files.rank]
                 if served and receiver != files.rank:
                     source = BlockSource(
                         files.run.storage,
-                        [(self.served[owner], number) for owner, number in served],
+                        [(self.providers[owner].path, number) for owner, number in served],
                         [_block_size(self.sizes[owner], number) for owner, number in served],
                         in_memory=files.in_memory,
                     )
@@ -254,7 +252,7 @@ class PeerFetch:
             if transfer.error is not None:
                 raise transfer.error
             for owner in sinks[transfer.sender].damaged:
-                path = self.provided[owner]
+                path = self.providers[owner].path
                 self.available.note_damage(path, transfer.sender)
                 problems.append(f"{path} on rank {transfer.sender}: a block does not match")
         return problems
@@ -271,7 +269,7 @@ class PeerFetch:
             if rank is None:
                 rank = files.lister(int(path.partition("/")[0]))
             else:
-                path = self.provided[shard.owner]
+                path = self.providers[shard.owner].path
             node = files.topology.seats[rank].node
             where = f"{files.run.run_id}/{path}"
             found.append(ShardSource(LOCAL, where, size_bytes, shard.owner, rank, node))

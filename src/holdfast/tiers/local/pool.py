@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from holdfast.errors import NoFileFreeError
 from holdfast.filesystem import Filesystem, as_problem, naming
@@ -327,16 +327,6 @@ class BufferPool:
                             self._put_away(file)
                         except OSError as error:  # the next prune finds it by its name
                             logger.warning("%s is left behind: %s", path, error)
-
-    @contextmanager
-    def hold(self, path: Path) -> Iterator[BinaryIO]:
-        """Open a published file and protect it from reuse while it is read.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        with self.keep(path), self._filesystem.open_existing(path) as stream:
-            yield stream
 
     def close(self) -> None:
         """Remove free and taken files, and close the published ones."""

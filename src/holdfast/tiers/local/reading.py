@@ -29,10 +29,10 @@ from holdfast.read.reader import ShardReader
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
 from holdfast.storage.store import Checkpoint
-from holdfast.tiers.local.availability import Availability, Candidate
+from holdfast.tiers.local.availability import Availability, Candidate, Copy
 from holdfast.tiers.local.peers import PeerFetch, Shard
 from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
-from holdfast.tiers.opening import Contents
+from holdfast.tiers.tier import Contents, check_counters
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -96,19 +96,12 @@ class MergedShards(ShardReader):
 class LocalContents(Contents):
     """The contents of a local commit, with the interface of a persistent checkpoint's."""
 
-    rank_states: Mapping[int, bytes]
-    """By saving rank: all of them, or this rank's alone where it needs no other."""
     fetch: PeerFetch
 
-    def read_rank_state(self, rank: int) -> bytes:
-        """Return the small state of one of the saving ranks.
-
-        Raises:
-            CorruptCheckpointError: the commit was opened without the states of other ranks.
-        """
-        if rank not in self.rank_states:
-            raise CorruptCheckpointError(str(self.checkpoint.path), f"no state of rank {rank} here")
-        return self.rank_states[rank]
+    @property
+    def is_shared(self) -> bool:
+        """Each node reads its own files."""
+        return False
 
     def bring(
         self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
@@ -267,7 +260,9 @@ class Opening:
         leader = self._files.topology.place_mates(self._files.rank)[0]
         mark = zlib.crc32(repr(self.candidate.commit).encode())
         path = f"{leader}/borrowed_{owner}{PENDING_MARK}{mark:08x}"
-        return Shard(owner, path, described.index, described.body_bytes, self._providers[owner][0])
+        return Shard(
+            owner, path, described.index, described.body_bytes, self._providers[owner].rank
+        )
 
     def _open_anywhere(self) -> LocalContents:
         """Open with the index of every shard, sent to all ranks by the shard's provider."""
@@ -290,8 +285,7 @@ class Opening:
         described = self._describe_all()
         wider = self._make_fetch(described, is_empty=len(self._files.topology.seats) == 1)
         fetch = reader.fetch
-        fetch.served, fetch.sizes, fetch.provided = wider.served, wider.sizes, wider.provided
-        fetch.is_empty = wider.is_empty
+        fetch.sizes, fetch.is_empty = wider.sizes, wider.is_empty
         self.coordinator.all_reduce(
             "local widen", lambda: reader.widen(self._shards_of(described)), lambda _: None
         )
@@ -344,13 +338,11 @@ class Opening:
         return shards
 
     def _make_fetch(self, described: Mapping[int, _Description], *, is_empty: bool) -> PeerFetch:
-        providers, rank = self._providers, self._files.rank
         return PeerFetch(
             self.available,
             self.candidate.commit,
-            served={owner: path for owner, (each, path) in providers.items() if each == rank},
+            providers=self._providers,
             sizes={owner: each.body_bytes for owner, each in described.items()},
-            provided={owner: path for owner, (_, path) in providers.items()},
             values={
                 (self._remote_shard(owner, each).path, name): content
                 for owner, each in described.items()
@@ -367,9 +359,10 @@ class Opening:
         for owner, copies in enumerate(self.candidate.copies):
             if owner not in owners:
                 continue
-            rank, path = self._providers.get(owner, (copies[0].rank, copies[0].path))
-            if rank != self._files.rank:
+            provider = self._providers.get(owner, copies[0])
+            if provider.rank != self._files.rank:
                 continue
+            path = provider.path
             trailer = self._trailer_of(path)
             head = {"owner": owner, "body_bytes": trailer.record.body_bytes, "offset": None}
             content, digests, values = b"", b"", b""
@@ -423,15 +416,8 @@ class Opening:
         fetch: PeerFetch,
     ) -> LocalContents:
         record = self.candidate.record
-        where = str(self._files.run.root)
-        try:
-            counters = json.loads(parts["train_state"])
-            step = dict(counters["train_state"])["step"]
-            int(counters["num_floating_point_operations_so_far"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(where, f"holds no train state: {error}") from error
-        if type(step) is not int or step != record.iteration:
-            raise CorruptCheckpointError(where, f"is of step {step!r}")
+        where = f"{self._files.run.root}, iteration {record.iteration}"
+        counters = check_counters(parts["train_state"], record.iteration, where)
         manifest = Manifest(
             run_id=record.run_id,
             attempt=record.attempt,
@@ -450,8 +436,8 @@ class Opening:
         )
 
 
-def _choose_providers(candidate: Candidate) -> dict[int, tuple[int, str]]:
-    """Return for each available shard the rank that describes and sends it, and the path."""
+def _choose_providers(candidate: Candidate) -> dict[int, Copy]:
+    """Return for each available shard the copy that is described and sent."""
     loads: dict[int, int] = {}
     chosen = {}
     for owner, copies in enumerate(candidate.copies):
@@ -459,7 +445,7 @@ def _choose_providers(candidate: Candidate) -> dict[int, tuple[int, str]]:
         if whole:
             best = min(whole, key=lambda each: (loads.get(each.rank, 0), each.rank, each.path))
             loads[best.rank] = loads.get(best.rank, 0) + 1
-            chosen[owner] = (best.rank, best.path)
+            chosen[owner] = best
     return chosen
 
 

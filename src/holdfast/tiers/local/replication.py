@@ -10,6 +10,7 @@ the process. A requirement this rank does not meet is an error before anything i
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,9 @@ import torch
 from torch import distributed
 
 from holdfast.caller import in_normal_mode
+from holdfast.config import ReplicationConfig
 from holdfast.errors import ConfigError
+from holdfast.ranks.topology import assign_holders
 from holdfast.read.shared import BACKEND_PATIENCE
 from holdfast.tiers.local.exchange import (
     Incoming,
@@ -33,6 +36,8 @@ from holdfast.tiers.local.exchange import (
     to_bytes,
 )
 from holdfast.torch_internals import abort_group
+
+logger = logging.getLogger(__name__)
 
 _WINDOW = 4
 """Blocks of one stream in flight: one is received while another is digested and written."""
@@ -396,3 +401,25 @@ class Replication:
         owners = [each.id_ for each in plan.entries if each.receiver == rank]
         for owner, transfer in zip(owners, incoming, strict=True):
             sinks[owner].error = transfer.error
+
+
+def make_replication(
+    config: ReplicationConfig, nodes: Sequence[int], rank: int, timeout_seconds: float
+) -> Replication | None:
+    """Return who holds whose copies, over a new group; None: there is one rank.
+
+    `nodes`: the node of each rank. A collective call, on the training thread.
+    """
+    if len(nodes) == 1:
+        return None
+    factor = config.factor
+    # Even without copies of shards the small states go to another node: where the remaining shards
+    # cover the state, the small states are all that a lost node would take with it.
+    copies = factor if factor > 1 else min(2, len(set(nodes)))
+    holders = assign_holders(nodes, copies, config.jump)
+    if factor > 1 and min(map(len, holders)) < factor and rank == 0:
+        logger.warning(
+            "checkpoint.local.replication.factor is %d; this job has too few ranks for it", factor
+        )
+    group = open_group(config.transport, timeout_seconds)
+    return Replication(group, holders, sends_images=factor > 1)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -44,6 +43,7 @@ from holdfast.tiers.local.shard_file import (
     parse_trailer,
     shard_name,
 )
+from holdfast.tiers.tier import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -363,25 +363,6 @@ class ShardDirectory:
         self._copies.close()
 
 
-@dataclass(frozen=True)
-class LocalSnapshot:
-    """What one local save writes, in memory that training does not change."""
-
-    iteration: int
-    arena: Arena
-    """Staged; in RAM, the one that `LocalTier.begin` returned."""
-    structure: bytes
-    """Of this rank's live state: `structure_of(items)`."""
-    plan: bytes
-    """Of the decision which rank writes what."""
-    state_names: int | None
-    """Distinct names in the whole state; None: unknown, so that a load needs every shard."""
-    rank_state: bytes
-    shared_state: bytes
-    train_state: bytes
-    run_config: bytes
-
-
 def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
     """Return the arena that a file holds from an earlier save, or create it."""
     arena = file.content
@@ -396,7 +377,7 @@ def lay_out_in(file: PooledFile, layout: Layout, *, pinned: bool) -> Arena:
 
 
 def seal(
-    snapshot: LocalSnapshot,
+    snapshot: Snapshot,
     identity: CommitIdentity,
     shards: ShardDirectory,
     file: PooledFile | None,
@@ -408,7 +389,8 @@ def seal(
     Raises:
         OSError: it cannot be written; only a pending name is left.
     """
-    arena = snapshot.arena
+    arena = snapshot.shard.arena
+    assert arena is not None
     name = shard_name(snapshot.iteration, shards.rank)
     if file is not None:
         pending = file.path
@@ -421,7 +403,7 @@ def seal(
         footer = arena.memory[arena.body_bytes : image_bytes(arena.layout)]
         with shards.run.storage.open(f"{shards.rank}/{pending.name}") as source:
             source.get_into(arena.body_bytes, [footer])
-    trailer = _trailer_of(snapshot, identity, shards, written)
+    trailer = _trailer_of(snapshot, identity, shards, arena.body_bytes, written)
     image_size = trailer.record.image_bytes
     if file is not None:
         file.write_at(image_size, trailer.to_bytes())
@@ -432,8 +414,13 @@ def seal(
 
 
 def _trailer_of(
-    snapshot: LocalSnapshot, identity: CommitIdentity, shards: ShardDirectory, written: FileRecord
+    snapshot: Snapshot,
+    identity: CommitIdentity,
+    shards: ShardDirectory,
+    body_bytes: int,
+    written: FileRecord,
 ) -> Trailer:
+    plan = snapshot.shard.plan
     record = ShardRecord(
         run_id=shards.run.run_id,
         attempt=identity.attempt,
@@ -441,11 +428,11 @@ def _trailer_of(
         iteration=snapshot.iteration,
         world_size=shards.topology.world_size,
         nodes=shards.topology.nodes,
-        plan=snapshot.plan.hex(),
-        state_names=snapshot.state_names,
+        plan=plan.identity.hex(),
+        state_names=plan.state_names,
         owner=shards.rank,
-        structure=snapshot.structure.hex(),
-        body_bytes=snapshot.arena.body_bytes,
+        structure=plan.structure.hex(),
+        body_bytes=body_bytes,
         digest=written.digest,
         written_by=f"holdfast {__version__}",
     )

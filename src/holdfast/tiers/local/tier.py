@@ -2,10 +2,10 @@
 
 Owns the order in which a job uses its local checkpoints: memory to stage into, sealing, the
 exchange of copies, publishing and pruning; the agreement on a commit to load, opening it, and
-restoring missing files afterwards. Promises that a failed save leaves earlier
-commits intact, that a commit it finds was sealed by all its ranks, that everything passed over has
-a reason, and that ranks enter an exchange only after all have agreed to it. Power loss and a lost
-node without copies are left to the persistent tier.
+restoring missing files afterwards. Promises that a failed save leaves earlier commits intact, that
+a commit it finds was sealed by all its ranks, that everything passed over has a reason, and that
+ranks enter an exchange only after all have agreed to it. Power loss and a lost node without copies
+are left to the persistent tier.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from holdfast.caller import in_normal_mode
 from holdfast.config import LocalConfig
 from holdfast.errors import (
     ConfigError,
@@ -29,14 +30,15 @@ from holdfast.errors import (
 from holdfast.filesystem import Filesystem, is_memory
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.ranks.topology import assign_holders
+from holdfast.ranks.job import Committed
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
-from holdfast.tiers.local.availability import Availability, Candidate, Objection
+from holdfast.storage.manifest import LOCAL
+from holdfast.tiers.local.availability import Availability, Candidate
 from holdfast.tiers.local.budget import Budget, Need, report_budget, take_seats
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.reading import LocalContents, Opening
-from holdfast.tiers.local.replication import Replication, new_group, open_group
+from holdfast.tiers.local.replication import Replication, make_replication, new_group
 from holdfast.tiers.local.shard_file import (
     UNREAD,
     CommitKey,
@@ -46,14 +48,15 @@ from holdfast.tiers.local.shard_file import (
     shard_name,
 )
 from holdfast.tiers.local.shards import (
-    LocalSnapshot,
     MemoryShard,
     ReceivedShard,
     ShardDirectory,
     lay_out_in,
     seal,
 )
-from holdfast.tiers.select import Commit
+from holdfast.tiers.opening import read_together
+from holdfast.tiers.select import Commit, Condition
+from holdfast.tiers.tier import Objection, Snapshot, Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +64,13 @@ _PATIENCE = 0.75
 """Fraction of the timeout: leaves a rank that waits for a reader time to report to the others."""
 
 
-@dataclass(frozen=True)
-class LocalCommitted:
-    """A local save that succeeded."""
-
-    path: Path
-    """Of this rank's own shard."""
-    size_bytes: int
-    """Of all shards together, copies not counted."""
-
-
 class LocalTier:
     """The local checkpoints of one run.
 
     Created collectively, on the training thread, once the run id is known.
     """
+
+    name = LOCAL
 
     def __init__(
         self,
@@ -123,7 +118,9 @@ class LocalTier:
         self.in_memory = places[0]
         if store is not None:
             run.note_store(store)
-        self.replication = self._make_replication(coordinator)
+        self.replication = make_replication(
+            config.replication, self.topology.nodes, rank, timeout_seconds
+        )
         held = [] if self.replication is None else self.replication.owners_held_by(rank)
         self.files = ShardDirectory(
             run,
@@ -141,33 +138,18 @@ class LocalTier:
         """Copies received in the current save."""
         self._newest_sequence = 0
         self._candidate: Candidate | None = None
+        """The commit that the last survey found."""
+        self._failed: list[Commit] = []
+        """Commits that were tried and found damaged."""
         self._noted: frozenset[Any] = frozenset()
         """Damage known when the candidate was opened."""
         self._opened: LocalContents | None = None
         coordinator.all_reduce("local sweep", lambda: run.sweep(self.files.share()), _nothing)
 
-    def _make_replication(self, coordinator: Coordinator) -> Replication | None:
-        """Return who holds whose copies, over a new group; None: there is one rank."""
-        factor, jump = self._config.replication.factor, self._config.replication.jump
-        nodes = self.topology.nodes
-        # Even without copies of shards the small states go to another node: where the remaining
-        # shards cover the state, the small states are all that a lost node would take with it.
-        copies = factor if factor > 1 else min(2, len(set(nodes)))
-        holders = assign_holders(nodes, copies, jump)
-        if coordinator.world_size == 1:
-            return None
-        if factor > 1 and min(map(len, holders)) < factor and coordinator.rank == 0:
-            logger.warning(
-                "checkpoint.local.replication.factor is %d; this job has too few ranks for it",
-                factor,
-            )
-        group = open_group(self._config.replication.transport, self._timeout_seconds)
-        return Replication(group, holders, sends_images=factor > 1)
-
     # -- save ------------------------------------------------------------------------------------
 
-    def begin(
-        self, iteration: int, layout: Layout, coordinator: Coordinator, *, pinned: bool = False
+    def reserve(
+        self, layout: Layout, coordinator: Coordinator, *, pinned: bool = False
     ) -> Arena | None:
         """Return the memory to stage into, on the training thread; None: the caller's own arena.
 
@@ -179,7 +161,7 @@ class LocalTier:
         """
         if self.availability.agreement is None:
             self.find(coordinator, lambda record: None)  # learn what retention must not remove
-        self._give_back()
+        self.release()
 
         def take() -> bool:
             if self.in_memory:
@@ -193,30 +175,31 @@ class LocalTier:
         self._renew_group(coordinator.all_reduce("local begin", take, any))
         return arenas[0] if arenas else None
 
-    def abandon(self) -> None:
+    def release(self) -> None:
         """Release the memory of a save whose staging failed."""
-        self._give_back()
-
-    def _give_back(self) -> None:
         if self._file is not None:
             self.files.pool.give_back(self._file)
             self._file = None
 
     def write(
         self,
-        snapshot: LocalSnapshot,
+        snapshot: Snapshot,
         identify: Callable[[], CommitIdentity],
         coordinator: Coordinator,
-    ) -> LocalCommitted:
+    ) -> Committed:
         """Seal, exchange, publish and prune; a collective call, on any thread.
 
-        `identify` is called on rank 0 and may refuse the save.
+        The size of what was committed is that of all shards, copies not counted.
 
         Raises:
             CheckpointError: on every rank, naming the stage, the ranks and the cause; earlier
                 commits are intact.
         """
-        size = image_bytes(snapshot.arena.layout)
+        arena = snapshot.shard.arena
+        assert arena is not None
+        snapshot.shard.wait()
+        snapshot.confirm()
+        size = image_bytes(arena.layout)
         file, sealed = self._file, []
         try:
             identity = coordinator.broadcast("local identity", identify)
@@ -229,7 +212,7 @@ class LocalTier:
             ((pending, trailer),) = sealed
             if self.replication is not None and self.replication.sends_anything:
                 # All ranks have sealed their shards, so all take part.
-                replication, image = self.replication, snapshot.arena.memory[:size]
+                replication, image = self.replication, arena.memory[:size]
                 coordinator.all_reduce(
                     "local exchange", lambda: self._exchange(replication, image, trailer), _nothing
                 )
@@ -243,8 +226,7 @@ class LocalTier:
         self._keep_and_prune(trailer.record.commit)
         if self.in_memory:
             self._prepare_next(size)
-        name = shard_name(snapshot.iteration, coordinator.rank)
-        return LocalCommitted(self.files.directory / name, total)
+        return Committed(self._own_path(snapshot.iteration), total, (), tier=LOCAL)
 
     def _exchange(self, replication: Replication, image: memoryview, trailer: Trailer) -> None:
         """Send this rank's shard to its holders and receive the copies held here."""
@@ -274,7 +256,7 @@ class LocalTier:
         self.files.take_back()
         if self._file is None and pending is not None:
             self.files.drop(pending)
-        self._give_back()
+        self.release()
 
     def _keep_and_prune(self, commit: CommitKey) -> None:
         """Remove every published file that does not belong to a kept commit."""
@@ -329,42 +311,69 @@ class LocalTier:
         """The largest sequence of any file that any `find` saw; 0: none."""
         return self._newest_sequence
 
-    def open(
-        self,
-        candidate: Candidate,
-        coordinator: Coordinator,
-        suffices: Callable[[bytes], bool] | None = None,
-    ) -> LocalContents:
-        """Open a commit that `find` returned; a collective call.
-
-        Shards that a node has lost are read from peers, and restored by `restore`. `suffices`:
-        returns whether this rank's own small state is all it needs of the small states.
+    def survey(
+        self, coordinator: Coordinator, objection: Objection, step: int | None = None
+    ) -> list[Commit]:
+        """Return the newest commit that all ranks can load, and what was passed over, with reasons.
 
         Raises:
-            CorruptCheckpointError: on every rank; call `find` again for another commit.
+            StageFailedError: a directory cannot be read, on some rank, or a rank is gone.
+        """
+        candidate = self._candidate = self.find(coordinator, objection)
+        failed = {(each.iteration, each.sequence) for each in self._failed}
+        commits = list(self._failed)
+        commits += [each for each in self.passed if (each.iteration, each.sequence) not in failed]
+        if candidate is not None:
+            record, path = candidate.record, str(self.directory)
+            commits.append(Commit(LOCAL, record.iteration, record.sequence, path=path))
+        return commits
+
+    @in_normal_mode  # live objects may keep what is read here
+    def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> LocalContents:
+        """Open the commit that the last survey found; a collective call.
+
+        Shards that a node has lost are read from peers, and restored after the load.
+
+        Raises:
+            CorruptCheckpointError: on every rank; survey again for another commit.
             StageFailedError: a rank is gone, or failed for a reason other than the commit.
         """
+        candidate = self._candidate
+        assert candidate is not None
+        if wanted.verify_first:
+            self.verify(candidate, coordinator)
         self._noted = frozenset(self.availability.damaged)
         try:
-            self._opened = Opening(self.availability, candidate, coordinator).run(suffices)
-            self._candidate = candidate
+            opened = Opening(self.availability, candidate, coordinator).run(wanted.suffices)
         except StageTimeoutError:
             raise
         except (CorruptCheckpointError, StageFailedError) as error:
             if isinstance(error, StageFailedError) and not blames_checkpoint(error):
                 raise
-            self.pass_over(candidate, coordinator, str(error))
+            self._reject(candidate, coordinator, str(error))
             if isinstance(error, StageFailedError):
                 raise CorruptCheckpointError(str(self.files.run.root), str(error)) from error
             raise
-        return self._opened
+        self._opened = opened
+        read_together("open", lambda: wanted.accept(opened), opened.checkpoint, coordinator)
+        return opened
 
-    def pass_over(self, candidate: Candidate, coordinator: Coordinator, reason: str) -> None:
-        """Make the next `find` return something else after a commit could not be loaded.
+    def pass_over(
+        self, commit: Commit, coordinator: Coordinator, error: CorruptCheckpointError
+    ) -> Commit:
+        """Make the next survey find something else after a commit could not be loaded.
 
         A collective call. Damage noted since `open` suffices; without any, the whole commit is
         passed over with this reason.
         """
+        assert self._candidate is not None
+        reason, path = str(error), str(self.directory)
+        self._reject(self._candidate, coordinator, reason)
+        failed = replace(commit, condition=Condition.DAMAGED, reason=reason, path=path, error=error)
+        self._failed.append(failed)
+        return failed
+
+    def _reject(self, candidate: Candidate, coordinator: Coordinator, reason: str) -> None:
         found = coordinator.all_reduce(
             "local pass over", lambda: not self._noted >= self.availability.damaged, any
         )
@@ -385,20 +394,18 @@ class LocalTier:
         if problems:
             raise CorruptCheckpointError(str(self.files.run.root), "; ".join(problems[:3]))
 
-    def finish(self) -> bool:
-        """End a successful load; return, alike on every rank, whether `restore` has work to do."""
+    def finish_load(self) -> Callable[[Coordinator], None] | None:
+        """End a successful load; return what restores the files that nodes have lost of it.
+
+        The function is collective, runs on any thread, and raises CheckpointError on every rank
+        where a file could not be written or has no sound copy. None, on every rank: nothing was
+        lost.
+        """
         self._end_fetch()
         candidate = self._candidate
-        return candidate is not None and bool(self.availability.lacks(candidate))
-
-    def restore(self, coordinator: Coordinator) -> None:
-        """Restore the files that nodes have lost of the loaded commit; collective, on any thread.
-
-        Raises:
-            CheckpointError: on every rank: a file could not be written, or has no sound copy.
-        """
-        assert self._candidate is not None
-        self.availability.restore(self._candidate, coordinator)
+        if candidate is None or not self.availability.lacks(candidate):
+            return None
+        return lambda coordinator: self.availability.restore(candidate, coordinator)
 
     def _end_fetch(self) -> None:
         if self._opened is not None:
@@ -414,22 +421,10 @@ class LocalTier:
         def is_superseded(record: ShardRecord) -> bool:
             return iteration is None or record.iteration > iteration
 
-        coordinator.all_reduce(
-            "local discard", lambda: self.files.discard(is_superseded), lambda _: None
-        )
+        coordinator.all_reduce("local discard", lambda: self.files.discard(is_superseded), _nothing)
         self._kept = [each for each in self._kept if iteration is not None and each[2] <= iteration]
 
     # -- other -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def hold(self, iteration: int) -> Iterator[BinaryIO]:
-        """Open this rank's own shard of a commit, protected from reuse meanwhile, on any thread.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        with self.files.pool.hold(self._own_path(iteration)) as stream:
-            yield stream
 
     @contextmanager
     def keep(self, iteration: int) -> Iterator[None]:
@@ -437,8 +432,14 @@ class LocalTier:
         with self.files.pool.keep(self._own_path(iteration)):
             yield
 
-    def size_before(self, record: ShardRecord) -> int:
-        """Return the size of this rank's file of a commit; of the record's own if it is lost."""
+    def size_before(self, world_size: int) -> int | None:
+        """Return the size of this rank's file of the commit that was found last.
+
+        Of another rank's file, if this one is lost. None: no commit of this many ranks was found.
+        """
+        if self._candidate is None or self._candidate.record.world_size != world_size:
+            return None
+        record = self._candidate.record
         try:
             return self._filesystem.size_bytes(self._own_path(record.iteration))
         except OSError:
@@ -461,10 +462,8 @@ class LocalTier:
     def close(self) -> None:
         """Close every file; published files stay."""
         self._end_fetch()
-        self._give_back()
+        self.release()
         self.files.close()
-
-    # -- the group -------------------------------------------------------------------------------
 
     def _group_is_broken(self) -> bool:
         return self.replication is not None and self.replication.group.is_broken
@@ -473,8 +472,8 @@ class LocalTier:
         """Replace a group in which a wait timed out: gloo has closed its connections."""
         if is_broken:
             assert self.replication is not None
-            group = new_group(self._config.replication.transport, self._timeout_seconds)
-            self.replication.group.renew(group)
+            transport = self._config.replication.transport
+            self.replication.group.renew(new_group(transport, self._timeout_seconds))
 
 
 def _nothing(_: object) -> None:
