@@ -241,6 +241,22 @@ def test_a_checkpoint_of_torch_is_opened_too(
     assert "nothing vouches for its bytes" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_memory_that_runs_out_at_an_access_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that only torch can extract needs memory; the file is not to blame without it."""
+    save({"model": {"w": torch.rand(4, 3).t()}}, checkpoint_id=tmp_path, no_dist=True)
+    tensors = holdfast.open_tensors(tmp_path)
+
+    def run_out(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", run_out)
+    with pytest.raises(MemoryError):
+        tensors["model.w"]
+
+
 def test_the_package_names_it_without_importing_torch() -> None:
     """`holdfast.open_tensors` is found on first use, as all of the public surface."""
     program = (

@@ -39,7 +39,8 @@ _LEAST_HEADROOM_BYTES = 256
 _MOST_HEADROOM_BYTES = 32 << 10
 _TOLERATED_BYTES = 60 << 10
 """Trailing zeros that torch tolerates: it searches the last 64 KiB for the container's end."""
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types without a representation of their own."""
 
 Source = torch.Tensor | bytes
 """A plain tensor to copy, or bytes that are a container already."""
@@ -171,7 +172,7 @@ class Itemizer:
         self, name: str, leaf: Any, paths: Mapping[str, tuple[str | int, ...]]
     ) -> Sequence[tuple[Item, Source]]:
         kind = type(leaf)
-        if kind in _PLAIN_TENSORS:
+        if kind in PLAIN_TENSORS:
             known = self._known.get(name)
             if (
                 known is not None
@@ -189,7 +190,7 @@ class Itemizer:
                 and known.kind is DTensor
                 and known.shape == local.shape
                 and known.dtype is local.dtype
-                and type(local) in _PLAIN_TENSORS
+                and type(local) in PLAIN_TENSORS
                 and known.spec == spec_of(leaf)
             ):
                 return tuple((item, local) for item in known.items)
@@ -213,7 +214,7 @@ class Itemizer:
         kind = type(leaf)
         if all(isinstance(source, torch.Tensor) for _, source in found):
             items = [item for item, _ in found]
-            if kind in _PLAIN_TENSORS:
+            if kind in PLAIN_TENSORS:
                 self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, items)
             elif kind is DTensor and found:
                 local = local_of_dtensor(leaf)
@@ -308,15 +309,13 @@ def _chunks(
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     return (
-        type(tensor) in _PLAIN_TENSORS
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
+        type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_quantized
     )
 
 
 def _pickle_tensor(tensor: torch.Tensor, name: str) -> bytes:
     """Return the torch.save bytes of a tensor that is not plain dense memory."""
-    if type(tensor) not in _PLAIN_TENSORS and not can_be_flattened(tensor):
+    if type(tensor) not in PLAIN_TENSORS and not can_be_flattened(tensor):
         raise UnsupportedStateError(
             f"{name} is a {type(tensor).__name__}, a tensor type without __tensor_flatten__, which "
             "cannot be staged; convert it to a plain tensor."
