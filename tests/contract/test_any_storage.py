@@ -11,7 +11,7 @@ import torch
 import holdfast
 from holdfast.errors import CheckpointError
 from holdfast.ranks.coordinator import SingleProcess
-from holdfast.read.lazy import LazyTensors
+from holdfast.read.reader import LazyTensors
 from holdfast.storage.store import TRACKER_NAME
 from holdfast.testing import MemoryStorage, StartedTier
 from holdfast.testing.tier import Process, tensors_at
