@@ -22,8 +22,8 @@ from holdfast.errors import CheckpointError, CheckpointNotFoundError, CorruptChe
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import name_tensors
 from holdfast.messages import describe_size
+from holdfast.storage import open_storage
 from holdfast.storage.identity import RunIdentity
-from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint, Listing, Store, parse_checkpoint_name
 
 
@@ -180,7 +180,7 @@ def _find_target(directory: Path) -> _Target:
         raise CheckpointNotFoundError(f"{directory} does not exist or is no directory.")
     iteration = parse_checkpoint_name(path.name)
     root = path if iteration is None else path.parent
-    return _Target(Store(PosixStorage(root, filesystem)), iteration)
+    return _Target(Store(open_storage(root, filesystem)), iteration)
 
 
 def _suggest(directory: Path) -> str:
@@ -188,7 +188,7 @@ def _suggest(directory: Path) -> str:
     filesystem = LocalFilesystem()
     with suppress(OSError):
         for each in sorted(directory.iterdir()):
-            if each.is_dir() and Store(PosixStorage(each, filesystem)).listing().checkpoints:
+            if each.is_dir() and Store(open_storage(each, filesystem)).listing().checkpoints:
                 return f" Did you mean {each}?"
     return ""
 

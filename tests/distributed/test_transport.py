@@ -27,10 +27,9 @@ from holdfast.tiers.local.exchange import Incoming, Message, Outgoing
 from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.replication import DeviceGroup, GroupBrokenError
 from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
+from tests.support.local_shards import Collected, Letters
 from tests.support.nodes import Job, Loaded, lose_node, published, wait_for_all
 from tests.support.ranks import run_ranks
-from tests.unit.test_peer_streams import _Bytes as Letters
-from tests.unit.test_peer_streams import _Collected as Collected
 
 pytest.importorskip("nvidia_resiliency_ext")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from drill import DrillError, Launch, drill
 from holdfast import DefaultCheckpointManager
 from losses import read_losses
 from tests.recipes.conftest import NAMED, RECIPES, ROOT, THREE_METHODS, Outcome
+from tests.support.ranks import run_ranks
 
 Pretrain = Callable[..., Outcome]
 OVERLAYS = sorted((ROOT / "configs" / "recipe").glob("*.yaml"))
@@ -141,16 +144,30 @@ def test_every_mode_runs_with_a_manager_of_three_methods(
 
 @pytest.mark.parametrize("mode", ["parallel=ddp", "parallel=fsdp", "recipe=lost_node"])
 def test_every_parallel_mode_runs_with_a_manager_of_three_methods(
-    text: Path, named: list[str], monkeypatch: pytest.MonkeyPatch, mode: str
+    text: Path, named: list[str], mode: str
 ) -> None:
     """Two processes train, save and resume with it."""
-    monkeypatch.chdir(text.parent)
     overrides = [mode, *named, "crash_at_step=null", "run_dir=run"]
-    first = _torchrun(text, *overrides)
-    assert first.returncode == 0, first.stdout
-    second = _torchrun(text, *overrides, "steps=8")
-    assert second.returncode == 0, second.stdout
-    assert "resumed from iteration 6" in second.stdout
+    for status, printed in run_ranks(_train, 2, text, overrides, initialise=False):
+        assert status == 0, printed
+    statuses, printed = zip(
+        *run_ranks(_train, 2, text, [*overrides, "steps=8"], initialise=False), strict=True
+    )
+    assert statuses == (0, 0), printed
+    assert "resumed from iteration 6" in printed[0]
+
+
+def _train(text: Path, overrides: list[str]) -> tuple[int, str]:
+    """Be one of several processes that torchrun has started; return the status and the output."""
+    import pretrain as program  # its folder is on the path of the process that this is a fork of
+
+    os.chdir(text.parent)
+    os.environ |= {"HYDRA_MAIN_MODULE": "__main__", "HYDRA_FULL_ERROR": "1"}
+    sys.argv = ["recipes/pretrain.py", *_shortened(text), *overrides]
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        status = program.main()
+    return status, printed.getvalue()
 
 
 def test_the_mirror_holds_what_the_store_holds(pretrain: Pretrain) -> None:
@@ -257,10 +274,14 @@ def test_several_processes_train_as_one(pretrain: Pretrain, text: Path) -> None:
     assert "resumed from iteration 6" in resumed.printed
 
 
+def _shortened(text: Path) -> list[str]:
+    return ["model=tiny", "steps=6", "data=files", f"data.paths=[{text}]", "validation_batches=2"]
+
+
 def _torchrun(text: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(RECIPES / "pretrain.py"), "model=tiny", "steps=6"]
-    command += ["data=files", f"data.paths=[{text}]", "validation_batches=2", *overrides]
+    command += ["--nproc-per-node", "2", str(RECIPES / "pretrain.py")]
+    command += [*_shortened(text), *overrides]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run(
         command,

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor, Shard
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import CheckpointError, CorruptCheckpointError
 from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.format.items import structure_of
 from holdfast.format.layout import Item, lay_out
-from holdfast.format.proposals import structure_of
 from holdfast.protocol import TrainState
 from holdfast.ranks.channels import open_channels
 from holdfast.ranks.coordinator import Coordinator

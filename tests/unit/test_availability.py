@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.tiers.local.availability import Agreement, Inventory, judge
 from holdfast.tiers.local.shard_file import Found, ShardRecord, shard_name
-from tests.unit.test_shard_trailer import RECORD
+from tests.support.local_shards import RECORD
 
 
 def _found(

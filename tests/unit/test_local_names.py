@@ -16,7 +16,7 @@ from holdfast.tiers.local.shard_file import (
     parse_shard_name,
     shard_name,
 )
-from tests.unit.test_shard_trailer import FILE, RECORD
+from tests.support.local_shards import FILE, RECORD
 
 
 @pytest.fixture

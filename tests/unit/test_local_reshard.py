@@ -19,8 +19,8 @@ from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.availability import find_gap
 from holdfast.tiers.local.peers import ReadRequest, divide
 from holdfast.tiers.local.shard_file import Chunk, ShardRecord, outline, read_shard_index
+from tests.support.local_shards import RECORD
 from tests.support.nodes import flip
-from tests.unit.test_shard_trailer import RECORD
 
 
 def _rows(name: str, start: int, stop: int, size: int = 8) -> Chunk:

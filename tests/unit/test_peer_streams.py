@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import time
@@ -24,46 +23,10 @@ from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.replication import GroupBrokenError, HostGroup
 from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
+from tests.support.local_shards import FILE, PARTS, RECORD, Collected, Letters
 from tests.support.ranks import run_ranks
-from tests.unit.test_shard_trailer import FILE, PARTS, RECORD
 
 pytest.importorskip("nvidia_resiliency_ext")
-
-
-class _Bytes:
-    """A source of small messages, so that a few bytes are many blocks."""
-
-    def __init__(self, content: bytes, block_bytes: int = 3, fails_at: int | None = None) -> None:
-        self.content = content
-        self.size_bytes = len(content)
-        self.body_bytes = 0
-        self.block_bytes = block_bytes
-        self._fails_at = fails_at
-
-    def view(self, offset: int, length: int) -> memoryview | None:
-        return None
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        if self._fails_at is not None and offset >= self._fails_at:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), "source")
-        target[:] = self.content[offset : offset + len(target)]
-
-
-class _Collected:
-    """A sink that fails, if asked to, at an offset."""
-
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.content = bytearray()
-        self._fails_at = fails_at
-
-    def begin(self, size_bytes: int, body_bytes: int) -> None:
-        assert not self.content
-
-    def put(self, offset: int, block: memoryview) -> None:
-        assert offset == len(self.content)
-        if self._fails_at is not None and offset >= self._fails_at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "sink")
-        self.content += block
 
 
 def _own_group(timeout_seconds: float = 20.0) -> HostGroup:
@@ -81,9 +44,9 @@ def _cross() -> list[bytes]:
     others = [each for each in range(size) if each != rank]
     found = []
     for _ in range(2):
-        sinks = {each: _Collected() for each in others}
+        sinks = {each: Collected() for each in others}
         group.stream(
-            [Outgoing(each, _Bytes(_message(rank, each))) for each in others],
+            [Outgoing(each, Letters(_message(rank, each))) for each in others],
             [Incoming(each, sinks[each]) for each in others],
         )
         found = [bytes(sinks[each].content) for each in others]
@@ -98,9 +61,9 @@ def test_streams_cross_in_all_directions() -> None:
 
 def _hear_from_0(group: Any) -> bytes:
     """Return what rank 0 sends to all others now."""
-    heard = _Collected()
+    heard = Collected()
     if distributed.get_rank() == 0:
-        group.stream([Outgoing(each, _Bytes(b"after")) for each in (1, 2)], [])
+        group.stream([Outgoing(each, Letters(b"after")) for each in (1, 2)], [])
     else:
         group.stream([], [Incoming(0, heard)])
     return bytes(heard.content)
@@ -111,11 +74,11 @@ def _fail_in_the_middle() -> tuple[str, str, bytes]:
     group = _own_group()
     rank = distributed.get_rank()
     outgoing, incoming = [], []
-    sinks = {0: _Collected(fails_at=9 if rank == 1 else None)}
+    sinks = {0: Collected(fails_at=9 if rank == 1 else None)}
     if rank == 0:
         outgoing = [
-            Outgoing(1, _Bytes(b"x" * 100)),
-            Outgoing(2, _Bytes(b"x" * 100, fails_at=50)),
+            Outgoing(1, Letters(b"x" * 100)),
+            Outgoing(2, Letters(b"x" * 100, fails_at=50)),
         ]
     else:
         incoming = [Incoming(0, sinks[0])]
@@ -144,7 +107,7 @@ def _lose_one() -> tuple[str, float]:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(GroupBrokenError) as caught:
-        group.stream([], [Incoming(2, _Collected())])
+        group.stream([], [Incoming(2, Collected())])
     assert group.is_broken
     return str(caught.value), time.monotonic() - started
 
@@ -173,7 +136,7 @@ def test_every_rank_is_told_what_each_had_to_tell() -> None:
 # -- blocks in pieces ------------------------------------------------------------------------------
 
 
-class _Placed(_Collected):
+class _Placed(Collected):
     """A sink with memory for every piece of a stream of three-byte blocks."""
 
     in_any_order = True
@@ -215,13 +178,13 @@ def _cross_in_pieces() -> list[tuple[bytes, bytes, bool]]:
     for _ in range(2):
         sizes = {each: len(_message(each, rank)) for each in others}
         placed = {each: _Placed(sizes[each], _cuts(sizes[each])) for each in others}
-        whole = {each: _Collected() for each in others}
+        whole = {each: Collected() for each in others}
         outgoing, incoming = [], []
         for each in others:
             content = _message(rank, each)
             outgoing += [
-                Outgoing(each, _Bytes(content[::-1], block_bytes=5)),
-                Outgoing(each, _Bytes(content), is_cut=True),
+                Outgoing(each, Letters(content[::-1], block_bytes=5)),
+                Outgoing(each, Letters(content), is_cut=True),
             ]
             incoming += [
                 Incoming(each, whole[each]),
@@ -254,8 +217,8 @@ def _fail_in_pieces() -> tuple[str, bytes, set[int], bytes]:
     placed = _Placed(100, _cuts(100), fails_at=7 if rank == 1 else None)
     if rank == 0:
         outgoing = [
-            Outgoing(1, _Bytes(b"x" * 100), is_cut=True),
-            Outgoing(2, _Bytes(b"x" * 100, fails_at=50), is_cut=True),
+            Outgoing(1, Letters(b"x" * 100), is_cut=True),
+            Outgoing(2, Letters(b"x" * 100, fails_at=50), is_cut=True),
         ]
     else:
         incoming = [Incoming(0, placed, placed=placed)]
@@ -276,7 +239,7 @@ def test_memory_that_cannot_be_had_leaves_no_rank_waiting() -> None:
     assert [short[3], garbled[3]] == [b"after", b"after"]
 
 
-class _Late(_Bytes):
+class _Late(Letters):
     """A source that has nothing before it is told to."""
 
     def read_into(self, offset: int, target: memoryview) -> None:
@@ -284,7 +247,7 @@ class _Late(_Bytes):
         super().read_into(offset, target)
 
 
-class _Deadly(_Bytes):
+class _Deadly(Letters):
     """A source whose rank dies when it shall send."""
 
     def read_into(self, offset: int, target: memoryview) -> None:
@@ -308,7 +271,7 @@ def _receive_too_late() -> str:
     placed = _Placed(99, _cuts(99))
     kept = []  # as whoever handles the error keeps it, and all that it holds
     try:
-        group.stream([], [Incoming(2, placed, placed=placed), Incoming(1, _Collected())])
+        group.stream([], [Incoming(2, placed, placed=placed), Incoming(1, Collected())])
     except GroupBrokenError as error:
         kept.append(error)
     placed.memory[:] = b"." * 99

@@ -165,7 +165,7 @@ def test_a_parent_is_recorded_until_the_run_has_its_own(tmp_path: Path) -> None:
     first.admit()
     linear().save(manager_of(tmp_path), 10)
     second.begin_from(parent)
-    second.resume_from(second.store.find(10))
+    second.resume_from(second.store.find(10), is_own=True)
     second.admit()
     found = RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).attempts()
     assert [each.parent for each in found] == [parent, None, None]

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from holdfast.state.model import read_model
+from holdfast.state.model import ModelWalk, read_model
 from holdfast.state.optimizer import read_optimizers
 
 
@@ -100,11 +100,11 @@ def test_it_is_what_the_getters_give(kind: str) -> None:
     torch.manual_seed(0)
     model = PLAIN[kind](_Net())
     optimizer = _stepped(model)
-    found, expected = read_model(model), get_model_state_dict(model)
+    found, expected = read_model(ModelWalk.find_unhooked(model)), get_model_state_dict(model)
     assert found is not None
     assert list(found) == list(expected)
     assert all(_is_where(found[name], expected[name]) for name in found)
-    own = read_optimizers(model, [optimizer])
+    own = read_optimizers([optimizer], ModelWalk.find_unhooked(model))
     theirs: Any = get_optimizer_state_dict(model, optimizer)
     assert own is not None
     assert own["param_groups"] == theirs["param_groups"]
@@ -121,7 +121,7 @@ def test_sharded_parameters_are_in_shards_again() -> None:
     """Where a forward left them whole, FSDP2's parameters are taken as a state dict shows them."""
     model = _sharded(_Net())
     model(torch.rand(3, 4))  # without a backward
-    found, expected = read_model(model), get_model_state_dict(model)
+    found, expected = read_model(ModelWalk.find_unhooked(model)), get_model_state_dict(model)
     assert found is not None
     assert all(_is_where(found[name], expected[name]) for name in expected)
 
@@ -184,17 +184,17 @@ OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_torch_is_asked_where_it_must_be(kind: str) -> None:
     """Hooks, overrides, wrappers of their own and an empty state are left to torch."""
-    assert read_model(OTHERS[kind](_Net())) is None
+    assert read_model(ModelWalk.find_unhooked(OTHERS[kind](_Net()))) is None
 
 
 def test_an_optimizer_of_other_parameters_is_left_to_torch() -> None:
     """Parameters that the model does not have are named by torch's error, not passed over."""
     model = _Net()
     stranger = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    assert read_optimizers(model, [stranger]) is None
+    assert read_optimizers([stranger], ModelWalk.find_unhooked(model)) is None
     hooked = torch.optim.SGD(model.parameters(), lr=0.1)
     hooked.register_state_dict_pre_hook(lambda _: None)
-    assert read_optimizers(model, [hooked]) is None
+    assert read_optimizers([hooked], ModelWalk.find_unhooked(model)) is None
     loose = torch.optim.SGD(model.parameters(), lr=0.1)
     loose.state["all"] = {"count": 1}  # type: ignore[index]  # state of no parameter
-    assert read_optimizers(model, [loose]) is None
+    assert read_optimizers([loose], ModelWalk.find_unhooked(model)) is None

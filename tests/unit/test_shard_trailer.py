@@ -11,30 +11,11 @@ import pytest
 
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError
 from holdfast.tiers.local.shard_file import (
-    PART_NAMES,
-    ShardRecord,
     Trailer,
     parse_trailer,
     read_trailer,
 )
-
-RECORD = ShardRecord(
-    run_id="run",
-    attempt=2,
-    sequence=7,
-    iteration=12_345_678,
-    world_size=2,
-    nodes=(0, 1),
-    plan="ab" * 16,
-    state_names=9,
-    owner=1,
-    structure="cd" * 16,
-    body_bytes=4096,
-    digest="ef" * 16,
-)
-PARTS = {name: name.encode() * 3 + b"\n\x00" for name in PART_NAMES}
-TAIL = Trailer(RECORD, PARTS)
-FILE = bytes(RECORD.image_bytes) + TAIL.to_bytes()
+from tests.support.local_shards import FILE, PARTS, RECORD, TAIL
 
 
 def _read(content: bytes) -> Trailer:

@@ -21,7 +21,7 @@ from holdfast.filesystem import LocalFilesystem
 from holdfast.format.layout import read_index
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.state.app import AppState
-from holdfast.state.model import read_model
+from holdfast.state.model import ModelWalk, read_model
 from holdfast.state.optimizer import OptimizerView, read_optimizers
 from holdfast.state.small import Place
 from tests.support.managers import Live, manager_of, step
@@ -605,7 +605,8 @@ def test_what_is_taken_in_place_is_what_the_getters_give(name: str) -> None:
     change.make(live)
     app = _app(live)
     views: Any = [OptimizerView(each) for each in app.optimizers]
-    model, optimizer = read_model(app._model), read_optimizers(app._model, app.optimizers)
+    walk = ModelWalk.find_unhooked(app._model)
+    model, optimizer = read_model(walk), read_optimizers(app.optimizers, walk)
     if model is not None:
         expected = get_model_state_dict(app._model)
         assert list(model) == list(expected)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from holdfast.format.dcp import KeyPath, flatten, is_leaf, put
+from holdfast.format.dcp import KeyPath, flatten, put
 from holdfast.protocol import Stateful
 from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import (
@@ -31,7 +31,7 @@ from holdfast.state.compare import (
     describe_left_out,
     is_extra,
 )
-from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
+from holdfast.state.model import MODEL, ModelWalk, is_live, model_state, restore_model, run_each
 from holdfast.state.optimizer import OptimizerWalk, optimizer_state, restore_optimizers
 from holdfast.state.small import Place, apply_data, capture_rng, check_data
 from holdfast.torch_internals import local_of
@@ -71,10 +71,17 @@ class Bindings:
 
     @classmethod
     def bind(
-        cls, root: nn.Module, optimizers: Sequence[Optimizer], leaves: Leaves
+        cls,
+        root: nn.Module,
+        optimizers: Sequence[Optimizer],
+        leaves: Leaves,
+        walk: ModelWalk | None,
     ) -> Bindings | None:
-        """Find every leaf; None: one has no place where it could be looked up again."""
-        model = ModelWalk.find(root)
+        """Find every leaf; None: one has no place where it could be looked up again.
+
+        `walk`: that the leaves were read by; None: torch's getters were asked.
+        """
+        model = walk or ModelWalk.find(root)
         if model is None:
             return None
         walks = OptimizerWalk.find_all(optimizers, model.parameter_names())
@@ -85,7 +92,7 @@ class Bindings:
         are_found = (
             live is not None
             and list(live) == list(leaves.values)
-            and all(map(_is_same, leaves.values.values(), live.values()))
+            and all(map(is_live, leaves.values.values(), live.values()))
         )
         return bindings if are_found else None
 
@@ -108,25 +115,6 @@ class Bindings:
         is_there = all(each.add_state(found) for each in self._optimizers)
         is_there = is_there and all(each.add_groups(found) for each in self._optimizers)
         return found if is_there else None
-
-
-def _is_same(leaf: Any, live: Any) -> bool:
-    """Whether a leaf from a getter is this live value and not a copy of it."""
-    if leaf is live:
-        return True
-    if not isinstance(live, torch.Tensor):
-        return is_leaf(live) and type(leaf) is type(live)
-    if not isinstance(leaf, torch.Tensor) or leaf.shape != live.shape or leaf.dtype != live.dtype:
-        return False
-    one, other = local_of(leaf), local_of(live)
-    return (
-        type(leaf) in (type(live), torch.Tensor)
-        and one.layout is other.layout is torch.strided
-        and one.device == other.device
-        and one.shape == other.shape
-        and one.data_ptr() == other.data_ptr()
-        and one.stride() == other.stride()
-    )
 
 
 @dataclass(frozen=True)
@@ -221,8 +209,9 @@ class AppState:
         """Return model and optimizers by their bindings, else gathered and bound again."""
         leaves = bindings.follow(self._model, self.optimizers) if bindings is not None else None
         if leaves is None:
-            leaves = self.gather_leaves()
-            return leaves, Bindings.bind(self._model, self.optimizers, leaves)
+            walk = ModelWalk.find_unhooked(self._model)
+            leaves = self._gather(walk)
+            return leaves, Bindings.bind(self._model, self.optimizers, leaves, walk)
         for name, value in leaves.values.items():
             if not isinstance(value, torch.Tensor):
                 check_plain(value, name)
@@ -234,10 +223,14 @@ class AppState:
         Raises:
             UnsupportedStateError: some state could not be read back safely.
         """
+        return self._gather(ModelWalk.find_unhooked(self._model))
+
+    def _gather(self, walk: ModelWalk | None) -> Leaves:
+        root, optimizers = self._model, self.optimizers
         _, model, optimizer = run_each(
             lambda: check_reachable(self._optimized),
-            lambda: model_state(self._model),
-            lambda: optimizer_state(self._model, self.optimizers) if self.optimizers else None,
+            lambda: model_state(root, walk),
+            lambda: optimizer_state(root, optimizers, walk) if optimizers else None,
         )
         tensors: dict[str, Any] = {"model": model}
         if optimizer is not None:
@@ -427,12 +420,17 @@ class AppState:
     @cached_property
     def _live_model(self) -> dict[str, Any]:
         """The model's state as it was when first asked for; its tensors stay the live ones."""
-        return {MODEL + name: each for name, each in model_state(self._model).items()}
+        state = model_state(self._model, self._walk)
+        return {MODEL + name: each for name, each in state.items()}
 
     @cached_property
     def _live_optimizer(self) -> dict[str, Any]:
         """The optimizers' state, likewise."""
-        return optimizer_state(self._model, self.optimizers)
+        return optimizer_state(self._model, self.optimizers, self._walk)
+
+    @cached_property
+    def _walk(self) -> ModelWalk | None:
+        return ModelWalk.find_unhooked(self._model)
 
     @cached_property
     def _parameter_names(self) -> set[str]:

@@ -25,11 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from holdfast.errors import UnsupportedStateError
+from holdfast.format.dcp import is_leaf
 from holdfast.torch_internals import (
     EXTRA_STATE,
     child_left_out,
     has_default_loading,
     is_plain_module,
+    local_of,
     only_shard,
     parts_of,
     pre_hooks_of,
@@ -146,10 +148,12 @@ class ModelWalk:
         names = [name for table in walk._tables for _, name in table.entries if name is not None]
         return walk if len(set(names)) == len(names) else None
 
-    @property
-    def runs_only_torchs_hooks(self) -> bool:
-        """Whether no hook of the user's may change what a state dict shows."""
-        return all(only_shard(pre_hooks_of(each.module).values()) for each in self._parts)
+    @classmethod
+    def find_unhooked(cls, root: nn.Module) -> ModelWalk | None:
+        """Walk all modules; None also where a hook of the user's may change their state dicts."""
+        walk = cls.find(root)
+        hooks = [] if walk is None else [pre_hooks_of(each.module) for each in walk._parts]
+        return walk if all(only_shard(each.values()) for each in hooks) else None
 
     def holds(self, root: nn.Module) -> bool:
         """Whether everything is where it was when it was walked."""
@@ -241,25 +245,26 @@ def ask_torch(getter: Callable[[], dict[str, Any]], explain: Callable[[], str | 
         raise UnsupportedStateError(problem) from error
 
 
-def model_state(root: nn.Module) -> dict[str, Any]:
+def model_state(root: nn.Module, walk: ModelWalk | None) -> dict[str, Any]:
     """Return the model's live state by the names of torch's getter, which is asked if need be.
+
+    `walk`: as `find_unhooked` returns it.
 
     Raises:
         UnsupportedStateError: it has entries that are no parameter, buffer or extra state.
     """
-    state = read_model(root)
+    state = read_model(walk)
     if state is None:
         state = ask_torch(lambda: get_model_state_dict(root), lambda: _find_unknown(root))
     return state
 
 
-def read_model(root: nn.Module) -> dict[str, Any] | None:
+def read_model(walk: ModelWalk | None) -> dict[str, Any] | None:
     """Return what `get_model_state_dict` does, but live; None: ask that.
 
     Parameters of FSDP2 are in shards then, as after a state dict.
     """
-    walk = ModelWalk.find(root)
-    if walk is None or not walk.runs_only_torchs_hooks:
+    if walk is None:
         return None
     walk.run_hooks()
     values = walk.values()
@@ -307,4 +312,23 @@ def are_in_place(restored: Mapping[str, Any], live: Mapping[str, Any]) -> bool:
     return all(
         isinstance(value, torch.Tensor) and live.get(name) is value
         for name, value in restored.items()
+    )
+
+
+def is_live(leaf: Any, live: Any) -> bool:
+    """Whether a leaf from a getter is this live value and not a copy of it."""
+    if leaf is live:
+        return True
+    if not isinstance(live, torch.Tensor):
+        return is_leaf(live) and type(leaf) is type(live)
+    if not isinstance(leaf, torch.Tensor) or leaf.shape != live.shape or leaf.dtype != live.dtype:
+        return False
+    one, other = local_of(leaf), local_of(live)
+    return (
+        type(leaf) in (type(live), torch.Tensor)
+        and one.layout is other.layout is torch.strided
+        and one.device == other.device
+        and one.shape == other.shape
+        and one.data_ptr() == other.data_ptr()
+        and one.stride() == other.stride()
     )

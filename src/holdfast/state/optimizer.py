@@ -209,14 +209,18 @@ class OptimizerView:
                         live[key] = value.to(cast.device)
 
 
-def optimizer_state(root: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+def optimizer_state(
+    root: nn.Module, optimizers: Sequence[Optimizer], walk: ModelWalk | None
+) -> dict[str, Any]:
     """Return the live state by the names of torch's getter, which is asked if need be.
+
+    `walk`: of the model, as for `model_state`, which comes first: FSDP2 swaps parameters there.
 
     Raises:
         UnsupportedStateError: an optimizer has parameters that are not the model's, or a state
             dict of another shape than torch's optimizers have.
     """
-    state = read_optimizers(root, optimizers)
+    state = read_optimizers(optimizers, walk)
     if state is None:
         views: Any = [OptimizerView(each) for each in optimizers]
         state = ask_torch(
@@ -225,10 +229,11 @@ def optimizer_state(root: nn.Module, optimizers: Sequence[Optimizer]) -> dict[st
     return state
 
 
-def read_optimizers(root: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any] | None:
+def read_optimizers(
+    optimizers: Sequence[Optimizer], model: ModelWalk | None
+) -> dict[str, Any] | None:
     """Return what `get_optimizer_state_dict` does, but live; None: ask that."""
-    model = ModelWalk.find(root)
-    if model is None or not model.runs_only_torchs_hooks:
+    if model is None:
         return None
     walks = OptimizerWalk.find_all(optimizers, model.parameter_names())
     if walks is None:

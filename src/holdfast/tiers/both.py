@@ -29,9 +29,9 @@ from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Background, Committed, Outcome
 from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.identity import CommitIdentity
-from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.budget import Need, report_budget, take_seats
 from holdfast.tiers.persistent import Admission, PersistentTier
 from holdfast.tiers.places import check_directories
@@ -78,7 +78,7 @@ class Tiers:
             )
         check_directories(config, filesystem)
         # The root may be a link; inside it no link is followed.
-        self.storage: Storage = PosixStorage(Path(directory).absolute().resolve(), filesystem)
+        self.storage: Storage = open_storage(Path(directory).absolute().resolve(), filesystem)
         """Where the run's store is."""
         self.persistent = PersistentTier(
             self.storage,

@@ -30,12 +30,11 @@ from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
 from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.read.lazy import LazyTensors
-from holdfast.read.reader import ForeignReader, ShardReader
+from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
+from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord, find_difference
 from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Checkpoint, Damage, verify_files
 from holdfast.tiers.places import ForeignCheckpoint
 from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
@@ -269,7 +268,7 @@ def open_tensors(
         raise make_refusal(choice, survey, None, filesystem)
     checkpoint = survey.checkpoints[choice.commit]
     has_digests = not isinstance(checkpoint, ForeignCheckpoint)
-    reader = open_shards(checkpoint, PosixStorage(checkpoint.path, filesystem))
+    reader = open_shards(checkpoint, open_storage(checkpoint.path, filesystem))
     return LazyTensors(reader, prefix, verify=verify and has_digests)
 
 

@@ -166,16 +166,14 @@ class PersistentTier:
         self,
         checkpoint: Checkpoint,
         *,
-        is_own: bool | None = None,
+        is_own: bool,
         asked_step: int | None = None,
     ) -> None:
         """Record on every rank what was loaded; the first save continues from there.
 
-        `is_own`: whether it belongs to this store's run. None: true if it is in this store.
+        `is_own`: whether it belongs to this store's run.
         `asked_step`: the value of `load.step`, which the attempt records.
         """
-        if is_own is None:
-            is_own = checkpoint.path.parent.resolve() == self.store.root.resolve()
         run_id = checkpoint.manifest.run_id
         self._resumed = _Resumed(run_id, checkpoint.iteration, checkpoint.path, is_own, asked_step)
         if is_own:

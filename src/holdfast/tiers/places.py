@@ -7,6 +7,9 @@ the checks when a manager is made: the two tiers' directories do not overlap, ne
 committed checkpoint, and no path passes through a file, a circle of links or a directory that this
 user may not enter. A damaged checkpoint of holdfast is never mistaken for one of torch. Writes
 nothing, reads no tensors, and does not decide which checkpoint to load.
+
+What a user typed is a path of a file system: this is the one module of the tiers that looks at
+links and directories as such. Everything behind a path is read through its storage.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from holdfast.config import CheckpointConfig
 from holdfast.errors import ConfigError
 from holdfast.filesystem import DirectoryEntry, Filesystem
 from holdfast.format.inventory import METADATA_NAME
+from holdfast.storage import open_storage
 from holdfast.storage.backend import PENDING_MARK, Storage
+from holdfast.storage.identity import RUN_NAME
 from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
-from holdfast.storage.posix import PosixStorage, read_bytes
+from holdfast.storage.posix import read_bytes
 from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.local.shard_file import parse_shard_name
 from holdfast.tiers.tier import RUN_CONFIG_NAME, SHARED_STATE_NAME, TRAIN_STATE_NAME
@@ -229,6 +234,19 @@ def is_same_directory(first: Path, second: Path) -> bool:
         return False
 
 
+def is_other_inside(path: Path, filesystem: Filesystem) -> bool:
+    """Whether an entry of the run's own store is not part of the run.
+
+    The run's checkpoints are recognised by name, also if they were removed meanwhile or are links
+    to an archive; files, and `latest`, name the store.
+    """
+    if parse_checkpoint_name(path.name) is not None:
+        return path.is_dir() and is_foreign(open_storage(path, filesystem))
+    if path.name in (LATEST_NAME, TRACKER_NAME, RUN_NAME):
+        return path.is_dir() and not path.is_symlink()
+    return not path.is_file()
+
+
 def describe(path: Path, filesystem: Filesystem) -> str:
     """Return what is at a path that holds no checkpoint, and where nearby one is."""
     try:
@@ -285,7 +303,7 @@ def _find_start(path: Path, filesystem: Filesystem) -> Path | None:
 def _look_at(directory: Path, filesystem: Filesystem) -> Place | None:
     if not directory.is_dir() or PENDING_MARK in directory.name:
         return None  # never committed: not loadable
-    if is_checkpoint(directory, filesystem) or is_foreign(PosixStorage(directory, filesystem)):
+    if is_checkpoint(directory, filesystem) or is_foreign(open_storage(directory, filesystem)):
         return Place(directory.parent, directory)
     return Place(directory) if _is_store(directory, filesystem) else None
 

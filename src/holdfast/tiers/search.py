@@ -28,13 +28,13 @@ from holdfast.errors import (
 from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.storage.identity import RUN_NAME, Parent
-from holdfast.storage.posix import PosixStorage
-from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
+from holdfast.storage import open_storage
+from holdfast.storage.identity import Parent
+from holdfast.storage.store import Checkpoint, parse_checkpoint_name
 from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.shard_file import find_orphans
 from holdfast.tiers.opening import SurveyedStore
-from holdfast.tiers.places import LATEST_NAME, find_place, is_foreign, is_same_directory
+from holdfast.tiers.places import find_place, is_foreign, is_other_inside, is_same_directory
 from holdfast.tiers.select import (
     Action,
     Asked,
@@ -260,7 +260,9 @@ class Search:
         path = Path(load.directory)
         if is_same_directory(path, self._root):
             return False, load.step
-        if is_same_directory(path.parent, self._root) and not self._is_other_inside(path):
+        if is_same_directory(path.parent, self._root) and not is_other_inside(
+            path, self._filesystem
+        ):
             iteration = parse_checkpoint_name(path.name)
             if iteration is None:
                 return False, load.step
@@ -274,7 +276,7 @@ class Search:
             return True, load.step
         if place.checkpoint is None:
             return False, load.step
-        if is_foreign(PosixStorage(place.checkpoint, self._filesystem)):
+        if is_foreign(open_storage(place.checkpoint, self._filesystem)):
             return True, load.step  # in this store, but of no run
         survey = survey_place(path, self._filesystem)
         (commit,) = survey.commits
@@ -283,25 +285,13 @@ class Search:
             raise make_refusal(choice, survey, "load.directory", self._filesystem)
         return False, commit.iteration
 
-    def _is_other_inside(self, path: Path) -> bool:
-        """Whether an entry of the own store is not part of the run.
-
-        The run's checkpoints are recognised by name, also if they were removed meanwhile or are
-        links to an archive; files, and `latest`, name the store.
-        """
-        if parse_checkpoint_name(path.name) is not None:
-            return path.is_dir() and is_foreign(PosixStorage(path, self._filesystem))
-        if path.name in (LATEST_NAME, TRACKER_NAME, RUN_NAME):
-            return path.is_dir() and not path.is_symlink()
-        return not path.is_file()
-
     def _look_at(self, action: Action, directory: str | None) -> None:
         assert directory is not None
         step = self._asked.step if action is Action.LOAD_OTHER else self._asked.pretrained_step
         survey = self._coordinator.broadcast(
             "survey other", lambda: survey_place(Path(directory), self._filesystem, step)
         )
-        self._elsewhere[action] = SurveyedStore(survey, PosixStorage(survey.root, self._filesystem))
+        self._elsewhere[action] = SurveyedStore(survey, open_storage(survey.root, self._filesystem))
 
     def _look_at_local(self) -> None:
         if self._has_local:

@@ -28,10 +28,10 @@ from holdfast.errors import (
 )
 from holdfast.filesystem import Filesystem
 from holdfast.protocol import SkippedCheckpoint
+from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
 from holdfast.storage.manifest import FOREIGN
-from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import (
     Broken,
     Checkpoint,
@@ -134,7 +134,7 @@ def survey_place(path: Path, filesystem: Filesystem, step: int | None = None) ->
     if place is None:
         return Survey(path)
     if place.checkpoint is None:
-        return survey_store(PosixStorage(place.store, filesystem), is_own=False, step=step)
+        return survey_store(open_storage(place.store, filesystem), is_own=False, step=step)
     return survey_checkpoint(place, filesystem)
 
 
@@ -142,13 +142,13 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
     """Survey one checkpoint that was named."""
     path = place.checkpoint
     assert path is not None
-    files = PosixStorage(path, filesystem)
+    files = open_storage(path, filesystem)
     if is_foreign(files):
         foreign = ForeignCheckpoint.at(path)
         warn_of_foreign(path)
         commit = Commit(foreign.manifest.tier, foreign.iteration, 0, path=str(path))
         return Survey(place.store, (commit,), {commit: foreign}, is_one=True)
-    store = Store(PosixStorage(place.store, filesystem))
+    store = Store(open_storage(place.store, filesystem))
     iteration = parse_checkpoint_name(path.name)  # None: a copy under another name
     bare = Commit(PERSISTENT, iteration, None, path=str(path))
     try:
