@@ -1,9 +1,9 @@
-"""Processes with local checkpoints are really killed, stopped and refused, one rank and two.
+"""Processes with local checkpoints are really killed, stopped and refused.
 
 After every SIGKILL a fresh process gets the newest commit that was acknowledged, or the one under
-way if that had become visible, equal in every bit, and saves again. Of two ranks on two nodes the
-one that is left is told who is missing within the deadline; one that was only stopped may come
-back, and both go on. The regular run tries a seeded sample of the calls; HOLDFAST_FAULTS=full all.
+way if that had become visible, equal in every bit, and saves again. Of two ranks on two nodes one
+that was only stopped is named within the deadline and may come back, and what one node refuses is
+told on both. The regular run tries a seeded sample of the calls; HOLDFAST_FAULTS=full all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.faults.local_stories import place_in_memory, place_on_disk, refuse_wi
 from tests.faults.places import Pair
 from tests.faults.report import record
 from tests.faults.tiers import FULL
-from tests.support.deadlines import DEADLINE_SECONDS, told_within
+from tests.support.deadlines import DEADLINE_SECONDS, LAUNCH_SECONDS, told_within
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant, tree_of
 from tests.support.ranks import run_ranks
 
@@ -68,7 +68,7 @@ def test_a_killed_process_leaves_what_it_acknowledged(
             1,
             base,
             asynchronous,
-            timeout_seconds=3600 if FULL else 120,
+            timeout_seconds=(60 if FULL else 2) * LAUNCH_SECONDS,
             initialise=False,
         )
     record("local: kill points", kills)
@@ -274,7 +274,11 @@ def test_what_one_node_refuses_is_told_on_both(tmp_path: Path) -> None:
         count = 0
         for victim in (0, 1):
             columns = run_ranks(
-                _refuse_on_one_rank, 2, base / str(victim), victim, timeout_seconds=120.0
+                _refuse_on_one_rank,
+                2,
+                base / str(victim),
+                victim,
+                timeout_seconds=2 * LAUNCH_SECONDS,
             )
             assert columns[0] == columns[1]
             assert any("local exchange" in stage for _, stage, _, _ in columns[0])

@@ -24,6 +24,7 @@ from holdfast.storage.store import checkpoint_name
 from tests.faults.jobs import Job, copy_store, damages, leftovers, make_store
 from tests.faults.killing import KillingFilesystem, in_fork
 from tests.faults.report import record
+from tests.support.deadlines import LAUNCH_SECONDS
 from tests.support.ranks import run_ranks
 
 FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
@@ -133,7 +134,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(
         scenario,
         asynchronous,
         tmp_path,
-        timeout_seconds=3600 if FULL else 120,
+        timeout_seconds=(60 if FULL else 2) * LAUNCH_SECONDS,
         initialise=False,
     )
     record("kill points", kills)

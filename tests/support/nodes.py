@@ -42,6 +42,7 @@ from holdfast.storage.identity import CommitIdentity
 from holdfast.tiers.local.tier import LocalTier
 from holdfast.tiers.select import Commit, Condition
 from holdfast.tiers.tier import Contents, Snapshot, Wanted
+from tests.support.deadlines import ANSWER_SECONDS
 
 RUN_ID = "run"
 ROWS = 24
@@ -91,7 +92,7 @@ class Job:
         sharded: int = 2,
         replicated: int = 3,
         width: int = 5,
-        timeout_seconds: float = 20.0,
+        timeout_seconds: float = ANSWER_SECONDS,
         attempt: int = 1,
         jump: int | None = None,
         filesystem: Filesystem | None = None,
