@@ -168,8 +168,8 @@ def _items(mode: str, ranks: int, rank: int, tensors: int) -> list[Any]:
 
 def _measure_holdfast(mode: str, ranks: int, tensors: int) -> dict[str, float]:
     from holdfast.format.dcp import encode_metadata
+    from holdfast.format.items import propose
     from holdfast.format.plan import decide
-    from holdfast.format.proposals import propose
 
     proposals = [propose(_items(mode, ranks, rank, tensors)) for rank in range(ranks)]
     own = _items(mode, ranks, 0, tensors)
@@ -193,16 +193,16 @@ def _measure_holdfast(mode: str, ranks: int, tensors: int) -> dict[str, float]:
 
 def _measure_steady(mode: str, ranks: int, tensors: int) -> dict[str, float]:
     """A rank finds its structure and says so; the coordinator judges what all said."""
-    from holdfast.format.plan import Record, judge
-    from holdfast.format.proposals import structure_of
+    from holdfast.format.items import pack_record, structure_of
+    from holdfast.format.plan import judge
 
     own = _items(mode, STEADY_RANKS, 0, tensors)
     structure_of(own)
     hashing, structure = _seconds(lambda: structure_of(own))
     plan = b"p" * 16
-    records = [Record(structure, plan).pack() for _ in range(STEADY_RANKS)]
-    judging, verdict = _seconds(lambda: judge(records, [structure] * STEADY_RANKS))
-    assert verdict.is_current
+    records = [pack_record(structure, plan) for _ in range(STEADY_RANKS)]
+    judging, reason = _seconds(lambda: judge(records, [structure] * STEADY_RANKS))
+    assert reason is None
     return {"record_bytes": len(records[0]), "structure_on_each_rank": hashing, "judge": judging}
 
 

@@ -45,7 +45,8 @@ def main(config: DictConfig) -> None:
     data = ShardedLoader(text, config.model.context, config.batch_size, config.seed, rank, size)
 
     state = holdfast.GlobalState(cfg=config)
-    counters, interval = state.train_state, config.checkpoint.persistent.save_interval
+    counters = state.train_state
+    interval = config.checkpoint.persistent.save_interval or config.steps
     manager = holdfast.create_checkpoint_manager(config.checkpoint)
     targets = (state, model, optimizer, scheduler)
     context = holdfast.CheckpointLoadContext(*targets, train_data_iterator=data)

@@ -23,8 +23,7 @@ from torch.optim import Optimizer
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, UnsupportedStateError
-from holdfast.format.items import Inventory, Itemizer
-from holdfast.format.proposals import structure_of
+from holdfast.format.items import Inventory, Itemizer, structure_of
 from holdfast.protocol import CheckpointSaveContext
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress

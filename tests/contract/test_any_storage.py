@@ -11,12 +11,13 @@ import torch
 import holdfast
 from holdfast.errors import CheckpointError
 from holdfast.ranks.coordinator import SingleProcess
-from holdfast.read.lazy import LazyTensors
+from holdfast.read.reader import LazyTensors
 from holdfast.storage.store import TRACKER_NAME
 from holdfast.testing import MemoryStorage, StartedTier
 from holdfast.testing.tier import Process, tensors_at
 from holdfast.tiers.opening import open_shards
 from holdfast.tiers.persistent import PersistentTier
+from tests.support.stores import find
 
 
 def _start(storage: MemoryStorage, *, resumed_from: int | None = None) -> Process:
@@ -24,7 +25,7 @@ def _start(storage: MemoryStorage, *, resumed_from: int | None = None) -> Proces
     tier = PersistentTier(storage, None, 2)
     tier.survey(SingleProcess(), lambda record: None)
     if resumed_from is not None:
-        tier.resume_from(tier.store.find(resumed_from), is_own=True)
+        tier.resume_from(find(tier.store, resumed_from), is_own=True)
     tier.admit()
     return Process(StartedTier(tier, tier.next_identity))
 
@@ -55,7 +56,7 @@ def test_tensors_are_mapped_without_a_file_system() -> None:
     process.save(10)
     tier = process.tier
     assert isinstance(tier, PersistentTier)
-    checkpoint = tier.store.find(10)
+    checkpoint = find(tier.store, 10)
     tensors = LazyTensors(open_shards(checkpoint, tier.store.files_of(checkpoint)))
     expected = tensors_at(10)
     assert {*tensors} == {*expected}

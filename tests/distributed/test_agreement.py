@@ -354,7 +354,7 @@ def _fail_before_a_collective(root: Path, odd: int) -> list[str]:
 @pytest.mark.parametrize("odd", [0, 1])
 def test_a_rank_that_fails_alone_leaves_nobody_in_a_collective(odd: int, tmp_path: Path) -> None:
     """Torch's getters and hooks may run collectives: they are run on every rank to the last one."""
-    for found in run_ranks(_fail_before_a_collective, 2, tmp_path, odd, timeout_seconds=60.0):
+    for found in run_ranks(_fail_before_a_collective, 2, tmp_path, odd):
         save, load = found[0], found[4]
         assert f"rank {odd}: ValueError: of this rank alone" in save
         assert f"rank {odd}: ValueError: of this rank alone" in load

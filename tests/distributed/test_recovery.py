@@ -21,6 +21,7 @@ from holdfast.filesystem import LocalFilesystem
 from holdfast.format.layout import Container, container_of
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import LoadResult
+from tests.support.deadlines import ANSWER_SECONDS
 from tests.support.managers import Live, manager_of
 from tests.support.nodes import flip, memory_directory, wait_for_all
 from tests.support.ranks import run_ranks
@@ -70,7 +71,7 @@ class _Job:
             self.disk,
             run_id="run",
             async_save=True,
-            timeout_seconds=20.0,
+            timeout_seconds=ANSWER_SECONDS,
             local={
                 "directory": str(self.root / NODES[self.rank]),
                 "replication": {"factor": self.factor},

@@ -27,6 +27,7 @@ from holdfast.tiers.local.exchange import Incoming, Message, Outgoing
 from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.replication import DeviceGroup, GroupBrokenError
 from holdfast.tiers.local.shards import MemoryShard, ReceivedShard
+from tests.support.deadlines import ANSWER_SECONDS
 from tests.support.local_shards import Collected, Letters
 from tests.support.nodes import Job, Loaded, lose_node, published, wait_for_all
 from tests.support.ranks import run_ranks
@@ -34,7 +35,7 @@ from tests.support.ranks import run_ranks
 pytest.importorskip("nvidia_resiliency_ext")
 
 
-def _group(timeout_seconds: float = 20.0) -> DeviceGroup:
+def _group(timeout_seconds: float = ANSWER_SECONDS) -> DeviceGroup:
     made = distributed.new_group(backend="gloo")
     return DeviceGroup(made, timeout_seconds, torch.device("cpu"))
 
@@ -348,7 +349,7 @@ def _ask_for_nccl(folder: Path) -> str:
     from tests.support.managers import linear, manager_of
 
     settings = {"directory": str(folder / "local"), "replication": {"transport": "nccl"}}
-    manager = manager_of(folder / "store", local=settings, timeout_seconds=20.0)
+    manager = manager_of(folder / "store", local=settings, timeout_seconds=ANSWER_SECONDS)
     with pytest.raises(ConfigError) as caught:
         linear().load(manager)
     return str(caught.value)

@@ -7,6 +7,7 @@ faults.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from holdfast.storage.digests import ALIGNMENT_BYTES, footer_size
 from holdfast.storage.store import checkpoint_name
@@ -113,6 +115,38 @@ def covered_bytes(path: Path) -> int:
         if body_bytes + footer_size(body_bytes) == size_bytes
     )
     return next(fitting)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The directory of a run of two ranks, each a node of its own, one of whose tiers is tried."""
+
+    root: Path
+    to_local: bool
+    """Which tier that is."""
+
+    @property
+    def label(self) -> str:
+        """What stands before the rows of the table that this tier counts for."""
+        return "local: " if self.to_local else ""
+
+    @property
+    def own(self) -> Path:
+        """What this rank writes into: the store, or the memory of its node."""
+        return self.root / ("ab"[distributed.get_rank()] if self.to_local else "store")
+
+    def start(self, *, factor: int = 2, **options: Any) -> Job:
+        """Start this rank; `factor`: on how many nodes a local shard lies."""
+        rank = distributed.get_rank()
+        if self.to_local:
+            os.environ["HOLDFAST_NODE"] = "ab"[rank]
+            replication = {"factor": factor}
+            options["local"] = {"directory": str(self.own), "replication": replication}
+        return Job(self.root / "store", seed=1, rank=rank, ranks=2, **options)
+
+    def save(self, job: Job) -> None:
+        """Save in the tier that is tried."""
+        job.save(to_local=self.to_local)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from pathlib import Path
 from holdfast.events import ON_CHECKPOINT_SAVE, CallbackManager
 from holdfast.storage.manifest import LOCAL, PERSISTENT
 from tests.faults.jobs import Job, damages, job_of_rank, leftovers
+from tests.support.deadlines import LAUNCH_SECONDS
 from tests.support.ranks import RanksFailedError, run_ranks
 from tests.support.states import digest
 
@@ -47,8 +48,6 @@ NODES = ("a", "b")
 """By rank."""
 LAST_STEPS = 20
 """Trained in peace at the end."""
-LAUNCH_SECONDS = 60.0
-"""A launch that has not ended by then hangs."""
 
 
 # What the ranks run.
@@ -219,7 +218,14 @@ class Soak:
         until = reached + LAST_STEPS
         self._launch(self.next_folder(), until)
         reference = self._folder / "reference"
-        run_ranks(_train_uninterrupted, RANKS, self.store, reference, until, timeout_seconds=600.0)
+        run_ranks(
+            _train_uninterrupted,
+            RANKS,
+            self.store,
+            reference,
+            until,
+            timeout_seconds=10 * LAUNCH_SECONDS,
+        )
         for rank in range(RANKS):
             found, expected = self._facts(rank), Record.read(reference / f"rank_{rank}").facts
             for (kind, step), value in expected.items():

@@ -34,6 +34,7 @@ from tests.faults.local_stories import refuse_with, start
 from tests.faults.places import Place
 from tests.faults.report import record
 from tests.faults.tiers import FULL, NEEDS_LOCAL
+from tests.support.deadlines import LAUNCH_SECONDS
 from tests.support.kernel_calls import Call
 from tests.support.ranks import run_ranks
 from tests.support.states import MODELS, digest
@@ -353,7 +354,12 @@ def test_many_saves_leave_nothing_behind(tmp_path: Path) -> None:
     """After many saves there are the same threads, descriptors and shared memory, and no files."""
     saves = 1000 if FULL else 200
     [(before, after, grown_bytes)] = run_ranks(
-        _save_often, 1, tmp_path, saves, timeout_seconds=600 if FULL else 120, initialise=False
+        _save_often,
+        1,
+        tmp_path,
+        saves,
+        timeout_seconds=(10 if FULL else 2) * LAUNCH_SECONDS,
+        initialise=False,
     )
     assert after == before
     # One snapshot is some 10 KB: kept, they would be more.

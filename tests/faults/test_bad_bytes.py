@@ -43,6 +43,7 @@ from tests.faults.places import covered_bytes
 from tests.faults.report import record
 from tests.faults.tiers import FULL
 from tests.support.ranks import run_ranks
+from tests.support.stores import find
 
 SEED = 30
 STEPS = (2, 4, 6)
@@ -267,7 +268,7 @@ def test_a_flipped_bit_beside_the_checkpoints_decides_nothing(tmp_path: Path) ->
     back.save()
     # A third start goes back to 2 as well, and dies before its first commit.
     third = PersistentTier(PosixStorage(store, filesystem), None, None)
-    third.resume_from(third.store.find(2), is_own=True)
+    third.resume_from(find(third.store, 2), is_own=True)
     third.admit()
     flips, rng = 0, random.Random(SEED)
     for path in sorted(each for each in store.iterdir() if each.is_file()):

@@ -9,7 +9,6 @@ written again.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,8 +34,10 @@ from tests.faults.damage import (
 )
 from tests.faults.jobs import Job, load, state_of, train_to
 from tests.faults.local_stories import place_in_memory, start
+from tests.faults.places import Pair
 from tests.faults.report import record
 from tests.faults.tiers import FULL
+from tests.support.deadlines import ANSWER_SECONDS, LAUNCH_SECONDS
 from tests.support.kernel_calls import Tree, plant, tree_of
 from tests.support.nodes import Job as TierJob
 from tests.support.nodes import shard_path
@@ -174,20 +175,7 @@ def test_with_no_local_commit_left_the_persistent_tier_serves(saved: Saved) -> N
 
 def _pair(root: Path, factor: int) -> Job:
     """Start one of two ranks, each on a node of its own, which holds a copy for the other."""
-    rank = distributed.get_rank()
-    os.environ["HOLDFAST_NODE"] = "ab"[rank]
-    return Job(
-        root / "store",
-        seed=1,
-        rank=rank,
-        ranks=2,
-        local={
-            "directory": str(root / "ab"[rank]),
-            "keep": {"last": 2},
-            "replication": {"factor": factor},
-        },
-        timeout_seconds=20.0,
-    )
+    return Pair(root, to_local=True).start(factor=factor, timeout_seconds=ANSWER_SECONDS)
 
 
 def _save_pair(root: Path, factor: int) -> dict[int, dict[str, str]]:
@@ -263,7 +251,9 @@ def test_a_damaged_shard_comes_back_from_its_copy(tmp_path: Path) -> None:
             for shift in (range(4) if FULL else (0,))
             for number, way in enumerate(ways)
         ]
-        columns = run_ranks(_harm_and_load, 2, root, 2, harms, timeout_seconds=300.0)
+        columns = run_ranks(
+            _harm_and_load, 2, root, 2, harms, timeout_seconds=(10 if FULL else 2) * LAUNCH_SECONDS
+        )
     for rank, outcomes in enumerate(columns):
         for harm, outcome in zip(harms, outcomes, strict=True):
             assert (outcome.iteration, outcome.tier) == (NEWEST, "local"), (harm, outcome.reasons)

@@ -1,9 +1,9 @@
-"""Processes with local checkpoints are really killed, stopped and refused, one rank and two.
+"""Processes with local checkpoints are really killed, stopped and refused.
 
 After every SIGKILL a fresh process gets the newest commit that was acknowledged, or the one under
-way if that had become visible, equal in every bit, and saves again. Of two ranks on two nodes the
-one that is left is told who is missing within the deadline; one that was only stopped may come
-back, and both go on. The regular run tries a seeded sample of the calls; HOLDFAST_FAULTS=full all.
+way if that had become visible, equal in every bit, and saves again. Of two ranks on two nodes one
+that was only stopped is named within the deadline and may come back, and what one node refuses is
+told on both. The regular run tries a seeded sample of the calls; HOLDFAST_FAULTS=full all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,16 @@ import pytest
 from torch import distributed
 
 from holdfast.errors import CheckpointError, StageFailedError
-from holdfast.tiers.local.replication import load_package
 from tests.faults.jobs import Job, State, load, state_of, train_to
 from tests.faults.killing import in_fork
 from tests.faults.local_crashes import check_is_tidy
 from tests.faults.local_stories import place_in_memory, place_on_disk, refuse_with, start
+from tests.faults.places import Pair
 from tests.faults.report import record
 from tests.faults.tiers import FULL
-from tests.support.deadlines import DEADLINE_SECONDS, told_within
+from tests.support.deadlines import DEADLINE_SECONDS, LAUNCH_SECONDS, told_within
 from tests.support.kernel_calls import Call, KernelCalls, Tree, plant, tree_of
-from tests.support.ranks import RankExit, run_ranks
+from tests.support.ranks import run_ranks
 
 pytest.importorskip("nvidia_resiliency_ext")
 
@@ -69,7 +68,7 @@ def test_a_killed_process_leaves_what_it_acknowledged(
             1,
             base,
             asynchronous,
-            timeout_seconds=3600 if FULL else 120,
+            timeout_seconds=(60 if FULL else 2) * LAUNCH_SECONDS,
             initialise=False,
         )
     record("local: kill points", kills)
@@ -149,154 +148,12 @@ def _resume(base: Path, allowed: Sequence[State]) -> str:
     return "" if found == saved else f"{saved} was saved and {found} is loaded"
 
 
-# -- two ranks -------------------------------------------------------------------------------------
-
-VICTIMS = [(0,), (1,), (0, 1)]
+# -- two ranks: one that hangs, and one whose node refuses ----------------------------------------
 
 
 def _pair(root: Path, **options: Any) -> Job:
     """Start one of two ranks, each on a node of its own, which holds a copy for the other."""
-    rank = distributed.get_rank()
-    os.environ["HOLDFAST_NODE"] = "ab"[rank]
-    load_package()  # seconds on a busy machine, and no fault
-    distributed.barrier()
-    local = {"directory": str(root / "ab"[rank]), "replication": {"factor": 2}}
-    return Job(root / "store", seed=1, rank=rank, ranks=2, local=local, **options)
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a rank that was left heard, and how long after it had begun to wait."""
-
-    message: str
-    seconds: float
-
-
-def _save_two(root: Path) -> tuple[tuple[int, str], list[str]]:
-    """Save 10 and 20, then 30; return the state of 20, and the calls of the save of 30."""
-    job = _pair(root)
-    job.load()
-    for step in (1, 2):
-        job.train_to(10 * step)
-        job.save(to_local=True)
-    state = state_of(job)
-    seen: list[str] = []
-    calls = KernelCalls(root / "ab"[distributed.get_rank()])
-    calls.before = lambda call: seen.append(str(call)) if call.changes else None
-    distributed.barrier()
-    tree = tree_of(root) if distributed.get_rank() == 0 else {}
-    distributed.barrier()
-    job.train_to(30)
-    with calls.watching():
-        job.save(to_local=True)
-    job.close()
-    distributed.barrier()
-    if distributed.get_rank() == 0:
-        plant(root, {name: each for name, each in tree.items() if "spare.pending" not in name})
-    return state, seen
-
-
-def _save_until_told(
-    root: Path, victims: Sequence[int], kill_at: int, asynchronous: bool
-) -> _Told | None:
-    """Save 30 and 40; victims die in the first of them, the other hears of it in either."""
-    job = _pair(root, timeout_seconds=DEADLINE_SECONDS, async_save=asynchronous)
-    rank = distributed.get_rank()
-    job.load()
-    calls, seen = KernelCalls(root / "ab"[rank]), 0
-
-    def die(call: Call) -> None:
-        nonlocal seen
-        seen += call.changes
-        if seen == kill_at and rank in victims:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    calls.before = die
-    job.train_to(30)
-    with calls.watching():
-        for _ in range(2):
-            began = time.monotonic()
-            try:
-                job.save(to_local=True)
-            except CheckpointError as error:
-                return _Told(str(error), time.monotonic() - began)
-            job.state.train_state.step += 1  # nobody may be left to train with
-    return None
-
-
-def _resume_pair(root: Path) -> tuple[State, bool]:
-    """Load, save in both tiers, and load that; return what was found, and whether that is right."""
-    job = _pair(root)
-    found = load(job)
-    for step in (50, 60):
-        job.train_to(step)
-        job.save(to_local=step == 50)
-    saved = state_of(job)
-    job.close()
-    again = _pair(root)
-    right = load(again) == saved
-    again.close()
-    return found, right
-
-
-@dataclass(frozen=True)
-class _Try:
-    ends: list[Any]
-    resumed: list[tuple[State, bool]]
-
-
-def _try(root: Path, victims: Sequence[int], kill_at: int, asynchronous: bool) -> _Try:
-    ends = run_ranks(_save_until_told, 2, root, victims, kill_at, asynchronous, may_die=victims)
-    return _Try(ends, run_ranks(_resume_pair, 2, root))
-
-
-def test_killed_ranks_cost_no_acknowledged_commit(tmp_path: Path) -> None:
-    """One of two nodes' ranks, or both, at any call of a replicated save: all resume alike."""
-    with place_in_memory() as base:
-        states, changes = zip(*run_ranks(_save_two, 2, base / "sound"), strict=True)
-        sound = tree_of(base / "sound")
-        tries: list[tuple[str, tuple[int, ...], Future[_Try]]] = []
-        with ThreadPoolExecutor(4) as pool:
-            for index, victims in enumerate(VICTIMS):
-                calls = changes[victims[0]]
-                numbers: Sequence[int] = range(1, len(calls) + 1)
-                if not FULL:
-                    rng = random.Random(f"{SEED} {victims}")
-                    numbers = sorted(rng.sample(numbers, 2))
-                for number in numbers:
-                    asynchronous = (number + index) % 2 == 0
-                    where = f"{victims} killed before call {number}, {calls[number - 1]}"
-                    root = base / f"try_{len(tries)}"
-                    plant(root, sound)
-                    future = pool.submit(_try, root, victims, number, asynchronous)
-                    tries.append((where, victims, future))
-            for where, victims, future in tries:
-                _check(where, victims, future.result(), states)
-    record("local: kill points", len(tries))
-
-
-def _check(
-    where: str, victims: Sequence[int], tried: _Try, before: Sequence[tuple[int, str]]
-) -> None:
-    for rank, end in enumerate(tried.ends):
-        if rank in victims:
-            assert isinstance(end, RankExit), f"not {where}"
-            assert end.signal is signal.SIGKILL, f"not {where}"
-            continue
-        assert end is not None, f"{where}: rank {rank} was told nothing"
-        assert f"rank {victims[0]}" in end.message, f"{where}: {end.message}"
-        assert 'stage "' in end.message, f"{where}: {end.message}"
-        assert end.seconds < told_within(victims[0]), f"{where}: {end.seconds} s"
-    found = [state for state, _ in tried.resumed]
-    iterations = {0 if each is None else each[0] for each in found}
-    assert len(iterations) == 1, f"{where}: ranks resumed from {found}"
-    assert iterations <= {20, 30}, f"{where}: {found}"
-    if iterations == {20}:
-        assert found == list(before), f"{where}: another state of 20 than was saved"
-    assert all(right for _, right in tried.resumed), f"{where}: what was saved then is not loaded"
-
-
-# -- a rank that hangs, and one whose node refuses -------------------------------------------------
+    return Pair(root, to_local=True).start(**options)
 
 
 def _outlast_a_stop(root: Path, numbers: Sequence[int]) -> list[tuple[str, float, bool]]:
@@ -417,7 +274,11 @@ def test_what_one_node_refuses_is_told_on_both(tmp_path: Path) -> None:
         count = 0
         for victim in (0, 1):
             columns = run_ranks(
-                _refuse_on_one_rank, 2, base / str(victim), victim, timeout_seconds=120.0
+                _refuse_on_one_rank,
+                2,
+                base / str(victim),
+                victim,
+                timeout_seconds=2 * LAUNCH_SECONDS,
             )
             assert columns[0] == columns[1]
             assert any("local exchange" in stage for _, stage, _, _ in columns[0])

@@ -22,7 +22,7 @@ from holdfast.events import (
 )
 from tests.distributed.training import Data, Run
 from tests.faults.report import record
-from tests.support.deadlines import DEADLINE_SECONDS, told_within
+from tests.support.deadlines import DEADLINE_SECONDS, LAUNCH_SECONDS, told_within
 from tests.support.rank_faults import Fault, Job, die, disk_is_full, exit_at_once
 from tests.support.ranks import RankExit, run_ranks
 
@@ -169,7 +169,9 @@ def test_a_failure_in_any_stage_of_a_save_is_told_to_all(
 
     Nothing is committed or left over, the earlier checkpoint loads, and the next save works.
     """
-    results = run_ranks(_fail_in_each_stage, 3, tmp_path, asynchronous, timeout_seconds=120)
+    results = run_ranks(
+        _fail_in_each_stage, 3, tmp_path, asynchronous, timeout_seconds=2 * LAUNCH_SECONDS
+    )
     strikes = [0, 0, 0]
     record("rank failures", len(SAVE_FAULTS))
     for index, (stage, failing) in enumerate(SAVE_FAULTS):
@@ -502,7 +504,7 @@ def test_a_dead_rank_is_named_within_the_deadline(tmp_path: Path) -> None:
         JOB_SIZE * len(PLACES),
         tmp_path,
         PLACES,
-        timeout_seconds=100,
+        timeout_seconds=2 * LAUNCH_SECONDS,
         may_die=dying,
         initialise=False,
     )
@@ -572,7 +574,7 @@ def test_a_rank_that_hangs_is_named_and_may_come_back(tmp_path: Path) -> None:
         JOB_SIZE * len(HANGS),
         tmp_path,
         HANGS,
-        timeout_seconds=140,
+        timeout_seconds=2 * LAUNCH_SECONDS,
         initialise=False,
     )
     record("rank failures", len(HANGS))

@@ -12,25 +12,20 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import distributed
 
-from holdfast.errors import CheckpointError
 from holdfast.protocol import LoadResult
 from holdfast.storage.store import checkpoint_name
-from tests.faults.jobs import Job, copy_store, damages, job_of_rank, leftovers, make_store
+from tests.faults.jobs import Job, copy_store, damages, leftovers, make_store
 from tests.faults.killing import KillingFilesystem, in_fork
 from tests.faults.report import record
-from tests.support.deadlines import DEADLINE_SECONDS, told_within
-from tests.support.ranks import RankExit, run_ranks
+from tests.support.deadlines import LAUNCH_SECONDS
+from tests.support.ranks import run_ranks
 
 FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
 SEED = 20
@@ -139,7 +134,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(
         scenario,
         asynchronous,
         tmp_path,
-        timeout_seconds=3600 if FULL else 120,
+        timeout_seconds=(60 if FULL else 2) * LAUNCH_SECONDS,
         initialise=False,
     )
     record("kill points", kills)
@@ -231,154 +226,3 @@ def _recognise(job: Job, result: LoadResult, outcomes: Sequence[State]) -> tuple
             differing = [name for name in names if digests.get(name) != each[1].get(name)]
             problems.append(f"differs from {step} in {', '.join(differing)}")
     return -1, problems
-
-
-# Two ranks.
-
-CASES = [(victim, asynchronous) for victim in (0, 1) for asynchronous in (False, True)]
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What the surviving rank heard, and how long after it had begun to wait."""
-
-    message: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Try:
-    """One save of two ranks, of which one was to be killed, and the resumption."""
-
-    victim: int
-    died: bool
-    told: _Told | None
-    found: list[State]
-    """On each rank."""
-    problems: list[str]
-
-
-@pytest.mark.parametrize("cases", [[each] for each in CASES] if FULL else [CASES])
-def test_a_killed_rank_is_named_and_the_next_start_resumes(
-    cases: list[tuple[int, bool]], tmp_path: Path
-) -> None:
-    """Wherever one of two ranks is killed, the other is told, and both resume with one state."""
-    before = tmp_path / "before"
-    old = run_ranks(_save_an_older_one, 2, before)
-    # Each spends most of its time waiting for a deadline: several at once.
-    with ThreadPoolExecutor(6) as pool:
-        series = [
-            _kill_one_rank(
-                pool, before, tmp_path / f"{victim}_{asynchronous}", victim, asynchronous
-            )
-            for victim, asynchronous in cases
-        ]
-        for new, tries in series:
-            reached = 0
-            for where, each in tries:
-                found = _check(where, each.result(), [old, new])
-                assert found >= reached, (
-                    f"{where}: the new checkpoint was there before, and is gone"
-                )
-                reached = found
-            record("kill points", len(tries))
-
-
-def _kill_one_rank(
-    pool: ThreadPoolExecutor, before: Path, folder: Path, victim: int, asynchronous: bool
-) -> tuple[list[State], list[tuple[str, Future[_Try]]]]:
-    """Begin to kill one rank at each chosen step; return the new state, and each try by name."""
-    folder.mkdir()
-    live = copy_store(before, folder / "live")
-    new, steps = zip(*run_ranks(_save_uninterrupted, 2, live, asynchronous), strict=True)
-    changing = _changing(steps[victim])
-    if not FULL:
-        changing = sorted(random.Random(f"{SEED} {victim} {asynchronous}").sample(changing, 3))
-    tries = []
-    for kill_at in changing:
-        mode = "async" if asynchronous else "sync"
-        where = f"rank {victim} killed before step {kill_at}, {steps[victim][kill_at - 1]}, {mode}"
-        store = copy_store(before, folder / f"{kill_at}")
-        tries.append((where, pool.submit(_try, store, victim, asynchronous, kill_at)))
-    return list(new), tries
-
-
-def _try(store: Path, victim: int, asynchronous: bool, kill_at: int) -> _Try:
-    ends = run_ranks(_save_until_told, 2, store, victim, asynchronous, kill_at, may_die=[victim])
-    died = isinstance(ends[victim], RankExit) and ends[victim].signal is signal.SIGKILL
-    resumed = run_ranks(_resume_together, 2, store)
-    return _Try(victim, died, ends[1 - victim], [state for state, _ in resumed], resumed[0][1])
-
-
-def _check(where: str, tried: _Try, outcomes: Sequence[list[State]]) -> int:
-    """Demand what must hold after a rank was killed; return which outcome was found."""
-    told = tried.told
-    assert tried.died, f"not {where}"
-    assert told is not None, f"{where}: the other rank was told nothing"
-    assert f"rank {tried.victim}: " in told.message, f"{where}: {told.message}"
-    assert 'stage "' in told.message, f"{where}: {told.message}"
-    assert told.seconds < told_within(tried.victim), f"{where}: {told.seconds} s"
-    assert tried.found in outcomes, f"{where}: neither the old nor the new on both ranks"
-    assert not tried.problems, f"{where}: {tried.problems}"
-    return outcomes.index(tried.found)
-
-
-# What the ranks run.
-
-
-def _save_an_older_one(directory: Path) -> State:
-    job = job_of_rank(directory)
-    job.train_to(2)
-    job.save()
-    return _state(job)
-
-
-def _save_uninterrupted(directory: Path, asynchronous: bool) -> tuple[State, list[str]]:
-    filesystem = KillingFilesystem()
-    job = job_of_rank(directory, filesystem=filesystem, async_save=asynchronous)
-    job.load()
-    job.train_to(4)
-    state = _state(job)
-    filesystem.arm(None)
-    job.save()
-    return state, filesystem.steps
-
-
-def _save_until_told(
-    directory: Path, victim: int, asynchronous: bool, kill_at: int
-) -> _Told | None:
-    """Save twice; the victim dies in the first of them, the other hears of it in either."""
-    filesystem = KillingFilesystem()
-    job = job_of_rank(
-        directory,
-        filesystem=filesystem,
-        async_save=asynchronous,
-        timeout_seconds=DEADLINE_SECONDS,
-    )
-    job.load()
-    job.train_to(4)
-    filesystem.arm(kill_at if distributed.get_rank() == victim else None)
-    for _ in range(2):
-        began = time.monotonic()
-        try:
-            job.save()
-        except CheckpointError as error:
-            return _Told(str(error), time.monotonic() - began)
-        job.state.train_state.step += 1  # nobody may be left to train with
-    return None
-
-
-def _resume_together(directory: Path) -> tuple[State, list[str]]:
-    job = job_of_rank(directory)
-    result = job.load()
-    found = _state(job) if result.found else None
-    job.train_to(job.step + 3)
-    job.save()
-    saved = _state(job)
-    again = job_of_rank(directory)
-    again.load()
-    problems = [] if _state(again) == saved else ["what was saved is not what is loaded"]
-    if distributed.get_rank() == 0:
-        problems += [f"left behind: {each}" for each in leftovers(directory)]
-        problems += damages(directory)
-    return found, problems

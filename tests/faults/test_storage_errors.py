@@ -21,6 +21,7 @@ from tests.faults.report import record
 from tests.faults.tiers import FULL, Left
 from tests.support.crash_filesystem import CrashFilesystem, Image, Operation
 from tests.support.mounts import small_memory
+from tests.support.stores import find
 
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)
 MUST_FAIL = frozenset({"open_new", "write", "close", "sync_file"})
@@ -257,7 +258,7 @@ def test_a_really_full_disk(small_disk: Path) -> None:
         job.save()
     ballast.unlink()
     store = Store(PosixStorage(root, LocalFilesystem()))
-    store.remove(store.find(iterations[0]))
+    store.remove(find(store, iterations[0]))
     job.save()
     fresh = Job(root, seed=1)
     fresh.load()

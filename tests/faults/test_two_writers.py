@@ -37,7 +37,7 @@ from tests.faults.report import record
 from tests.faults.tiers import FULL
 from tests.support.kernel_calls import Call, KernelCalls
 from tests.support.ranks import run_ranks
-from tests.support.stores import FaultyFilesystem
+from tests.support.stores import FaultyFilesystem, find
 
 MODES: list[dict[str, Any]] = [
     {},
@@ -151,7 +151,7 @@ def test_a_late_start_that_claims_and_dies_takes_nothing_with_it(tmp_path: Path)
     older.train_to(1)
     older.save()
     late = PersistentTier(PosixStorage(tmp_path, filesystem), None, 3)
-    late.resume_from(late.store.find(1), is_own=True)
+    late.resume_from(find(late.store, 1), is_own=True)
     for step in (2, 3, 4):
         older.train_to(step)
         older.save()

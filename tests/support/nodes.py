@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor, Shard
 from holdfast.config import LocalConfig, LocalKeepConfig, ReplicationConfig
 from holdfast.errors import CheckpointError, CorruptCheckpointError
 from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.format.items import structure_of
 from holdfast.format.layout import Item, lay_out
-from holdfast.format.proposals import structure_of
 from holdfast.protocol import TrainState
 from holdfast.ranks.channels import open_channels
 from holdfast.ranks.coordinator import Coordinator
@@ -42,6 +42,7 @@ from holdfast.storage.identity import CommitIdentity
 from holdfast.tiers.local.tier import LocalTier
 from holdfast.tiers.select import Commit, Condition
 from holdfast.tiers.tier import Contents, Snapshot, Wanted
+from tests.support.deadlines import ANSWER_SECONDS
 
 RUN_ID = "run"
 ROWS = 24
@@ -91,7 +92,7 @@ class Job:
         sharded: int = 2,
         replicated: int = 3,
         width: int = 5,
-        timeout_seconds: float = 20.0,
+        timeout_seconds: float = ANSWER_SECONDS,
         attempt: int = 1,
         jump: int | None = None,
         filesystem: Filesystem | None = None,

@@ -30,6 +30,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.deadlines import LAUNCH_SECONDS
+
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
@@ -88,7 +90,7 @@ def run_ranks(
     target: Target | Sequence[Target],
     processes: int,
     *arguments: Any,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float = LAUNCH_SECONDS,
     may_die: Collection[int] = (),
     initialise: bool = True,
 ) -> list[Any]:
@@ -148,7 +150,7 @@ def run_program(
     arguments: Sequence[str | Path],
     processes: int = 1,
     *,
-    timeout_seconds: float = 120.0,
+    timeout_seconds: float = 2 * LAUNCH_SECONDS,
     may_die: Collection[int] = (),
     environment: Mapping[str, str] | None = None,
     directory: Path | None = None,

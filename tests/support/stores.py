@@ -59,6 +59,12 @@ def commit(
     return store.commit(pending, manifest)
 
 
+def find(store: Store, iteration: int) -> Checkpoint:
+    """Return the checkpoint of an iteration, which must be there once and sound."""
+    (found,) = [each for each in store.listing().checkpoints if each.iteration == iteration]
+    return found
+
+
 def tree(root: Path) -> dict[str, bytes | str | None]:
     """Return everything under a directory by relative name: bytes, a link's target, or None."""
     found: dict[str, bytes | str | None] = {}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from holdfast.format.layout import container_of
-from holdfast.read.requests import MOST_PIECES, Intake, Landing, Region, waves
+from holdfast.read.requests import MOST_PIECES, Intake, ReadRequest, Region, waves
 from holdfast.storage.digests import BLOCK_BYTES
 
 
@@ -35,7 +35,7 @@ def _land(
     lengths = torch.Size(target.shape)
     region = Region(MetadataIndex("w"), torch.Size(starts), lengths, stored.size(), target)
     container = container_of(stored.dtype, stored.size())
-    landing = Landing(region, at, container, stored.dtype)
+    landing = ReadRequest(region, at, container, stored.dtype)
     for part in landing.open():
         part.target[:] = file[part.offset : part.end]
     return landing.close()
@@ -80,7 +80,7 @@ def test_waves_bound_the_extra_memory(tmp_path: Path) -> None:
     far = torch.empty(30 << 20, dtype=torch.float64, device="meta")
     near = torch.empty(30 << 20, device="meta")
     landings = [
-        Landing(
+        ReadRequest(
             Region(MetadataIndex("w"), torch.Size([0]), size, size, each),
             0,
             container,
@@ -102,12 +102,12 @@ def _stored(tensors: list[torch.Tensor], at: int) -> tuple[bytes, list[int]]:
     return bytes(file), offsets
 
 
-def _whole(stored: torch.Tensor, target: torch.Tensor, offset: int) -> Landing:
+def _whole(stored: torch.Tensor, target: torch.Tensor, offset: int) -> ReadRequest:
     zeros = torch.Size([0] * stored.dim())
     size = stored.size()
     region = Region(MetadataIndex("w"), zeros, size, size, target)
     container = container_of(stored.dtype, stored.size())
-    return Landing(region, offset, container, stored.dtype)
+    return ReadRequest(region, offset, container, stored.dtype)
 
 
 def test_blocks_that_arrive_in_any_order_land_where_they_belong() -> None:
@@ -194,8 +194,8 @@ def test_pieces_are_a_block_in_order_and_large_ones_are_payload() -> None:
         assert [each.start for each in places] == [start, *(each.stop for each in places[:-1])]
         assert places[-1].stop == start + len(content)
         for each in pieces:
-            if each.landing is not None:
-                payload = each.landing.payload
+            if each.request is not None:
+                payload = each.request.payload
                 assert payload.start <= each.place.start < each.place.stop <= payload.stop
                 in_place += len(each.place)
     assert in_place > 0.9 * sum(each.nbytes for each in tensors[:40])
@@ -211,7 +211,7 @@ def test_what_two_targets_want_arrives_once_and_lands_in_both() -> None:
         MetadataIndex("w"), torch.Size([200, 0]), targets[2].size(), stored.size(), targets[2]
     )
     container = container_of(stored.dtype, stored.size())
-    landings.append(Landing(part, offset, container, stored.dtype))
+    landings.append(ReadRequest(part, offset, container, stored.dtype))
     intake = Intake(landings)
     _arrive(intake, file, [0])
     assert intake.unrecognised == []

@@ -284,6 +284,7 @@ def test_an_opaque_type_is_refused(after_a_plain_one: bool) -> None:
         _describe(itemizer, {"w": torch.rand(3).as_subclass(_Opaque)})
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # of torch 2.14
 def test_what_only_torch_can_pickle_is_a_tensor_in_a_slot_with_room() -> None:
     """A sparse tensor is torch's container, told as a tensor of its type and size."""
     sparse = torch.eye(5).to_sparse()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,21 @@ def test_the_newest_checkpoint_of_a_store_is_opened(saved: tuple[Path, Live]) ->
     assert torch.equal(
         holdfast.open_tensors(store / "iter_0000001")["model.weight"], older["model.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["copy", "a\\b", "two words", "no-break\u00a0space", "line\nbreak"]
+)
+def test_a_copy_may_have_any_name(saved: tuple[Path, Live], tmp_path: Path, name: str) -> None:
+    """A checkpoint that was copied elsewhere is opened and loaded under whatever name it has."""
+    store, live = saved
+    copy = tmp_path / "copies" / name
+    shutil.copytree(store / "iter_0000002", copy)
+    assert torch.equal(holdfast.open_tensors(copy)["model.weight"], _weight(live))
+    other = linear()
+    manager = manager_of(tmp_path / "other", load={"directory": str(copy)})
+    assert other.load(manager).iteration == 2
+    assert torch.equal(_weight(other), _weight(live))
 
 
 def test_a_tensor_in_one_piece_is_a_view_of_its_file(saved: tuple[Path, Live]) -> None:
@@ -223,6 +239,22 @@ def test_a_checkpoint_of_torch_is_opened_too(
     tensors = holdfast.open_tensors(tmp_path / "plain", prefix="model.")
     assert torch.equal(tensors["weight"], weight)
     assert "nothing vouches for its bytes" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_memory_that_runs_out_at_an_access_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that only torch can extract needs memory; the file is not to blame without it."""
+    save({"model": {"w": torch.rand(4, 3).t()}}, checkpoint_id=tmp_path, no_dist=True)
+    tensors = holdfast.open_tensors(tmp_path)
+
+    def run_out(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", run_out)
+    with pytest.raises(MemoryError):
+        tensors["model.w"]
 
 
 def test_the_package_names_it_without_importing_torch() -> None:

@@ -19,6 +19,7 @@ from holdfast.ranks.coordinator import SingleProcess
 from holdfast.ranks.topology import Seat, Topology
 from holdfast.snapshot.arena import Room
 from holdfast.tiers.local.budget import Budget, Need, report_budget
+from tests.support.deadlines import ANSWER_SECONDS
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.mounts import small_memory
 from tests.support.nodes import hide_package
@@ -355,7 +356,7 @@ def _load_on_nodes(root: Path, width: int, small: str | None) -> tuple[str, list
     logging.getLogger("holdfast").setLevel(logging.INFO)
     logging.getLogger("holdfast").addHandler(handler)
     directory = root / node if node != small else Path(root, "memory")
-    start = _Start(root, directory, width, factor=2, timeout_seconds=20.0)
+    start = _Start(root, directory, width, factor=2, timeout_seconds=ANSWER_SECONDS)
     problem = ""
     try:
         start.load()

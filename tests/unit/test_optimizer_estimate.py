@@ -13,9 +13,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from holdfast.format.items import Itemizer
+from holdfast.format.items import Itemizer, structure_of
 from holdfast.format.layout import Item
-from holdfast.format.proposals import structure_of
 from holdfast.state.app import AppState
 from holdfast.state.optimizer import Estimate, estimate
 from holdfast.state.small import Place

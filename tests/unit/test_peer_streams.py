@@ -23,13 +23,14 @@ from holdfast.tiers.local.pool import BufferPool
 from holdfast.tiers.local.replication import GroupBrokenError, HostGroup
 from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
+from tests.support.deadlines import ANSWER_SECONDS
 from tests.support.local_shards import FILE, PARTS, RECORD, Collected, Letters
 from tests.support.ranks import run_ranks
 
 pytest.importorskip("nvidia_resiliency_ext")
 
 
-def _own_group(timeout_seconds: float = 20.0) -> HostGroup:
+def _own_group(timeout_seconds: float = ANSWER_SECONDS) -> HostGroup:
     return HostGroup(distributed.new_group(backend="gloo"), timeout_seconds)
 
 

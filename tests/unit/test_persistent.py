@@ -21,7 +21,7 @@ from holdfast.storage.identity import Parent, RunIdentity
 from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.persistent import PersistentTier
 from tests.support.managers import Live, linear, manager_of, step
-from tests.support.stores import FaultyFilesystem, tree
+from tests.support.stores import FaultyFilesystem, find, tree
 
 
 def _iterations(root: Path) -> list[int]:
@@ -165,7 +165,7 @@ def test_a_parent_is_recorded_until_the_run_has_its_own(tmp_path: Path) -> None:
     first.admit()
     linear().save(manager_of(tmp_path), 10)
     second.begin_from(parent)
-    second.resume_from(second.store.find(10), is_own=True)
+    second.resume_from(find(second.store, 10), is_own=True)
     second.admit()
     found = RunIdentity(PosixStorage(tmp_path, LocalFilesystem())).attempts()
     assert [each.parent for each in found] == [parent, None, None]

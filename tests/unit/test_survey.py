@@ -28,7 +28,7 @@ from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import TRACKER_NAME, Store
 from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
 from holdfast.tiers.survey import Survey, make_refusal, survey_place, survey_store
-from tests.support.stores import commit
+from tests.support.stores import commit, find
 
 FILESYSTEM = LocalFilesystem()
 
@@ -318,7 +318,7 @@ def test_an_interrupted_replacement_is_a_candidate(store: Store) -> None:
 
 def test_a_checkpoint_of_a_later_version_stops_the_load(store: Store) -> None:
     """The newest being of a later version, nothing older is taken for it but by number."""
-    newest = store.find(30)
+    newest = find(store, 30)
     later = dataclasses.replace(newest.manifest, format=2).to_bytes()
     (newest.path / MANIFEST_NAME).write_bytes(later)
     for load in ({}, {"step": 30}, {"directory": str(newest.path)}, {"directory": str(store.root)}):

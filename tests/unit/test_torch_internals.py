@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.checkpoint import _nested_dict, filesystem, metadata, state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import lr_scheduler
@@ -42,6 +43,10 @@ def _hooks_of_optimizer(kind: str) -> bool:
     return len(getattr(optimizer, f"_optimizer_{kind}_hooks")) == 1
 
 
+def _compiled() -> Any:
+    return torch.compile(nn.Linear(1, 1))
+
+
 def _schedule() -> Any:
     schedule = lr_scheduler.ConstantLR(_optimizer())
     return lr_scheduler.ChainedScheduler([schedule])
@@ -56,8 +61,8 @@ def _text_of(module: Any) -> str:
 
 
 NAMES: dict[str, Any] = {
-    "_local_tensor": lambda: DTensor._local_tensor,  # type: ignore[misc]
-    "_spec": lambda: DTensor._spec,  # type: ignore[misc]
+    "_local_tensor": lambda: DTensor._local_tensor,
+    "_spec": lambda: DTensor._spec,
     "__create_chunk_list__": lambda: DTensor.__create_chunk_list__,
     "__tensor_flatten__": lambda: "__tensor_flatten__" in _text_of(torch._subclasses.meta_utils),
     "_foreach_copy_": lambda: torch._foreach_copy_,
@@ -74,12 +79,12 @@ NAMES: dict[str, Any] = {
     "_save_to_state_dict": lambda: nn.Module._save_to_state_dict,
     "_load_from_state_dict": lambda: nn.Module._load_from_state_dict,
     "_extra_state": lambda: nn.modules.module._EXTRA_STATE_KEY_SUFFIX == "_extra_state",
-    "_orig_mod": lambda: torch.compile(nn.Linear(1, 1))._orig_mod,
+    "_orig_mod": lambda: _compiled()._orig_mod,
     "torch._dynamo.eval_frame": lambda: torch._dynamo.eval_frame.OptimizedModule,
     "torch._dynamo.": lambda: torch._dynamo.eval_frame.OptimizedModule,
     "torch.distributed.fsdp._fully_shard.": lambda: distributed.fsdp._fully_shard,
     "_checkpoint_wrapped_module": lambda: (
-        state_dict._CHECKPOINT_PREFIX == "_checkpoint_wrapped_module."
+        checkpoint_wrapper._CHECKPOINT_WRAPPED_MODULE == "_checkpoint_wrapped_module"
     ),
     "_fqn_modifiers": lambda: '"_fqn_modifiers"' in _text_of(state_dict),
     "_optimizer_state_dict_pre_hooks": lambda: _hooks_of_optimizer("state_dict_pre"),
@@ -273,7 +278,7 @@ def test_chunks_of_few_rows_are_those_that_torch_computes(position: int) -> None
 
     mesh, placements = [2, 4], [Replicate(), Shard(0)]
     tensor: Any = _PublicDTensor([5, 3], mesh, [1, position], placements)
-    sizes, offsets = compute((5, 3), mesh, lambda each: [1, position][each], placements)  # type: ignore[arg-type]
+    sizes, offsets = compute((5, 3), mesh, lambda each: [1, position][each], placements)
     assert torch_internals.chunks_of(tensor) == [(tuple(offsets), tuple(sizes))]
 
 
@@ -401,7 +406,7 @@ def test_a_compiled_module_of_an_unknown_kind_is_left_to_the_getters(
     gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its names would have a part that the getters leave out."""
-    compiled: Any = torch.compile(nn.Linear(1, 1))
+    compiled = _compiled()
     assert torch_internals.child_left_out(compiled) == "_orig_mod"
     if gone == "its place":
         monkeypatch.delitem(sys.modules, "torch._dynamo.eval_frame")
@@ -415,8 +420,6 @@ def test_a_compiled_module_of_an_unknown_kind_is_left_to_the_getters(
 @pytest.mark.parametrize("name", ["_fqn_modifiers", "_checkpoint_wrapped_module"])
 def test_a_module_that_renames_parts_is_left_to_the_getters(name: str) -> None:
     """And without the name to tell it by, by the hooks on its state dict that go with it."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
     module = nn.Sequential(nn.Linear(1, 1))
     assert torch_internals.child_left_out(module) == ""
     if name == "_fqn_modifiers":
@@ -424,7 +427,9 @@ def test_a_module_that_renames_parts_is_left_to_the_getters(name: str) -> None:
     else:
         module.add_module(name, nn.Linear(1, 1))
     assert torch_internals.child_left_out(module) is None
-    assert not torch_internals.is_plain_module(checkpoint_wrapper(nn.Linear(1, 1)))  # type: ignore[no-untyped-call]
+    assert not torch_internals.is_plain_module(
+        checkpoint_wrapper.checkpoint_wrapper(nn.Linear(1, 1))
+    )
 
 
 @pytest.mark.parametrize("name", [each for each in NAMES if each.startswith("_optimizer_")])

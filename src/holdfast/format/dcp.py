@@ -15,6 +15,7 @@ import errno
 import io
 import pickle
 import pickletools
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import IOBase
@@ -23,7 +24,8 @@ from pathlib import PurePath
 from typing import Any, Self, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -33,7 +35,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
+from holdfast.errors import CheckpointError, CorruptCheckpointError, is_process_failure
 from holdfast.format.layout import Entry
 from holdfast.format.plan import Decision, shard_name
 from holdfast.storage.backend import Storage, open_stream
@@ -208,24 +212,25 @@ def _dictionary(parts: Sequence[bytes]) -> bytes:
     return b"".join((pickle.EMPTY_DICT, pickle.MARK, *parts, pickle.SETITEMS))
 
 
-_GLOBALS = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-    )
-} | {
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "Path"),
+_KNOWN: dict[tuple[str, str], Any] = {
+    **{
+        ("torch.distributed.checkpoint.metadata", each.__name__): each
+        for each in (
+            BytesStorageMetadata,
+            ChunkStorageMetadata,
+            Metadata,
+            MetadataIndex,
+            StorageMeta,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+    },
+    **{("pathlib", name): PurePath for name in ("Path", "PosixPath", "PurePosixPath")},
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): torch.Size,
+    **PICKLED,
 }
+"""What a name in the file stands for."""
 _INERT = ("torch.distributed.", "megatron.")
 """Modules whose names may occur in the file though no load needs them."""
 
@@ -263,10 +268,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Resolves the types of a DCP metadata file and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in PICKLED:
-            return PICKLED[module, name]
-        if (module, name) in _GLOBALS:
-            return PurePath if module == "pathlib" else super().find_class(module, name)
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
         if module.startswith("megatron.") and name == _MEGATRON_METADATA:
@@ -342,7 +345,7 @@ def key_path_of(name: str) -> KeyPath:
     return (name,)
 
 
-class SeamFileSystem(FileSystem):
+class _FileSystem(FileSystem):
     """Exactly the file system methods that torch's reader calls; paths are names in a storage."""
 
     def __init__(self, storage: Storage) -> None:
@@ -361,6 +364,95 @@ class SeamFileSystem(FileSystem):
         except FileNotFoundError:
             return False
         return True
+
+
+class _Reader(FileSystemReader):
+    def __init__(self, files: Storage, metadata: Metadata) -> None:
+        super().__init__("")  # names relative to the storage
+        self.fs = _FileSystem(files)
+        self.storage_data = metadata.storage_data
+
+
+class _Planner(DefaultLoadPlanner):
+    """What torch's reader is to read, and where to."""
+
+    items: Sequence[ReadItem] = ()
+    refusal: Exception | None = None
+    """What copying into a target raised: not the fault of any file."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+class ValuePlanner(_Planner):
+    """Reads values that are not tensors, weights-only, into `values`."""
+
+    def __init__(self, names: Iterable[str], metadata: Metadata) -> None:
+        super().__init__()
+        self.values: dict[str, Any] = dict.fromkeys(names)
+        self.set_up_planner(self.values, metadata, is_coordinator=True)
+        self.items = self.finish_plan(self.create_local_plan()).items
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.values[read_item.dest_index.fqn] = torch.load(
+            value, weights_only=True, map_location="cpu"
+        )
+
+
+class TensorPlanner(_Planner):
+    """Reads parts of stored tensors, each into the target given with it."""
+
+    def __init__(self, wanted: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
+        super().__init__()
+        self.items = [item for item, _ in wanted]
+        self._targets = {id(item): target for item, target in wanted}
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        target = self._targets[id(read_item)]
+        if target.device.type == "cpu" and type(target) is torch.Tensor:
+            return target
+        return torch.empty(target.size(), dtype=target.dtype, device="cpu")
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Copy what was read into its target; keep its error apart from errors of reading."""
+        target = self._targets[id(read_item)]
+        if tensor is target:
+            return
+        try:
+            target.copy_(tensor)
+        except Exception as error:
+            self.refusal = error
+            raise
+
+
+def read_through_torch(
+    files: Storage,
+    name: str,
+    metadata: Metadata,
+    planner: ValuePlanner | TensorPlanner,
+    items: Sequence[ReadItem],
+) -> None:
+    """Let torch read items of the planner, which are in one file, from their containers.
+
+    Raises:
+        CorruptCheckpointError: it cannot, and neither this process nor a target is the cause.
+    """
+    try:
+        _Reader(files, metadata).read_data(LoadPlan(list(items)), planner).wait()
+    except pickle.UnpicklingError as error:
+        # torch's own message explains how to run the code anyway.
+        raise CorruptCheckpointError(
+            files.where(name), "an item asks for code, or is torn"
+        ) from error
+    except (OSError, CheckpointError):  # already specific
+        raise
+    except Exception as error:  # torn archives can raise anything
+        if is_process_failure(error) or error is planner.refusal:
+            raise
+        summary = str(error).partition("\n")[0] or type(error).__name__
+        raise CorruptCheckpointError(
+            files.where(name), f"an item cannot be read: {summary}"
+        ) from error
 
 
 def merge_shards(shards: Iterable[tuple[str, Iterable[Entry]]]) -> Metadata:

@@ -1,27 +1,36 @@
-"""Turn flat named state into the items of a shard file and the source of each.
+"""One rank's side of a plan: the items of its state, what it proposes, and what it is to write.
 
 Owns how a tensor or value is described: whole or a chunk, dense or pickled by torch, its own bytes
-or an alias of another name. Promises that the description is of the current state: what is cached
-between saves is compared with the live tensors each time, never assumed. Refuses tensor types that
-it cannot take apart. Copies only small values.
+or an alias of another name. The description is of the current state: what is cached between saves
+is compared with the live tensors each time, never assumed. Tensor types that it cannot take apart
+are refused. Copies only small values.
+
+Also owns what a rank sends about its items: the digest of their structure, which changes whenever a
+plan for them would; the fixed-size record before each save; and the compact, canonical proposal, in
+which what data-parallel ranks have in common is stored apart from each rank's own part. Rank 0's
+side is in `plan`.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import operator
 import pickle
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from torch.distributed.tensor import DTensor
 
 from holdfast.errors import UnsupportedStateError
-from holdfast.format.layout import Item
-from holdfast.format.proposals import structure_of
+from holdfast.format.layout import Item, containers_of, leaders_of
 from holdfast.storage.digests import round_up
 from holdfast.torch_internals import can_be_flattened, chunks_of, local_of_dtensor, spec_of
 
@@ -30,7 +39,8 @@ _LEAST_HEADROOM_BYTES = 256
 _MOST_HEADROOM_BYTES = 32 << 10
 _TOLERATED_BYTES = 60 << 10
 """Trailing zeros that torch tolerates: it searches the last 64 KiB for the container's end."""
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types without a representation of their own."""
 
 Source = torch.Tensor | bytes
 """A plain tensor to copy, or bytes that are a container already."""
@@ -162,7 +172,7 @@ class Itemizer:
         self, name: str, leaf: Any, paths: Mapping[str, tuple[str | int, ...]]
     ) -> Sequence[tuple[Item, Source]]:
         kind = type(leaf)
-        if kind in _PLAIN_TENSORS:
+        if kind in PLAIN_TENSORS:
             known = self._known.get(name)
             if (
                 known is not None
@@ -180,7 +190,7 @@ class Itemizer:
                 and known.kind is DTensor
                 and known.shape == local.shape
                 and known.dtype is local.dtype
-                and type(local) in _PLAIN_TENSORS
+                and type(local) in PLAIN_TENSORS
                 and known.spec == spec_of(leaf)
             ):
                 return tuple((item, local) for item in known.items)
@@ -204,7 +214,7 @@ class Itemizer:
         kind = type(leaf)
         if all(isinstance(source, torch.Tensor) for _, source in found):
             items = [item for item, _ in found]
-            if kind in _PLAIN_TENSORS:
+            if kind in PLAIN_TENSORS:
                 self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, items)
             elif kind is DTensor and found:
                 local = local_of_dtensor(leaf)
@@ -299,15 +309,13 @@ def _chunks(
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     return (
-        type(tensor) in _PLAIN_TENSORS
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
+        type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_quantized
     )
 
 
 def _pickle_tensor(tensor: torch.Tensor, name: str) -> bytes:
     """Return the torch.save bytes of a tensor that is not plain dense memory."""
-    if type(tensor) not in _PLAIN_TENSORS and not can_be_flattened(tensor):
+    if type(tensor) not in PLAIN_TENSORS and not can_be_flattened(tensor):
         raise UnsupportedStateError(
             f"{name} is a {type(tensor).__name__}, a tensor type without __tensor_flatten__, which "
             "cannot be staged; convert it to a plain tensor."
@@ -326,3 +334,91 @@ def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
         tensor.is_conj(),  # a lazy conjugate or negative shares its source's memory
         tensor.is_neg(),
     )
+
+
+PROPOSAL_HEADER = struct.Struct("<16sQQ")
+"""Structure, bytes of the table, number of items."""
+NO_PLAN = bytes(16)
+"""Sent instead of a plan by a rank that has none for its current structure."""
+RECORD_MARK = b"holdfst1"
+_RECORD = struct.Struct("<8s16s16s")
+
+
+def pack_record(structure: bytes, plan: bytes) -> bytes:
+    """Return what a rank sends before each save, to find out whether planning is needed.
+
+    `structure`: of the state it is about to save. `plan`: that it holds for it, or `NO_PLAN`.
+    """
+    return _RECORD.pack(RECORD_MARK, structure, plan)
+
+
+def structure_of(items: Sequence[Item]) -> bytes:
+    """Return a 16-byte digest of everything about the items that a plan depends on."""
+    digest = xxhash.xxh3_128(_table_of(items))
+    digest.update(_chunks_of(items))
+    digest.update(json.dumps([(item.capacity_bytes, item.alias_of) for item in items]).encode())
+    return digest.digest()
+
+
+def propose(items: Sequence[Item]) -> bytes:
+    """Return what the planner must know about the items of one rank.
+
+    Raises:
+        ValueError: items contradict themselves or one another.
+    """
+    leaders = leaders_of(items)
+    slot_bytes = [
+        item.capacity_bytes if container is None else container.size_bytes
+        for item, container in zip(items, containers_of(items), strict=True)
+    ]
+    table = _table_of(items)
+    header = PROPOSAL_HEADER.pack(structure_of(items), len(table), len(items))
+    return b"".join((header, table, _chunks_of(items), _int64(slot_bytes), _int64(leaders)))
+
+
+def _table_of(items: Sequence[Item]) -> bytes:
+    """Encode what data-parallel ranks have in common: names, paths, dtypes, global sizes."""
+    codes: dict[torch.dtype | None, int] = {}
+    described = {
+        "names": [item.name for item in items],
+        "paths": [
+            (position, item.path)
+            for position, item in enumerate(items)
+            if item.path != tuple(item.name.split("."))
+        ],
+        "codes": [codes.setdefault(item.dtype, len(codes)) for item in items],
+        "dtypes": [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in codes],
+        "sizes": [item.size for item in items],
+    }
+    return json.dumps(described, separators=(",", ":"), check_circular=False).encode("ascii")
+
+
+def _chunks_of(items: Sequence[Item]) -> bytes:
+    parts = chain((item.offsets for item in items), (item.lengths for item in items))
+    return _int64(list(chain.from_iterable(parts)))
+
+
+def _int64(numbers: Sequence[int]) -> bytes:
+    return np.array(numbers, dtype=np.int64).tobytes()
+
+
+def choose(items: Sequence[Item], share: bytes) -> list[Item]:
+    """Return the items that a rank writes, from its share of a decision.
+
+    Aliases of an item that another rank writes become independent items.
+
+    Raises:
+        ValueError: the share is for a different number of items.
+    """
+    if len(share) != -(-len(items) // 8):
+        raise ValueError(f"the share is {len(share)} bytes, not one bit for {len(items)} items")
+    mask = np.unpackbits(np.frombuffer(share, dtype=np.uint8), count=len(items)).tolist()
+    chosen = []
+    for item, leader, is_chosen in zip(items, leaders_of(items), mask, strict=True):
+        if not is_chosen:
+            continue
+        if item.alias_of is not None:
+            name = items[leader].name if mask[leader] else None
+            item = item if name == item.alias_of else replace(item, alias_of=name)
+        chosen.append(item)
+    return chosen

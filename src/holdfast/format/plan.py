@@ -1,95 +1,30 @@
-"""Which rank writes what, and whether the plan of the previous save still applies.
+"""Rank 0's side of a plan: which rank writes what, and whether the last plan still applies.
 
 Owns the decision that needs every rank's items: each replicated item is assigned to exactly one of
 its holders, balanced by bytes; tied names share one slot where all holders agree on the tie. No
 item is lost or written twice, the chunks of each tensor tile it exactly, and the same proposals
-give the same decision. Also owns the fixed-size record that every rank sends before each save, and
-the verdict on all records: a plan is used only while every rank has the structure it was made for.
-Pure: no I/O, no communication.
+give the same decision. Proposals are read as one table in which equal ones cost no more than one.
+Also owns the verdict on the records that ranks send before each save: a plan is used only while
+every rank has the structure it was made for. Refuses ranks that disagree about a name, and reports
+which. Pure: no I/O, no communication. A rank's own side is in `items`.
 """
 
 from __future__ import annotations
 
 import heapq
-import struct
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from holdfast.errors import UnsupportedStateError
-from holdfast.format.layout import SLOT_ALIGNMENT, IntArray, Item, leaders_of, slot_offsets
-from holdfast.format.proposals import Catalogue, Profiles, Rows, profiles_of, rows_of
-
-NO_PLAN = bytes(16)
-"""Sent instead of a plan by a rank that has none for its current structure."""
-
-_RECORD = struct.Struct("<8s16s16s")
-_RECORD_MARK = b"holdfst1"
-_RECORDS = np.dtype([("mark", "S8"), ("structure", "<u8", 2), ("plan", "<u8", 2)])
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a rank sends before each save, to find out whether planning is needed."""
-
-    structure: bytes
-    """Of the state it is about to save."""
-    plan: bytes
-    """The plan that it holds for this structure; `NO_PLAN`: none."""
-
-    def pack(self) -> bytes:
-        """Return the record in its fixed size."""
-        return _RECORD.pack(_RECORD_MARK, self.structure, self.plan)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether all ranks may save with their current plan."""
-
-    is_current: bool
-    """All ranks have one plan, made for their structures."""
-    changed: tuple[int, ...]
-    """The ranks without a current plan; if plans merely differ, those that differ from rank 0's."""
-    reason: str
-    """Empty when current."""
-
-
-def judge(records: Sequence[bytes], structures: Sequence[bytes] | None = None) -> Verdict:
-    """Judge every rank's packed record, in rank order.
-
-    `structures`, of the decision: also detects a rank that claims its plan for another structure.
-
-    Raises:
-        ValueError: a record is invalid.
-    """
-    content = b"".join(records)
-    if not records or any(len(record) != _RECORD.size for record in records):
-        raise ValueError(f"not every one of {len(records)} records has {_RECORD.size} bytes")
-    table = np.frombuffer(content, dtype=_RECORDS)
-    if (table["mark"] != _RECORD_MARK).any():
-        raise ValueError("not every record is of this version of holdfast")
-    stale = (table["plan"] == 0).all(axis=1)
-    if structures is not None:
-        if len(structures) != len(records):
-            everyone = tuple(range(len(records)))
-            reason = f"{len(records)} ranks, where the plan is for {len(structures)}"
-            return Verdict(False, everyone, reason)
-        planned = np.frombuffer(b"".join(structures), dtype="<u8").reshape(-1, 2)
-        stale |= (table["structure"] != planned).any(axis=1)
-    if not stale.any():
-        stale = (table["plan"] != table["plan"][0]).any(axis=1)
-    changed = tuple(np.flatnonzero(stale).tolist())
-    if not changed:
-        return Verdict(True, (), "")
-    ranks = few([str(rank) for rank in changed])
-    return Verdict(False, changed, f"no plan for the present state of ranks {ranks}")
-
-
-_SHOWN = 3
+from holdfast.format.items import PROPOSAL_HEADER, RECORD_MARK
+from holdfast.format.layout import SLOT_ALIGNMENT, IntArray, slot_offsets
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -136,9 +71,9 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     Raises:
         UnsupportedStateError: ranks disagree about a name, or chunks do not tile their tensor.
     """
-    profiles = profiles_of(proposals)
+    profiles = _profiles_of(proposals)
     catalogue = Catalogue()
-    rows, counts = rows_of(profiles, catalogue)
+    rows, counts = _rows_of(profiles, catalogue)
     rows, leader_group, group = _group(rows)
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     _check_replicas(rows, starts[group], profiles, catalogue)
@@ -175,7 +110,162 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     )
 
 
-def _group(rows: Rows) -> tuple[Rows, IntArray, IntArray]:
+class Catalogue:
+    """Every name of the job, with the description that all ranks must agree on."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.paths: list[tuple[str | int, ...]] = []
+        self.dtypes: list[str | None] = []
+        self.sizes: list[tuple[int, ...]] = []
+        self._ranks: list[int] = []
+
+    def add(self, table: _Table, rank: int) -> IntArray:
+        """Add one rank's table; return the number of each of its items' names."""
+        numbers = []
+        for position, name in enumerate(table.names):
+            number = self.numbers.setdefault(name, len(self.paths))
+            dtype, size = table.dtypes[position], table.sizes[position]
+            if number == len(self.paths):
+                self.paths.append(table.paths.get(position) or tuple(name.split(".")))
+                self.dtypes.append(dtype)
+                self.sizes.append(size)
+                self._ranks.append(rank)
+            elif dtype != self.dtypes[number] or size != self.sizes[number]:
+                raise UnsupportedStateError(
+                    f"{name} is {_kind(self.dtypes[number], self.sizes[number])} on rank "
+                    f"{self._ranks[number]} and {_kind(dtype, size)} on rank {rank}.\n"
+                    "One name must mean one tensor on every rank; name them apart."
+                )
+            numbers.append(number)
+        return np.array(numbers, dtype=np.int64)
+
+
+def _kind(dtype: str | None, size: tuple[int, ...]) -> str:
+    return "a value" if dtype is None else f"{dtype}{list(size)}"
+
+
+class _Table:
+    """The common part of proposals, which most ranks share byte for byte."""
+
+    def __init__(self, content: bytes) -> None:
+        described = json.loads(content)
+        self.names: list[str] = described["names"]
+        self.paths: dict[int, tuple[str | int, ...]] = {
+            position: tuple(path) for position, path in described["paths"]
+        }
+        kinds = described["dtypes"]
+        self.dtypes: list[str | None] = [kinds[code] for code in described["codes"]]
+        self.sizes: list[tuple[int, ...]] = [tuple(size) for size in described["sizes"]]
+        self.dimensions = np.array([len(size) for size in self.sizes], dtype=np.int64)
+
+
+@dataclass(eq=False)
+class _Profiles:
+    """The distinct proposals: ranks with equal proposals share one profile."""
+
+    of_rank: IntArray
+    first_rank: IntArray
+    """By profile."""
+    ranks: list[list[int]]
+    """By profile."""
+    tables: dict[bytes, list[tuple[int, bytes]]]
+    """By table: the profiles that share it, each with its own part."""
+    structures: list[bytes]
+
+
+def _profiles_of(proposals: Sequence[bytes]) -> _Profiles:
+    """Group ranks by equal proposals, which are given in rank order."""
+    known: dict[tuple[int, bytes], int] = {}
+    tables: dict[bytes, tuple[int, list[tuple[int, bytes]]]] = {}
+    of_rank: list[int] = []
+    ranks: list[list[int]] = []
+    structures = []
+    for rank, proposal in enumerate(proposals):
+        structure, table_bytes, _ = PROPOSAL_HEADER.unpack_from(proposal)
+        split = PROPOSAL_HEADER.size + table_bytes
+        number, members = tables.setdefault(
+            proposal[PROPOSAL_HEADER.size : split], (len(tables), [])
+        )
+        own = proposal[split:]
+        profile = known.setdefault((number, own), len(ranks))
+        if profile == len(ranks):
+            ranks.append([])
+            members.append((profile, own))
+        ranks[profile].append(rank)
+        of_rank.append(profile)
+        structures.append(structure)
+    return _Profiles(
+        of_rank=np.array(of_rank, dtype=np.int64),
+        first_rank=np.array([each[0] for each in ranks], dtype=np.int64),
+        ranks=ranks,
+        tables={table: members for table, (_, members) in tables.items()},
+        structures=structures,
+    )
+
+
+@dataclass(eq=False)
+class _Rows:
+    """One row per profile and item; all arrays have one length."""
+
+    name: IntArray
+    profile: IntArray
+    item: IntArray
+    offsets: IntArray
+    lengths: IntArray
+    slot_bytes: IntArray
+    leader: IntArray
+    """The item of the same profile whose bytes this one shares; -1: none."""
+
+    def take(self, chosen: Any) -> _Rows:
+        """Return the rows at these positions, or where a mask is true."""
+        return _Rows(**{name: column[chosen] for name, column in vars(self).items()})
+
+
+def _rows_of(profiles: _Profiles, catalogue: Catalogue) -> tuple[_Rows, IntArray]:
+    """Return all rows, and the item count of each profile; adds the names to the catalogue.
+
+    Raises:
+        UnsupportedStateError: ranks disagree about a name.
+    """
+    tables = [(_Table(table), members) for table, members in profiles.tables.items()]
+    dimensions = max((int(max(table.dimensions, default=0)) for table, _ in tables), default=0)
+    counts = np.zeros(len(profiles.ranks), dtype=np.int64)
+    parts = []
+    for table, members in tables:
+        numbers = np.array([profile for profile, _ in members], dtype=np.int64)
+        names = catalogue.add(table, profiles.ranks[members[0][0]][0])
+        items, repeats = len(names), len(members)
+        counts[numbers] = items
+        own = np.frombuffer(b"".join(own for _, own in members), dtype=np.int64)
+        total = int(table.dimensions.sum())
+        own = own.reshape(repeats, 2 * total + 2 * items)
+        present = np.arange(dimensions) < table.dimensions[:, None]
+        offsets = np.zeros((repeats, items, dimensions), dtype=np.int64)
+        lengths = np.ones((repeats, items, dimensions), dtype=np.int64)
+        offsets[:, present] = own[:, :total]
+        lengths[:, present] = own[:, total : 2 * total]
+        parts.append(
+            _Rows(
+                name=np.tile(names, repeats),
+                profile=np.repeat(numbers, items),
+                item=np.tile(np.arange(items), repeats),
+                offsets=offsets.reshape(repeats * items, dimensions),
+                lengths=lengths.reshape(repeats * items, dimensions),
+                slot_bytes=own[:, 2 * total : 2 * total + items].reshape(-1),
+                leader=own[:, 2 * total + items :].reshape(-1),
+            )
+        )
+    if len(parts) == 1:
+        return parts[0], counts
+    columns = _Rows.__dataclass_fields__
+    return (
+        _Rows(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in columns}),
+        counts,
+    )
+
+
+def _group(rows: _Rows) -> tuple[_Rows, IntArray, IntArray]:
     """Sort rows so that replicas are adjacent, and drop those that must not be written.
 
     Return them with the group of each row's leader (-1: none) and of each row.
@@ -204,7 +294,7 @@ def _group(rows: Rows) -> tuple[Rows, IntArray, IntArray]:
     return sorted_.take(kept), leader_group[kept], group[kept]
 
 
-def _check_replicas(rows: Rows, twin: IntArray, profiles: Profiles, catalogue: Catalogue) -> None:
+def _check_replicas(rows: _Rows, twin: IntArray, profiles: _Profiles, catalogue: Catalogue) -> None:
     """Raise unless all replicas of a chunk have the same size."""
     names = list(catalogue.numbers)
     if (unlike := (rows.lengths != rows.lengths[twin]).any(axis=1)).any():
@@ -217,7 +307,7 @@ def _check_replicas(rows: Rows, twin: IntArray, profiles: Profiles, catalogue: C
         )
 
 
-def _check_tiling(rows: Rows, starts: IntArray, profiles: Profiles, catalogue: Catalogue) -> None:
+def _check_tiling(rows: _Rows, starts: IntArray, profiles: _Profiles, catalogue: Catalogue) -> None:
     """Raise unless the chunks of each tensor tile it."""
     names = list(catalogue.numbers)
     chunks = rows.take(starts)
@@ -228,10 +318,10 @@ def _check_tiling(rows: Rows, starts: IntArray, profiles: Profiles, catalogue: C
     if untiled is None:
         return
     mine = chunks.name == untiled
-    ranks = [str(rank) for rank in np.unique(profiles.first_rank[chunks.profile[mine]])]
+    ranks = np.unique(profiles.first_rank[chunks.profile[mine]]).tolist()
     volume = chunks.lengths[mine].prod(axis=1).sum()
     raise UnsupportedStateError(
-        f"{names[untiled]}: the {mine.sum()} chunks of ranks {few(ranks)} hold {volume} elements "
+        f"{names[untiled]}: the {mine.sum()} chunks of ranks {_few(ranks)} hold {volume} elements "
         f"and do not tile its {sizes[untiled].prod()} (size {list(catalogue.sizes[untiled])}): "
         "they overlap, leave gaps, or reach beyond it."
     )
@@ -277,10 +367,10 @@ def first_untiled(
 
 
 def _assign(
-    rows: Rows,
+    rows: _Rows,
     starts: IntArray,
     leader_group: IntArray,
-    profiles: Profiles,
+    profiles: _Profiles,
     catalogue: Catalogue,
 ) -> IntArray:
     """Return the rank that writes each group: largest first, to the least loaded holder."""
@@ -333,7 +423,7 @@ def _assign(
 
 
 def _place(
-    chosen: Rows, rank: IntArray, base: IntArray, flags: BoolArray
+    chosen: _Rows, rank: IntArray, base: IntArray, flags: BoolArray
 ) -> tuple[IntArray, list[int]]:
     """Return each chosen row's offset in its rank's file, as in `lay_out`, and bytes per rank."""
     ranks = len(base) - 1
@@ -355,28 +445,39 @@ def _place(
     return file_offset, np.diff(first).tolist()
 
 
-def choose(items: Sequence[Item], share: bytes) -> list[Item]:
-    """Return the items that a rank writes, from its share of a decision.
+_RECORDS = np.dtype([("mark", "S8"), ("structure", "<u8", 2), ("plan", "<u8", 2)])
+"""As `pack_record` packs them."""
+_SHOWN = 3
+"""Ranks that a message names."""
 
-    Aliases of an item that another rank writes become independent items.
+
+def judge(records: Sequence[bytes], structures: Sequence[bytes] | None = None) -> str | None:
+    """Return why ranks must plan, from every rank's record in rank order; None: all have one plan.
+
+    If plans merely differ, the ranks named are those that differ from rank 0. `structures`, of the
+    decision: also detects a rank that claims its plan for another structure.
 
     Raises:
-        ValueError: the share is for a different number of items.
+        ValueError: a record is invalid.
     """
-    if len(share) != -(-len(items) // 8):
-        raise ValueError(f"the share is {len(share)} bytes, not one bit for {len(items)} items")
-    mask = np.unpackbits(np.frombuffer(share, dtype=np.uint8), count=len(items)).tolist()
-    chosen = []
-    for item, leader, is_chosen in zip(items, leaders_of(items), mask, strict=True):
-        if not is_chosen:
-            continue
-        if item.alias_of is not None:
-            name = items[leader].name if mask[leader] else None
-            item = item if name == item.alias_of else replace(item, alias_of=name)
-        chosen.append(item)
-    return chosen
+    content = b"".join(records)
+    if not records or any(len(record) != _RECORDS.itemsize for record in records):
+        raise ValueError(f"not every one of {len(records)} records has {_RECORDS.itemsize} bytes")
+    table = np.frombuffer(content, dtype=_RECORDS)
+    if (table["mark"] != RECORD_MARK).any():
+        raise ValueError("not every record is of this version of holdfast")
+    stale = (table["plan"] == 0).all(axis=1)
+    if structures is not None:
+        if len(structures) != len(records):
+            return f"{len(records)} ranks, where the plan is for {len(structures)}"
+        planned = np.frombuffer(b"".join(structures), dtype="<u8").reshape(-1, 2)
+        stale |= (table["structure"] != planned).any(axis=1)
+    if not stale.any():
+        stale = (table["plan"] != table["plan"][0]).any(axis=1)
+    changed = np.flatnonzero(stale).tolist()
+    return f"no plan for the present state of ranks {_few(changed)}" if changed else None
 
 
-def few(strings: Sequence[str]) -> str:
-    """Join the first few strings, with an ellipsis if there are more."""
-    return ", ".join(strings[:_SHOWN]) + (", ..." if len(strings) > _SHOWN else "")
+def _few(ranks: Sequence[int]) -> str:
+    """List the first few ranks, with an ellipsis if there are more."""
+    return ", ".join(map(str, ranks[:_SHOWN])) + (", ..." if len(ranks) > _SHOWN else "")

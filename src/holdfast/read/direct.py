@@ -1,9 +1,10 @@
-"""Read parts of a file directly into their target memory, and verify them in the same pass.
+"""Verified bytes of a file: read directly into their target memory, or mapped.
 
 Owns the pass over a file that reads and digests at once. Promises that every block that any part
 overlaps has matched its digest when `read_verified` returns, and that bytes are copied once, from
 the page cache into their target. Several threads share the blocks: reading and digesting both
-release the GIL. Knows bytes, not tensors.
+release the GIL. Of a mapped file, each block is verified when bytes in it are first used; changes
+on disk after that are not noticed. Knows bytes, not tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import NamedTuple
 
 from holdfast.errors import CorruptCheckpointError
@@ -229,3 +232,57 @@ class _Scratch:
         self._pieces.append(memoryview(bytearray(max(size_bytes, _SCRATCH_BYTES))))
         self._taken = size_bytes
         return self._pieces[-1][:size_bytes]
+
+
+@dataclass
+class MappedFile:
+    """One memory-mapped file, and which of its blocks are verified."""
+
+    where: str
+    """Its full name."""
+    content: memoryview
+    expected: Blocks | None
+    """None: nothing is verified."""
+    _verified: set[int] = field(default_factory=set)
+    _lock: Lock = field(default_factory=Lock)
+
+    @classmethod
+    def open(cls, storage: Storage, name: str, record: FileRecord | None) -> MappedFile:
+        """Map a file, of which nothing is verified without a record.
+
+        Raises:
+            CorruptCheckpointError: it is missing, or its digests are not those committed.
+        """
+        where, expected = storage.where(name), None
+        try:
+            with storage.open(name) as source:
+                if record is not None:
+                    expected = read_expected(source, where, record)
+                content = source.map()
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(where, "is missing") from error
+        return cls(where, content, expected)
+
+    def verify(self, wanted: range, name: str) -> None:
+        """Check the blocks that a range overlaps against their digests, each only once.
+
+        Raises:
+            CorruptCheckpointError: one does not match, or the file ends before the range does.
+        """
+        if wanted.start < 0 or wanted.stop > len(self.content):
+            raise CorruptCheckpointError(
+                self.where, f"has {len(self.content)} bytes, too few for {name}"
+            )
+        if self.expected is None or not wanted:
+            return
+        if wanted.stop > self.expected.covered_bytes:
+            raise CorruptCheckpointError(self.where, f"has {name} where no digest covers it")
+        for number in sorted(blocks_of([wanted])):
+            with self._lock:  # a thread that waits here then finds the block verified
+                if number in self._verified:
+                    continue
+                place = self.expected.place(number)
+                block = self.content[place.start : place.stop]
+                if (found := self.expected.compare(number, [block])) is not None:
+                    raise found.as_error(self.where, f", in {name}")
+                self._verified.add(number)

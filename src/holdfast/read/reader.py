@@ -1,95 +1,58 @@
-"""Read the shard files of a committed checkpoint into tensors in place.
+"""The tensors and values of a committed checkpoint, by name.
 
 Owns which bytes of which file a tensor needs, and passes containers of an unexpected form to torch.
-Promises that every block read matched its digest, and that nothing read from disk runs code:
-`.metadata` is read by `format.dcp`, other values by weights-only loading, and no file outside the
-checkpoint's manifest is opened. Needs no other rank: each rank reads what its own tensors need.
+Promises that every block matched its digest before its bytes are used, and that nothing read from
+disk runs code: `.metadata` is read by `format.dcp`, other values by weights-only loading, and no
+file outside the checkpoint's manifest is opened. Needs no other rank.
 
-`ForeignReader` reads what torch.distributed.checkpoint wrote without holdfast, through torch's own
-reader: no code is run there either, but without digests wrong bytes go unnoticed.
+`ShardReader` reads into given tensors in place. `ForeignReader` reads what
+torch.distributed.checkpoint wrote without holdfast, through torch's own reader: without digests,
+wrong bytes go unnoticed. `LazyTensors` are views of mapped files for inference, read on access:
+files are never written, since the mapping is private; one may be removed while it is mapped, for
+example by retention, and its bytes stay until the last tensor is freed.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Self
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 
 from holdfast.caller import stop_if_left
 from holdfast.errors import CheckpointError, CorruptCheckpointError, is_process_failure
-from holdfast.format.dcp import SeamFileSystem, read_metadata
+from holdfast.format.dcp import (
+    TensorPlanner,
+    ValuePlanner,
+    read_metadata,
+    read_through_torch,
+)
 from holdfast.format.inventory import METADATA_NAME, list_names, names_at
 from holdfast.format.layout import container_of
-from holdfast.read.direct import Part, read_verified
-from holdfast.read.requests import Landing, Region, UncoveredError, Wanted, regions_of, waves
+from holdfast.read.direct import MappedFile, Part, read_verified
+from holdfast.read.requests import (
+    FileRequests,
+    ReadRequest,
+    Region,
+    UncoveredError,
+    part_of,
+    regions_of,
+    waves,
+)
 from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord
-
-
-class SafePlanner(DefaultLoadPlanner):
-    """Fills a flat state; non-tensor values are loaded weights-only."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(
-            value, weights_only=True, map_location="cpu"
-        )
-
-
-class RegionPlanner(SafePlanner):
-    """Gives torch's reader the targets of regions that were already planned."""
-
-    def __init__(self, regions: Iterable[Region]) -> None:
-        super().__init__()
-        self._regions = [(each.to_item(), each.target) for each in regions]
-        self._targets = {id(item): target for item, target in self._regions}
-        self.refusal: Exception | None = None
-        """What copying into a target raised: not the fault of any file."""
-
-    @property
-    def items(self) -> list[ReadItem]:
-        """What to read, as torch's ReadItems."""
-        return [item for item, _ in self._regions]
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        target = self._targets[id(read_item)]
-        if target.device.type == "cpu" and type(target) is torch.Tensor:
-            return target
-        return torch.empty(target.size(), dtype=target.dtype, device="cpu")
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Copy what was read into its target; keep its error apart from errors of reading."""
-        target = self._targets[id(read_item)]
-        if tensor is target:
-            return
-        try:
-            target.copy_(tensor)
-        except Exception as error:
-            self.refusal = error
-            raise
-
-
-class _SeamReader(FileSystemReader):
-    def __init__(self, files: Storage, metadata: Metadata) -> None:
-        super().__init__("")  # names relative to the storage
-        self.fs = SeamFileSystem(files)
-        self.storage_data = metadata.storage_data
 
 
 @dataclass(frozen=True)
@@ -174,15 +137,8 @@ class ShardReader:
         """
         values: dict[str, Any] = {}
         for name, content in self.read_contents(self.value_names()).items():
-            try:
-                values[name] = torch.load(
-                    io.BytesIO(content), weights_only=True, map_location="cpu"
-                )
-            except Exception as error:  # torch's own message explains how to run the code anyway
-                if is_process_failure(error):
-                    raise
-                where = str(self.path / self.place_of_value(name).relative_path)
-                raise CorruptCheckpointError(where, f"{name} asks for code, or is torn") from error
+            where = self.files.where(self.place_of_value(name).relative_path)
+            values[name] = _decode(content, where, name)
         return values
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
@@ -222,31 +178,31 @@ class ShardReader:
         """
         self.read(self.plan(targets))
 
-    def plan(self, targets: Mapping[str, torch.Tensor]) -> dict[str, Wanted]:
+    def plan(self, targets: Mapping[str, torch.Tensor]) -> dict[str, FileRequests]:
         """Return by file what has to be read to fill tensors, reading nothing; see `read_tensors`.
 
         Raises:
             CorruptCheckpointError: the stored chunks do not cover them.
         """
-        files: dict[str, Wanted] = {}
+        files: dict[str, FileRequests] = {}
         try:
             for region in regions_of(targets, self.metadata):
                 place = self.place_of(region.chunk)
-                self._sort(region, place, files.setdefault(place.relative_path, Wanted()))
+                self._sort(region, place, files.setdefault(place.relative_path, FileRequests()))
         except UncoveredError as error:
             raise CorruptCheckpointError(str(self.path / METADATA_NAME), str(error)) from error
         return files
 
-    def read(self, plan: Mapping[str, Wanted]) -> None:
+    def read(self, plan: Mapping[str, FileRequests]) -> None:
         """Fill what was planned, file by file.
 
         Raises:
             CorruptCheckpointError: see `read_tensors`.
         """
-        for name, wanted in plan.items():
+        for name, requests in plan.items():
             stop_if_left()
-            self._read_from(name, wanted)
-            self.taken[name] = self.taken.get(name, 0) + wanted.size_bytes
+            self._read_from(name, requests)
+            self.taken[name] = self.taken.get(name, 0) + requests.size_bytes
 
     def file_order(self, names: Iterable[str]) -> list[str]:
         """Return tensor names sorted by the position of their first bytes in the files."""
@@ -273,7 +229,7 @@ class ShardReader:
         ]
         return (places[0].relative_path, places[0].offset) if places else ("", 0)
 
-    def _sort(self, region: Region, place: Any, wanted: Wanted) -> None:
+    def _sort(self, region: Region, place: Any, requests: FileRequests) -> None:
         """Decide how a region is read: directly if its container allows it, otherwise by torch."""
         described = self.metadata.state_dict_metadata[region.chunk.fqn]
         assert isinstance(described, TensorStorageMetadata)
@@ -281,24 +237,26 @@ class ShardReader:
         container = container_of(dtype, region.chunk_size)
         if container.size_bytes != place.length:
             # For example a strided tensor: only its own pickle describes its layout.
-            wanted.foreign.append((region, range(place.offset, place.offset + place.length)))
+            requests.through_torch.append((region, _range_of(place)))
         else:
-            wanted.landings.append(Landing(region, place.offset, container, dtype))
+            requests.direct.append(ReadRequest(region, place.offset, container, dtype))
 
-    def _read_from(self, name: str, wanted: Wanted) -> None:
-        foreign = [region for region, _ in wanted.foreign]
-        for wave in waves(wanted.landings):
+    def _read_from(self, name: str, requests: FileRequests) -> None:
+        foreign = [region for region, _ in requests.through_torch]
+        for wave in waves(requests.direct):
             stop_if_left()
             parts = [part for request in wave for part in request.open()]
             self._read_parts(name, parts, [request.whole for request in wave])
             foreign += [request.region for request in wave if not request.close()]
         if foreign:
-            places = [self.metadata.storage_data[each.chunk] for each in foreign]
-            self._read_parts(
-                name, [], [range(each.offset, each.offset + each.length) for each in places]
-            )
-            planner = RegionPlanner(foreign)
-            self._read_through_torch(name, planner.items, planner)
+            places = [_range_of(self.place_of(each.chunk)) for each in foreign]
+            self._read_parts(name, [], places)
+            self._extract(name, foreign)
+
+    def _extract(self, name: str, regions: Sequence[Region]) -> None:
+        """Let torch extract regions from the containers in a file."""
+        planner = TensorPlanner([(each.to_item(), each.target) for each in regions])
+        read_through_torch(self.files, name, self.metadata, planner, planner.items)
 
     def _read_parts(self, name: str, parts: list[Part], ranges: Sequence[range] = ()) -> None:
         try:
@@ -311,32 +269,6 @@ class ShardReader:
             names = list_names(names_at(self.metadata.storage_data, name, error.byte_range))
             raise CorruptCheckpointError(
                 error.path, error.reason + names, error.byte_range
-            ) from error
-
-    def _read_through_torch(
-        self, name: str, items: Sequence[ReadItem], planner: SafePlanner
-    ) -> None:
-        """Let torch read containers.
-
-        Raises:
-            CorruptCheckpointError: it cannot, and neither this process nor a target is the cause.
-        """
-        reader = _SeamReader(self.files, self.metadata)
-        try:
-            reader.read_data(LoadPlan(list(items)), planner).wait()
-        except pickle.UnpicklingError as error:
-            # torch's own message explains how to run the code anyway.
-            raise CorruptCheckpointError(
-                str(self.path / name), "an item asks for code, or is torn"
-            ) from error
-        except (OSError, CheckpointError):  # already specific
-            raise
-        except Exception as error:  # torn archives can raise anything
-            if is_process_failure(error) or error is getattr(planner, "refusal", None):
-                raise
-            summary = str(error).partition("\n")[0] or type(error).__name__
-            raise CorruptCheckpointError(
-                str(self.path / name), f"an item cannot be read: {summary}"
             ) from error
 
 
@@ -364,19 +296,116 @@ class ForeignReader(ShardReader):
 
     def read_values(self) -> dict[str, Any]:
         """Return all non-tensor values by flat name."""
-        values: dict[str, Any] = dict.fromkeys(self.value_names())
-        planner = SafePlanner()
-        planner.set_up_planner(values, self.metadata, is_coordinator=True)
+        planner = ValuePlanner(self.value_names(), self.metadata)
         files: dict[str, list[ReadItem]] = {}
-        for item in planner.finish_plan(planner.create_local_plan()).items:
+        for item in planner.items:
             files.setdefault(self.place_of(item.storage_index).relative_path, []).append(item)
         for name, items in files.items():
-            self._read_through_torch(name, items, planner)
-        return values
+            read_through_torch(self.files, name, self.metadata, planner, items)
+        return planner.values
 
-    def _sort(self, region: Region, place: Any, wanted: Wanted) -> None:
-        wanted.foreign.append((region, range(place.offset, place.offset + place.length)))
+    def _sort(self, region: Region, place: Any, requests: FileRequests) -> None:
+        requests.through_torch.append((region, _range_of(place)))
 
-    def _read_from(self, name: str, wanted: Wanted) -> None:
-        planner = RegionPlanner(region for region, _ in wanted.foreign)
-        self._read_through_torch(name, planner.items, planner)
+    def _read_from(self, name: str, requests: FileRequests) -> None:
+        self._extract(name, [region for region, _ in requests.through_torch])
+
+
+class LazyTensors(Mapping[str, torch.Tensor]):
+    """The tensors of one checkpoint by name; each access returns a new view or a new copy.
+
+    A tensor stored in one piece is a view of the file; one saved in several chunks is assembled in
+    memory of its own. Safe to share between threads.
+    """
+
+    def __init__(self, reader: ShardReader, prefix: str = "", *, verify: bool = True) -> None:
+        """`prefix`: only names that begin with it, shown without it. `verify`: check digests."""
+        self._reader = reader
+        self._described = {
+            name.removeprefix(prefix): (name, each)
+            for name, each in reader.tensors().items()
+            if name.startswith(prefix)
+        }
+        self._verify = verify
+        self._files: dict[str, MappedFile] = {}
+        self._lock = Lock()
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's directory."""
+        return self._reader.path
+
+    def __len__(self) -> int:
+        return len(self._described)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._described  # without touching the tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor, its blocks verified on first access.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CorruptCheckpointError: naming file, block and tensor.
+        """
+        full_name, described = self._described[name]
+        chunks = [self._chunk(full_name, described, each) for each in described.chunks]
+        if len(chunks) == 1 and chunks[0].size() == described.size:
+            return chunks[0]
+        whole = torch.empty(described.size, dtype=described.properties.dtype, device="cpu")
+        missing = whole.numel()
+        for chunk, stored in zip(chunks, described.chunks, strict=True):
+            part_of(whole, stored.offsets, stored.sizes).copy_(chunk)
+            missing -= chunk.numel()
+        if missing > 0:
+            raise CorruptCheckpointError(str(self.path), f"has no place for all of {full_name}")
+        return whole
+
+    def _chunk(self, name: str, described: TensorStorageMetadata, stored: Any) -> torch.Tensor:
+        dtype, size = described.properties.dtype, stored.sizes
+        place = self._reader.place_of(MetadataIndex(name, stored.offsets))
+        file = self._file(place.relative_path)
+        file.verify(_range_of(place), name)
+        content = file.content[place.offset : place.offset + place.length]
+        container = container_of(dtype, size)
+        header = container.header
+        if container.size_bytes != len(content) or content[: len(header)] != header:
+            found = _decode(content, file.where, name)  # for example a strided tensor
+            if not isinstance(found, torch.Tensor):
+                raise CorruptCheckpointError(file.where, f"{name} is no tensor")
+            return found
+        if not prod(size):
+            return torch.empty(size, dtype=dtype, device="cpu")
+        payload = content[len(header) : len(header) + container.payload_bytes]
+        if (place.offset + len(header)) % dtype.itemsize:  # possible in files of other writers
+            payload = memoryview(bytearray(payload))
+        return torch.frombuffer(payload, dtype=dtype).view(size)
+
+    def _file(self, name: str) -> MappedFile:
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = MappedFile.open(
+                    self._reader.files, name, self._reader.records[name] if self._verify else None
+                )
+            return self._files[name]
+
+
+def _decode(content: bytes | bytearray | memoryview, where: str, name: str) -> Any:
+    """Return a value or tensor from its container, running no code from it.
+
+    Raises:
+        CorruptCheckpointError: it needs code, or is torn.
+    """
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch's own message explains how to run the code anyway
+        if is_process_failure(error):
+            raise
+        raise CorruptCheckpointError(where, f"{name} asks for code, or is torn") from error
+
+
+def _range_of(place: Any) -> range:
+    return range(place.offset, place.offset + place.length)

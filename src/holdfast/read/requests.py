@@ -26,12 +26,11 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.tensor import DTensor
 
+from holdfast.format.items import PLAIN_TENSORS
 from holdfast.format.layout import Container
 from holdfast.read.direct import Part, blocks_of
 from holdfast.storage.digests import BLOCK_BYTES
 from holdfast.torch_internals import chunks_of, local_of_dtensor, spec_of
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class Region(NamedTuple):
@@ -70,9 +69,9 @@ def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Itera
         assert isinstance(described, TensorStorageMetadata)
         if described.size != target.size():
             raise ValueError(f"{name} is {list(described.size)}, here {list(target.size())}")
-        if type(target) in _PLAIN:
+        if type(target) in PLAIN_TENSORS:
             yield from _within(name, described, (0,) * target.dim(), target.size(), target.detach())
-        elif type(target) is DTensor and type(local_of_dtensor(target)) in _PLAIN:
+        elif type(target) is DTensor and type(local_of_dtensor(target)) in PLAIN_TENSORS:
             if target.device_mesh.get_coordinate() is None:
                 continue
             # Equal for all tensors with the same spec, and slow to compute.
@@ -115,10 +114,7 @@ def _within(
             continue
         here = torch.Size(low - offset for low, offset in zip(lows, offsets, strict=True))
         there = torch.Size(low - offset for low, offset in zip(lows, chunk.offsets, strict=True))
-        target = local
-        if lengths != local.size():
-            for dimension, (start, length) in enumerate(zip(here, lengths, strict=True)):
-                target = target.narrow(dimension, start, length)
+        target = local if lengths == local.size() else part_of(local, here, lengths)
         missing -= prod(lengths)
         yield Region(MetadataIndex(name, chunk.offsets), there, lengths, chunk.sizes, target)
     if missing > 0:
@@ -153,7 +149,7 @@ MOST_PIECES = 2 * (BLOCK_BYTES // _ALONE_BYTES) + 1
 """Upper bound per block: the large payloads and the gaps between them."""
 
 
-class Landing:
+class ReadRequest:
     """A read request: one region of one stored chunk to be read into one target."""
 
     def __init__(
@@ -228,9 +224,10 @@ class Landing:
                 self._read_size, dtype=self._dtype, device="cpu", pin_memory=pinned
             )
         self._header = bytearray(len(self._container.header))
+        payload: Any = bytes_of(self._memory)
         return [
             Part(self._offset, memoryview(self._header)),
-            Part(self.payload.start, _bytes_of(self._memory)),
+            Part(self.payload.start, memoryview(payload.numpy())),
         ]
 
     def close(self) -> bool:
@@ -239,42 +236,39 @@ class Landing:
         if recognised and not self._in_place:
             source, region = self._memory, self.region
             if self._read_size != region.lengths:
-                for dimension, (start, length) in enumerate(
-                    zip(region.starts, region.lengths, strict=True)
-                ):
-                    source = source.narrow(dimension, start, length)
+                source = part_of(source, region.starts, region.lengths)
             self.region.target.copy_(source)
         del self._memory
         return recognised
 
 
 @dataclass
-class Wanted:
+class FileRequests:
     """The read requests for one file."""
 
-    landings: list[Landing] = field(default_factory=list)
-    foreign: list[tuple[Region, range]] = field(default_factory=list)
+    direct: list[ReadRequest] = field(default_factory=list)
+    through_torch: list[tuple[Region, range]] = field(default_factory=list)
     """Regions that only torch can extract, each with the byte range of its container."""
 
     @property
     def ranges(self) -> list[range]:
         """The bytes that must be read and verified."""
         return [
-            *(each for request in self.landings for each in request.ranges),
-            *(place for _, place in self.foreign),
+            *(each for request in self.direct for each in request.ranges),
+            *(place for _, place in self.through_torch),
         ]
 
     @property
     def containers(self) -> list[range]:
         """The bytes that are needed if torch has to extract everything from its containers."""
-        places = [place for _, place in self.foreign]
-        return [*(each.container for each in self.landings), *places]
+        places = [place for _, place in self.through_torch]
+        return [*(each.container for each in self.direct), *places]
 
     @property
     def size_bytes(self) -> int:
         """The bytes read of tensors."""
-        direct = sum(each.size_bytes for each in self.landings)
-        return direct + sum(len(place) for _, place in self.foreign)
+        direct = sum(each.size_bytes for each in self.direct)
+        return direct + sum(len(place) for _, place in self.through_torch)
 
 
 class Piece(NamedTuple):
@@ -282,7 +276,7 @@ class Piece(NamedTuple):
 
     place: range
     """In the file."""
-    landing: Landing | None
+    request: ReadRequest | None
     """The request whose payload they are; they arrive in place. None: of several, or of none."""
 
 
@@ -294,17 +288,17 @@ class Intake:
     of a request.
     """
 
-    def __init__(self, requests: Sequence[Landing]) -> None:
-        self._touched: dict[int, list[Landing]] = {}
-        self._missing: dict[Landing, set[int]] = {}
+    def __init__(self, requests: Sequence[ReadRequest]) -> None:
+        self._touched: dict[int, list[ReadRequest]] = {}
+        self._missing: dict[ReadRequest, set[int]] = {}
         for request in requests:
             numbers = blocks_of(request.ranges)
             self._missing[request] = numbers
             for number in numbers:
                 self._touched.setdefault(number, []).append(request)
-        self._opened: dict[Landing, list[Part]] = {}
+        self._opened: dict[ReadRequest, list[Part]] = {}
         self._lock = threading.Lock()
-        self.unrecognised: list[Landing] = []
+        self.unrecognised: list[ReadRequest] = []
         """Requests whose container is not the expected one: their targets hold wrong bytes."""
 
     @property
@@ -364,7 +358,7 @@ class Intake:
                 is_payload = part.offset == request.payload.start
                 first = max(0, bisect_right(starts, part.offset) - 1)
                 for index in range(first, bisect_left(starts, part.end)):
-                    if not (is_payload and pieces[index].landing is request):
+                    if not (is_payload and pieces[index].request is request):
                         _copy_common(part, starts[index], contents[index])
         for request in touched:
             with self._lock:
@@ -397,9 +391,9 @@ def _copy(target: memoryview, source: memoryview) -> None:
         np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
-def waves(requests: Sequence[Landing]) -> Iterator[list[Landing]]:
+def waves(requests: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:
     """Group read requests so that each group needs a bounded amount of extra host memory."""
-    wave: list[Landing] = []
+    wave: list[ReadRequest] = []
     extra_bytes = 0
     for request in requests:
         if wave and extra_bytes + request.extra_bytes > _WAVE_BYTES:
@@ -423,7 +417,13 @@ def _strides(size: Sequence[int]) -> list[int]:
     return [prod(size[index + 1 :]) for index in range(len(size))]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    array: Any = flat.numpy()
-    return memoryview(array)
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a contiguous tensor, sharing its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def part_of(tensor: torch.Tensor, starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    """Return a box of a tensor, sharing its memory."""
+    for dimension, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tensor = tensor.narrow(dimension, start, length)
+    return tensor

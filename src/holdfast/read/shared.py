@@ -20,8 +20,10 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from holdfast.errors import CheckpointError
+from holdfast.format.items import PLAIN_TENSORS
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
+from holdfast.read.requests import bytes_of
 from holdfast.torch_internals import copy_each, local_of, local_of_dtensor
 
 BACKEND_PATIENCE = 10
@@ -60,7 +62,6 @@ def device_types() -> set[str]:
 
 _BUCKET_BYTES = 32 << 20
 """Tensors smaller than this are batched in a buffer of this size."""
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class Reading(Protocol):
@@ -170,7 +171,7 @@ class ReadShared:
         for owner, part in enumerate(self._parts):
             buckets: dict[torch.device, list[torch.Tensor]] = {}
             for name in part:
-                flat = _bytes_of(targets[name])
+                flat = bytes_of(local_of(targets[name]).detach())
                 if len(flat) >= _BUCKET_BYTES:
                     yield owner, [flat], None
                     continue
@@ -219,13 +220,8 @@ def _is_whole(target: torch.Tensor) -> bool:
             return False
         target = local_of_dtensor(target)
     return (
-        type(target) in _PLAIN
+        type(target) in PLAIN_TENSORS
         and target.numel() > 0
         and target.is_contiguous()
         and not (target.is_conj() or target.is_neg())
     )
-
-
-def _bytes_of(target: torch.Tensor) -> torch.Tensor:
-    local = local_of(target)
-    return local.detach().as_strided((local.numel(),), (1,)).view(torch.uint8)

@@ -24,18 +24,9 @@ import torch
 import xxhash
 
 from holdfast.format.dcp import encode_metadata
-from holdfast.format.items import Inventory, Source
+from holdfast.format.items import NO_PLAN, Inventory, Source, choose, pack_record, propose
 from holdfast.format.layout import Item, Layout, lay_out
-from holdfast.format.plan import (
-    NO_PLAN,
-    Decision,
-    Record,
-    choose,
-    decide,
-    judge,
-    shard_name,
-)
-from holdfast.format.proposals import propose
+from holdfast.format.plan import Decision, decide, judge, shard_name
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena, StreamedShard, allocate, image_bytes
@@ -257,15 +248,15 @@ class ShardSaver:
             taken.append(inventory)
             fits = plan is not None and plan.structure == inventory.structure
             identity = plan.identity if plan is not None and fits else NO_PLAN
-            return Record(inventory.structure, identity).pack()
+            return pack_record(inventory.structure, identity)
 
         structures = plan.structures if plan is not None else None
-        verdict = coordinator.all_reduce(
+        reason = coordinator.all_reduce(
             "capture", describe, lambda records: judge(records, structures)
         )
-        if plan is None or not verdict.is_current:
+        if plan is None or reason is not None:
             if plan is not None and coordinator.rank == 0:
-                logger.info("planning again: %s", verdict.reason)
+                logger.info("planning again: %s", reason)
             plan = self._plan = _make_plan(taken[0], coordinator, nodes)
         return plan, taken[0]
 

@@ -7,8 +7,8 @@ moment at which a checkpoint becomes visible. There is no rename of an object, n
 descriptor and no link in this protocol: how a storage keeps its promises is its own matter.
 
 A storage that fails raises OSError with the full name in `filename`. A name that `is_name` refuses
-is a ValueError. `holdfast.testing.StorageContract` checks the promises of an
-implementation.
+is a ValueError; `under` takes any name that stays below the root.
+`holdfast.testing.StorageContract` checks the promises of an implementation.
 """
 
 from __future__ import annotations
@@ -193,21 +193,34 @@ class Storage(Protocol):
 
 def is_name(name: str) -> bool:
     """Whether a name stays below the root of a storage, and a message can show it."""
-    if not name or "\\" in name or not name.isprintable():
-        return False
-    path = PurePosixPath(name)
-    parts = path.parts
-    return bool(parts) and not path.is_absolute() and ".." not in parts and str(path) == name
+    return _stays_below(name) and "\\" not in name and name.isprintable()
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that may lead out of a storage.
+    """Refuse a name that may lead out of a storage, or that a message cannot show.
+
+    Raises:
+        ValueError: it is such a name.
+    """
+    if not is_name(name):
+        raise ValueError(f"{name!r} is no name of an object")
+
+
+def check_group(name: str) -> None:
+    """Refuse a name that may lead out of a storage; groups of other writers have any other.
 
     Raises:
         ValueError: it does.
     """
-    if not is_name(name):
-        raise ValueError(f"{name!r} is no name of an object")
+    if not _stays_below(name):
+        raise ValueError(f"{name!r} is no name of a group")
+
+
+def _stays_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    parts = path.parts
+    is_inside = bool(parts) and not path.is_absolute() and ".." not in parts
+    return is_inside and str(path) == name and "\0" not in name
 
 
 def pending_name(name: str) -> str:

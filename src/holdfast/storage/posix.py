@@ -25,6 +25,7 @@ from holdfast.storage.backend import (
     Append,
     Entry,
     GroupUnreachableError,
+    check_group,
     check_name,
     is_name,
     pending_name,
@@ -46,7 +47,8 @@ class PosixStorage:
         return str(self._root / name)
 
     def under(self, group: str) -> Self:
-        return type(self)(self._path(group), self._filesystem)
+        check_group(group)
+        return type(self)(self._root / group, self._filesystem)
 
     def prepare(self) -> None:
         make_durable_directory(self._filesystem, self._root)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import (
-    CheckpointNotFoundError,
     CorruptCheckpointError,
     FormatTooNewError,
     is_process_failure,
@@ -157,28 +156,6 @@ class Store:
         broken.sort(key=lambda each: each.iteration, reverse=True)
         too_new.sort(key=lambda each: each.iteration, reverse=True)
         return Listing(tuple(checkpoints), tuple(broken), tuple(too_new))
-
-    def find(self, iteration: int) -> Checkpoint:
-        """Open the checkpoint of one iteration, damaged ones included in the search.
-
-        Raises:
-            CheckpointNotFoundError: there is none.
-            CorruptCheckpointError: its manifest is missing or damaged.
-        """
-        listing = self.listing()
-        for each in listing.checkpoints:
-            if each.iteration == iteration:
-                return each
-        for damaged in listing.broken:
-            if damaged.iteration == iteration:
-                raise CorruptCheckpointError(str(damaged.path), damaged.reason)
-        for newer in listing.too_new:
-            if newer.iteration == iteration:
-                raise newer.error
-        present = ", ".join(str(each.iteration) for each in listing.checkpoints) or "none"
-        raise CheckpointNotFoundError(
-            f"{self.root} has no checkpoint of iteration {iteration}; it has: {present}."
-        )
 
     def read_tracker(self) -> tuple[int | None, str]:
         """Return the tracker's iteration and, where that is None, the reason."""

@@ -19,6 +19,7 @@ from holdfast.storage.backend import (
     REPLACED_MARK,
     Append,
     Entry,
+    check_group,
     check_name,
     pending_name,
     replaced_name,
@@ -46,7 +47,8 @@ class MemoryStorage:
         return f"{self._root}/{name}" if name else self._root
 
     def under(self, group: str) -> Self:
-        return type(self)(self._full(group), self._contents)
+        check_group(group)
+        return type(self)(self.where(group), self._contents)
 
     def prepare(self) -> None:
         """See the protocol."""

@@ -19,9 +19,10 @@ from holdfast.storage.backend import Storage, as_stream, pending_name
 
 OpenStorage = Callable[[], Storage]
 
+UNSHOWABLE_NAMES = ("a\nb", "a\\b")
 HOSTILE_NAMES = (
-    "", ".", "..", "../x", "/x", "a/../../x", "a/..", "a//b", "./a", "a/", "a/./b", "a\0b", "a\nb",
-    "a\\b",
+    "", ".", "..", "../x", "/x", "a/../../x", "a/..", "a//b", "./a", "a/", "a/./b", "a\0b",
+    *UNSHOWABLE_NAMES,
 )  # fmt: skip
 _CONTENTS = (b"", b"x", b"0123456789" * 1000)
 _BLOCKS = (4096, 1, 0, 5000, 8 << 20, 4096, 3)
@@ -130,7 +131,6 @@ class StorageContract:
             lambda: storage.replace(name, b"x"),
             lambda: storage.put_from(name).__enter__(),
             lambda: storage.begin(name),
-            lambda: storage.under(name),
             lambda: storage.delete(name),
             lambda: storage.retract(name),
             lambda: storage.restore(name, "a"),
@@ -141,6 +141,8 @@ class StorageContract:
             lambda: storage.size_bytes(name),
             lambda: storage.open(name).__enter__(),
         ]
+        if name not in UNSHOWABLE_NAMES:  # other writers' groups have such names
+            attempts.append(lambda: storage.under(name))
         storage.begin("a")
         for attempt in attempts:
             with pytest.raises(ValueError, match="name"):

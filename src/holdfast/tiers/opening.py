@@ -30,8 +30,7 @@ from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
 from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.read.lazy import LazyTensors
-from holdfast.read.reader import ForeignReader, ShardReader
+from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
 from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord, find_difference

@@ -452,30 +452,31 @@ class Availability:
         }
         senders = {each.id_: each.sender for each in plan.entries if each.receiver == rank}
         sinks = {owner: files.sink() for owner in senders}
+        outcomes: list[tuple[int, str, str | None]] = []
         try:
             replication.exchange(plan, rank, sources, sinks)
+            for owner, sink in sinks.items():
+                try:
+                    sink.seal(self._run.run_id, candidate.commit, owner)
+                except CorruptCheckpointError as error:
+                    sender = senders[owner]
+                    path = listed[sender][owner].path
+                    self.note_damage(path, sender)
+                    files.drop_received(sink)
+                    outcomes.append((sender, path, f"{path} on rank {sender}: {error.reason}"))
+                    continue
+                files.publish_received(sink)
+                for final, replaced in files.settle():
+                    outcomes.append((rank, f"{rank}/{final.name}", None))
+                    if replaced is not None:
+                        files.retire(replaced)  # damaged: a sound one would not have been fetched
+        except BaseException:
+            for sink in sinks.values():
+                files.drop_received(sink)  # those that were not published
+            raise
         finally:
             for source in sources.values():
                 source.close()
-        outcomes: list[tuple[int, str, str | None]] = []
-        for owner, sink in sinks.items():
-            try:
-                sink.seal(self._run.run_id, candidate.commit, owner)
-            except CorruptCheckpointError as error:
-                sender = senders[owner]
-                path = listed[sender][owner].path
-                self.note_damage(path, sender)
-                files.drop_received(sink)
-                outcomes.append((sender, path, f"{path} on rank {sender}: {error.reason}"))
-                continue
-            except OSError:
-                files.drop_received(sink)
-                raise
-            files.publish_received(sink)
-            for final, replaced in files.settle():
-                outcomes.append((rank, f"{rank}/{final.name}", None))
-                if replaced is not None:
-                    files.retire(replaced)  # damaged: a sound file would not have been fetched
         files.sync_names()
         return outcomes
 

@@ -26,7 +26,7 @@ from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import Part, blocks_of, read_verified
 from holdfast.read.reader import ShardReader
-from holdfast.read.requests import Intake, Wanted
+from holdfast.read.requests import FileRequests, Intake
 from holdfast.storage.backend import ObjectReader, Storage
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
@@ -77,7 +77,7 @@ class PeerFetch:
     """Whether no rank reads anything from a peer; the same on every rank."""
     widen: Callable[[ShardReader], None] | None = None
     """Collective: exchange the indexes of all shards and extend the reader."""
-    _plan: Mapping[str, Wanted] | None = None
+    _plan: Mapping[str, FileRequests] | None = None
     _straight: Sequence[Sequence[Block]] = ()
     """By rank: the blocks that are received straight into its tensors."""
     _has_files: bool = False
@@ -147,9 +147,9 @@ class PeerFetch:
         """By path: the shards that are fetched from a peer."""
         return {each.path: each for each in self.shards if each.provider is not None}
 
-    def _needs_file(self, wanted: Wanted) -> bool:
+    def _needs_file(self, wanted: FileRequests) -> bool:
         """Whether this part of a remote shard can only be read from a file."""
-        return bool(wanted.foreign) or self.commit in self.available.unusual
+        return bool(wanted.through_torch) or self.commit in self.available.unusual
 
     # -- transfer --------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class PeerFetch:
             return
         remote = self._remote
         intakes = {
-            path: Intake(wanted.landings)
+            path: Intake(wanted.direct)
             for path, wanted in self._plan.items()
             if path in remote and not self._needs_file(wanted)
         }
