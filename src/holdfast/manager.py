@@ -78,9 +78,9 @@ class DefaultCheckpointManager:
     ) -> None:
         """Check the configuration and its directories; nothing is created yet.
 
-        `filesystem`: the operations that files are written and read by, for tests of faults. None: the
-        mounted file systems.
-        `clock` is what the alarm of overdue checkpoints is measured by, in seconds.
+        `filesystem`: the operations that files are written and read by, for tests of faults. None:
+        the mounted file systems. `clock`: what the alarm of overdue checkpoints is measured by, in
+        seconds.
 
         Raises:
             ConfigError: with every problem of the configuration.
