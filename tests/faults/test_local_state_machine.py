@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -31,7 +30,7 @@ from tests.faults.jobs import Job, load, train_to
 from tests.faults.local_crashes import check_at_rest
 from tests.faults.local_stories import Story, start
 from tests.faults.report import record
-from tests.faults.tiers import FULL, Left
+from tests.faults.tiers import Left, sequences
 from tests.support.kernel_calls import Call, tree_of
 
 pytest.importorskip("nvidia_resiliency_ext")
@@ -225,12 +224,5 @@ class Runs(RuleBasedStateMachine):
             check_at_rest(self.story, left)
 
 
-Runs.TestCase.settings = settings(
-    max_examples=300 if FULL else 16,
-    stateful_step_count=25 if FULL else 12,
-    derandomize=not FULL,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+Runs.TestCase.settings = sequences(examples=16, steps=12)
 TestAnySequence = Runs.TestCase

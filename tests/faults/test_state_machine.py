@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -26,7 +25,7 @@ from holdfast.errors import (
 from tests.faults.crashes import ROOT, Story, check_at_rest, start
 from tests.faults.jobs import Job, train_to
 from tests.faults.report import record
-from tests.faults.tiers import FULL
+from tests.faults.tiers import sequences
 from tests.support.crash_filesystem import CrashFilesystem, PowerCut, aftermaths
 
 FOREIGN = ("notes.txt", "iter_10", "iter_0000010.bak", "iter_0000010.pending-zz", "run.json~",
@@ -162,12 +161,5 @@ class Runs(RuleBasedStateMachine):
             assert tree.get(str(Path(ROOT, name))) == content, f"{name} was touched"
 
 
-Runs.TestCase.settings = settings(
-    max_examples=300 if FULL else 25,
-    stateful_step_count=25 if FULL else 14,
-    derandomize=not FULL,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+Runs.TestCase.settings = sequences(examples=25, steps=14)
 TestAnySequence = Runs.TestCase

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 FULL = os.environ.get("HOLDFAST_FAULTS") == "full"
 """Leave nothing out, however long it takes."""
@@ -27,6 +28,18 @@ NEEDS_LOCAL = pytest.mark.skipif(
 
 What = TypeVar("What")
 Known = TypeVar("Known")
+
+
+def sequences(examples: int, steps: int) -> settings:
+    """Return how many sequences of how many steps a state machine tries in the regular run."""
+    return settings(
+        max_examples=300 if FULL else examples,
+        stateful_step_count=25 if FULL else steps,
+        derandomize=not FULL,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
 
 
 class Violation(AssertionError):
