@@ -1,9 +1,10 @@
 """holdfast's own checkpoint manager: the order of the stages, and only the order.
 
-A save: settle the previous one, be admitted to the store, capture, stage, then write, commit and
-retain on a thread. A load: resolve, open, compare, and only then touch live state: tensors,
-verified as they are read, optimizer, scheduler, data, RNG, counters. Promises that all ranks take
-every stage together and that an outcome is reported once. What a stage does is in its module.
+A save: finish the previous one, be admitted to the store, capture, stage, then write, commit and
+prune on a thread. A load: select, open, compare, and only then touch live state: tensors, verified
+as they are read, optimizer, scheduler, data, RNG, counters. Promises that all ranks take every
+stage together and that an outcome is reported once. What a stage does is in its module; which tier
+does it, in `tiers`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,7 @@ from holdfast.errors import (
     SaveAbandonedError,
     StageFailedError,
 )
-from holdfast.events import (
-    ON_CHECKPOINT_STAGED,
-)
+from holdfast.events import ON_CHECKPOINT_STAGED
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.policies.guards import Alarm, StepOrder
 from holdfast.protocol import (
@@ -79,8 +78,9 @@ class DefaultCheckpointManager:
     ) -> None:
         """Check the configuration and its directories; nothing is created yet.
 
-        `filesystem` is the seam for faults and other storage; None: the mounted file systems.
-        `clock` is what the alarm of overdue checkpoints is measured by, in seconds.
+        `filesystem`: the operations that files are written and read by, for tests of faults. None:
+        the mounted file systems. `clock`: what the alarm of overdue checkpoints is measured by, in
+        seconds.
 
         Raises:
             ConfigError: with every problem of the configuration.

@@ -183,3 +183,25 @@ def test_every_recipe_that_pages_name_exists(page: Path) -> None:
     files = set(re.findall(r"(?<![\w/])((?:recipes|configs|benchmarks)/[\w/]+\.(?:py|yaml))", text))
     files |= {f"configs/recipe/{name}.yaml" for name in re.findall(r"\brecipe=(\w+)", text)}
     assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
+
+
+def test_every_module_is_listed_in_the_architecture() -> None:
+    """The tree in docs/architecture.md has each module once, in its folder, and no other."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    tree = page.split("## Modules")[1].split("```")[1]
+    listed: list[str] = []
+    folders: list[str] = []
+    for line in filter(str.strip, tree.splitlines()):
+        name, *_ = re.split(r" {3,}", line.strip(), maxsplit=1)
+        depth = (len(line) - len(line.lstrip())) // 2
+        if name.endswith("/"):
+            folders = [*folders[:depth], name]
+        elif re.fullmatch(r"\w+(  \w+)*", name):  # else the line before goes on
+            listed += ["".join(folders[:depth]) + each for each in name.split()]
+    package = ROOT / "src/holdfast"
+    modules = [
+        str(each.relative_to(package).with_suffix(""))
+        for each in package.rglob("*.py")
+        if each.name != "__init__.py"
+    ]
+    assert sorted(listed) == sorted(modules)

@@ -3,22 +3,21 @@
 Owns how ranks wait for one another: through the rendezvous store, with a deadline in every wait,
 and never in a collective. Promises that a stage which fails on one rank fails on all of them with
 the same named reason, that a rank which never arrives is named, and that any thread may hold a
-channel of its own beside the trainer's process groups. The single process is the null case and
-needs no torch.distributed. Values are pickled: the ranks of one job trust each other, files are
-never read so.
+channel of its own beside the trainer's process groups. The requests that a rank sends do not grow
+in number with the ranks, where the store can append; a verdict is stored once for all. The single
+process is the null case and needs no torch.distributed.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from holdfast.errors import CheckpointError, RankFailure, StageFailedError, StageTimeoutError
+from holdfast.ranks.store import StoreClient
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,8 @@ _NOTICE_SECONDS = 20.0
 """Rank 0 logs which ranks it still waits for after this long, once in each stage."""
 _ENTRY = "entry"
 """Where ranks meet first in each call, whatever they call the stage."""
+_FEW_RANKS = 4
+"""With so few ranks, one list of outcomes takes more requests than a key for each."""
 _CALLS_KEPT = 4
 """A rank that misses this many calls in a row is not met again; the others waited in each."""
 
@@ -150,13 +151,22 @@ class StoreCoordinator:
     """Ranks meet at keys of the job's rendezvous store, each with a client of its own."""
 
     def __init__(
-        self, store: Any, rank: int, world_size: int, timeout_seconds: float, channel: str
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        channel: str,
+        *,
+        list_above: int = _FEW_RANKS,
     ) -> None:
+        """`list_above`: with more ranks than this, their outcomes are appended to one list."""
         self.rank = rank
         self.world_size = world_size
-        self._store = store
+        self._store = StoreClient(store, rank)
         self.timeout_seconds = timeout_seconds
         self._channel = channel
+        self._list_above = list_above
         self._call = 0
         self._was_late = False
         """Whether this rank came to the last call when that had been decided without it."""
@@ -184,9 +194,14 @@ class StoreCoordinator:
             self._next_turn(_ENTRY),
             outcome,
             cause,
-            lambda calls: [judge(calls)] * self.world_size,
+            judge,
         )
         return call, verdict
+
+    @property
+    def _shares_list(self) -> bool:
+        """Whether ranks append the outcomes of a turn to one list: one request for rank 0."""
+        return self.world_size > self._list_above and self._store.has_lists
 
     def _find_call(self, stage: str, own: tuple[str, Any]) -> int:
         """Return the number of the call that rank 0 begins now, or is in.
@@ -198,25 +213,26 @@ class StoreCoordinator:
         """
         newest, joined = f"{self._channel}/calls", f"{self._channel}/joined/{self.rank}"
         if self.rank == 0:
-            call = self._add(newest, 0, stage) + 1
+            call = self._store.add(newest, 0, stage) + 1
             # Its name first: a rank that sees the number must not wait for the name of a dead rank.
-            self._set(self._begun(call), own[1][0] if own[0] == "value" else None, stage)
-            self._add(newest, 1, stage)
+            self._store.set(self._begun(call), own[1][0] if own[0] == "value" else None, stage)
+            self._store.add(newest, 1, stage)
             if call > _CALLS_KEPT:
                 self._spent_keys.append(self._begun(call - _CALLS_KEPT))
             return call
-        call = last = self._add(joined, 0, stage)  # also by other coordinators of this channel
+        # Counted also by other coordinators of this channel.
+        call = last = self._store.add(joined, 0, stage)
         while True:
             begun = self._begun(call + 1)
-            if not self._wait(begun, self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
+            if not self._store.wait([begun], self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
                 raise StageTimeoutError(stage, [0], self.timeout_seconds)
-            call = max(call + 1, self._add(newest, 0, stage))
-            is_same = own[0] == "value" and own[1][0] == self._get(self._begun(call), stage)
-            reply = f"{self._channel}/{call}/{_ENTRY}/1/reply/{self.rank}"
-            is_decided = self._is_there(reply, stage)
+            call = max(call + 1, self._store.add(newest, 0, stage))
+            is_same = own[0] == "value" and own[1][0] == self._store.get(self._begun(call), stage)
+            reply = f"{self._channel}/{call}/{_ENTRY}/1/reply"
+            is_decided = self._store.is_there(reply, stage)
             if not is_decided or (is_same and not self._was_late):
                 self._was_late = is_decided
-                self._add(joined, call - last, stage)
+                self._store.add(joined, call - last, stage)
                 return call
 
     def _begun(self, call: int) -> str:
@@ -235,39 +251,53 @@ class StoreCoordinator:
             StageFailedError: the work raised anything else, on any rank; on every rank.
             StageTimeoutError: ranks did not arrive in time.
         """
-        everything: list[T] = self._meet(stage, work, lambda outcomes: [outcomes] * self.world_size)
+        everything: list[T] = self._meet(stage, work, lambda outcomes: outcomes)
         return everything
 
     def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
         """Run the work on every rank; errors as `all_gather`."""
-        nothing = [None] * (self.world_size - 1)
-        share: list[T] | None = self._meet(stage, work, lambda outcomes: [outcomes, *nothing])
-        return share
+        found: list[T] = []
+        self._meet(stage, work, found.extend)
+        return found if self.rank == 0 else None
 
     def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
         """Run the work on every rank and judge it on rank 0; errors as `all_gather`."""
-        verdict: R = self._meet(stage, work, lambda outcomes: [judge(outcomes)] * self.world_size)
+        verdict: R = self._meet(stage, work, judge)
         return verdict
 
     def broadcast(self, stage: str, work: Callable[[], T]) -> T:
         """Run the work on rank 0; errors as `all_gather`."""
-        return self.scatter(stage, lambda: [work()] * self.world_size)
+        turn = self._next_turn(stage)
+        if self.rank > 0:
+            return self._await_reply(stage, f"{turn}/reply", None)  # type: ignore[no-any-return]  # pickled
+        outcome, cause = self._attempt(work)
+        verdict = self._settle(stage, [outcome], lambda values: values[0])
+        self._reply(stage, turn, verdict)
+        return self._unpack(verdict, cause)  # type: ignore[no-any-return]  # pickled
 
     def scatter(self, stage: str, work: Callable[[], Sequence[T]]) -> T:
         """Run the work on rank 0; errors as `all_gather`."""
         turn = self._next_turn(stage)
-        if self.rank == 0:
-            outcome, cause = self._attempt(work)
-            shares = self._settle(stage, [outcome], lambda values: values[0])
-            self._reply(stage, turn, shares)
-            return self._unpack(shares[0], cause)  # type: ignore[no-any-return]  # pickled
-        return self._await_reply(stage, turn, None)  # type: ignore[no-any-return]  # pickled
+        if self.rank > 0:
+            key = f"{turn}/reply/{self.rank}"
+            return self._await_reply(stage, key, None)  # type: ignore[no-any-return]  # pickled
+        outcome, cause = self._attempt(work)
+        kind, value = self._settle(stage, [outcome], lambda values: values[0])
+        shares = (
+            [(kind, each) for each in value]
+            if kind == "value"
+            else [(kind, value)] * self.world_size
+        )
+        keys = [f"{turn}/reply/{rank}" for rank in range(1, self.world_size)]
+        self._store.set_many(keys, shares[1:], stage)
+        self._spent_keys += keys
+        return self._unpack(shares[0], cause)  # type: ignore[no-any-return]  # pickled
 
     def _meet(
         self,
         stage: str,
         work: Callable[[], T],
-        answer: Callable[[list[T]], Sequence[Any]],
+        answer: Callable[[list[T]], Any],
     ) -> Any:
         turn = self._next_turn(stage)
         outcome, cause = self._attempt(work)
@@ -279,18 +309,18 @@ class StoreCoordinator:
         turn: str,
         outcome: tuple[str, Any],
         cause: BaseException | None,
-        answer: Callable[[list[Any]], Sequence[Any]],
+        answer: Callable[[list[Any]], Any],
     ) -> Any:
         """Post the outcome here, let rank 0 collect all of them, and return its answer."""
         if self.rank == 0:
             outcomes = self._collect(stage, turn, outcome, cause)
-            shares = self._settle(stage, outcomes, answer)
+            verdict = self._settle(stage, outcomes, answer)
             # Every rank has read all earlier replies: it has come this far.
             self._forget_spent(stage)
-            self._reply(stage, turn, shares)
-            return self._unpack(shares[0], cause)
-        self._set(f"{turn}/{self.rank}", outcome, stage)
-        return self._await_reply(stage, turn, cause)
+            self._reply(stage, turn, verdict)
+            return self._unpack(verdict, cause)
+        self._post(stage, turn, outcome)
+        return self._await_reply(stage, f"{turn}/reply", cause)
 
     def _next_turn(self, stage: str) -> str:
         """Name a turn. By its stage: a rank that left early must not be answered by another one."""
@@ -310,19 +340,18 @@ class StoreCoordinator:
         self,
         stage: str,
         outcomes: list[tuple[str, Any]],
-        answer: Callable[[list[Any]], Sequence[Any]],
-    ) -> list[tuple[str, Any]]:
-        """Make each rank's share: of the answer, or of one failure that all of them raise."""
-        verdict = self._judge(stage, outcomes)
-        if verdict is not None:
-            return [("error", verdict)] * self.world_size
+        answer: Callable[[list[Any]], Any],
+    ) -> tuple[str, Any]:
+        """Make the verdict: the answer, or one failure that all ranks raise."""
+        failure = self._judge(stage, outcomes)
+        if failure is not None:
+            return "error", failure
         try:
-            return [("value", share) for share in answer([value for _, value in outcomes])]
+            return "value", answer([value for _, value in outcomes])
         except CheckpointError as error:  # the others wait for a word
-            return [("error", error)] * self.world_size
+            return "error", error
         except Exception as error:  # noqa: BLE001  # likewise
-            failed = StageFailedError(stage, [RankFailure.of(self.rank, error)])
-            return [("error", failed)] * self.world_size
+            return "error", StageFailedError(stage, [RankFailure.of(self.rank, error)])
 
     @staticmethod
     def _judge(stage: str, outcomes: list[tuple[str, Any]]) -> CheckpointError | None:
@@ -346,6 +375,15 @@ class StoreCoordinator:
 
     # -- the store -------------------------------------------------------------------------------
 
+    def _post(self, stage: str, turn: str, outcome: tuple[str, Any]) -> None:
+        """Give rank 0 this rank's outcome. The last one to append to the list says so."""
+        if not self._shares_list:
+            self._store.set(f"{turn}/{self.rank}", outcome, stage)
+            return
+        self._store.append(f"{turn}/list", outcome, stage)
+        if self._store.add(f"{turn}/count", 1, stage) == self.world_size - 1:
+            self._store.set(f"{turn}/full", None, stage)
+
     def _collect(
         self, stage: str, turn: str, own: tuple[str, Any], cause: BaseException | None
     ) -> list[tuple[str, Any]]:
@@ -354,92 +392,63 @@ class StoreCoordinator:
         Raises:
             StageTimeoutError: with the ranks that never came, and what failed on those that did.
         """
-        keys = {rank: f"{turn}/{rank}" for rank in range(1, self.world_size)}
+        keys = [f"{turn}/{rank}" for rank in range(1, self.world_size)]
+        awaited = [f"{turn}/full"] if self._shares_list else keys
         began = time.monotonic()
-        missing = self._wait_for(keys, began + min(_NOTICE_SECONDS, self.timeout_seconds))
-        if missing and self.timeout_seconds > _NOTICE_SECONDS:
-            logger.warning('waiting for %s in stage "%s"', _name_ranks([*missing]), stage)
-            missing = self._wait_for(missing, began + self.timeout_seconds)
-        arrived = {rank: self._get(key, stage) for rank, key in keys.items() if rank not in missing}
-        outcomes = [own, *arrived.values()]
+        arrived: dict[int, tuple[str, Any]] = {}
+        missing: list[int] = []
+        for patience in (min(_NOTICE_SECONDS, self.timeout_seconds), self.timeout_seconds):
+            if missing and patience > _NOTICE_SECONDS:
+                logger.warning('waiting for %s in stage "%s"', _name_ranks(missing), stage)
+            is_full = self._store.wait(awaited, began + patience - time.monotonic())
+            arrived = self._read_outcomes(stage, turn, keys, is_full=is_full)
+            missing = [rank for rank in range(1, self.world_size) if rank not in arrived]
+            if not missing:
+                break
+        outcomes = [own, *(arrived[rank] for rank in sorted(arrived))]
         if missing:
             failures = [
                 value if kind == "failure" else RankFailure.of(rank, value)
-                for rank, (kind, value) in zip([0, *arrived], outcomes, strict=True)
+                for rank, (kind, value) in zip([0, *sorted(arrived)], outcomes, strict=True)
                 if kind != "value"
             ]
-            verdict = StageTimeoutError(stage, [*missing], self.timeout_seconds, failures)
-            self._reply(stage, turn, [("error", verdict)] * self.world_size)
-            self._unpack(("error", verdict), cause)
-        self._spent_keys += keys.values()
+            verdict = "error", StageTimeoutError(stage, missing, self.timeout_seconds, failures)
+            self._reply(stage, turn, verdict)
+            self._unpack(verdict, cause)
+        self._spent_keys += (
+            [f"{turn}/{each}" for each in ("list", "count", "full")] if self._shares_list else keys
+        )
         return outcomes
 
-    def _wait_for(self, keys: Mapping[int, str], until: float) -> dict[int, str]:
-        """Return which keys are not there by that time of the monotonic clock."""
-        return {
-            rank: key for rank, key in keys.items() if not self._wait(key, until - time.monotonic())
-        }
+    def _read_outcomes(
+        self, stage: str, turn: str, keys: Sequence[str], *, is_full: bool
+    ) -> dict[int, tuple[str, Any]]:
+        """Return the outcomes that have arrived, by rank; `is_full`: all have."""
+        if not self._shares_list:
+            present = [each for each in keys if is_full or self._store.is_there(each, stage)]
+            values = self._store.get_many(present, stage)
+            return {
+                int(key.rpartition("/")[2]): each for key, each in zip(present, values, strict=True)
+            }
+        if is_full or self._store.is_there(f"{turn}/list", stage):
+            return self._store.get_list(f"{turn}/list", stage)
+        return {}
 
-    def _reply(self, stage: str, turn: str, shares: list[tuple[str, Any]]) -> None:
-        for rank, share in enumerate(shares):
-            if rank > 0:
-                key = f"{turn}/reply/{rank}"
-                self._set(key, share, stage)
-                self._spent_keys.append(key)
+    def _reply(self, stage: str, turn: str, verdict: tuple[str, Any]) -> None:
+        """Store the verdict once, where every rank reads it."""
+        key = f"{turn}/reply"
+        self._store.set(key, verdict, stage)
+        self._spent_keys.append(key)
 
-    def _await_reply(self, stage: str, turn: str, cause: BaseException | None) -> Any:
-        key = f"{turn}/reply/{self.rank}"
-        if not self._wait(key, self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
+    def _await_reply(self, stage: str, key: str, cause: BaseException | None) -> Any:
+        if not self._store.wait([key], self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
             verdict = StageTimeoutError(stage, [0], self.timeout_seconds)
             return self._unpack(("error", verdict), cause)
-        return self._unpack(self._get(key, stage), cause)
+        return self._unpack(self._store.get(key, stage), cause)
 
     def _forget_spent(self, stage: str) -> None:
         spent, self._spent_keys = self._spent_keys, []
-        try:
-            for key in spent:
-                self._store.delete_key(key)
-        except RuntimeError as error:
-            raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
-
-    def _wait(self, key: str, seconds: float) -> bool:
-        """Whether the key appears within so many seconds."""
-        try:
-            self._store.wait([key], timedelta(seconds=max(seconds, 0.001)))
-        except RuntimeError:  # DistStoreError on a timeout, DistNetworkError when the store is gone
-            return False
-        return True
-
-    def _is_there(self, key: str, stage: str) -> bool:
-        try:
-            return bool(self._store.check([key]))
-        except RuntimeError as error:
-            raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
-
-    def _add(self, key: str, amount: int, stage: str) -> int:
-        try:
-            return int(self._store.add(key, amount))
-        except RuntimeError as error:
-            raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
-
-    def _set(self, key: str, value: Any, stage: str) -> None:
-        content = pickle.dumps(value)
-        try:
-            self._store.set(key, content)
-        except RuntimeError as error:
-            raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
-
-    def _get(self, key: str, stage: str) -> Any:
-        try:
-            content = self._store.get(key)
-        except RuntimeError as error:
-            raise StageFailedError(stage, [_lost_contact(self.rank, error)]) from error
-        return pickle.loads(content)  # noqa: S301  # written by a rank of this job
-
-
-def _lost_contact(rank: int, error: BaseException) -> RankFailure:
-    reason = f"lost contact with the rendezvous store; has rank 0 died? {error}"
-    return RankFailure(rank, type(error).__name__, reason)
+        self._store.delete(spent, stage)
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,12 +58,12 @@ class SavedTensors:
 
     def parameter_names(self) -> set[str]:
         """Return the names of the parameters that the saved optimizer had."""
-        lists = [self.values[name] for name, path in self._options() if path[3:] == ("params",)]
+        lists = [self.values[name] for name, path in self._options if path[3:] == ("params",)]
         return set[str]().union(*lists)
 
     def option_names(self) -> set[str]:
         """Return the names of the options that saved groups of parameters have."""
-        return {path[3] for _, path in self._options()}
+        return {path[3] for _, path in self._options}
 
     def groups(self, filled: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the options of each saved group of parameters, in order; no nested ones.
@@ -71,16 +72,19 @@ class SavedTensors:
         """
         values = {**(filled or {}), **self.values}
         found: dict[int, dict[str, Any]] = {}
-        for name, path in self._options():
+        for name, path in self._options:
             if len(path) == 4 and name in values:
                 found.setdefault(path[2], {})[path[3]] = values[name]
         return [found[number] for number in sorted(found)]
 
-    def _options(self) -> Iterator[tuple[str, Sequence[Any]]]:
-        """Yield the flat name and the nested keys of each value in a group of parameters."""
-        for name, path in self.key_paths.items():
-            if path[:2] == ("optimizer", "param_groups") and len(path) > 3:
-                yield name, path
+    @cached_property
+    def _options(self) -> list[tuple[str, Sequence[Any]]]:
+        """The flat name and the nested keys of each value in a group of parameters."""
+        return [
+            (name, path)
+            for name, path in self.key_paths.items()
+            if path[:2] == ("optimizer", "param_groups") and len(path) > 3
+        ]
 
 
 @dataclass

@@ -12,8 +12,7 @@ all tensors were read in place, and to let errors of hooks reach the caller unch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,21 +42,20 @@ _TENSORS = frozenset({torch.Tensor, nn.Parameter, nn.Buffer, DTensor})
 """Others may not be there yet, or be shown as something else."""
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     """One dictionary of a module, with its entries when it was walked."""
 
     owner: dict[str, Any]
-    entries: tuple[tuple[str, str | None], ...]
+    entries: Sequence[tuple[str, str | None]]
     """Each key, with its name in a checkpoint; None: it had no value, or is not saved."""
     absent: frozenset[str]
     """Keys whose value was None."""
 
     @classmethod
     def of(cls, owner: dict[str, Any], prefix: str, not_saved: frozenset[str]) -> _Table:
-        absent = frozenset(key for key, value in owner.items() if value is None)
+        absent = frozenset([key for key, value in owner.items() if value is None])
         left_out = absent | not_saved
-        entries = tuple((key, None if key in left_out else prefix + key) for key in owner)
+        entries = [(key, None if key in left_out else prefix + key) for key in owner]
         return cls(owner, entries, absent)
 
     def holds(self, owner: dict[str, Any]) -> bool:
@@ -71,8 +69,7 @@ class _Table:
         )
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """A module, as it was when it was walked."""
 
     module: nn.Module

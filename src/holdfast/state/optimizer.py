@@ -16,7 +16,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn, optim
@@ -43,8 +43,7 @@ _FAIL_WITH_STATE = (optim.ASGD, optim.Rprop)
 """Their updates read numbers from the device, but only after all state has been created."""
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """One group of an optimizer's parameters, as it was when it was walked."""
 
     keys: tuple[str, ...]
@@ -56,8 +55,7 @@ class _Group:
     """Under which name, in a checkpoint, which names of parameters are listed."""
 
 
-@dataclass(frozen=True)
-class _Entries:
+class _Entries(NamedTuple):
     """The state of one parameter, as it was when it was walked."""
 
     parameter: torch.Tensor
