@@ -250,8 +250,8 @@ def test_a_distributed_tensor_without_attributes_is_asked_by_public_methods(
     one, same = (_PublicDTensor([4], [2], [1], [Shard(0)]) for _ in range(2))
     same.device_mesh = one.device_mesh
     other = _PublicDTensor([4], [2], [1], [Replicate()])
-    assert fresh.local_of_dtensor(one) == fresh.local_of(one) == "local"
-    assert fresh.spec_of(one) == fresh.spec_of(same) != fresh.spec_of(other)
+    assert fresh.local_of(one) == "local"
+    assert fresh.local_and_spec(one) == fresh.local_and_spec(same) != fresh.local_and_spec(other)
 
 
 @pytest.mark.parametrize(

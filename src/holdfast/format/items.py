@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.errors import UnsupportedStateError
 from holdfast.format.layout import Item, containers_of, leaders_of
 from holdfast.storage.digests import round_up
-from holdfast.torch_internals import can_be_flattened, chunks_of, local_of_dtensor, spec_of
+from holdfast.torch_internals import can_be_flattened, chunks_of, local_and_spec
 
 _SLOT_ALIGNMENT = 64
 _LEAST_HEADROOM_BYTES = 256
@@ -146,8 +146,7 @@ class Itemizer:
             if kind is known.kind:
                 source = leaf
                 if kind is DTensor:
-                    source = local_of_dtensor(leaf)
-                    spec = spec_of(leaf)
+                    source, spec = local_and_spec(leaf)
                     if spec is not known.spec and spec != known.spec:
                         return None
                 if (
@@ -184,14 +183,14 @@ class Itemizer:
                 return ((known.items[0], leaf),)
         elif kind is DTensor:
             known = self._known.get(name)
-            local = local_of_dtensor(leaf)
+            local, spec = local_and_spec(leaf)
             if (
                 known is not None
                 and known.kind is DTensor
                 and known.shape == local.shape
                 and known.dtype is local.dtype
                 and type(local) in PLAIN_TENSORS
-                and known.spec == spec_of(leaf)
+                and known.spec == spec
             ):
                 return tuple((item, local) for item in known.items)
         elif not isinstance(leaf, torch.Tensor):
@@ -217,8 +216,8 @@ class Itemizer:
             if kind in PLAIN_TENSORS:
                 self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, items)
             elif kind is DTensor and found:
-                local = local_of_dtensor(leaf)
-                self._known[name] = _Known(DTensor, spec_of(leaf), local.shape, local.dtype, items)
+                local, spec = local_and_spec(leaf)
+                self._known[name] = _Known(DTensor, spec, local.shape, local.dtype, items)
         return found
 
     def _describe_value(

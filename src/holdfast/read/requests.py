@@ -30,7 +30,7 @@ from holdfast.format.items import PLAIN_TENSORS
 from holdfast.format.layout import Container
 from holdfast.read.direct import Part, blocks_of
 from holdfast.storage.digests import BLOCK_BYTES
-from holdfast.torch_internals import chunks_of, local_of_dtensor, spec_of
+from holdfast.torch_internals import chunks_of, local_and_spec, local_of
 
 
 class Region(NamedTuple):
@@ -71,15 +71,15 @@ def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Itera
             raise ValueError(f"{name} is {list(described.size)}, here {list(target.size())}")
         if type(target) in PLAIN_TENSORS:
             yield from _within(name, described, (0,) * target.dim(), target.size(), target.detach())
-        elif type(target) is DTensor and type(local_of_dtensor(target)) in PLAIN_TENSORS:
+        elif type(target) is DTensor and type(local_of(target)) in PLAIN_TENSORS:
             if target.device_mesh.get_coordinate() is None:
                 continue
             # Equal for all tensors with the same spec, and slow to compute.
-            spec = spec_of(target)
+            local, spec = local_and_spec(target)
             if (span := spans.get(spec)) is None:
                 (span,) = chunks_of(target)
                 spans[spec] = span
-            yield from _within(name, described, *span, local_of_dtensor(target).detach())
+            yield from _within(name, described, *span, local.detach())
         else:
             others[name] = target
     if others:

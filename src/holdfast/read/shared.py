@@ -24,7 +24,7 @@ from holdfast.format.items import PLAIN_TENSORS
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import bytes_of
-from holdfast.torch_internals import copy_each, local_of, local_of_dtensor
+from holdfast.torch_internals import copy_each, local_of
 
 BACKEND_PATIENCE = 10
 """NCCL's timeout as a multiple of ours: at its own timeout NCCL ends the process."""
@@ -218,7 +218,7 @@ def _is_whole(target: torch.Tensor) -> bool:
             return False
         if not all(each.is_replicate() for each in target.placements):
             return False
-        target = local_of_dtensor(target)
+        target = local_of(target)
     return (
         type(target) in PLAIN_TENSORS
         and target.numel() > 0
