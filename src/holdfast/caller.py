@@ -10,6 +10,12 @@ last one has ended. The caller's thread uses no lock that an interrupt could lea
 the caller's thread (autograd, default device) do not apply to the call; context variables and the
 CUDA device and streams do.
 
+The threads of a manager: `holdfast-call` runs the body of each call (here); `holdfast-writer`
+writes a save, promotes a local commit or rewrites lost shards (`ranks.job`); `holdfast-staging` and
+its helpers copy tensors (`snapshot.copy`); pools write, digest, read and exchange blocks
+(`snapshot.shard`, `read.direct`, `tiers.local.exchange`, `tiers.local.peers`). The caller's own
+thread checks arguments, counts steps and waits.
+
 `in_normal_mode` is for tensors that outlive a call: one created in inference mode can never be
 changed in place outside it. Default dtype, default device, autocast and determinism need no guard:
 what is created here names its dtype and device and computes nothing.

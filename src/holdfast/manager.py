@@ -52,8 +52,8 @@ from holdfast.state.app import AppState
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
 from holdfast.state.small import Place, warn_of_lost_position
-from holdfast.tiers.both import Tiers
 from holdfast.tiers.persistent import Admission
+from holdfast.tiers.routing import Tiers
 from holdfast.tiers.search import Search, Selected
 from holdfast.tiers.survey import warn_of_living_attempt
 from holdfast.tiers.tier import Source

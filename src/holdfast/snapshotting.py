@@ -5,7 +5,8 @@ ask the provider for memory, stage. Before the first save it estimates what a sn
 Promises that either all ranks have a snapshot to write or none has, that everything reused between
 saves is compared with the live state each time, that an optimizer step waits for a copy in progress
 (`StepGuard` hooks each optimizer once), and that the writer sees the error of a failed copy. Writes
-nothing, and knows no tier.
+nothing, and knows no tier: the provider of memory is `tiers.routing`, which asks the local tier;
+otherwise the arena of `snapshot.shard` is used.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Decisions as pure values with reasons; no side effects."""
+"""Rules of a run: which checkpoints stay, which saves are refused, when to warn."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from holdfast.errors import CheckpointError, RankFailure, StageFailedError, StageTimeoutError
-from holdfast.ranks.store import StoreClient
+from holdfast.ranks.rendezvous import StoreClient
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A save that runs beside training, and how its outcome is reported.
+"""A save in flight: a job beside training, and how its outcome is reported.
 
 `Background` owns the writer thread and the agreement on the step at which every rank looks at the
 outcome: the same step on all ranks, one local look and no communication in a step without an

@@ -1,6 +1,9 @@
 """Where checkpoints are kept: the storage protocol, what keeps it, and the store on top of it.
 
-`open_storage` is where a new kind of storage is added.
+A filesystem does single steps on mounted directories; a storage keeps bytes under names, and a
+directory is one kind of it; a store is one storage with checkpoints in it. `open_storage` is where
+a new kind of storage is added, for the persistent tier and for loads. The local tier's files are
+mapped memory, and always in directories.
 """
 
 from __future__ import annotations

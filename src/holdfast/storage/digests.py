@@ -4,6 +4,11 @@ Owns the digest of a file (xxh3-128 over the concatenated xxh3-128 digests of it
 where the block digests are stored: in the manifest, or, for a shard file, in the footer after the
 body that they cover. Promises that a changed byte anywhere in a file, footer included, is found and
 reported as a byte range. Knows no file system: it reads streams.
+
+Digests are made where bytes are written: blocks of shards in `snapshot.shard` and, as they arrive
+from another rank, in `tiers.local.shards`; small files in `Store.write_file`. They are compared
+where bytes are read: blocks in `read.direct` and, from another rank, in `tiers.local.peers`; small
+files in `tiers.opening`; whole files in `verify_files` of `storage.store`.
 """
 
 from __future__ import annotations

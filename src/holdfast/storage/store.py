@@ -1,10 +1,15 @@
 """One root directory of checkpoints.
 
-Owns the names on disk, the order of durable writes, and what counts as a checkpoint: a directory
-iter_N whose manifest is present and lists what is there, or a symbolic link of that name to such a
-directory (a checkpoint that was moved to an archive). Promises that a crash at any point leaves
-every earlier checkpoint loadable, that a partial one is never listed, and that the target of a link
-is only read. Knows nothing about tensors, tiers, ranks, or when to save.
+Owns the names on disk, the order in which a checkpoint becomes one, and what counts as a
+checkpoint: a directory iter_N whose manifest is present and lists what is there, or a symbolic link
+of that name to such a directory (a checkpoint that was moved to an archive). Promises that a crash
+at any point leaves every earlier checkpoint loadable, that a partial one is never listed, and that
+the target of a link is only read. Knows nothing about tensors, tiers, ranks, or when to save.
+
+The order of durable writes has three levels: which rank writes what, and when all have
+(`tiers.persistent`); files, then the manifest's publication, then the tracker (`commit`, here);
+each sync and rename of a publication (`PosixStorage.publish`). The local tier has its own, in
+`tiers.local.tier`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,14 @@
 """The search of one load: survey what is there, let `select` choose, try it, choose again.
 
 Owns how all ranks get the facts for that choice (rank 0 surveys directories, the local tier's ranks
-agree on what they hold), the record of candidates found damaged, and the error or warning that
-reports a choice. Promises that every rank gets the same candidate, and that a directory is read
-only if the choice needs it. Decides only which place a path names and whether it is the run's own;
-all other rules are in `select`.
+agree on what they hold), the record of candidates found damaged, and what is said of a choice.
+Promises that every rank gets the same candidate, and that a directory is read only if the choice
+needs it. Decides only what the settings ask for: which place a path names, whether it is the run's
+own, and whether an attempt has applied `load.step`; all other rules are in `select`.
+
+What is skipped has its reason from `survey`, from `local.availability`, or from the failed try. It
+is told in `LoadResult.skipped` always; a tried candidate is also logged by `pass_over`, and damaged
+later ones by `warn`, on rank 0.
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.storage import open_storage
 from holdfast.storage.identity import Parent
 from holdfast.storage.store import Checkpoint, parse_checkpoint_name
-from holdfast.tiers.both import Tiers
 from holdfast.tiers.local.shard_file import find_orphans
 from holdfast.tiers.opening import SurveyedStore
 from holdfast.tiers.places import find_place, is_foreign, is_other_inside, is_same_directory
+from holdfast.tiers.routing import Tiers
 from holdfast.tiers.select import (
     Action,
     Asked,

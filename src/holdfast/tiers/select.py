@@ -2,9 +2,12 @@
 
 Owns every rule about which checkpoint a load takes, when it may take another one instead, when a
 run starts fresh or from another run's checkpoint, and when it is refused. Promises that equal facts
-give the same choice on every rank, with its reason. Reads nothing: `survey` and the local tier
-supply the facts, and the caller asks again after it found a checkpoint damaged. `docs/loading.md`
-has these rules as a table.
+give the same choice on every rank, with its reason. Reads nothing: `survey` and, for the local
+tier, `local.availability` supply each commit's condition, and `search` asks again after it found a
+checkpoint damaged. `docs/loading.md` has these rules as a table.
+
+`load.step` takes effect in `effective_step`: it applies once per run; `search` reads from the
+attempts which of them applied it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from holdfast.protocol import SkippedCheckpoint
 from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.identity import Attempt, Process, RunIdentity, find_start_mark, this_process
-from holdfast.storage.manifest import FOREIGN
+from holdfast.storage.manifest import FOREIGN, PERSISTENT
 from holdfast.storage.store import (
     Broken,
     Checkpoint,
@@ -52,8 +52,6 @@ from holdfast.tiers.places import (
 from holdfast.tiers.select import Choice, Commit, Condition, Refusal
 
 logger = logging.getLogger(__name__)
-
-PERSISTENT = "persistent"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
 Owns the interface of a tier and the values that pass through it: the snapshot that a save writes,
 the contents that a load reads, and the memory that a tier provides to stage into. A tier decides
-how bytes are kept and how its ranks agree on that. Which tiers a save goes to is decided in `both`,
-which checkpoint a load takes in `select`; neither is known here.
+how bytes are kept and how its ranks agree on that. Which tiers a save goes to is decided in
+`routing`, which checkpoint a load takes in `select`; neither is known here.
+
+Another tier needs a class that `holdfast.testing.TierContract` accepts, its name in
+`storage.manifest`, its settings in `config`, and its place in `routing`, `search` and the order of
+commits in `select`.
 """
 
 from __future__ import annotations

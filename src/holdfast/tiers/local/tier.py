@@ -4,8 +4,9 @@ Owns the order in which a job uses its local checkpoints: memory to stage into, 
 exchange of copies, publishing and pruning; the agreement on a commit to load, opening it, and
 restoring missing files afterwards. Promises that a failed save leaves earlier commits intact, that
 a commit it finds was sealed by all its ranks, that everything passed over has a reason, and that
-ranks enter an exchange only after all have agreed to it. Power loss and a lost node without copies
-are left to the persistent tier.
+ranks enter an exchange only after all have agreed to it. A lost node's shard is read from ranks
+that hold a copy (`peers`), and written again after the load (`availability`). Power loss and a lost
+node without copies are left to the persistent tier.
 """
 
 from __future__ import annotations

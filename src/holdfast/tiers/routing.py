@@ -1,7 +1,8 @@
-"""Both tiers of one run: where a save goes.
+"""Which tiers a save goes to, and how the two of a run work together.
 
-Owns what spans both tiers: one order of commits, one admission, and one snapshot for the tiers that
-are due. Promises that without a local tier only the persistent one is used, and that a local
+Owns what spans both tiers: one order of commits, one admission, one snapshot for the tiers that are
+due, the later promotion of a local commit to the persistent tier, and the memory that a save is
+staged into. Promises that without a local tier only the persistent one is used, and that a local
 failure never costs a persistent save. Leaves the work of a tier to that tier, and the choice of
 what to load to `search`.
 """
