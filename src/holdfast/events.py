@@ -2,10 +2,10 @@
 
 Owns the event values and the small callback manager that delivers them, and is where an event is
 added; the manager accepts any object with the same `fire(name, context)`, such as that of
-Megatron-Bridge, which is given `on_checkpoint_save` only. Promises that this one is fired on every rank at the same
-step and only after the commit is durable. Events of a save are fired by `Save.tell` in `ranks.job`,
-overdue checkpoints by `Alarm` in `policies.guards`. Knows nothing about how checkpoints are made.
-Importing this module does not import torch.
+Megatron-Bridge, which is given `on_checkpoint_save` only. Promises that this one is fired on every
+rank at the same step and only after the commit is durable. Events of a save are fired by
+`Save.tell` in `ranks.job`, overdue checkpoints by `Alarm` in `policies.guards`. Knows nothing about
+how checkpoints are made. Importing this module does not import torch.
 """
 
 from __future__ import annotations
