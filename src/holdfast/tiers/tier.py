@@ -147,7 +147,7 @@ class Source(Protocol):
     ) -> Commit:
         """Record that a commit could not be loaded; return it with its condition and reason.
 
-        The next survey does not offer it again.
+        A survey after it need not offer it again; it offers every older one that is sound.
         """
         ...
 
