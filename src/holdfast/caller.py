@@ -14,7 +14,7 @@ The threads of a manager: `holdfast-call` runs the body of each call (here); `ho
 writes a save, promotes a local commit or rewrites lost shards (`ranks.job`); `holdfast-staging` and
 its helpers copy tensors (`snapshot.copy`); pools write, digest, read and exchange blocks
 (`snapshot.shard`, `read.direct`, `tiers.local.exchange`, `tiers.local.peers`). The caller's own
-thread checks arguments, counts steps and waits.
+thread checks arguments, counts steps and waits. Callbacks run on `holdfast-call`.
 
 `in_normal_mode` is for tensors that outlive a call: one created in inference mode can never be
 changed in place outside it. Default dtype, default device, autocast and determinism need no guard:

@@ -1,11 +1,14 @@
 """Checkpoint events as values, and the callbacks that receive them.
 
-Owns the event values and the small callback manager that delivers them, and is where an event is
-added; the manager accepts any object with the same `fire(name, context)`, such as that of
-Megatron-Bridge, which is given `on_checkpoint_save` only. Promises that this one is fired on every
-rank at the same step and only after the commit is durable. Events of a save are fired by
-`Save.tell` in `ranks.job`, overdue checkpoints by `Alarm` in `policies.guards`. Knows nothing about
-how checkpoints are made. Importing this module does not import torch.
+Owns the event values and the small callback manager that delivers them. The manager accepts any
+object with the same `fire(name, context)`, such as that of Megatron-Bridge, which is given
+`on_checkpoint_save` only. Promises that `on_checkpoint_save` is fired on every rank at the same
+step and only after the commit is durable. Knows nothing about how checkpoints are made. Importing
+this module does not import torch.
+
+A new event needs a name in `EVENT_NAMES` and a call that fires it. `manager` fires
+`on_checkpoint_staged`, and `Flight` in `ranks.job` the two outcomes of a save, both through
+`Save.tell`; `Alarm` in `policies.guards` fires `on_checkpoint_overdue`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ item is lost or written twice, the chunks of each tensor tile it exactly, and th
 give the same decision. Proposals are read as one table in which equal ones cost no more than one.
 Also owns the verdict on the records that ranks send before each save: a plan is used only while
 every rank has the structure it was made for. Refuses ranks that disagree about a name, and reports
-which. Pure: no I/O, no communication. A rank's own side is in `items`.
+which. Pure: no I/O, no communication. A rank's own side is in `items`. `decide` divides the items
+of one group of ranks; which groups there are, and the exchange around it, is in `snapshot.shard`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Retention: which committed checkpoints stay.
 
-Owns the rules of retention as one pure function, and is where a rule is added. Promises that the
-newest checkpoint and the tracker's target always stay, and that "newest" means committed last, so
-that a save after a rollback outlives the larger iterations it supersedes. Removes nothing: the
-persistent tier acts on the verdicts. The local tier has no rules: it keeps as many commits as it
-has files for.
+Owns the rules of retention as one pure function, `retain`, in which a rule is added. Promises that
+the newest checkpoint and the tracker's target always stay, and that "newest" means committed last,
+so that a save after a rollback outlives the larger iterations it supersedes. Removes nothing: the
+persistent tier acts on the verdicts (`PersistentTier._retain`, which is given the settings of
+`KeepConfig` by `tiers.routing`). The local tier has no rules: it keeps as many commits as it has
+files for.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ and never in a collective. Promises that a stage which fails on one rank fails o
 the same named reason, that a rank which never arrives is named, and that any thread may hold a
 channel of its own beside the trainer's process groups. The requests that a rank sends do not grow
 in number with the ranks, where the store can append; a verdict is stored once for all. The single
-process is the null case and needs no torch.distributed.
+process is the null case and needs no torch.distributed. A call that one rank refuses before it
+begins reaches the others through `Channels.begin_call`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
 outcome: the same step on all ranks, one local look and no communication in a step without an
 outcome, each outcome handed out once. A job in flight is finished when the program ends.
 
-`Flight` owns the listener and the event of one save and the rule by which a failure is raised or
-only logged. An outcome is reported once, on all ranks at the same step: first the event, then the
-error if there is one. Neither knows what the job does.
+`Save` is one save with its listener and its event, and fires events. `Flight` owns the save in
+flight and reports its outcome once, on all ranks at the same step: first the event, then the error
+if there is one; `FailureRule` decides whether that is raised or only logged. None of them knows
+what the job does.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Plan, stage and write one rank's shard.
 
-Owns what is kept between saves (the plan of which rank writes what, and the arena laid out for it)
-and the pass that writes a shard file: stretches of 8 MiB blocks, bypassing the page cache where the
-file system supports it, each block digested while others are written, the footer last. Promises
-that a plan is used only while every rank's structure is the one it was made for, that a replicated
-tensor is copied and written by one rank, that digests are of the bytes in memory and not of what a
-disk returns, and that the bytes are durable when `write` returns. Ranks communicate only through
-the coordinator. Knows neither where files go nor when to save.
+Owns what is kept between saves (the plan of which rank writes what, and the arena laid out for it),
+the groups of ranks among which items are divided (`_make_plan`: all ranks, or with a local tier
+each node, and then all again for the persistent files), and the pass that writes a shard file:
+stretches of 8 MiB blocks, bypassing the page cache where the file system supports it, each block
+digested while others are written, the footer last. Promises that a plan is used only while every
+rank's structure is the one it was made for, that a replicated tensor is copied and written by one
+rank, that digests are of the bytes in memory and not of what a disk returns, and that the bytes are
+durable when `write` returns. Ranks communicate only through the coordinator. Knows neither where
+files go nor when to save.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """Where checkpoints are kept: the storage protocol, what keeps it, and the store on top of it.
 
 A filesystem does single steps on mounted directories; a storage keeps bytes under names, and a
-directory is one kind of it; a store is one storage with checkpoints in it. `open_storage` is where
-a new kind of storage is added, for the persistent tier and for loads. The local tier's files are
-mapped memory, and always in directories.
+directory is one kind of it; a store is one storage with checkpoints in it. The local tier's files
+are mapped memory, and always in directories.
+
+A new kind of storage implements `backend` and is chosen in `open_storage`, for the persistent tier
+and for loads. Until now every root is a path: one that is none also passes by `with_expanded_paths`
+in `config`, `Tiers.__init__` in `tiers.routing`, the checks of `tiers.places`, and `tiers.search`,
+which compares it with the run's own.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ reported as a byte range. Knows no file system: it reads streams.
 
 Digests are made where bytes are written: blocks of shards in `snapshot.shard` and, as they arrive
 from another rank, in `tiers.local.shards`; small files in `Store.write_file`. They are compared
-where bytes are read: blocks in `read.direct` and, from another rank, in `tiers.local.peers`; small
-files in `tiers.opening`; whole files in `verify_files` of `storage.store`.
+where bytes are read: blocks in `read.direct`; blocks fetched from another rank in
+`tiers.local.peers`, and whole copies in `tiers.local.shards`; small files in `tiers.opening`; all
+files in `verify_files` of `storage.store`. Records with a digest of their own: `storage.manifest`.
 """
 
 from __future__ import annotations

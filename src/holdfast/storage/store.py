@@ -8,8 +8,9 @@ the target of a link is only read. Knows nothing about tensors, tiers, ranks, or
 
 The order of durable writes has three levels: which rank writes what, and when all have
 (`tiers.persistent`); files, then the manifest's publication, then the tracker (`commit`, here);
-each sync and rename of a publication (`PosixStorage.publish`). The local tier has its own, in
-`tiers.local.tier`.
+each sync and rename of a publication (`PosixStorage.publish`). Before them an attempt is claimed
+(`storage.identity`). The local tier has an order of its own, in `tiers.local.tier`, with its syncs
+in `tiers.local.shards`; a save to both tiers begins with that.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ user may not enter. A damaged checkpoint of holdfast is never mistaken for one o
 nothing, reads no tensors, and does not decide which checkpoint to load.
 
 What a user typed is a path of a file system: this is the one module of the tiers that looks at
-links and directories as such. Everything behind a path is read through its storage.
+links and directories as such (`routing` resolves the root of the run itself). Everything behind a
+path is read through its storage.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ own, and whether an attempt has applied `load.step`; all other rules are in `sel
 
 What is skipped has its reason from `survey`, from `local.availability`, or from the failed try. It
 is told in `LoadResult.skipped` always; a tried candidate is also logged by `pass_over`, and damaged
-later ones by `warn`, on rank 0.
+later ones by `warn`, on rank 0. The loop over candidates is `manager._load`: only a
+CorruptCheckpointError passes one over; any other error ends the load.
 """
 
 from __future__ import annotations

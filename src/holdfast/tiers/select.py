@@ -6,8 +6,8 @@ give the same choice on every rank, with its reason. Reads nothing: `survey` and
 tier, `local.availability` supply each commit's condition, and `search` asks again after it found a
 checkpoint damaged. `docs/loading.md` has these rules as a table.
 
-`load.step` takes effect in `effective_step`: it applies once per run; `search` reads from the
-attempts which of them applied it.
+`load.step` takes effect in `effective_step`: it applies once per run. `search` reads from the
+attempts which of them applied it; the first save after the load records it in its attempt.
 """
 
 from __future__ import annotations

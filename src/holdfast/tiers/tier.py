@@ -6,8 +6,9 @@ how bytes are kept and how its ranks agree on that. Which tiers a save goes to i
 `routing`, which checkpoint a load takes in `select`; neither is known here.
 
 Another tier needs a class that `holdfast.testing.TierContract` accepts, its name in
-`storage.manifest`, its settings in `config`, and its place in `routing`, `search` and the order of
-commits in `select`.
+`storage.manifest`, its settings in `config`, its place in `routing`, in `search` and in the order
+of commits in `select`, and a look at what tells tiers apart by name: `ranks.job`, `policies.guards`
+and `tiers.places`.
 """
 
 from __future__ import annotations
