@@ -196,6 +196,11 @@ class PersistentTier:
         except OSError as error:
             raise StoreNotWritableError(storage.where(), error) from error
 
+    @property
+    def claims_unloaded(self) -> bool:
+        """Whether `admit` would claim an attempt for a job that has loaded nothing of this run."""
+        return self._grant is None and not (self._resumed is not None and self._resumed.is_own)
+
     def admit(self) -> Admission:
         """Claim an attempt at this store, on rank 0, before the first save; idempotent.
 

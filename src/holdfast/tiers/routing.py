@@ -34,6 +34,7 @@ from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.identity import CommitIdentity
 from holdfast.tiers.local.budget import Need, report_budget, take_seats
+from holdfast.tiers.local.shard_file import find_orphans
 from holdfast.tiers.persistent import Admission, PersistentTier
 from holdfast.tiers.places import check_directories
 from holdfast.tiers.tier import Reserved, Snapshot, Source
@@ -120,7 +121,19 @@ class Tiers:
             )
 
     def admit(self) -> Admission:
-        """Claim an attempt at the run's store, on rank 0; see `PersistentTier.admit`."""
+        """Claim an attempt at the run's store, on rank 0; see `PersistentTier.admit`.
+
+        Raises:
+            StoreNotLoadedError: one of the tiers holds checkpoints and this job loaded none.
+        """
+        directory = self._config.local.directory
+        if directory is not None and self.persistent.claims_unloaded:
+            # Before the claim, which would supersede the job that saved them.
+            run_id = self._config.run_id or self.persistent.identity.read_run_id()
+            place = Path(directory).absolute()
+            for found, _ in find_orphans(place, self.root, self._filesystem):
+                if found == run_id:
+                    raise _not_loaded(place, found)
         return self.persistent.admit()
 
     def prove_writable(self) -> None:
@@ -162,10 +175,7 @@ class Tiers:
 
         def outrank() -> None:
             if newest and not admission.goes_on:
-                raise StoreNotLoadedError(
-                    f"{local.directory} holds checkpoints of run {admission.run_id} that this job "
-                    "has not loaded.\nCall load first, or name another checkpoint.run_id."
-                )
+                raise _not_loaded(local.directory, admission.run_id)
             self.persistent.outrank(newest)
 
         coordinator.broadcast("outrank", outrank)
@@ -395,3 +405,10 @@ class Tiers:
                 store=self.persistent.store.root,
             )
         return self.local
+
+
+def _not_loaded(directory: Path, run_id: str) -> StoreNotLoadedError:
+    return StoreNotLoadedError(
+        f"{directory} holds checkpoints of run {run_id} that this job has not loaded.\n"
+        "Call load first, or name another checkpoint.run_id."
+    )
