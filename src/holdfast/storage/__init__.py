@@ -7,7 +7,8 @@ are mapped memory, and always in directories.
 A new kind of storage implements `backend` and is chosen in `open_storage`, for the persistent tier
 and for loads. Until now every root is a path: one that is none also passes by `with_expanded_paths`
 in `config`, `Tiers.__init__` in `tiers.routing`, the checks of `tiers.places`, and `tiers.search`,
-which compares it with the run's own.
+which compares it with the run's own. Roots and paths are kept as `Path` in `storage.store` and
+`tiers.survey`, and `open_tensors` in `tiers.opening` and `cli` take a path that a user names.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ Digests are made where bytes are written: blocks of shards in `snapshot.shard` a
 from another rank, in `tiers.local.shards`; small files in `Store.write_file`. They are compared
 where bytes are read: blocks in `read.direct`; blocks fetched from another rank in
 `tiers.local.peers`, and whole copies in `tiers.local.shards`; small files in `tiers.opening`; all
-files in `verify_files` of `storage.store`. Records with a digest of their own: `storage.manifest`.
+files in `verify_files` of `storage.store`. Records with a digest of their own: manifests and
+attempts through `seal` and `unseal` of `storage.manifest`; trailers of local shards, with the small
+states in them, in `tiers.local.shard_file`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ how bytes are kept and how its ranks agree on that. Which tiers a save goes to i
 Another tier needs a class that `holdfast.testing.TierContract` accepts, its name in
 `storage.manifest`, its settings in `config`, its place in `routing`, in `search` and in the order
 of commits in `select`, and a look at what tells tiers apart by name: `ranks.job`, `policies.guards`
-and `tiers.places`.
+and `tiers.places`. A caller names the tier of a save by one boolean, `non_persistent_ckpt` of
+`CheckpointSaveContext` in `protocol`, which `manager`, `snapshotting` and `ranks.job` read.
 """
 
 from __future__ import annotations
