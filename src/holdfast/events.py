@@ -8,7 +8,7 @@ this module does not import torch.
 
 A new event needs a name in `EVENT_NAMES` and a call that fires it. `manager` fires
 `on_checkpoint_staged`, and `Flight` in `ranks.job` the two outcomes of a save, both through
-`Save.tell`; `Alarm` in `policies.guards` fires `on_checkpoint_overdue`.
+`Save.fire`; `Alarm` in `policies.guards` fires `on_checkpoint_overdue`.
 """
 
 from __future__ import annotations

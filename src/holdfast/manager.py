@@ -194,7 +194,7 @@ class DefaultCheckpointManager:
             raise
         gate.open()  # from here on training may change everything
         save.event.stall_seconds = time.monotonic() - save.started
-        save.tell(ON_CHECKPOINT_STAGED)
+        save.fire(ON_CHECKPOINT_STAGED)
 
     @one_at_a_time
     def finalize_async_saves(
@@ -452,11 +452,11 @@ class DefaultCheckpointManager:
         if self._channels.world_size > 1:
             logger.error("%s", refusal)  # at once
 
-            def meet(_: Call[None]) -> None:
+            def enter(_: Call[None]) -> None:
                 self._end_last_calls(drains=True)
                 self._begin_call(stage, lambda: (), lambda: None, refusal)
 
-            self._caller.run("a refused call", meet, patience_seconds=0.0)
+            self._caller.run("a refused call", enter, patience_seconds=0.0)
         raise refusal
 
 

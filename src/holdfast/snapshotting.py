@@ -52,7 +52,7 @@ class StepGuard:
             if each not in self._hooked:
                 self._hooked[each] = each.register_step_pre_hook(self._before_step)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Run the pending wait; no-op without a pending copy.
 
         It stays pending until it has returned, so an interrupted wait is repeated.
@@ -64,13 +64,13 @@ class StepGuard:
 
     def leave(self) -> None:
         """Wait for a pending copy and remove every hook."""
-        self.settle()
+        self.wait()
         for handle in self._hooked.values():
             handle.remove()
         self._hooked.clear()
 
     def _before_step(self, *_: Any) -> None:
-        self.settle()
+        self.wait()
 
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Snapshotter:
             leaves = captured.leaves
             return self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
 
-        plan, inventory = self._shards.settle(capture, control, self._memory.nodes)
+        plan, inventory = self._shards.agree_on_plan(capture, control, self._memory.nodes)
         pinned = _is_on_gpu(inventory)
         reserved = self._memory.reserve(
             plan.staged.layout,
@@ -181,12 +181,12 @@ class Snapshotter:
             uncounted.extend(then.uncounted)
             return Inventory(then.items, now.sources, structure_of(then.items))
 
-        plan, _ = self._shards.settle(describe, control, nodes)
+        plan, _ = self._shards.agree_on_plan(describe, control, nodes)
         return image_bytes(plan.staged.layout), uncounted
 
     def wait(self) -> None:
         """Wait until the last snapshot no longer reads live tensors."""
-        self._guard.settle()
+        self._guard.wait()
 
     def release(self) -> None:
         """Free memory, remove hooks, and drop references to live objects."""

@@ -39,7 +39,7 @@ class _Rank:
         def take() -> Inventory:
             return self.itemizer.describe(leaves, {name: (name,) for name in leaves})
 
-        return self.saver.settle(take, coordinator)
+        return self.saver.agree_on_plan(take, coordinator)
 
     def stage(self, coordinator: Any, leaves: Any) -> StagedShard:
         return self.saver.stage(*self.settle(coordinator, leaves))
@@ -327,7 +327,7 @@ def test_a_rank_that_cannot_capture_fails_all_and_keeps_the_plan() -> None:
             return rank.itemizer.describe(_leaves(), {name: (name,) for name in _leaves()})
 
         with pytest.raises(StageFailedError, match="as planned"):
-            rank.saver.settle(take, coordinator)
+            rank.saver.agree_on_plan(take, coordinator)
         return rank.settle(coordinator, _leaves())[0] is first
 
     assert _on_ranks(program) == [True, True]

@@ -70,7 +70,7 @@ def test_leaving_holds_what_is_in_hand() -> None:
     guard.leave()
     assert held == [1]
     optimizer.step()
-    guard.settle()
+    guard.wait()
     assert held == [1]
     guard.watch([optimizer], lambda: held.append(2))
     optimizer.step()

@@ -1,6 +1,6 @@
 """The channels on which the ranks of one manager communicate.
 
-Owns how a channel is named, so that ranks meet on the same one: by the directory of the store. It
+Owns how a channel is named, so that all ranks use the same one: by the directory of the store. It
 makes no difference which other managers a rank has made or used. Managers of one directory share
 the count of calls, which is kept in the rendezvous store. Without an initialised torch.distributed,
 or with one rank, each channel is a `SingleProcess`; one that was opened before torch.distributed
@@ -89,7 +89,7 @@ class Channels:
         refusal: BaseException | None,
         in_use: Collection[int],
     ) -> R:
-        """Meet the other ranks in a new call and return what `admit` did; see `Coordinator.begin`.
+        """Begin a call on all ranks and return what `admit` did; see `Coordinator.begin`.
 
         `refusal`: what this rank has to raise; the others get it too. None: it takes part.
         `in_use`: numbers of channels on which a job still communicates; they stay in their call.

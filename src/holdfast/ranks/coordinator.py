@@ -34,7 +34,7 @@ _FOLLOWER_GRACE_SECONDS = 5.0
 _NOTICE_SECONDS = 20.0
 """Rank 0 logs which ranks it still waits for after this long, once in each stage."""
 _ENTRY = "entry"
-"""Where ranks meet first in each call, whatever they call the stage."""
+"""The first exchange of each call has this name, whatever its stage is called."""
 _FEW_RANKS = 4
 """With so few ranks, one list of outcomes takes more requests than a key for each."""
 _CALLS_KEPT = 4
@@ -58,9 +58,9 @@ class Coordinator(Protocol):
     def begin(
         self, stage: str, enter: Callable[[], Entry], admit: Callable[[], R]
     ) -> tuple[int, R]:
-        """Meet the other ranks in a new call, wherever each of them left the calls before.
+        """Begin a call together with the other ranks, wherever each of them left the calls before.
 
-        A rank that was late and found the others gone, or that missed whole calls of theirs, meets
+        A rank that was late and found the others gone, or that missed whole calls of theirs, joins
         them again here. `enter` runs on every rank and returns which call this is, or refuses it;
         where all return the same, `admit` runs on rank 0. `stage`: how errors name this.
 
@@ -74,7 +74,7 @@ class Coordinator(Protocol):
         ...
 
     def follow(self, call: int) -> None:
-        """Leave whatever was said before: from here on ranks meet in this call only."""
+        """Use the keys of this call from here on; what earlier calls left behind is not read."""
         ...
 
     def all_gather(self, stage: str, work: Callable[[], T]) -> list[T]:
@@ -149,7 +149,7 @@ class SingleProcess:
 
 
 class StoreCoordinator:
-    """Ranks meet at keys of the job's rendezvous store, each with a client of its own."""
+    """Ranks exchange values through keys of the job's rendezvous store, each by its own client."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class StoreCoordinator:
     def begin(
         self, stage: str, enter: Callable[[], Entry], admit: Callable[[], R]
     ) -> tuple[int, R]:
-        """Meet where rank 0 is now, at one key for all calls; errors as `all_gather`.
+        """Begin the call that rank 0 begins now, or is in; errors as `all_gather`.
 
         Raises:
             StageFailedError: ranks are in different calls.
@@ -240,7 +240,7 @@ class StoreCoordinator:
         return f"{self._channel}/begun/{call}"
 
     def follow(self, call: int) -> None:
-        """Meet at other keys than before."""
+        """Use other keys than before."""
         self._call = call
         self._turns.clear()
 
@@ -252,18 +252,18 @@ class StoreCoordinator:
             StageFailedError: the work raised anything else, on any rank; on every rank.
             StageTimeoutError: ranks did not arrive in time.
         """
-        everything: list[T] = self._meet(stage, work, lambda outcomes: outcomes)
+        everything: list[T] = self._run_on_all(stage, work, lambda outcomes: outcomes)
         return everything
 
     def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
         """Run the work on every rank; errors as `all_gather`."""
         found: list[T] = []
-        self._meet(stage, work, found.extend)
+        self._run_on_all(stage, work, found.extend)
         return found if self.rank == 0 else None
 
     def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
         """Run the work on every rank and judge it on rank 0; errors as `all_gather`."""
-        verdict: R = self._meet(stage, work, judge)
+        verdict: R = self._run_on_all(stage, work, judge)
         return verdict
 
     def broadcast(self, stage: str, work: Callable[[], T]) -> T:
@@ -294,7 +294,7 @@ class StoreCoordinator:
         self._spent_keys += keys
         return self._unpack(shares[0], cause)  # type: ignore[no-any-return]  # pickled
 
-    def _meet(
+    def _run_on_all(
         self,
         stage: str,
         work: Callable[[], T],

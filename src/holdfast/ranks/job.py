@@ -288,7 +288,7 @@ class Save:
         except CallerLeftError:
             raise SaveAbandonedError(self.name) from None
 
-    def tell(self, event_name: str) -> None:
+    def fire(self, event_name: str) -> None:
         """Fire an event at the listener of this save, where it has one that knows it."""
         # Other callback managers than ours know Megatron-Bridge's event only.
         listener = self.callback_manager
@@ -436,13 +436,13 @@ class Flight:
             event.removed_iterations = outcome.value.removed_iterations
             if landed is not None:
                 landed(outcome.value)
-            save.tell(ON_CHECKPOINT_SAVE)
+            save.fire(ON_CHECKPOINT_SAVE)
             return
         assert outcome.error is not None
         event.error = _as_save_failure(event.iteration, outcome.error, rank)
         for watcher in self._watchers:
             watcher.note_failure(event.iteration, event.tier, event.error)
-        save.tell(ON_CHECKPOINT_SAVE_FAILED)
+        save.fire(ON_CHECKPOINT_SAVE_FAILED)
         self._rule.judge(event.error, outcome.error, event.tier)
 
 

@@ -227,7 +227,7 @@ class ShardSaver:
         self.progress = Progress()
         """Of the file being written, or of the last one written."""
 
-    def settle(
+    def agree_on_plan(
         self,
         take: Callable[[], Inventory],
         coordinator: Coordinator,

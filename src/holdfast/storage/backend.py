@@ -135,7 +135,7 @@ class Storage(Protocol):
     ) -> str | None:
         """Make a pending group readable under its final name: visible at once, durable at return.
 
-        The object `record` with this content is put last; whoever sees it sees all of `needs`,
+        The object `record` with this content is put last; who sees it sees all of `needs`,
         which are names in the group. Return the name that a group published earlier under the same
         name has now, for the caller to delete; None: there was none. It stays readable until this
         one is.

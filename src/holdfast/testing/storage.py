@@ -281,7 +281,7 @@ class StorageContract:
     def test_a_begun_group_is_seen_by_others(
         self, storage: Storage, open_storage: OpenStorage
     ) -> None:
-        """Whoever opens the storage sees a begun group, and can put objects into it."""
+        """Another client of the storage sees a begun group, and can put objects into it."""
         group = pending_name("g")
         assert not storage.has_group(group)
         storage.begin(group)
@@ -298,7 +298,7 @@ class StorageContract:
         assert [(each.name, each.is_group) for each in storage.list()] == [("g", True)]
         assert not storage.has_group(group)
 
-    def test_whoever_sees_the_record_sees_everything(self, storage: Storage) -> None:
+    def test_a_reader_of_the_record_sees_everything(self, storage: Storage) -> None:
         """At no moment is a record visible under the final name without what it needs."""
         groups = [
             _begin(storage, f"g_{turn}", {"a": b"1", "state/b": b"2"}) for turn in range(_ROUNDS)

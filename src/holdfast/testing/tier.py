@@ -84,7 +84,7 @@ class Process:
         """Save the state of an iteration, of which there may be several versions."""
         leaves = {**tensors_at(iteration, version), "optimizer.lr": iteration / 7}
         paths = {name: tuple(name.split(".")) for name in leaves}
-        plan = self.saver.settle(lambda: self.itemizer.describe(leaves, paths), self.rank)
+        plan = self.saver.agree_on_plan(lambda: self.itemizer.describe(leaves, paths), self.rank)
         arena = self.tier.reserve(plan[0].staged.layout, self.rank, pinned=False)
         staged = self.saver.stage(*plan, arena=arena)
         assert staged.copying is not None
@@ -324,7 +324,7 @@ class TierContract:
         leaves = tensors_at(20)
         paths = {name: tuple(name.split(".")) for name in leaves}
         for _ in range(self.keeps + 3):
-            plan, _ = process.saver.settle(
+            plan, _ = process.saver.agree_on_plan(
                 lambda: process.itemizer.describe(leaves, paths), process.rank
             )
             process.tier.reserve(plan.staged.layout, process.rank, pinned=False)
