@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.errors import FormatTooNewError
+from holdfast.format.inventory import TAIL
 from holdfast.format.layout import (
-    TAIL,
     Item,
     Layout,
     container_of,
@@ -44,6 +45,8 @@ MIXED = [
     _tensor("opaque", 2, 2, capacity_bytes=2000),
     _chunk("sharded", (8, 4), (2, 0), 3, 4),
     Item("list.0", ("list", 0), torch.int32, (1,), (0,), (1,)),
+    _tensor("own", 3, per_rank=True, kind='{"type":"tensor"}'),
+    replace(_value("rng", 640), per_rank=True, kind='{"type":"value"}'),
 ]
 
 
@@ -137,6 +140,14 @@ def test_an_alias_of_a_tensor_in_chunks_means_the_chunk_at_its_place() -> None:
             "a cannot have the bytes of b",
         ),
         ([replace(_tensor("a", 2), offsets=(0, 0))], "a: size, offsets and lengths have different"),
+        (
+            [replace(_chunk("a", (4,), (2,), 2), per_rank=True)],
+            "a: a rank's own copy must be whole",
+        ),
+        (
+            [_tensor("b", 2), _tensor("a", 2, alias_of="b", per_rank=True)],
+            "a cannot have the bytes of b",
+        ),
     ],
 )
 def test_items_that_contradict_one_another_are_refused(items: list[Item], message: str) -> None:
@@ -152,6 +163,7 @@ def test_the_index_tells_every_item() -> None:
     assert len(entries) == len(MIXED)
     for entry, (item, slot) in zip(entries, layout.items, strict=True):
         assert (entry.name, entry.path, entry.dtype) == (item.name, item.path, item.dtype)
+        assert (entry.kind, entry.per_rank) == (item.kind, item.per_rank)
         assert (entry.size, entry.offsets, entry.lengths) == (
             item.size,
             item.offsets,
@@ -207,6 +219,8 @@ ROW: dict[str, Any] = {
     "offset": 64,
     "length": 100,
     "payload_offset": 128,
+    "kind": 0,
+    "per_rank": 0,
 }
 
 
@@ -231,7 +245,11 @@ def test_the_row_that_the_next_test_damages_is_sound() -> None:
         b"[" * 100_000,
         b"[]",
         b"{}",
-        _index_of(format="holdfast-shard-index-9"),
+        _index_of(type="holdfast-shard-index-9"),
+        _index_of(format=None),
+        _index_of(format=0),
+        _index_of(kinds=None),
+        _index_of(kinds=[None]),
         _index_of(fields=["name"]),
         _index_of(items={}),
         _index_of(7),
@@ -266,6 +284,11 @@ def test_the_row_that_the_next_test_damages_is_sound() -> None:
                 {"payload_offset": 0},
                 {"payload_offset": 149},
                 {"payload_offset": "128"},
+                {"kind": 1},
+                {"kind": None},
+                {"per_rank": 2},
+                {"per_rank": True},
+                {"per_rank": 1},
             )
         ),
     ],
@@ -274,3 +297,29 @@ def test_a_damaged_index_is_refused(content: bytes) -> None:
     """Whatever stands in the place of an index, reading it returns entries in bounds or refuses."""
     with pytest.raises(ValueError, match="index"):
         parse_index(content, 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"format": 3}, "f is of format 3; this version of holdfast reads up to format 2"),
+        ({"requires": ["per_rank", "woven"]}, "f is of format 2 and requires 'woven'"),
+    ],
+)
+def test_an_index_of_a_later_version_is_no_damage(change: dict[str, Any], told: str) -> None:
+    """A later format, or a feature that a reader must know, is told with both versions."""
+    with pytest.raises(FormatTooNewError, match=told):
+        parse_index(_index_of(**change), 256, "f")
+
+
+def test_a_reader_must_know_that_copies_are_per_rank() -> None:
+    """An index lists what it requires: nothing, unless there are copies of one rank."""
+    assert json.loads(lay_out([_tensor("a", 2)]).index)["requires"] == []
+    assert json.loads(lay_out([_tensor("a", 2, per_rank=True)]).index)["requires"] == ["per_rank"]
+
+
+def test_fields_of_a_later_version_are_ignored() -> None:
+    """A field appended to the rows changes nothing of what is known."""
+    fields = [*json.loads(lay_out([]).index)["fields"], "colour"]
+    later = _index_of(ROW | {"colour": "red"}, fields=fields)
+    assert parse_index(later, 256) == parse_index(_index_of(ROW), 256)

@@ -10,15 +10,16 @@ import torch
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem
-from holdfast.format.dcp import merge_shards
 from holdfast.format.layout import Entry, Item, lay_out
+from holdfast.format.merging import merge_shards
+from holdfast.read.index import read_index
 from holdfast.read.reader import ShardReader
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.shard import seal_image
 from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.availability import find_gap
 from holdfast.tiers.local.peers import ReadRequest, divide
-from holdfast.tiers.local.shard_file import Chunk, ShardRecord, outline, read_shard_index
+from holdfast.tiers.local.shard_file import Chunk, ShardRecord, outline
 from tests.support.local_shards import RECORD
 from tests.support.nodes import flip
 
@@ -73,11 +74,11 @@ def test_two_files_are_read_as_one(tmp_path: Path) -> None:
     second = _write(tmp_path / "b", [_item("w", 4, 8), _item("v", 0, 8)], [whole[4:], whole + 100])
     third = _write(tmp_path / "c", [_item("v", 0, 8)], [whole - 100])
     files = PosixStorage(tmp_path, LocalFilesystem())
-    shards: list[tuple[str, list[Entry]]] = []
+    shards: list[tuple[int, str, list[Entry]]] = []
     records = {}
-    for name, record in (("a", first), ("b", second), ("c", third)):
-        index = read_shard_index(files, name, record)
-        shards.append((name, index.entries(name)))
+    for owner, (name, record) in enumerate((("a", first), ("b", second), ("c", third))):
+        index = read_index(files, name, record.image_record(name))
+        shards.append((owner, name, index.entries(name)))
         records[name] = record.image_record(name)
     reader = ShardReader(files, merge_shards(shards), records)
     assert reader.key_path("w") == ("model", "w")
@@ -98,8 +99,9 @@ def test_a_damaged_index_is_refused(tmp_path: Path, where: str) -> None:
         path.unlink()
     else:
         flip(path, layout.index_offset + 5 if where == "index" else record.body_bytes + 3)
+    files = PosixStorage(tmp_path, LocalFilesystem())
     with pytest.raises(CorruptCheckpointError):
-        read_shard_index(PosixStorage(tmp_path, LocalFilesystem()), path.name, record)
+        read_index(files, path.name, record.image_record(path.name))
 
 
 def test_each_place_fetches_each_block_once() -> None:

@@ -38,7 +38,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from holdfast.errors import CheckpointError, CorruptCheckpointError, is_process_failure
-from holdfast.format.layout import Entry
 from holdfast.format.plan import Decision, shard_name
 from holdfast.storage.backend import Storage, open_stream
 from holdfast.torch_internals import EXTRA_STATE, PICKLED, StorageInfo
@@ -146,7 +145,22 @@ def encode_metadata(decision: Decision) -> bytes:
     fields["state_dict_metadata"] = _dictionary(described)
     fields["planner_data"] = _dictionary(paths)
     fields["storage_data"] = _dictionary(places)
+    table = {kind: number for number, kind in enumerate(dict.fromkeys(catalogue.kinds))}
+    fields[KINDS] = _plain(([*table], [table[kind] for kind in catalogue.kinds]))
+    fields[PER_RANK] = _dictionary(
+        [
+            part
+            for name, own in zip(names, catalogue.per_rank, strict=True)
+            if own
+            for part in (name, pickle.NONE)
+        ]
+    )
     return pickled.finish(pickled.template(Metadata, *fields) % tuple(fields.values()))
+
+
+KINDS, PER_RANK = "kinds", "per_rank"
+"""Attributes of the metadata that torch ignores: a table of kinds and the number of each name's
+kind in the order of the names; and the names of which every rank has its own copy."""
 
 
 class _Pickled:
@@ -290,6 +304,8 @@ def read_metadata(content: bytes, *, derive_keys: bool = False) -> Metadata | No
     if not isinstance(metadata, Metadata):
         return None
     fields = vars(metadata)
+    if not _is_recorded(fields):
+        return None
     fields.pop("all_local_plans", None)  # the writer's plans: large and not needed here
     described = fields.get("state_dict_metadata")
     if not isinstance(described, dict) or not all(map(_is_described, described.items())):
@@ -303,6 +319,32 @@ def read_metadata(content: bytes, *, derive_keys: bool = False) -> Metadata | No
     if fields.get("storage_meta") is None:
         fields["storage_meta"] = StorageMeta()
     return metadata
+
+
+def _is_recorded(fields: Mapping[str, Any]) -> bool:
+    """Return whether kinds and names per rank, where there are any, are what we write."""
+    names, per_rank = fields.get("state_dict_metadata"), fields.get(PER_RANK, {})
+    kinds, numbers = fields.get(KINDS, ((), ()))
+    return (
+        isinstance(names, dict)
+        and isinstance(per_rank, dict)
+        and per_rank.keys() <= names.keys()
+        and all(type(kind) is str for kind in kinds)
+        and (not numbers or len(numbers) == len(names))
+        and all(type(number) is int and 0 <= number < len(kinds) for number in numbers)
+    )
+
+
+def kinds_of(metadata: Metadata) -> dict[str, str]:
+    """Return the recorded kind of each name, where one was recorded."""
+    kinds, numbers = vars(metadata).get(KINDS, ((), ()))
+    named = zip(metadata.state_dict_metadata, numbers, strict=False)
+    return {name: kinds[number] for name, number in named if kinds[number]}
+
+
+def per_rank_names(metadata: Metadata) -> frozenset[str]:
+    """Return the names of which every rank has saved its own copy."""
+    return frozenset(vars(metadata).get(PER_RANK, ()))
 
 
 def _is_described(entry: tuple[Any, Any]) -> bool:
@@ -453,35 +495,3 @@ def read_through_torch(
         raise CorruptCheckpointError(
             files.where(name), f"an item cannot be read: {summary}"
         ) from error
-
-
-def merge_shards(shards: Iterable[tuple[str, Iterable[Entry]]]) -> Metadata:
-    """Return one view of many shard files, given as path and entries, for torch's planner.
-
-    Where several files hold the same chunk, the first one is read.
-    """
-    described: dict[str, Any] = {}
-    paths: dict[str, tuple[Any, ...]] = {}
-    places: dict[MetadataIndex, Any] = {}
-    properties: dict[torch.dtype, TensorProperties] = {}
-    for file_path, entries in shards:
-        for entry in entries:
-            name, dtype = entry.name, entry.dtype
-            place = MetadataIndex(name, None if dtype is None else torch.Size(entry.offsets))
-            if place in places:
-                continue
-            places[place] = StorageInfo(file_path, entry.offset, entry.length)
-            if dtype is None:
-                paths.setdefault(name, entry.path)
-                described.setdefault(name, BytesStorageMetadata())
-                continue
-            if name not in described:
-                paths[name] = entry.path
-                if dtype not in properties:
-                    properties[dtype] = TensorProperties(dtype=dtype)
-                described[name] = TensorStorageMetadata(
-                    properties[dtype], torch.Size(entry.size), []
-                )
-            chunk = ChunkStorageMetadata(torch.Size(entry.offsets), torch.Size(entry.lengths))
-            described[name].chunks.append(chunk)
-    return Metadata(described, paths, places, StorageMeta())

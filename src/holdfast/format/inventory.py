@@ -1,23 +1,65 @@
 """Which tensors are in which bytes of a shard file, found without torch.
 
-Owns reading `.metadata` only for the locations of its items, and naming the tensors of damaged
-blocks. Runs no code from the file and imports nothing: every type in it is replaced by a stand-in.
-Metadata that cannot be read names no tensors; that is no error: damage is reported anyway.
+Owns naming the tensors of damaged blocks, from the index of the file itself, which also lists the
+own copies of the rank that wrote it, or else from `.metadata`. Runs no code from the files and
+imports nothing: every type in `.metadata` is replaced by a stand-in. An index and metadata that
+cannot be read name no tensors; that is no error: damage is reported anyway.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, BinaryIO
 
-from holdfast.storage.backend import Storage
+from holdfast.storage.backend import Storage, open_stream
+from holdfast.storage.digests import body_bytes_of
 from holdfast.storage.store import Damage
 
 METADATA_NAME = ".metadata"
+TAIL = struct.Struct("<QQ")
+"""The last bytes of a shard file's body: where the index starts, and how long it is."""
 _SHOWN = 3
+
+
+def names_of(files: Storage, file_name: str, byte_range: tuple[int, int]) -> list[str]:
+    """Return the names of the items in a byte range of a file of a checkpoint, as `names_in`."""
+    try:
+        with open_stream(files, file_name) as stream:
+            body_bytes = body_bytes_of(stream)
+            if body_bytes is not None and (names := names_in_body(stream, body_bytes, byte_range)):
+                return names
+        return names_in(files.get(METADATA_NAME), file_name, byte_range)
+    except OSError:
+        return []
+
+
+def names_in_body(stream: BinaryIO, body_bytes: int, byte_range: tuple[int, int]) -> list[str]:
+    """Return the names of the items in a byte range, from the index at the end of a body.
+
+    The index itself may be what is damaged: then there are none.
+    """
+    try:
+        stream.seek(body_bytes - TAIL.size)
+        offset, length = TAIL.unpack(stream.read(TAIL.size))
+        if offset + length > body_bytes:
+            return []
+        stream.seek(offset)
+        described = json.loads(stream.read(length))
+        fields = described["fields"]
+        places = [fields.index(each) for each in ("name", "offset", "length")]
+        first, last = byte_range
+        shares = []
+        for row in described["items"]:
+            name, start, size = (row[place] for place in places)
+            shares.append((min(start + size, last + 1) - max(start, first), str(name)))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+        return []
+    return _by_share(shares)
 
 
 def names_in(metadata_content: bytes, file_name: str, byte_range: tuple[int, int]) -> list[str]:
@@ -38,6 +80,10 @@ def names_at(places: Mapping[Any, Any], file_name: str, byte_range: tuple[int, i
         for index, info in places.items()
         if info.relative_path == file_name
     ]
+    return _by_share(shares)
+
+
+def _by_share(shares: Sequence[tuple[int, str]]) -> list[str]:
     return [name for share, name in sorted(shares, key=lambda each: -each[0]) if share > 0]
 
 
@@ -83,9 +129,5 @@ def name_tensors(files: Storage, damages: Sequence[Damage]) -> list[Damage]:
 def _clause(files: Storage, damage: Damage) -> str:
     if damage.byte_range is None:
         return ""
-    try:
-        content = files.get(METADATA_NAME)
-    except OSError:
-        return ""
     _, _, file_name = damage.path.partition("/")  # after the checkpoint's own name
-    return list_names(names_in(content, file_name, damage.byte_range))
+    return list_names(names_of(files, file_name, damage.byte_range))

@@ -8,7 +8,8 @@ are refused. Copies only small values.
 Also owns what a rank sends about its items: the digest of their structure, which changes whenever a
 plan for them would; the fixed-size record before each save; and the compact, canonical proposal, in
 which what data-parallel ranks have in common is stored apart from each rank's own part. Rank 0's
-side is in `plan`.
+side is in `plan`. Names that are per rank are proposed as such: their copies are neither divided
+nor compared.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import operator
 import pickle
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -60,7 +61,10 @@ class Inventory:
 class Itemizer:
     """Describes one state at every save; descriptions of unchanged leaves are reused."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind_of: Callable[[Any], str] = lambda _: "") -> None:
+        """`kind_of`: returns what is recorded of the kind of a leaf."""
+        self._kind_of = kind_of
+        self._per_rank: Collection[str] = frozenset()
         self._known: dict[str, _Known] = {}
         self._values: dict[str, _Encoded] = {}
         self._aliased: dict[tuple[str, str], Item] = {}
@@ -73,33 +77,39 @@ class Itemizer:
         leaves: Mapping[str, Any],
         paths: Mapping[str, tuple[str | int, ...]],
         check: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        per_rank: Collection[str] = frozenset(),
     ) -> Inventory:
         """Return the items of a flat state, in its order; `paths` are the nested keys of each name.
 
         `check` may refuse leaves; it is called when a leaf's kind, size or address differs from
-        last time.
+        last time. `per_rank`: names of which every rank writes its own copy, but for chunks of a
+        distributed tensor.
 
         Raises:
             UnsupportedStateError: a tensor type that cannot be taken apart.
         """
         if paths is not self._paths:
             self._forget_moved(leaves, paths)
+        if per_rank is not self._per_rank:
+            self._forget_divided(per_rank)
         if (repeated := self._repeat(leaves)) is not None:
             return repeated
         check(leaves)
         items: list[Item] = []
         sources: list[Source] = []
         addresses: list[int] = []
-        by_address: dict[int, list[tuple[torch.Tensor, str]]] = {}
+        by_address: dict[tuple[int, bool], list[tuple[torch.Tensor, str]]] = {}
         for name, leaf in leaves.items():
             for item, source in self._describe(name, leaf, paths):
                 address = 0
                 if isinstance(source, torch.Tensor) and source.numel():
                     address = source.data_ptr()
-                    if address in by_address:
-                        item = self._tie(item, source, by_address[address])
+                    # A rank's own copy shares no bytes with what one rank writes for all.
+                    place = (address, item.per_rank)
+                    if place in by_address:
+                        item = self._tie(item, source, by_address[place])
                     else:
-                        by_address[address] = [(source, name)]
+                        by_address[place] = [(source, name)]
                 items.append(item)
                 sources.append(source)
                 addresses.append(address)
@@ -130,6 +140,16 @@ class Itemizer:
                 self._values.pop(name, None)
                 self._last = _Last((), (), (), (), ())
         self._paths = paths
+
+    def _forget_divided(self, per_rank: Collection[str]) -> None:
+        """Drop the cached descriptions of names that are no longer, or only now, per rank."""
+        changed = {*per_rank} ^ {*self._per_rank}
+        if changed:
+            for name in changed:
+                self._known.pop(name, None)
+                self._values.pop(name, None)
+            self._last = _Last((), (), (), (), ())
+        self._per_rank = per_rank
 
     def _repeat(self, leaves: Mapping[str, Any]) -> Inventory | None:
         """Return the previous items if every leaf is unchanged; None: describe them again."""
@@ -178,6 +198,7 @@ class Itemizer:
                 and known.kind is kind
                 and known.shape == leaf.shape
                 and known.dtype is leaf.dtype
+                and known.device == leaf.device
                 and leaf.layout is torch.strided
             ):
                 return ((known.items[0], leaf),)
@@ -189,6 +210,7 @@ class Itemizer:
                 and known.kind is DTensor
                 and known.shape == local.shape
                 and known.dtype is local.dtype
+                and known.device == local.device
                 and type(local) in PLAIN_TENSORS
                 and known.spec == spec
             ):
@@ -203,21 +225,26 @@ class Itemizer:
         path = tuple(paths[name])
         found: list[tuple[Item, Source]] = []
         size = tuple(leaf.size())
+        kind, per_rank = type(leaf), name in self._per_rank and not isinstance(leaf, DTensor)
+        recorded = self._kind_of(leaf)
         for offsets, lengths, local in _chunks(leaf):
             local = local.detach()
-            item = Item(name, path, local.dtype, size, offsets, lengths)
+            item = Item(
+                name, path, local.dtype, size, offsets, lengths, per_rank=per_rank, kind=recorded
+            )
             if _is_dense(local):
                 found.append((item, local))
             else:
                 found.append(self._with_capacity(item, _pickle_tensor(local, name)))
-        kind = type(leaf)
         if all(isinstance(source, torch.Tensor) for _, source in found):
             items = [item for item, _ in found]
             if kind in PLAIN_TENSORS:
-                self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, items)
+                self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, leaf.device, items)
             elif kind is DTensor and found:
                 local, spec = local_and_spec(leaf)
-                self._known[name] = _Known(DTensor, spec, local.shape, local.dtype, items)
+                self._known[name] = _Known(
+                    DTensor, spec, local.shape, local.dtype, local.device, items
+                )
         return found
 
     def _describe_value(
@@ -228,7 +255,16 @@ class Itemizer:
         if encoded is None or encoded.key != key:
             stream = io.BytesIO()
             torch.save(value, stream)
-            item = Item(name, tuple(paths[name]), None, (), (), ())
+            item = Item(
+                name,
+                tuple(paths[name]),
+                None,
+                (),
+                (),
+                (),
+                per_rank=name in self._per_rank,
+                kind=self._kind_of(value),
+            )
             item, content = self._with_capacity(item, stream.getvalue())
             encoded = self._values[name] = _Encoded(key, item, content)
         return encoded.item, encoded.content
@@ -246,7 +282,7 @@ class Itemizer:
                 return slot, content
         headroom = min(max(len(content) // 4, _LEAST_HEADROOM_BYTES), _MOST_HEADROOM_BYTES)
         slot = replace(item, capacity_bytes=round_up(len(content) + headroom, _SLOT_ALIGNMENT))
-        self._known[item.name] = _Known(bytes, None, torch.Size(), None, [slot])
+        self._known[item.name] = _Known(bytes, None, torch.Size(), None, None, [slot])
         return slot, content
 
     def _tie(
@@ -273,6 +309,7 @@ class _Known:
     spec: Any
     shape: torch.Size
     dtype: torch.dtype | None
+    device: torch.device | None
     items: Sequence[Item]
 
 
@@ -339,7 +376,7 @@ PROPOSAL_HEADER = struct.Struct("<16sQQ")
 """Structure, bytes of the table, number of items."""
 NO_PLAN = bytes(16)
 """Sent instead of a plan by a rank that has none for its current structure."""
-RECORD_MARK = b"holdfst1"
+RECORD_MARK = b"holdfst2"
 _RECORD = struct.Struct("<8s16s16s")
 
 
@@ -376,8 +413,9 @@ def propose(items: Sequence[Item]) -> bytes:
 
 
 def _table_of(items: Sequence[Item]) -> bytes:
-    """Encode what data-parallel ranks have in common: names, paths, dtypes, global sizes."""
+    """Encode what data-parallel ranks have in common: names, paths, kinds, dtypes, global sizes."""
     codes: dict[torch.dtype | None, int] = {}
+    kinds: dict[str, int] = {}
     described = {
         "names": [item.name for item in items],
         "paths": [
@@ -388,6 +426,9 @@ def _table_of(items: Sequence[Item]) -> bytes:
         "codes": [codes.setdefault(item.dtype, len(codes)) for item in items],
         "dtypes": [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in codes],
         "sizes": [item.size for item in items],
+        "kind_codes": [kinds.setdefault(item.kind, len(kinds)) for item in items],
+        "kinds": [*kinds],
+        "per_rank": [position for position, item in enumerate(items) if item.per_rank],
     }
     return json.dumps(described, separators=(",", ":"), check_circular=False).encode("ascii")
 

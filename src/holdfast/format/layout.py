@@ -7,13 +7,14 @@ slot starts at a multiple of 64 bytes, and that an index read back is in bounds 
 refused; nothing in it is ever unpickled. Refuses items that contradict themselves or one another.
 Knows no bytes of tensors, no files and no digests. Source of the container's format: torch's own
 zip archive, made by torch under `torch.serialization.skip_data`.
+
+An item may be per rank: every rank that has it writes its own copy, and the index says so.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from holdfast.errors import FormatTooNewError
+from holdfast.format.inventory import TAIL
 from holdfast.storage.digests import round_up
+from holdfast.storage.manifest import PER_RANK, check_format
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,9 @@ class _Sink:
 
 SLOT_ALIGNMENT = 64
 BODY_ALIGNMENT = 4096
-TAIL = struct.Struct("<QQ")
-"""The last bytes of a body: where the index starts, and how long it is."""
 
-_FORMAT = "holdfast-shard-index-1"
+_TYPE = "holdfast-shard-index"
+_FORMAT = 2
 _FIELDS = (
     "name",
     "path",  # null: the name split at its dots
@@ -100,6 +103,8 @@ _FIELDS = (
     "offset",
     "length",
     "payload_offset",  # null: only torch.load can locate the bytes
+    "kind",  # number in the table of kinds
+    "per_rank",  # 1: the own copy of the rank that wrote the file, 0: the same on every rank
 )
 
 IntArray = npt.NDArray[np.int64]
@@ -123,6 +128,11 @@ class Item:
     """Slot size of a value, or of a tensor that only torch can pickle; 0: a dense tensor."""
     alias_of: str | None = None
     """Name of an earlier item of this rank that has the same bytes."""
+    per_rank: bool = False
+    """Whether every rank that has it writes its own copy, of whatever type and size. It is whole:
+    `size` is that of this rank's copy."""
+    kind: str = ""
+    """What the value is, as canonical JSON; empty: not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +194,9 @@ class Entry(NamedTuple):
     length: int
     payload_offset: int | None
     """Start of the tensor's row-major bytes; None: only torch.load can locate them."""
+    kind: str = ""
+    per_rank: bool = False
+    """Whether it is the own copy of the rank that wrote the file."""
 
     @property
     def payload_bytes(self) -> int:
@@ -211,6 +224,8 @@ def containers_of(items: Sequence[Item]) -> list[Container | None]:
     for item in items:
         if not len(item.size) == len(item.offsets) == len(item.lengths):
             raise ValueError(f"{item.name}: size, offsets and lengths have different dimensions")
+        if item.per_rank and item.lengths != item.size:
+            raise ValueError(f"{item.name}: a rank's own copy must be whole")
         if item.capacity_bytes:
             containers.append(None)
             continue
@@ -241,10 +256,11 @@ def leaders_of(items: Sequence[Item]) -> list[int]:
             if found is None:
                 raise ValueError(f"{item.name}: no earlier item is named {item.alias_of!r}")
             first = items[found]
-            if (first.dtype, first.lengths, first.capacity_bytes) != (
+            if (first.dtype, first.lengths, first.capacity_bytes, first.per_rank) != (
                 item.dtype,
                 item.lengths,
                 item.capacity_bytes,
+                item.per_rank,
             ):
                 raise ValueError(f"{item.name} cannot have the bytes of {item.alias_of}")
             leader = found if leaders[found] < 0 else leaders[found]
@@ -287,6 +303,7 @@ def lay_out(items: Sequence[Item]) -> Layout:
 
 def _encode_index(placed: Sequence[tuple[Item, Slot]]) -> bytes:
     dtypes: dict[torch.dtype | None, str | None] = {None: None}
+    kinds: dict[str, int] = {"": 0}
     rows: list[tuple[Any, ...]] = []
     for item, slot in placed:
         if item.dtype not in dtypes:
@@ -303,9 +320,18 @@ def _encode_index(placed: Sequence[tuple[Item, Slot]]) -> bytes:
                 slot.offset,
                 slot.size_bytes,
                 None if container is None else slot.offset + len(container.header),
+                kinds.setdefault(item.kind, len(kinds)),
+                int(item.per_rank),
             )
         )
-    described = {"format": _FORMAT, "fields": _FIELDS, "items": rows}
+    described = {
+        "type": _TYPE,
+        "format": _FORMAT,
+        "requires": [PER_RANK] if any(item.per_rank for item, _ in placed) else [],
+        "fields": _FIELDS,
+        "kinds": [*kinds],
+        "items": rows,
+    }
     return json.dumps(described, separators=(",", ":"), check_circular=False).encode("ascii")
 
 
@@ -333,26 +359,46 @@ def read_index(body: bytes | memoryview) -> list[Entry]:
     return parse_index(body[place.start : place.stop], place.start)
 
 
-def parse_index(content: bytes | memoryview, index_offset: int) -> list[Entry]:
+def parse_index(
+    content: bytes | memoryview, index_offset: int, where: str = "the index"
+) -> list[Entry]:
     """Return the items that an index at this offset describes, in file order.
+
+    Fields that a later version appended are ignored. `where`: for messages.
 
     Raises:
         ValueError: it is no index, or names ranges outside the body or types unknown here.
+        FormatTooNewError: it has a later format, or requires a feature of a later version.
     """
     try:
         described = json.loads(bytes(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the index cannot be read: {error}") from error
-    if not isinstance(described, Mapping) or described.get("format") != _FORMAT:
-        raise ValueError(f"the index is not of the format {_FORMAT}")
-    rows = described.get("items")
-    if described.get("fields") != list(_FIELDS) or not isinstance(rows, list):
+    if not isinstance(described, Mapping) or described.get("type") != _TYPE:
+        raise ValueError("the index is not that of a shard file")
+    try:
+        check_format(described, _FORMAT, where)
+    except FormatTooNewError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"the index has no format of ours: {error}") from None
+    rows, fields = described.get("items"), described.get("fields")
+    if (
+        not isinstance(fields, list)
+        or fields[: len(_FIELDS)] != list(_FIELDS)
+        or not isinstance(rows, list)
+    ):
         raise ValueError("the index has other fields than its format")
+    kinds = described.get("kinds")
+    if not isinstance(kinds, list) or not all(type(each) is str for each in kinds):
+        raise ValueError("the index has no table of kinds")
     entries: list[Entry] = []
     dtypes: dict[str | None, torch.dtype | None] = {None: None}
     for row in rows:
         try:
-            entries.append(_entry_of(row, dtypes, index_offset))
+            if type(row) is not list or len(row) != len(fields):
+                raise ValueError(f"does not have {len(fields)} fields")
+            entries.append(_entry_of(row[: len(_FIELDS)], dtypes, kinds, index_offset))
         except ValueError as error:
             is_named = type(row) is list and row and type(row[0]) is str
             name = f" ({row[0]})" if is_named else ""
@@ -362,15 +408,18 @@ def parse_index(content: bytes | memoryview, index_offset: int) -> list[Entry]:
     return entries
 
 
-def _entry_of(row: Any, dtypes: dict[str | None, torch.dtype | None], index_offset: int) -> Entry:
+def _entry_of(
+    row: list[Any],
+    dtypes: dict[str | None, torch.dtype | None],
+    kinds: Sequence[str],
+    index_offset: int,
+) -> Entry:
     """Return one item; `dtypes` caches dtypes by name and is extended as needed.
 
     Raises:
         ValueError: it contradicts itself; the message is to follow the item's name.
     """
-    if type(row) is not list or len(row) != len(_FIELDS):
-        raise ValueError(f"does not have {len(_FIELDS)} fields")
-    name, path, dtype_name, size, offsets, lengths, offset, length, payload_offset = row
+    name, path, dtype_name, size, offsets, lengths, offset, length, payload_offset, *rest = row
     if type(name) is not str:
         raise ValueError("has no name")
     if path is None:
@@ -395,6 +444,7 @@ def _entry_of(row: Any, dtypes: dict[str | None, torch.dtype | None], index_offs
         _count(offset),
         _count(length),
         None if payload_offset is None else _count(payload_offset),
+        *_recorded(rest, kinds),
     )
     if is_part:
         _check_part(entry)
@@ -410,7 +460,19 @@ def _entry_of(row: Any, dtypes: dict[str | None, torch.dtype | None], index_offs
     return entry
 
 
+def _recorded(rest: Sequence[Any], kinds: Sequence[str]) -> tuple[str, bool]:
+    """Return kind, and whether it is a rank's own copy."""
+    number, per_rank = rest
+    if _count(number) >= len(kinds):
+        raise ValueError(f"is of kind {number}, and there are {len(kinds)}")
+    if type(per_rank) is not int or per_rank not in (0, 1):
+        raise ValueError(f"has {per_rank!r} where 0 or 1 should be")
+    return kinds[number], bool(per_rank)
+
+
 def _check_part(entry: Entry) -> None:
+    if entry.per_rank:
+        raise ValueError("is a part of a rank's own copy")
     if not len(entry.size) == len(entry.offsets) == len(entry.lengths):
         raise ValueError("has sizes of different dimensions")
     if all(entry.lengths) and any(

@@ -3,7 +3,9 @@
 Owns the decision that needs every rank's items: each replicated item is assigned to exactly one of
 its holders, balanced by bytes; tied names share one slot where all holders agree on the tie. No
 item is lost or written twice, the chunks of each tensor tile it exactly, and the same proposals
-give the same decision. Proposals are read as one table in which equal ones cost no more than one.
+give the same decision. What is per rank is written by every rank that has it, of whatever size, and
+listed once, as the lowest of these ranks has it. Proposals are read as one table in which equal
+ones cost no more than one.
 Also owns the verdict on the records that ranks send before each save: a plan is used only while
 every rank has the structure it was made for. Refuses ranks that disagree about a name, and reports
 which. Pure: no I/O, no communication. A rank's own side is in `items`. `decide` divides the items
@@ -16,7 +18,7 @@ import heapq
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ import xxhash
 from holdfast.errors import UnsupportedStateError
 from holdfast.format.items import PROPOSAL_HEADER, RECORD_MARK
 from holdfast.format.layout import SLOT_ALIGNMENT, IntArray, slot_offsets
+from holdfast.format.tiling import first_untiled
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -53,7 +56,7 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class _Written:
-    """One row per item written, sorted by name and offsets."""
+    """One row per item written, sorted by name and offsets; of copies per rank, the first alone."""
 
     name: IntArray
     """Position in the catalogue."""
@@ -84,11 +87,14 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     # Rows are sorted by group and profile, so that a group's row on a rank can be searched for.
     keys = group * len(profiles.ranks) + rows.profile
     groups = np.arange(len(starts))
-    chosen = rows.take(
+    listed = (
         np.searchsorted(keys, groups * len(profiles.ranks) + profiles.of_rank[rank])
         if len(starts)
         else groups
     )
+    others, other_ranks = _other_copies(rows, rank[group], profiles)
+    chosen = rows.take(np.concatenate((listed, others)))
+    rank = np.concatenate((rank, other_ranks))
     base = np.concatenate(([0], np.cumsum(counts[profiles.of_rank]))).astype(np.int64)
     flags = np.zeros(int(base[-1]), dtype=np.bool_)
     flags[base[rank] + chosen.item] = True
@@ -97,6 +103,7 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
         for first, last in zip(base[:-1].tolist(), base[1:].tolist(), strict=True)
     ]
     file_offset, body_bytes = _place(chosen, rank, base, flags)
+    count = len(starts)
     plan = xxhash.xxh3_128(b"".join(profiles.structures))
     plan.update(b"".join(packed))
     return Decision(
@@ -106,7 +113,12 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
         body_bytes=body_bytes,
         catalogue=catalogue,
         written=_Written(
-            chosen.name, rank, chosen.offsets, chosen.lengths, file_offset, chosen.slot_bytes
+            chosen.name[:count],
+            rank[:count],
+            chosen.offsets[:count],
+            chosen.lengths[:count],
+            file_offset[:count],
+            chosen.slot_bytes[:count],
         ),
     )
 
@@ -119,6 +131,8 @@ class Catalogue:
         self.paths: list[tuple[str | int, ...]] = []
         self.dtypes: list[str | None] = []
         self.sizes: list[tuple[int, ...]] = []
+        self.kinds: list[str] = []
+        self.per_rank: list[bool] = []
         self._ranks: list[int] = []
 
     def add(self, table: _Table, rank: int) -> IntArray:
@@ -127,11 +141,22 @@ class Catalogue:
         for position, name in enumerate(table.names):
             number = self.numbers.setdefault(name, len(self.paths))
             dtype, size = table.dtypes[position], table.sizes[position]
+            per_rank = bool(table.per_rank[position])
             if number == len(self.paths):
                 self.paths.append(table.paths.get(position) or tuple(name.split(".")))
                 self.dtypes.append(dtype)
                 self.sizes.append(size)
+                self.kinds.append(table.kinds[position])
+                self.per_rank.append(per_rank)
                 self._ranks.append(rank)
+            elif per_rank != self.per_rank[number]:
+                own, whole = (rank, self._ranks[number])[:: 1 if per_rank else -1]
+                raise UnsupportedStateError(
+                    f"{name} is rank {own}'s own copy there, and one value for all on rank "
+                    f"{whole}.\nOne name must mean the same on every rank; name them apart."
+                )
+            elif per_rank:
+                pass  # each rank may have what it has
             elif dtype != self.dtypes[number] or size != self.sizes[number]:
                 raise UnsupportedStateError(
                     f"{name} is {_kind(self.dtypes[number], self.sizes[number])} on rank "
@@ -155,8 +180,11 @@ class _Table:
         self.paths: dict[int, tuple[str | int, ...]] = {
             position: tuple(path) for position, path in described["paths"]
         }
-        kinds = described["dtypes"]
-        self.dtypes: list[str | None] = [kinds[code] for code in described["codes"]]
+        dtypes, kinds = described["dtypes"], described["kinds"]
+        self.dtypes: list[str | None] = [dtypes[code] for code in described["codes"]]
+        self.kinds: list[str] = [kinds[code] for code in described["kind_codes"]]
+        self.per_rank = np.zeros(len(self.names), dtype=np.bool_)
+        self.per_rank[described["per_rank"]] = True
         self.sizes: list[tuple[int, ...]] = [tuple(size) for size in described["sizes"]]
         self.dimensions = np.array([len(size) for size in self.sizes], dtype=np.int64)
 
@@ -217,6 +245,7 @@ class _Rows:
     slot_bytes: IntArray
     leader: IntArray
     """The item of the same profile whose bytes this one shares; -1: none."""
+    per_rank: BoolArray
 
     def take(self, chosen: Any) -> _Rows:
         """Return the rows at these positions, or where a mask is true."""
@@ -255,6 +284,7 @@ def _rows_of(profiles: _Profiles, catalogue: Catalogue) -> tuple[_Rows, IntArray
                 lengths=lengths.reshape(repeats * items, dimensions),
                 slot_bytes=own[:, 2 * total : 2 * total + items].reshape(-1),
                 leader=own[:, 2 * total + items :].reshape(-1),
+                per_rank=np.tile(table.per_rank, repeats),
             )
         )
     if len(parts) == 1:
@@ -271,7 +301,7 @@ def _group(rows: _Rows) -> tuple[_Rows, IntArray, IntArray]:
 
     Return them with the group of each row's leader (-1: none) and of each row.
     """
-    empty = (rows.lengths == 0).any(axis=1)
+    empty = (rows.lengths == 0).any(axis=1) & ~rows.per_rank
     moving = [column for column in rows.offsets.T if column.any()]
     order = np.lexsort((rows.profile, empty, *moving[::-1], rows.name))
     sorted_ = rows.take(order)
@@ -298,7 +328,8 @@ def _group(rows: _Rows) -> tuple[_Rows, IntArray, IntArray]:
 def _check_replicas(rows: _Rows, twin: IntArray, profiles: _Profiles, catalogue: Catalogue) -> None:
     """Raise unless all replicas of a chunk have the same size."""
     names = list(catalogue.numbers)
-    if (unlike := (rows.lengths != rows.lengths[twin]).any(axis=1)).any():
+    unlike = (rows.lengths != rows.lengths[twin]).any(axis=1) & ~rows.per_rank
+    if unlike.any():
         row = int(np.flatnonzero(unlike)[0])
         ranks = profiles.first_rank[rows.profile[[twin[row], row]]].tolist()
         one, other = rows.lengths[[twin[row], row]].tolist()
@@ -328,45 +359,6 @@ def _check_tiling(rows: _Rows, starts: IntArray, profiles: _Profiles, catalogue:
     )
 
 
-def first_untiled(
-    name: IntArray, offsets: IntArray, lengths: IntArray, sizes: IntArray
-) -> int | None:
-    """Return the number of a tensor whose chunks do not tile it exactly; None: all do.
-
-    One row per chunk, `sizes` by tensor; missing dimensions have offset 0 and length 1. Exact: the
-    signed corners of the boxes sum to those of the whole if and only if the boxes tile it.
-    """
-    filled = (lengths > 0).all(axis=1)
-    varies = (offsets != 0) | (lengths != sizes[name])
-    pieces = np.bincount(name[filled], minlength=len(sizes))
-    lacking = np.flatnonzero((pieces == 0) & (sizes > 0).all(axis=1))
-    if len(lacking):
-        return int(lacking[0])
-    pattern = np.zeros(len(sizes), dtype=np.int64)
-    bits = varies[filled] @ (1 << np.arange(sizes.shape[1], dtype=np.int64))
-    np.bitwise_or.at(pattern, name[filled], bits)
-    for each in np.unique(pattern[(pieces > 1) | (pattern != 0)]).tolist():
-        tensors = np.flatnonzero((pattern == each) & (pieces > 0))
-        part = filled & (pattern[name] == each)
-        split = [column for column in range(sizes.shape[1]) if each >> column & 1]
-        owner = np.concatenate((name[part], tensors))
-        low = np.concatenate((offsets[part], np.zeros_like(sizes[tensors])))[:, split]
-        high = low + np.concatenate((lengths[part], sizes[tensors]))[:, split]
-        weight = np.repeat([1, -1], [len(owner) - len(tensors), len(tensors)])
-        corners, signs = [], []
-        for ends in product((False, True), repeat=len(split)):
-            corners.append(np.column_stack((owner, np.where(ends, high, low))))
-            signs.append(weight * (-1) ** sum(ends))
-        points, sign = np.concatenate(corners), np.concatenate(signs)
-        order = np.lexsort(points.T[::-1])
-        points = points[order]
-        first = np.flatnonzero(np.append(True, (np.diff(points, axis=0) != 0).any(axis=1)))
-        wrong = np.flatnonzero(np.add.reduceat(sign[order], first))
-        if len(wrong):
-            return int(points[first[wrong[0]], 0])
-    return None
-
-
 def _assign(
     rows: _Rows,
     starts: IntArray,
@@ -389,12 +381,16 @@ def _assign(
     tied = leader >= 0
     guess = np.where(tied, leader, 0)
     tied &= (ends - starts == (ends - starts)[guess]) & (leader[guess] == -1)
+    own = rows.per_rank[starts]
+    tied &= ~own
 
     rank = profiles.first_rank[rows.profile[starts]]
     is_value = np.array([dtype is None for dtype in catalogue.dtypes])[rows.name[starts]]
-    fixed = ~tied & ((holders == 1) | is_value)
+    fixed = ~tied & ((holders == 1) | is_value | own)
     sums = np.zeros(len(profiles.of_rank), dtype=np.int64)
     np.add.at(sums, rank[fixed], weight[fixed])
+    others, other_ranks = _other_copies(rows, np.repeat(rank, ends - starts), profiles)
+    np.add.at(sums, other_ranks, rows.slot_bytes[others])
     free = np.flatnonzero(~tied & ~fixed)
     free = free[np.argsort(-weight[free], kind="stable")]
     loads: list[int] = sums.tolist()
@@ -421,6 +417,18 @@ def _assign(
         heapq.heapreplace(queue, (loads[chosen], chosen))
     rank[tied] = rank[leader[tied]]
     return rank
+
+
+def _other_copies(
+    rows: _Rows, first_rank: IntArray, profiles: _Profiles
+) -> tuple[IntArray, IntArray]:
+    """Return row and rank of each copy per rank but the first, whose rank is given by row."""
+    own = np.flatnonzero(rows.per_rank)
+    ranks = [profiles.ranks[profile] for profile in rows.profile[own].tolist()]
+    copies = np.repeat(own, [len(each) for each in ranks])
+    held = np.array([*chain.from_iterable(ranks)], dtype=np.int64)
+    others = held != first_rank[copies]
+    return copies[others], held[others]
 
 
 def _place(

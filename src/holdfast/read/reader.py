@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -36,12 +37,16 @@ from holdfast.errors import CheckpointError, CorruptCheckpointError, is_process_
 from holdfast.format.dcp import (
     TensorPlanner,
     ValuePlanner,
+    kinds_of,
+    per_rank_names,
     read_metadata,
     read_through_torch,
 )
 from holdfast.format.inventory import METADATA_NAME, list_names, names_at
 from holdfast.format.layout import container_of
+from holdfast.format.merging import prefer_own_copies
 from holdfast.read.direct import MappedFile, Part, read_verified
+from holdfast.read.index import read_index
 from holdfast.read.requests import (
     FileRequests,
     ReadRequest,
@@ -66,6 +71,8 @@ class ShardReader:
     """Of the manifest, by path: the digests that every byte read is checked against."""
     taken: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     """By path: the tensor bytes read so far."""
+    own_names: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Names that are read as this rank has saved them, not as another one has."""
 
     _unlisted: ClassVar[str] = "the manifest does not list"
     _derives_keys: ClassVar[bool] = False
@@ -77,8 +84,17 @@ class ShardReader:
         return Path(self.files.where())
 
     @classmethod
-    def open(cls, files: Storage, content: bytes, records: Mapping[str, FileRecord]) -> Self:
+    def open(
+        cls,
+        files: Storage,
+        content: bytes,
+        records: Mapping[str, FileRecord],
+        own_file: str | None = None,
+    ) -> Self:
         """Parse the content of `.metadata`.
+
+        `own_file`: that this rank wrote, whose copies it reads of what is per rank. None, or a file
+        that the manifest does not list: those of the lowest rank, as `.metadata` has them.
 
         Raises:
             CorruptCheckpointError: it is not metadata, requires running code, or names files that
@@ -105,7 +121,24 @@ class ShardReader:
                 raise CorruptCheckpointError(
                     where, f"names {relative_path!r}, which {cls._unlisted}"
                 )
-        return cls(files, metadata, records)
+        reader = cls(files, metadata, records)
+        if own_file is not None and own_file in records and per_rank_names(metadata):
+            entries = read_index(files, own_file, records[own_file]).entries(files.where(own_file))
+            reader.own_names.update(prefer_own_copies(metadata, own_file, entries))
+        return reader
+
+    @property
+    def per_rank_names(self) -> frozenset[str]:
+        """The names of which every rank has saved its own copy."""
+        return per_rank_names(self.metadata)
+
+    def kind(self, name: str) -> str:
+        """Return what was recorded of the kind of a name; empty: nothing."""
+        return self._kinds.get(name, "")
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        return kinds_of(self.metadata)
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return the description of every tensor by flat name."""

@@ -103,13 +103,17 @@ class ReadShared:
     ) -> ReadShared:
         """Divide what all ranks need in full; every rank computes the same division.
 
+        What is per rank is never sent to another: each rank reads its own copy.
+
         Raises:
             StageFailedError: on every rank: finding targets or creating the group failed on one.
         """
         mine: dict[str, tuple[str, int]] = {}
 
         def describe() -> bytes:
-            mine.update(_describe(find_targets()))
+            own = reader.per_rank_names
+            targets = {name: each for name, each in find_targets().items() if name not in own}
+            mine.update(_describe(targets))
             return xxhash.xxh3_128_digest("\n".join(mine).encode())
 
         # Usually all ranks need the same names; the names themselves are gathered only if not.

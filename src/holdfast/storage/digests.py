@@ -16,6 +16,7 @@ states in them, in `tiers.local.shard_file`.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,18 @@ def read_blocks(record: FileRecord, stream: BinaryIO) -> Blocks:
             (start, record.size_bytes - 1),
         )
     )
+
+
+def body_bytes_of(stream: BinaryIO) -> int | None:
+    """Return the size of the body that a file with a footer claims to have; None: it has none."""
+    size_bytes = stream.seek(0, io.SEEK_END)
+    stream.seek(max(size_bytes - _TRAILER.size, 0))
+    trailer = stream.read(_TRAILER.size)
+    if len(trailer) != _TRAILER.size:
+        return None
+    mark, body_bytes, _ = _TRAILER.unpack(trailer)
+    found = mark == _MARK and body_bytes + footer_size(body_bytes) == size_bytes
+    return int(body_bytes) if found else None
 
 
 def find_difference(record: FileRecord, stream: BinaryIO) -> Difference | None:

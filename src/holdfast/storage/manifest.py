@@ -22,7 +22,9 @@ PERSISTENT, LOCAL, FOREIGN = "persistent", "local", "foreign"
 """Tiers; a foreign checkpoint is one written by torch alone."""
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
-FEATURES: frozenset[str] = frozenset()
+PER_RANK = "per_rank"
+"""The feature that shard files hold copies which belong to one rank each."""
+FEATURES: frozenset[str] = frozenset({PER_RANK})
 """Features that this version understands, of those a file may list under `requires`."""
 
 

@@ -28,6 +28,7 @@ from holdfast.errors import (
 )
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
+from holdfast.format.plan import shard_name
 from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
@@ -156,9 +157,10 @@ def open_contents(
         read(TRAIN_STATE_NAME), checkpoint.iteration, files.where(TRAIN_STATE_NAME)
     )
     read(RUN_CONFIG_NAME)  # only to check its digest
-    reader = open_shards(checkpoint, files)
-    values, shared = reader.read_values(), read(SHARED_STATE_NAME)
     own, saved_size = coordinator.rank, checkpoint.manifest.world_size
+    own_file = shard_name(own) if coordinator.world_size == saved_size else None
+    reader = open_shards(checkpoint, files, own_file)
+    values, shared = reader.read_values(), read(SHARED_STATE_NAME)
     states: dict[int, bytes] = {}
     if coordinator.world_size == saved_size:
         states[own] = read(rank_state_name(own))
@@ -167,8 +169,10 @@ def open_contents(
     return Contents(checkpoint, reader, values, counters, shared, states)
 
 
-def open_shards(checkpoint: Checkpoint, files: Storage) -> ShardReader:
+def open_shards(checkpoint: Checkpoint, files: Storage, own_file: str | None = None) -> ShardReader:
     """Find where tensors and values are stored, reading none of them.
+
+    `own_file`: see `ShardReader.open`.
 
     Raises:
         CorruptCheckpointError: `.metadata` is missing or damaged.
@@ -177,7 +181,7 @@ def open_shards(checkpoint: Checkpoint, files: Storage) -> ShardReader:
         return _open_foreign(files)
     metadata = _read_checked(checkpoint, METADATA_NAME, files)
     records = {each.path: each for each in checkpoint.manifest.files}
-    return ShardReader.open(files, metadata, records)
+    return ShardReader.open(files, metadata, records, own_file)
 
 
 def _open_foreign(files: Storage) -> ForeignReader:

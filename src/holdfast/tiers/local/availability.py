@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from holdfast.errors import CorruptCheckpointError, is_process_failure
-from holdfast.format.plan import first_untiled
+from holdfast.format.tiling import first_untiled
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import read_verified
 from holdfast.storage.manifest import LOCAL

@@ -25,6 +25,7 @@ from holdfast.filesystem import SharedFile
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import Part, blocks_of, read_verified
+from holdfast.read.index import Index
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import FileRequests, Intake
 from holdfast.storage.backend import ObjectReader, Storage
@@ -32,7 +33,7 @@ from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, match
 from holdfast.storage.manifest import LOCAL
 from holdfast.tiers.local.availability import Availability, Copy
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
-from holdfast.tiers.local.shard_file import CommitKey, Index
+from holdfast.tiers.local.shard_file import CommitKey
 from holdfast.tiers.local.shards import ShardDirectory
 
 Block = tuple[int, int]

@@ -22,16 +22,17 @@ import torch
 
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
-from holdfast.format.dcp import merge_shards
+from holdfast.format.merging import merge_shards
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.index import Index, read_index
 from holdfast.read.reader import ShardReader
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.local.availability import Availability, Candidate, Copy
 from holdfast.tiers.local.peers import PeerFetch, Shard
-from holdfast.tiers.local.shard_file import Index, Trailer, read_shard_index
+from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.tier import Contents, check_counters
 
 S = TypeVar("S")
@@ -47,15 +48,25 @@ class MergedShards(ShardReader):
     """Read tensors and values from several shards; note damage before the error propagates."""
 
     fetch: PeerFetch
+    own: int | None
+    """The rank whose copies are read of what is per rank; None: those of the lowest rank."""
 
     @classmethod
-    def of(cls, files: Storage, shards: Sequence[Shard], fetch: PeerFetch) -> Self:
+    def of(cls, files: Storage, shards: Sequence[Shard], fetch: PeerFetch, own: int | None) -> Self:
         """Return the merged view of shards, some of which may be fetched from peers."""
-        metadata = merge_shards(
-            [(each.path, each.index.entries(files.where(each.path))) for each in shards]
-        )
+        opened = [
+            (each.owner, each.path, each.index.entries(files.where(each.path))) for each in shards
+        ]
         fetch.shards = shards
-        return cls(files, metadata, {each.path: each.record for each in shards}, fetch)
+        records = {each.path: each.record for each in shards}
+        reader = cls(files, merge_shards(opened, own), records, fetch, own)
+        reader.own_names.update(
+            entry.name
+            for owner, _, entries in opened
+            for entry in entries
+            if owner == own and entry.per_rank
+        )
+        return reader
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
         """As its base; values of remote shards were sent by their providers."""
@@ -83,11 +94,11 @@ class MergedShards(ShardReader):
 
     def widen(self, shards: Sequence[Shard]) -> None:
         """Switch this reader to these shards."""
-        wider = self.of(self.files, shards, self.fetch)
+        wider = self.of(self.files, shards, self.fetch, self.own)
         # In place: callers keep using this reader object.
-        self.metadata.state_dict_metadata = wider.metadata.state_dict_metadata
-        self.metadata.planner_data = wider.metadata.planner_data
-        self.metadata.storage_data = wider.metadata.storage_data
+        vars(self.metadata).update(vars(wider.metadata))
+        vars(self).pop("_kinds", None)
+        self.own_names.update(wider.own_names)
         records: Any = self.records
         records.update(wider.records)
 
@@ -252,7 +263,7 @@ class Opening:
         trailer = self._trailer_of(path)
         run = self._files.run
         with self.available.noting(path):
-            index = read_shard_index(run.storage, path, trailer.record)
+            index = read_index(run.storage, path, trailer.record.image_record(path))
         return Shard(owner, path, index, trailer.record.body_bytes, None)
 
     def _remote_shard(self, owner: int, described: _Description) -> Shard:
@@ -372,7 +383,8 @@ class Opening:
                 head["offset"] = index.offset
                 content, digests = index.content, bytes.fromhex("".join(index.digests))
                 with self.available.noting(path):
-                    metadata = merge_shards([(path, index.entries(run.storage.where(path)))])
+                    entries = index.entries(run.storage.where(path))
+                    metadata = merge_shards([(owner, path, entries)])
                     reader = ShardReader(run.storage, metadata, records)
                     found = reader.read_contents(reader.value_names())
                 pairs = [(name.encode(), value) for name, value in found.items()]
@@ -406,7 +418,9 @@ class Opening:
         return dict(sorted(described.items()))
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
-        return MergedShards.of(self._files.run.storage, shards, fetch)
+        is_same_world = self.candidate.record.world_size == self._files.topology.world_size
+        own = self._files.rank if is_same_world else None
+        return MergedShards.of(self._files.run.storage, shards, fetch, own)
 
     def _contents(
         self,

@@ -33,8 +33,7 @@ from holdfast.errors import (
     is_process_failure,
 )
 from holdfast.filesystem import Filesystem, naming, why_not_private
-from holdfast.format.layout import TAIL, Entry, locate_index, parse_index
-from holdfast.read.direct import Part, read_expected, read_verified
+from holdfast.read.index import read_index
 from holdfast.storage.backend import PENDING_MARK, REPLACED_MARK, Storage, replaced_name
 from holdfast.storage.digests import FileRecord, footer_size
 from holdfast.storage.manifest import check_format, known_fields
@@ -420,58 +419,13 @@ Chunk = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Name, size of the whole tensor, offsets, lengths."""
 
 
-@dataclass(frozen=True)
-class Index:
-    """The verified index of one shard file."""
-
-    content: bytes
-    offset: int
-    """Of the index in the file."""
-    digests: tuple[str, ...]
-    """Of the body's blocks."""
-
-    def entries(self, path: str) -> list[Entry]:
-        """Return the items.
-
-        Raises:
-            CorruptCheckpointError: it is inconsistent.
-        """
-        try:
-            return parse_index(self.content, self.offset)
-        except ValueError as error:
-            raise CorruptCheckpointError(path, str(error)) from error
-
-
-def read_shard_index(files: Storage, name: str, record: ShardRecord) -> Index:
-    """Read the index of a published shard, verified against the digests of its blocks.
-
-    Raises:
-        CorruptCheckpointError: it is damaged or missing.
-        OSError: it cannot be read.
-    """
-    where = files.where(name)
-    image = record.image_record(where)
-    tail_place = record.body_bytes - TAIL.size
-    glimpse, end = bytearray(TAIL.size), bytearray(TAIL.size)
-    try:
-        with files.open(name) as source:
-            blocks = read_expected(source, where, image)
-            source.get_into(tail_place, [memoryview(glimpse)])
-    except FileNotFoundError as error:
-        raise CorruptCheckpointError(where, "is missing") from error
-    try:
-        place = locate_index(bytes(glimpse), record.body_bytes)
-    except ValueError as error:
-        raise CorruptCheckpointError(where, str(error)) from error
-    content = bytearray(len(place))
-    parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
-    read_verified(files, name, image, parts)
-    if end != glimpse:
-        raise CorruptCheckpointError(where, "is changed while it is read")
-    return Index(bytes(content), place.start, tuple(blocks.digests))
-
-
 def outline(files: Storage, name: str, record: ShardRecord) -> list[Chunk]:
-    """Return the chunks in a published shard; raises as `read_shard_index`."""
-    entries = read_shard_index(files, name, record).entries(files.where(name))
-    return [(each.name, each.size, each.offsets, each.lengths) for each in entries]
+    """Return the chunks in a published shard; raises as `read_index`."""
+    entries = read_index(files, name, record.image_record(name)).entries(files.where(name))
+    # Ranks may have copies of different sizes of what is per rank: there is nothing to tile.
+    return [
+        (each.name, (), (), ())
+        if each.per_rank
+        else (each.name, each.size, each.offsets, each.lengths)
+        for each in entries
+    ]

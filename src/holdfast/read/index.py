@@ -1,0 +1,76 @@
+"""The index of a shard file, read from the file itself.
+
+Promises that every block which holds a part of it matched its digest, and that it was not changed
+while it was read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from holdfast.errors import CorruptCheckpointError, FormatTooNewError
+from holdfast.format.inventory import TAIL, list_names, names_in_body
+from holdfast.format.layout import Entry, locate_index, parse_index
+from holdfast.read.direct import Part, read_expected, read_verified
+from holdfast.storage.backend import Storage, open_stream
+from holdfast.storage.digests import FileRecord
+
+
+@dataclass(frozen=True)
+class Index:
+    """The verified index of one shard file."""
+
+    content: bytes
+    offset: int
+    """Of the index in the file."""
+    digests: tuple[str, ...]
+    """Of the body's blocks."""
+
+    def entries(self, path: str) -> list[Entry]:
+        """Return the items.
+
+        Raises:
+            CorruptCheckpointError: it is inconsistent.
+            FormatTooNewError: a later version of holdfast wrote it.
+        """
+        try:
+            return parse_index(self.content, self.offset, path)
+        except FormatTooNewError:
+            raise
+        except ValueError as error:
+            raise CorruptCheckpointError(path, str(error)) from error
+
+
+def read_index(files: Storage, name: str, record: FileRecord) -> Index:
+    """Read the index of a shard file, verified against the digests of its blocks.
+
+    Raises:
+        CorruptCheckpointError: it is damaged or missing.
+        OSError: it cannot be read.
+    """
+    where = files.where(name)
+    glimpse, end = bytearray(TAIL.size), bytearray(TAIL.size)
+    try:
+        with files.open(name) as source:
+            blocks = read_expected(source, where, record)
+            tail_place = blocks.covered_bytes - TAIL.size
+            source.get_into(max(tail_place, 0), [memoryview(glimpse)])
+    except FileNotFoundError as error:
+        raise CorruptCheckpointError(where, "is missing") from error
+    try:
+        place = locate_index(bytes(glimpse), blocks.covered_bytes)
+    except ValueError as error:
+        raise CorruptCheckpointError(where, str(error)) from error
+    content = bytearray(len(place))
+    parts = [Part(place.start, memoryview(content)), Part(tail_place, memoryview(end))]
+    try:
+        read_verified(files, name, record, parts)
+    except CorruptCheckpointError as error:
+        if error.byte_range is None:
+            raise
+        with open_stream(files, name) as stream:
+            names = list_names(names_in_body(stream, blocks.covered_bytes, error.byte_range))
+        raise CorruptCheckpointError(where, error.reason + names, error.byte_range) from error
+    if end != glimpse:
+        raise CorruptCheckpointError(where, "is changed while it is read")
+    return Index(bytes(content), place.start, tuple(blocks.digests))
