@@ -411,7 +411,7 @@ class DefaultCheckpointManager:
             found=True,
             tier=checkpoint.manifest.tier,
             path=checkpoint.path,
-            skipped=search.skipped(selected),
+            skipped=selected.skipped,
             sources=opened.contents.sources(),
             restored=restoration.restored,
             is_durable=selected.is_durable,

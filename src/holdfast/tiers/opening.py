@@ -52,7 +52,10 @@ from holdfast.tiers.tier import (
 
 
 class SurveyedStore:
-    """The checkpoints of one directory as surveyed, and the condition of those that were tried."""
+    """The checkpoints of one directory as surveyed, and the condition of those that were tried.
+
+    Rank 0 has surveyed them; the other ranks have an empty survey, and are told what they open.
+    """
 
     def __init__(self, survey: Survey, storage: Storage) -> None:
         """`storage`: of the directory, of which each checkpoint is a group."""
@@ -61,7 +64,7 @@ class SurveyedStore:
 
     def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
         """Read the small state, verified, on all ranks; see `Source.open`."""
-        checkpoint = self.survey.checkpoints[commit]
+        checkpoint = coordinator.broadcast("describe", lambda: self.survey.checkpoints[commit])
         files = self._storage.under(checkpoint.path.name)
         return open_together(checkpoint, coordinator, files, wanted)
 

@@ -117,13 +117,13 @@ class PersistentTier:
         self._grant: _Grant | None = None
         self._parent: Parent | None = None
         self._found = SurveyedStore(Survey(self.store.root), storage)
-        """The run's own checkpoints at the last survey."""
+        """The run's own checkpoints at the last survey, which rank 0 makes."""
 
     # -- load ------------------------------------------------------------------------------------
 
     @property
     def surveyed(self) -> Survey:
-        """The run's own checkpoints: as surveyed, but for those found damaged since."""
+        """The run's own checkpoints: as surveyed, but for those found damaged since; on rank 0."""
         return self._found.survey
 
     def survey(
@@ -135,17 +135,20 @@ class PersistentTier:
             StoreIdentityError: it belongs to another run than the one configured.
             FormatTooNewError: a later version of holdfast wrote its run.json.
         """
-        found = coordinator.broadcast(
-            "survey",
-            lambda: survey_store(
+        coordinator.broadcast("survey", lambda: self.look(step))
+        return self.surveyed.commits
+
+    def look(self, step: int | None = None) -> None:
+        """Survey the store in this process, which is rank 0; raises as `survey`."""
+        self._found = SurveyedStore(
+            survey_store(
                 self._storage,
                 is_own=True,
                 run_id=self._configured_run_id,
                 step=step,
             ),
+            self._storage,
         )
-        self._found = SurveyedStore(found, self._storage)
-        return found.commits
 
     def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
         return self._found.open(commit, coordinator, wanted)

@@ -1,9 +1,10 @@
 """The search of one load: survey what is there, let `select` choose, try it, choose again.
 
-Owns how all ranks get the facts for that choice (rank 0 surveys directories, the local tier's ranks
+Owns where the facts for that choice come from (rank 0 surveys directories, the local tier's ranks
 agree on what they hold), the record of candidates found damaged, and what is said of a choice.
-Promises that every rank gets the same candidate, and that a directory is read only if the choice
-needs it. Decides only what the settings ask for: which place a path names, whether it is the run's
+Promises that every rank gets the same candidate, that a directory is read only if the choice needs
+it, and that the other ranks are sent the choice alone: a few hundred bytes, however many
+checkpoints and files there are. Decides only what the settings ask for: which place a path names, whether it is the run's
 own, and whether an attempt has applied `load.step`; all other rules are in `select`.
 
 What is skipped has its reason from `survey`, from `local.availability`, or from the failed try. It
@@ -75,6 +76,8 @@ class Selected:
     action: Action
     is_durable: bool = True
     """Whether the persistent tier has the same commit."""
+    skipped: tuple[SkippedCheckpoint, ...] = ()
+    """Failed candidates and unusable later iterations, largest iteration first."""
 
     @property
     def is_own(self) -> bool:
@@ -85,6 +88,19 @@ class Selected:
     def is_parent(self) -> bool:
         """Whether it belongs to another run, from which this one begins."""
         return self.action is Action.LOAD_PARENT
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What rank 0 tells the others of a choice."""
+
+    action: Action
+    commit: Commit
+    root: Path
+    """Of the store that holds it."""
+    is_local: bool
+    is_durable: bool
+    skipped: tuple[SkippedCheckpoint, ...]
 
 
 class Search:
@@ -109,17 +125,17 @@ class Search:
         self._coordinator = coordinator
         self._root = tiers.persistent.store.root
         self._elsewhere: dict[Action, SurveyedStore] = {}
-        """Other places that were surveyed so far, by the action that would load from each."""
+        """Other places that were surveyed so far, by the action that would load from each; on rank
+        0, as are the next three."""
+        self._orphans: list[tuple[str, int]] = []
+        """Runs whose store was lost, each with its newest local iteration."""
         self._tried: list[Commit] = []
         """All commits that were tried and found damaged, in both tiers."""
         self._local: Sequence[Commit] = ()
         """Commits of the local tier at its last survey."""
-        tiers.persistent.survey(coordinator, self._object_to, config.load.step)
-        self._asked, orphans = coordinator.broadcast("request", self._understand)
+        self._asked, run_id = coordinator.broadcast("survey", self._survey)
         if coordinator.rank == 0:
-            self._warn_of_own(orphans)
-        own = self._own
-        run_id = own.run_id or config.run_id
+            self._warn_of_own()
         self._has_local = config.local.directory is not None and run_id is not None
         if self._has_local:
             assert run_id is not None
@@ -140,6 +156,23 @@ class Search:
         """
         stop_if_left()
         self._look_at_local()
+        decision = self._coordinator.broadcast("select", lambda: self._decide(touched=touched))
+        if decision is None:
+            return None
+        source: Source | None
+        if decision.action is not Action.LOAD:
+            source = self._elsewhere.get(decision.action) or self._open_store(
+                Survey(decision.root)
+            )
+        else:
+            source = self._tiers.local if decision.is_local else self._tiers.persistent
+        assert source is not None
+        return Selected(
+            source, decision.commit, decision.action, decision.is_durable, decision.skipped
+        )
+
+    def _decide(self, *, touched: bool) -> _Decision | None:
+        """Choose, on rank 0; None: the run starts fresh. Raises as `next`."""
         while True:
             choice = choose(self._asked, self._seen())
             if choice.action is Action.LOOK_AT_OTHER:
@@ -152,31 +185,31 @@ class Search:
             return None
         if choice.action is Action.REFUSE:
             raise self._make_error(choice, touched=touched)
-        commit = choice.commit
+        commit, action = choice.commit, choice.action
         assert commit is not None
-        if choice.action is not Action.LOAD:
-            return Selected(self._elsewhere[choice.action], commit, choice.action)
-        is_local = commit in self._local
-        source = self._tiers.local if is_local else self._tiers.persistent
-        assert source is not None
-        return Selected(source, commit, choice.action, not is_local or self._is_durable(commit))
+        is_local = action is Action.LOAD and commit in self._local
+        is_durable = not is_local or self._is_durable(commit)
+        root, skipped = self._survey_of(action).root, self._list_skipped(commit, action)
+        return _Decision(action, commit, root, is_local, is_durable, skipped)
 
     def pass_over(self, selected: Selected, error: CorruptCheckpointError) -> None:
         """Record why a candidate was not loaded, so that `next` returns another one."""
         commit = selected.source.pass_over(selected.commit, self._coordinator, error)
+        if self._coordinator.rank != 0:
+            return
         self._tried.append(commit)
         is_one = effective_step(self._asked) is not None or self._survey_of(selected.action).is_one
-        if self._coordinator.rank == 0 and not is_one:
+        if not is_one:
             shown = reason_inside(commit.path, commit.reason)
             logger.warning("%s cannot be loaded and is passed over: %s", commit.path, shown)
 
-    def skipped(self, selected: Selected) -> tuple[SkippedCheckpoint, ...]:
+    def _list_skipped(self, commit: Commit, action: Action) -> tuple[SkippedCheckpoint, ...]:
         """Return failed candidates and unusable later iterations, largest iteration first."""
-        iteration = selected.commit.iteration or 0
+        iteration = commit.iteration or 0
         tried = {_identity(each) for each in self._tried}
         passed = [
             each
-            for each in self._list_all(selected.action)
+            for each in self._list_all(action)
             if each.reason
             and (each.iteration is None or each.iteration > iteration)
             and _identity(each) not in tried
@@ -234,15 +267,25 @@ class Search:
     def _survey_of(self, action: Action) -> Survey:
         return self._own if action is Action.LOAD else self._elsewhere[action].survey
 
-    def _understand(self) -> tuple[Asked, list[tuple[str, int]]]:
-        """Return what the settings ask for, and runs whose store was lost; on rank 0."""
+    def _survey(self) -> tuple[Asked, str | None]:
+        """Survey the run's own store, on rank 0; return what is asked for, and the run's id."""
+        self._tiers.persistent.look(self._config.load.step)
+        asked = self._understand()
+        config, own = self._config, self._own
+        if config.local.directory is not None and own.run_id is None and config.run_id is None:
+            directory = Path(config.local.directory).absolute()
+            self._orphans = find_orphans(directory, self._root, self._filesystem)
+        return asked, own.run_id or config.run_id
+
+    def _understand(self) -> Asked:
+        """Return what the settings ask for, on rank 0."""
         load, config, own = self._config.load, self._config, self._own
         is_other, step = self._understand_directory()
         if is_other and load.pretrained.directory is not None:
             both = "checkpoint.load.directory and checkpoint.load.pretrained.directory"
             raise ConfigError([f"{both} both name where to start; set one of them"])
         applied = [each.number for each in own.attempts if each.asked_step == step]
-        asked = Asked(
+        return Asked(
             names_other_place=is_other,
             step=step,
             spent_by=applied[-1] if applied and step is not None and not is_other else None,
@@ -251,11 +294,6 @@ class Search:
             required=load.on_missing == "error",
             allow_rewind=config.allow_rewind,
         )
-        orphans: list[tuple[str, int]] = []
-        if config.local.directory is not None and own.run_id is None and config.run_id is None:
-            directory = Path(config.local.directory).absolute()
-            orphans = find_orphans(directory, self._root, self._filesystem)
-        return asked, orphans
 
     def _understand_directory(self) -> tuple[bool, int | None]:
         """Return whether `load.directory` is another place, and the named own iteration."""
@@ -293,10 +331,11 @@ class Search:
     def _look_at(self, action: Action, directory: str | None) -> None:
         assert directory is not None
         step = self._asked.step if action is Action.LOAD_OTHER else self._asked.pretrained_step
-        survey = self._coordinator.broadcast(
-            "survey other", lambda: survey_place(Path(directory), self._filesystem, step)
-        )
-        self._elsewhere[action] = SurveyedStore(survey, open_storage(survey.root, self._filesystem))
+        survey = survey_place(Path(directory), self._filesystem, step)
+        self._elsewhere[action] = self._open_store(survey)
+
+    def _open_store(self, survey: Survey) -> SurveyedStore:
+        return SurveyedStore(survey, open_storage(survey.root, self._filesystem))
 
     def _look_at_local(self) -> None:
         if self._has_local:
@@ -332,7 +371,7 @@ class Search:
 
     # -- messages --------------------------------------------------------------------------------
 
-    def _warn_of_own(self, orphans: list[tuple[str, int]]) -> None:
+    def _warn_of_own(self) -> None:
         asked = self._asked
         if asked.spent_by is not None and not asked.allow_rewind:
             logger.warning(
@@ -342,7 +381,7 @@ class Search:
                 asked.step,
                 asked.spent_by,
             )
-        for run_id, iteration in orphans:
+        for run_id, iteration in self._orphans:
             logger.warning(
                 "%s holds no checkpoint, but %s has local ones of run %s that was saved there, up "
                 "to iteration %d.\nTo resume from them set checkpoint.run_id=%s; to discard them, "

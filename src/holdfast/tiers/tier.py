@@ -201,9 +201,9 @@ class Tier(Source, Protocol):
     def survey(
         self, coordinator: Coordinator, objection: Objection, step: int | None = None
     ) -> Sequence[Commit]:
-        """Return the commits of the run in this tier, each with its condition.
+        """Return on rank 0 the commits of the run in this tier, each with its condition.
 
-        At least the newest commit that can be loaded is among them. `objection`: for tiers whose
+        The other ranks take part and are not told. At least the newest commit that can be loaded is among them. `objection`: for tiers whose
         ranks agree on the commit to load. `step`: the iteration that was requested by number.
 
         Raises:
