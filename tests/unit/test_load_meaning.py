@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from holdfast.errors import (
     OwnCheckpointsExistError,
     StoreNotLoadedError,
 )
+from holdfast.filesystem import LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import LoadResult
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest
@@ -369,7 +371,11 @@ def _cut(path: Path) -> None:
     (path / "state/shared.pt").write_bytes(b"")
 
 
-@pytest.mark.parametrize("harm", [_lose_manifest, _flip, _cut])
+def _lose_file(path: Path) -> None:
+    (path / "__0_0.distcp").unlink()
+
+
+@pytest.mark.parametrize("harm", [_lose_manifest, _flip, _cut, _lose_file])
 def test_falling_back_is_a_warning(
     base: Live, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Any
 ) -> None:
@@ -379,6 +385,34 @@ def test_falling_back_is_a_warning(
     (warning,) = [each for each in _warnings(caplog) if "tracker" not in each]
     assert "iter_0000020" in warning
     assert "passed over" in warning or "iteration 10 is loaded although later ones" in warning
+
+
+@pytest.mark.parametrize(("harm", "reason"), [(_cut, "has 0 bytes, "), (_lose_file, "is missing")])
+def test_a_named_checkpoint_that_is_not_whole_is_refused(
+    base: Live, tmp_path: Path, harm: Any, reason: str
+) -> None:
+    """Asked for by number or by directory, one that lacks bytes is an error that names the file."""
+    path = tmp_path / "base/iter_0000020"
+    harm(path)
+    for load in ({"step": 20}, {"directory": str(path)}):
+        with pytest.raises(CorruptCheckpointError, match="iter_0000020") as caught:
+            _trained(5).load(manager_of(tmp_path / "base", load=load))
+        assert reason in str(caught.value)
+
+
+def test_only_the_checkpoint_at_hand_is_measured(base: Live, tmp_path: Path) -> None:
+    """A load asks for the size of each file of the checkpoint it takes, and of no other."""
+    asked: Counter[str] = Counter()
+
+    class Counting(LocalFilesystem):
+        def size_bytes(self, path: Path) -> int:
+            if "/iter_" in str(path):
+                asked[str(path.relative_to(tmp_path / "base"))] += 1
+            return super().size_bytes(path)
+
+    assert _trained(5).load(manager_of(tmp_path / "base", filesystem=Counting())).found
+    listed = {each.path for each in _manifest(tmp_path / "base/iter_0000020").files}
+    assert asked == Counter(f"iter_0000020/{each}" for each in listed)
 
 
 def test_an_ordinary_resume_warns_of_nothing(

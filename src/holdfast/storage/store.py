@@ -178,7 +178,7 @@ class Store:
 
     def check_sizes(self, checkpoint: Checkpoint) -> list[Damage]:
         """Compare the size of every listed file; cheap, finds missing and truncated files."""
-        return _find_damages(self.files_of(checkpoint), checkpoint.manifest.files, _compare_size)
+        return compare_sizes(self.files_of(checkpoint), checkpoint.manifest.files)
 
     def verify(self, checkpoint: Checkpoint) -> list[Damage]:
         """Read every file in full and compare it with the manifest."""
@@ -298,6 +298,11 @@ def open_checkpoint(files: Storage, iteration: int | None = None) -> Checkpoint:
             where, f"is of iteration {manifest.iteration}: the directory was renamed or mixed up"
         )
     return Checkpoint(Path(path), manifest)
+
+
+def compare_sizes(files: Storage, records: Sequence[FileRecord]) -> list[Damage]:
+    """Compare the size of files of a checkpoint with their records."""
+    return _find_damages(files, records, _compare_size)
 
 
 def verify_files(files: Storage, records: Sequence[FileRecord]) -> list[Damage]:

@@ -1,11 +1,12 @@
 """Open a checkpoint before anything live is touched: on all ranks for a load, or alone to read it.
 
-Owns how ranks share the work of verifying, which small files a rank needs, and the substitutes for
-what a checkpoint of torch alone lacks: digests, and counters, which then change nothing. Promises
-that every rank receives all damage found on any rank, that damage is told from a failure of a
-process, and that a checkpoint is handed over only after all small state was read and matched its
-digests. Also the way from a path to tensors without a job: it opens the checkpoint that a load
-would try first and does not fall back to an older one.
+Owns how ranks share the work of verifying, or at least of comparing the sizes of all files; which
+small files a rank needs; and the substitutes for what a checkpoint of torch alone lacks: digests,
+and counters, which then change nothing. Promises that every rank receives all damage found on any
+rank, that damage is told from a failure of a process, and that a checkpoint is handed over only
+after all small state was read and matched its digests. Also the way from a path to tensors without
+a job: it opens the checkpoint that a load would try first and falls back to an older one only where
+files are missing or of the wrong size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from heapq import heapreplace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.digests import FileRecord, find_difference
 from holdfast.storage.manifest import MANIFEST_NAME
-from holdfast.storage.store import Checkpoint, Damage, verify_files
+from holdfast.storage.store import Checkpoint, Damage, compare_sizes, verify_files
 from holdfast.tiers.places import ForeignCheckpoint
 from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose, mark_damaged
 from holdfast.tiers.survey import Survey, make_refusal, survey_place
@@ -86,11 +88,7 @@ def open_together(
     checkpoint: Checkpoint, coordinator: Coordinator, files: Storage, wanted: Wanted
 ) -> Contents:
     """Open a checkpoint that every rank can read, on all ranks; see `Source.open`."""
-    if wanted.verify_first:
-        damages = _verify_together(checkpoint, coordinator, files)
-        if damages:
-            reason = list_first(damages, "files")
-            raise CorruptCheckpointError(str(checkpoint.path), reason)
+    _check_together(checkpoint, coordinator, files, verify=wanted.verify_first)
     opened: list[Contents] = []
 
     def read() -> None:
@@ -128,13 +126,15 @@ def read_together(
             return CorruptCheckpointError(failure.path or str(checkpoint.path), reason)
         return None
 
-    found = coordinator.all_gather(stage, find_damage)
-    # Ranks that read the same file say the same of it.
-    damages = list({str(each): each for each in found if each is not None}.values())
-    if len(damages) == 1:
-        raise damages[0]
-    if damages:
-        raise CorruptCheckpointError(str(checkpoint.path), list_first(damages, "files"))
+    def judge(found: list[CorruptCheckpointError | None]) -> CorruptCheckpointError | None:
+        # Ranks that read the same file say the same of it.
+        damages = list({str(each): each for each in found if each is not None}.values())
+        if len(damages) > 1:
+            return CorruptCheckpointError(str(checkpoint.path), list_first(damages, "files"))
+        return damages[0] if damages else None
+
+    if (damage := coordinator.all_reduce(stage, find_damage, judge)) is not None:
+        raise damage
 
 
 def open_contents(
@@ -205,27 +205,39 @@ def _open_foreign(files: Storage) -> ForeignReader:
     return ForeignReader.open(files, content, records)
 
 
-def _verify_together(
-    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage
-) -> list[Damage]:
-    """Read every file once, each rank its share; return all damage on every rank."""
+def _check_together(
+    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage, *, verify: bool
+) -> None:
+    """Compare every file with the manifest, each rank its share: in full, or the size alone.
+
+    Raises:
+        CorruptCheckpointError: on every rank: files are missing or differ.
+    """
     share = _shares(checkpoint.manifest.files, coordinator.world_size)[coordinator.rank]
 
-    def verify() -> list[Damage]:
-        return name_tensors(files, verify_files(files, share))
+    def check() -> list[Damage]:
+        if verify:
+            return name_tensors(files, verify_files(files, share))
+        return compare_sizes(files, share)
 
-    parts = coordinator.all_gather("verify", verify)
-    return [damage for part in parts for damage in part]
+    reason = coordinator.all_reduce("verify" if verify else "sizes", check, _describe_damages)
+    if reason is not None:
+        raise CorruptCheckpointError(str(checkpoint.path), reason)
+
+
+def _describe_damages(parts: Sequence[Sequence[Damage]]) -> str | None:
+    damages = [each for part in parts for each in part]
+    return list_first(damages, "files") if damages else None
 
 
 def _shares(records: Sequence[FileRecord], world_size: int) -> list[list[FileRecord]]:
     """Assign files to ranks, largest first, each to the least loaded rank."""
     shares: list[list[FileRecord]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
+    loads = [(0, rank) for rank in range(world_size)]
     for record in sorted(records, key=lambda each: (-each.size_bytes, each.path)):
-        rank = loads.index(min(loads))
+        load, rank = loads[0]
         shares[rank].append(record)
-        loads[rank] += record.size_bytes + 1
+        heapreplace(loads, (load + record.size_bytes + 1, rank))
     return shares
 
 
@@ -270,12 +282,20 @@ def open_tensors(
     filesystem = LocalFilesystem()
     survey = survey_place(Path(expand_path(path)), filesystem, step)
     asked = Asked(names_other_place=True, step=step)
-    choice = choose(asked, Seen(other=survey.commits))
-    if choice.commit is None or choice.action is Action.REFUSE:
-        raise make_refusal(choice, survey, None, filesystem)
-    checkpoint = survey.checkpoints[choice.commit]
+    while True:
+        choice = choose(asked, Seen(other=survey.commits))
+        if choice.commit is None or choice.action is Action.REFUSE:
+            raise make_refusal(choice, survey, None, filesystem)
+        checkpoint = survey.checkpoints[choice.commit]
+        files = open_storage(checkpoint.path, filesystem)
+        reason = _describe_damages([compare_sizes(files, checkpoint.manifest.files)])
+        if reason is None:
+            break
+        error = CorruptCheckpointError(str(checkpoint.path), reason)
+        commits = mark_damaged(survey.commits, choice.commit, reason, error)
+        survey = replace(survey, commits=commits)
     has_digests = not isinstance(checkpoint, ForeignCheckpoint)
-    reader = open_shards(checkpoint, open_storage(checkpoint.path, filesystem))
+    reader = open_shards(checkpoint, files)
     return LazyTensors(reader, prefix, verify=verify and has_digests)
 
 

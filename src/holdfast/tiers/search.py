@@ -4,8 +4,9 @@ Owns where the facts for that choice come from (rank 0 surveys directories, the 
 agree on what they hold), the record of candidates found damaged, and what is said of a choice.
 Promises that every rank gets the same candidate, that a directory is read only if the choice needs
 it, and that the other ranks are sent the choice alone: a few hundred bytes, however many
-checkpoints and files there are. Decides only what the settings ask for: which place a path names, whether it is the run's
-own, and whether an attempt has applied `load.step`; all other rules are in `select`.
+checkpoints and files there are. Decides only what the settings ask for: which place a path names,
+whether it is the run's own, and whether an attempt has applied `load.step`; all other rules are in
+`select`.
 
 What is skipped has its reason from `survey`, from `local.availability`, or from the failed try. It
 is told in `LoadResult.skipped` always; a tried candidate is also logged by `pass_over`, and damaged
@@ -161,9 +162,7 @@ class Search:
             return None
         source: Source | None
         if decision.action is not Action.LOAD:
-            source = self._elsewhere.get(decision.action) or self._open_store(
-                Survey(decision.root)
-            )
+            source = self._elsewhere.get(decision.action) or self._open_store(Survey(decision.root))
         else:
             source = self._tiers.local if decision.is_local else self._tiers.persistent
         assert source is not None

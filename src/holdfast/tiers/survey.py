@@ -4,7 +4,8 @@ Owns reading a store's names, manifests and attempts, on one rank, into the valu
 decides by. Promises that every checkpoint found is in the survey, with a reason if it is not sound,
 and that notable facts about a store are logged: a tracker that is not followed, or a newest attempt
 that may still be running (judged by its process on the same host, and by the age of its last
-checkpoint on another). Reads manifests and sizes only, decides nothing, touches no live state.
+checkpoint on another). Reads manifests only, decides nothing, touches no live state. The sizes of
+files are compared when a checkpoint is opened (`opening`), those of no other.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def survey_store(
         found_id = _only_run_id(root, listing.checkpoints, run_id if is_own else None)
     attempts = [each for each in identity.attempts() if _has_footing(each, listing)]
     checkpoints = {
-        _describe_checkpoint(each, store, found_id, attempts): each for each in listing.checkpoints
+        _describe_checkpoint(each, found_id, attempts): each for each in listing.checkpoints
     }
     commits = list(checkpoints)
     commits += [_describe_broken(each, store) for each in listing.broken]
@@ -146,7 +147,6 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
         warn_of_foreign(path)
         commit = Commit(foreign.manifest.tier, foreign.iteration, 0, path=str(path))
         return Survey(place.store, (commit,), {commit: foreign}, is_one=True)
-    store = Store(open_storage(place.store, filesystem))
     iteration = parse_checkpoint_name(path.name)  # None: a copy under another name
     bare = Commit(PERSISTENT, iteration, None, path=str(path))
     try:
@@ -159,7 +159,6 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
         return Survey(place.store, (commit,), is_one=True)
     manifest = checkpoint.manifest
     commit = replace(bare, iteration=manifest.iteration, sequence=manifest.sequence)
-    commit = _check_sizes(commit, checkpoint, store)
     return Survey(place.store, (commit,), {commit: checkpoint}, is_one=True)
 
 
@@ -229,18 +228,16 @@ def find_supersession(
 
 
 def _describe_checkpoint(
-    checkpoint: Checkpoint, store: Store, run_id: str | None, attempts: Sequence[Attempt]
+    checkpoint: Checkpoint, run_id: str | None, attempts: Sequence[Attempt]
 ) -> Commit:
     manifest = checkpoint.manifest
     commit = Commit(PERSISTENT, manifest.iteration, manifest.sequence, path=str(checkpoint.path))
     if manifest.run_id != run_id:
         reason = f"belongs to run {manifest.run_id!r}, this store to {run_id!r}"
         return replace(commit, condition=Condition.OTHER_RUN, reason=reason)
-    commit = _check_sizes(commit, checkpoint, store)
-    if commit.condition is Condition.SOUND:
-        superseded = find_supersession(manifest.attempt, manifest.iteration, attempts)
-        if superseded is not None:
-            return replace(commit, condition=Condition.SUPERSEDED, reason=superseded)
+    superseded = find_supersession(manifest.attempt, manifest.iteration, attempts)
+    if superseded is not None:
+        return replace(commit, condition=Condition.SUPERSEDED, reason=superseded)
     return commit
 
 
@@ -262,15 +259,6 @@ def _describe_too_new(found: TooNew) -> Commit:
     return Commit(
         PERSISTENT, found.iteration, found.sequence, Condition.TOO_NEW, reason, path, found.error
     )
-
-
-def _check_sizes(commit: Commit, checkpoint: Checkpoint, store: Store) -> Commit:
-    damages = store.check_sizes(checkpoint)
-    if not damages:
-        return commit
-    reason = "; ".join(str(damage) for damage in damages[:3])
-    error = CorruptCheckpointError(str(checkpoint.path), reason)
-    return replace(commit, condition=Condition.DAMAGED, reason=reason, error=error)
 
 
 def _has_footing(attempt: Attempt, listing: Listing) -> bool:

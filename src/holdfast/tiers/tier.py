@@ -203,8 +203,9 @@ class Tier(Source, Protocol):
     ) -> Sequence[Commit]:
         """Return on rank 0 the commits of the run in this tier, each with its condition.
 
-        The other ranks take part and are not told. At least the newest commit that can be loaded is among them. `objection`: for tiers whose
-        ranks agree on the commit to load. `step`: the iteration that was requested by number.
+        The other ranks take part and need not be told. At least the newest commit that can be
+        loaded is among them. `objection`: for tiers whose ranks agree on the commit to load.
+        `step`: the iteration that was requested by number.
 
         Raises:
             CheckpointError: on every rank: the place cannot be read, or belongs to another run.
