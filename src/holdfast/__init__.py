@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         LoadResult,
         TrainState,
     )
+    from holdfast.state.sharding import declare_sharding
     from holdfast.tiers.opening import open_tensors
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "LoadResult": "protocol",
     "TrainState": "protocol",
     "create_checkpoint_manager": "factory",
+    "declare_sharding": "state.sharding",
     "open_tensors": "tiers.opening",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "LoadResult",
     "TrainState",
     "create_checkpoint_manager",
+    "declare_sharding",
     "open_tensors",
 ]
 

@@ -389,6 +389,7 @@ class DefaultCheckpointManager:
             overrides=None if takes_weights_only else Overrides.of(load.override, rng=load.rng),
             broadcast=load.broadcast and opened.contents.is_shared,
         )
+        restoration.agree_on_shardings(control)
         strict = load.strict if ctx.strict is None else ctx.strict
         control.all_gather("compare", lambda: restoration.compare(strict, load.accept_data_restart))
         return restoration
@@ -464,7 +465,8 @@ def _app_state(
     ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator
 ) -> AppState:
     scheduler, data = ctx.opt_param_scheduler, ctx.train_data_iterator
-    return AppState(ctx.model, ctx.optimizer, scheduler, data, _place(ctx, control))
+    place, groups = _place(ctx, control), ctx.pg_collection
+    return AppState(ctx.model, ctx.optimizer, scheduler, data, place, groups)
 
 
 def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator) -> Place:

@@ -24,6 +24,7 @@ from holdfast.errors import (
 )
 from holdfast.protocol import Restored, Stateful
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
 from holdfast.state.codec import decode, encode
@@ -225,6 +226,11 @@ class Restoration:
         self.restored: dict[str, Restored] = {}
         """By component, what this rank got back so far."""
 
+    def agree_on_shardings(self, coordinator: Coordinator) -> None:
+        """Agree with all ranks on how live tensors are sharded; raises as `AppState`'s."""
+        if self._saved is not None:
+            self._app.agree_on_shardings(coordinator)
+
     def compare(self, strict: bool, accept_data_restart: bool) -> None:
         """Refuse a checkpoint that does not fit, touching nothing.
 
@@ -233,8 +239,6 @@ class Restoration:
             ConfigError: `load.override` names what is not there, or cannot be kept.
         """
         opened, saved, given = self._opened, self._saved, self._given
-        if saved is not None:
-            self._app.look()
         own = opened.rank_states[0] if opened.rank_states else {}
         path = str(opened.checkpoint.path)
         schedule = opened.shared.get("scheduler")
@@ -271,19 +275,21 @@ class Restoration:
 
         reader = self._opened.contents.reader
         targets: dict[str, torch.Tensor] = {}
+        places: dict[str, Target] = {}
 
         def find_targets() -> None:
             targets.update(self._app.targets(saved))
+            places.update(self._app.place(targets, saved))
 
         # Before reading: what a hook of the user's raises is not damage of a file.
         coordinator.all_reduce("targets", find_targets, lambda _: None)
-        self._opened.contents.bring(lambda: targets, coordinator)
+        self._opened.contents.bring(lambda: places, coordinator)
         reading: Reading = ReadAlone()
         if self._broadcast and coordinator.world_size > 1:
-            reading = ReadShared.agree(lambda: targets, reader, coordinator)
+            reading = ReadShared.agree(lambda: places, reader, coordinator)
 
         def read() -> None:
-            reading.read(reader, targets)
+            reading.read(reader, places)
             self._filled = {**saved.values, **targets}
 
         read_together("read", read, self._opened.checkpoint, coordinator)

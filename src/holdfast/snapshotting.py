@@ -30,10 +30,11 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import image_bytes
 from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
-from holdfast.state.app import AppState, Bindings, Captured
+from holdfast.state.app import AppState, Bindings, Captured, Leaves
 from holdfast.state.codec import check_reachable, encode, to_yaml
 from holdfast.state.model import run_each
 from holdfast.state.optimizer import estimate
+from holdfast.state.sharding import Shardings
 from holdfast.state.small import read_counters
 from holdfast.tiers.tier import MemoryProvider, Reserved, Snapshot
 
@@ -89,6 +90,7 @@ class Snapshotter:
         self._shards = ShardSaver()
         self._itemizer = Itemizer()
         self._bindings: Bindings | None = None
+        self._shardings = Shardings()
         self._guard = StepGuard()
 
     @property
@@ -120,10 +122,14 @@ class Snapshotter:
             )
             self._bindings = captured.bindings
             taken.append((captured, counters))
-            leaves = captured.leaves
-            return self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
+            return self._describe(captured.leaves)
 
-        plan, inventory = self._shards.agree_on_plan(capture, control, self._memory.nodes)
+        plan, inventory = self._shards.agree_on_plan(
+            capture,
+            control,
+            self._memory.nodes,
+            lambda: self._agree_on_shardings(taken[0][0].leaves, control),
+        )
         pinned = _is_on_gpu(inventory)
         reserved = self._memory.reserve(
             plan.staged.layout,
@@ -173,15 +179,22 @@ class Snapshotter:
             CheckpointError: on every rank: the state cannot be saved.
         """
         uncounted: list[str] = []
+        gathered: list[Leaves] = []
 
-        def describe() -> Inventory:
-            leaves = app.gather_leaves()
-            now = self._itemizer.describe(leaves.values, leaves.paths, check_reachable)
-            then = estimate(app.optimizers, leaves.values, now.items)
-            uncounted.extend(then.uncounted)
+        def foretell(now: Inventory) -> Inventory:
+            then = estimate(app.optimizers, gathered[0].values, now.items)
+            uncounted[:] = then.uncounted
             return Inventory(then.items, now.sources, structure_of(then.items))
 
-        plan, _ = self._shards.agree_on_plan(describe, control, nodes)
+        def describe() -> Inventory:
+            gathered.append(app.gather_leaves())
+            return foretell(self._describe(gathered[0]))
+
+        def agree() -> Inventory | None:
+            found = self._agree_on_shardings(gathered[0], control)
+            return None if found is None else foretell(found)
+
+        plan, _ = self._shards.agree_on_plan(describe, control, nodes, agree)
         return image_bytes(plan.staged.layout), uncounted
 
     def wait(self) -> None:
@@ -193,6 +206,20 @@ class Snapshotter:
         self._guard.leave()
         self._shards.release()
         self._bindings = None
+
+    def _describe(self, leaves: Leaves) -> Inventory:
+        self._shardings = self._shardings.with_claims(leaves.claims)
+        return self._itemizer.describe(
+            leaves.values, leaves.paths, check_reachable, cut_of=self._shardings.cut_of
+        )
+
+    def _agree_on_shardings(self, leaves: Leaves, control: Coordinator) -> Inventory | None:
+        """Agree on how tensors are sharded; return the items anew where that changes them."""
+        known = self._shardings
+        self._shardings = Shardings.agree(lambda: (leaves.claims, leaves.values), control)
+        if known.are_equal_parts and self._shardings.are_equal_parts:
+            return None
+        return self._describe(leaves)
 
     def _stage_shard(
         self,

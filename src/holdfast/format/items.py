@@ -31,6 +31,7 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from holdfast.errors import UnsupportedStateError
+from holdfast.format.chunks import Cut
 from holdfast.format.layout import Item, containers_of, leaders_of
 from holdfast.storage.digests import round_up
 from holdfast.torch_internals import can_be_flattened, chunks_of, local_and_spec
@@ -45,6 +46,12 @@ PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 Source = torch.Tensor | bytes
 """A plain tensor to copy, or bytes that are a container already."""
+CutOf = Callable[[str, torch.Tensor], Cut | None]
+"""How a plain tensor of this name lies in a global one; None: it is the whole tensor."""
+
+
+def _is_whole(_: str, __: torch.Tensor) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class Itemizer:
         self._aliased: dict[tuple[str, str], Item] = {}
         self._last = _Last((), (), (), (), ())
         self._paths: Mapping[str, tuple[str | int, ...]] = {}
+        self._cut_of: CutOf = _is_whole
         self._structure = b""
 
     def describe(
@@ -78,12 +86,13 @@ class Itemizer:
         paths: Mapping[str, tuple[str | int, ...]],
         check: Callable[[Mapping[str, Any]], None] = lambda _: None,
         per_rank: Collection[str] = frozenset(),
+        cut_of: CutOf = _is_whole,
     ) -> Inventory:
         """Return the items of a flat state, in its order; `paths` are the nested keys of each name.
 
         `check` may refuse leaves; it is called when a leaf's kind, size or address differs from
         last time. `per_rank`: names of which every rank writes its own copy, but for chunks of a
-        distributed tensor.
+        distributed tensor. `cut_of`: another function than last time if its answers have changed.
 
         Raises:
             UnsupportedStateError: a tensor type that cannot be taken apart.
@@ -92,6 +101,9 @@ class Itemizer:
             self._forget_moved(leaves, paths)
         if per_rank is not self._per_rank:
             self._forget_divided(per_rank)
+        if cut_of != self._cut_of:
+            self._cut_of = cut_of
+            self._last = _Last((), (), (), (), ())
         if (repeated := self._repeat(leaves)) is not None:
             return repeated
         check(leaves)
@@ -99,7 +111,9 @@ class Itemizer:
         sources: list[Source] = []
         addresses: list[int] = []
         by_address: dict[tuple[int, bool], list[tuple[torch.Tensor, str]]] = {}
+        known: list[_Known | None] = []
         for name, leaf in leaves.items():
+            first = len(items)
             for item, source in self._describe(name, leaf, paths):
                 address = 0
                 if isinstance(source, torch.Tensor) and source.numel():
@@ -113,12 +127,14 @@ class Itemizer:
                 items.append(item)
                 sources.append(source)
                 addresses.append(address)
+            described = self._known.get(name)
+            is_current = described is not None and len(described.items) == len(items) - first
+            known.append(described if is_current else None)
         if len(items) != len(self._last.items) or not all(
             map(operator.is_, items, self._last.items)
         ):
             self._structure = structure_of(items)
         # Not the sources: a reference to them could keep a discarded model alive.
-        known = [self._known.get(name) for name in leaves]
         uses = Counter(addresses)
         shared = [
             _place_of(source)
@@ -154,14 +170,14 @@ class Itemizer:
     def _repeat(self, leaves: Mapping[str, Any]) -> Inventory | None:
         """Return the previous items if every leaf is unchanged; None: describe them again."""
         last = self._last
-        if tuple(leaves) != last.names or len(last.items) != len(last.names):
+        if tuple(leaves) != last.names:
             return None
         sources: list[Source] = []
-        for leaf, known, item, address, place in zip(
-            leaves.values(), last.known, last.items, last.addresses, last.shared, strict=True
-        ):
+        for leaf, known in zip(leaves.values(), last.known, strict=True):
             if known is None:
                 return None
+            at = len(sources)  # where a leaf's first item is
+            item, address, place = last.items[at], last.addresses[at], last.shared[at]
             kind = type(leaf)
             if kind is known.kind:
                 source = leaf
@@ -177,6 +193,9 @@ class Itemizer:
                     or (place is not None and _place_of(source) != place)
                 ):
                     return None
+                if isinstance(known.spec, Cut):
+                    sources += [each.local for each in known.spec.chunks(source.detach())]
+                    continue
             elif known.kind is bytes and item.dtype is None:
                 encoded = self._values[item.name]
                 if encoded.key != pickle.dumps(leaf):
@@ -193,15 +212,20 @@ class Itemizer:
         kind = type(leaf)
         if kind in PLAIN_TENSORS:
             known = self._known.get(name)
+            place = self._cut_of(name, leaf)
             if (
                 known is not None
                 and known.kind is kind
                 and known.shape == leaf.shape
                 and known.dtype is leaf.dtype
                 and known.device == leaf.device
+                and known.spec == place
                 and leaf.layout is torch.strided
             ):
-                return ((known.items[0], leaf),)
+                if place is None:
+                    return ((known.items[0], leaf),)
+                parts = [each.local for each in place.chunks(leaf.detach())]
+                return tuple(zip(known.items, parts, strict=True))
         elif kind is DTensor:
             known = self._known.get(name)
             local, spec = local_and_spec(leaf)
@@ -224,10 +248,12 @@ class Itemizer:
     ) -> Sequence[tuple[Item, Source]]:
         path = tuple(paths[name])
         found: list[tuple[Item, Source]] = []
-        size = tuple(leaf.size())
-        kind, per_rank = type(leaf), name in self._per_rank and not isinstance(leaf, DTensor)
+        place = self._cut_of(name, leaf)
+        size = tuple(leaf.size()) if place is None else place.size
+        is_whole = place is None and not isinstance(leaf, DTensor)
+        kind, per_rank = type(leaf), name in self._per_rank and is_whole
         recorded = self._kind_of(leaf)
-        for offsets, lengths, local in _chunks(leaf):
+        for offsets, lengths, local in _chunks(leaf) if place is None else place.chunks(leaf):
             local = local.detach()
             item = Item(
                 name, path, local.dtype, size, offsets, lengths, per_rank=per_rank, kind=recorded
@@ -239,7 +265,7 @@ class Itemizer:
         if all(isinstance(source, torch.Tensor) for _, source in found):
             items = [item for item, _ in found]
             if kind in PLAIN_TENSORS:
-                self._known[name] = _Known(kind, None, leaf.shape, leaf.dtype, leaf.device, items)
+                self._known[name] = _Known(kind, place, leaf.shape, leaf.dtype, leaf.device, items)
             elif kind is DTensor and found:
                 local, spec = local_and_spec(leaf)
                 self._known[name] = _Known(

@@ -51,6 +51,7 @@ from holdfast.read.requests import (
     FileRequests,
     ReadRequest,
     Region,
+    Target,
     UncoveredError,
     part_of,
     regions_of,
@@ -201,7 +202,7 @@ class ShardReader:
         """Return which bytes of which file hold a value; raises like `place_of`."""
         return self.place_of(MetadataIndex(name))
 
-    def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
+    def read_tensors(self, targets: Mapping[str, Target]) -> None:
         """Fill plain or distributed tensors in place; names and sizes must be known to agree.
 
         Each block read is compared with its digest in the same pass.
@@ -211,7 +212,7 @@ class ShardReader:
         """
         self.read(self.plan(targets))
 
-    def plan(self, targets: Mapping[str, torch.Tensor]) -> dict[str, FileRequests]:
+    def plan(self, targets: Mapping[str, Target]) -> dict[str, FileRequests]:
         """Return by file what has to be read to fill tensors, reading nothing; see `read_tensors`.
 
         Raises:

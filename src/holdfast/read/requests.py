@@ -26,11 +26,15 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.tensor import DTensor
 
+from holdfast.format.chunks import Placed
 from holdfast.format.items import PLAIN_TENSORS
 from holdfast.format.layout import Container
 from holdfast.read.direct import Part, blocks_of
 from holdfast.storage.digests import BLOCK_BYTES
 from holdfast.torch_internals import chunks_of, local_and_spec, local_of
+
+Target = torch.Tensor | Placed
+"""A tensor to be filled. A plain one is filled with the whole tensor of its name."""
 
 
 class Region(NamedTuple):
@@ -56,7 +60,7 @@ class UncoveredError(Exception):
     """The stored chunks do not cover a tensor; readers convert it before it reaches a caller."""
 
 
-def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Iterator[Region]:
+def regions_of(targets: Mapping[str, Target], metadata: Metadata) -> Iterator[Region]:
     """Yield the regions to read to fill tensors whose names and sizes are known to agree.
 
     Raises:
@@ -69,7 +73,10 @@ def regions_of(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Itera
         assert isinstance(described, TensorStorageMetadata)
         if described.size != target.size():
             raise ValueError(f"{name} is {list(described.size)}, here {list(target.size())}")
-        if type(target) in PLAIN_TENSORS:
+        if isinstance(target, Placed):
+            for offsets, lengths, local in target.cut.chunks(target.tensor.detach()):
+                yield from _within(name, described, offsets, torch.Size(lengths), local)
+        elif type(target) in PLAIN_TENSORS:
             yield from _within(name, described, (0,) * target.dim(), target.size(), target.detach())
         elif type(target) is DTensor and type(local_of(target)) in PLAIN_TENSORS:
             if target.device_mesh.get_coordinate() is None:

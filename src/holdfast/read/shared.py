@@ -20,10 +20,11 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from holdfast.errors import CheckpointError
+from holdfast.format.chunks import Placed
 from holdfast.format.items import PLAIN_TENSORS
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
-from holdfast.read.requests import bytes_of
+from holdfast.read.requests import Target, bytes_of
 from holdfast.torch_internals import copy_each, local_of
 
 BACKEND_PATIENCE = 10
@@ -67,7 +68,7 @@ _BUCKET_BYTES = 32 << 20
 class Reading(Protocol):
     """How the tensors of one checkpoint are restored on this rank."""
 
-    def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
+    def read(self, reader: ShardReader, targets: Mapping[str, Target]) -> None:
         """Fill the targets that this rank reads itself."""
 
     def pass_on(self, coordinator: Coordinator) -> None:
@@ -77,7 +78,7 @@ class Reading(Protocol):
 class ReadAlone:
     """The null case: every rank reads everything it needs."""
 
-    def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
+    def read(self, reader: ShardReader, targets: Mapping[str, Target]) -> None:
         """Read everything."""
         reader.read_tensors(targets)
 
@@ -97,7 +98,7 @@ class ReadShared:
     @classmethod
     def agree(
         cls,
-        find_targets: Callable[[], Mapping[str, torch.Tensor]],
+        find_targets: Callable[[], Mapping[str, Target]],
         reader: ShardReader,
         coordinator: Coordinator,
     ) -> ReadShared:
@@ -132,7 +133,7 @@ class ReadShared:
         )
         return cls(coordinator.rank, parts, groups[0])
 
-    def read(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
+    def read(self, reader: ShardReader, targets: Mapping[str, Target]) -> None:
         """Read this rank's part and what only it needs; allocate all memory for the rest."""
         self._steps = list(self._plan_steps(targets))
         others = {
@@ -168,14 +169,16 @@ class ReadShared:
         self._steps = []
 
     def _plan_steps(
-        self, targets: Mapping[str, torch.Tensor]
+        self, targets: Mapping[str, Target]
     ) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor | None]]:
         """Yield owner, tensor bytes, and the buffer they are batched in; None: sent directly."""
         buffers: dict[torch.device, torch.Tensor] = {}
         for owner, part in enumerate(self._parts):
             buckets: dict[torch.device, list[torch.Tensor]] = {}
             for name in part:
-                flat = bytes_of(local_of(targets[name]).detach())
+                target = targets[name]
+                assert not isinstance(target, Placed)  # no rank needs all of it
+                flat = bytes_of(local_of(target).detach())
                 if len(flat) >= _BUCKET_BYTES:
                     yield owner, [flat], None
                     continue
@@ -205,13 +208,13 @@ def divide(names: Sequence[str], sizes: Mapping[str, int], count: int) -> list[l
     return parts
 
 
-def _describe(targets: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, int]]:
+def _describe(targets: Mapping[str, Target]) -> dict[str, tuple[str, int]]:
     """Return name and size of what this rank needs in full, keyed by what all ranks must share."""
     supported = device_types()
     return {
         f"{name} {target.dtype} {target.device.type}": (name, target.numel() * target.itemsize)
         for name, target in sorted(targets.items())
-        if _is_whole(target) and target.device.type in supported
+        if not isinstance(target, Placed) and _is_whole(target) and target.device.type in supported
     }
 
 

@@ -232,11 +232,13 @@ class ShardSaver:
         take: Callable[[], Inventory],
         coordinator: Coordinator,
         nodes: Sequence[int] | None = None,
+        agree: Callable[[], Inventory | None] = lambda: None,
     ) -> tuple[ShardPlan, Inventory]:
         """Agree with all ranks on the plan for a state; `take` returns its items.
 
         `nodes`: the node of each rank, if each node is to stage the whole state. None: the job
-        stages it once.
+        stages it once. `agree`: agrees on what items take from other ranks, before they are planned
+        anew, and returns them if that has changed them.
 
         Raises:
             CheckpointError: on every rank, if `take` raised it on any.
@@ -259,7 +261,9 @@ class ShardSaver:
         if plan is None or reason is not None:
             if plan is not None and coordinator.rank == 0:
                 logger.info("planning again: %s", reason)
-            plan = self._plan = _make_plan(taken[0], coordinator, nodes)
+            inventory = agree() or taken[0]
+            plan = self._plan = _make_plan(inventory, coordinator, nodes)
+            return plan, inventory
         return plan, taken[0]
 
     def stage(

@@ -10,9 +10,9 @@ no files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from holdfast.format.chunks import Placed
 from holdfast.format.dcp import KeyPath, flatten, put
 from holdfast.protocol import Stateful
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.requests import Target
 from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import (
     Differences,
@@ -33,6 +36,7 @@ from holdfast.state.compare import (
 )
 from holdfast.state.model import MODEL, ModelWalk, is_live, model_state, restore_model, run_each
 from holdfast.state.optimizer import OptimizerWalk, optimizer_state, restore_optimizers
+from holdfast.state.sharding import NO_CLAIMS, Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import Place, apply_data, capture_rng, check_data
 from holdfast.torch_internals import local_of
 
@@ -51,6 +55,8 @@ class Leaves:
     """Names that only an optimizer step changes: trainable parameters, optimizer state."""
     hollow: tuple[tuple[str, ...], ...] = ()
     """The nested keys of mappings without a leaf, which have no name."""
+    claims: Claims = NO_CLAIMS
+    """Which plain tensors are parts of global ones."""
 
 
 class Bindings:
@@ -107,7 +113,9 @@ class Bindings:
         if self._model.run_hooks() and not self._model.holds(root):
             return None
         live = self._collect()
-        return None if live is None else replace(self._leaves, values=live)
+        if live is None or not self._leaves.claims.hold(live):
+            return None
+        return replace(self._leaves, values=live)
 
     def _collect(self) -> dict[str, Any] | None:
         """Return the live leaves in the order of a full capture; None: some are not there."""
@@ -141,6 +149,7 @@ class AppState:
         scheduler: Any | None,
         data: Any | None,
         place: Place,
+        pg_collection: Any | None = None,
     ) -> None:
         models = [model] if isinstance(model, nn.Module) else list(model)
         # Several modules (virtual pipeline stages) become one root, named 0., 1., ... in it.
@@ -156,7 +165,9 @@ class AppState:
         self._given_data = data
         self._data = data if isinstance(data, Stateful) else None
         self._place = place
+        self._pg_collection = pg_collection
         self._kept: frozenset[str] = frozenset()
+        self._shardings = Shardings()
 
     def without(self, kept: Collection[str]) -> AppState:
         """Return the same state but for components that are to keep their live values."""
@@ -166,6 +177,7 @@ class AppState:
             None if "scheduler" in kept else self._scheduler,
             None if "data" in kept else self._given_data,
             self._place,
+            self._pg_collection,
         )
         rest._kept = frozenset(kept)
         return rest
@@ -255,7 +267,28 @@ class AppState:
                 or (paths[name][0] == "model" and _address(value) in stepped)
             )
         )
-        return Leaves(flat, paths, changed_by_steps, tuple(_find_hollow(tensors)))
+        claims = self._find_claims(walk, flat, paths)
+        return Leaves(flat, paths, changed_by_steps, tuple(_find_hollow(tensors)), claims)
+
+    def _find_claims(
+        self, walk: ModelWalk | None, flat: Mapping[str, Any], paths: Mapping[str, KeyPath]
+    ) -> Claims:
+        named = named_tensors(self._model, walk, flat)
+        return find_claims(named, flat, paths, self._pg_collection, self._place.world_size)
+
+    def agree_on_shardings(self, coordinator: Coordinator) -> None:
+        """Agree with all ranks which tensors are parts of global ones, for `check` and `targets`.
+
+        Raises:
+            CheckpointError: on every rank: whatever torch's getters or a hook raised on one, or
+                ranks contradict each other.
+        """
+
+        def find() -> tuple[Claims, dict[str, Any]]:
+            self.look()
+            return self._find_claims(self._walk, self._live_model, {}), self._live_model
+
+        self._shardings = Shardings.agree(find, coordinator)
 
     def look(self) -> None:
         """Look up model and optimizers: it may run collectives, and nothing later in the load does.
@@ -292,7 +325,7 @@ class AppState:
             check_kind(self.optimizers, saved.option_names(), path)
             live = self._live_model
             self._check_reachable(live, saved)
-            found = compare_model(live, saved, path, strict)
+            found = compare_model(live, saved, path, strict, self._shardings.size_of)
             if self.optimizers:
                 live_names, saved_names = self._parameter_names, saved.parameter_names()
                 found.missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
@@ -350,9 +383,13 @@ class AppState:
         }
 
     def targets(self, saved: SavedTensors) -> dict[str, torch.Tensor]:
-        """Return the tensors to fill, by flat name: live ones where they exist, else new ones."""
+        """Return the tensors to fill, by flat name: live ones where they exist, else new ones.
+
+        Those that are parts of global tensors are local: `place` says which part each is.
+        """
         live = self._live_model
         state = self._live_optimizer["state"] if self.optimizers else {}
+        size_at = self._shardings.size_at
         found = {}
         for name, source in saved.tensors.items():
             path = saved.key_paths[name]
@@ -364,8 +401,18 @@ class AppState:
                 target = None if is_extra(name) else live[MODEL + path[1]]
             elif path[1] == "state":
                 present = state.get(path[2], {}).get(path[3]) if len(path) == 4 else None
-                target = _fitting(present, live.get(MODEL + path[2]), source)
+                owner = live.get(MODEL + path[2])
+                target = _fitting(present, owner, source, partial(size_at, path, live))
             found[name] = target if isinstance(target, torch.Tensor) else _new(source)
+        return found
+
+    def place(self, targets: Mapping[str, torch.Tensor], saved: SavedTensors) -> dict[str, Target]:
+        """Return the targets, those that are parts of global tensors with their places there."""
+        find, live = self._shardings.cut_at, self._live_model
+        found: dict[str, Target] = {}
+        for name, target in targets.items():
+            part = find(saved.key_paths[name], target, live)
+            found[name] = target if part is None else Placed(target, part)
         return found
 
     def _takes(self, path: Sequence[Any]) -> bool:
@@ -458,15 +505,23 @@ def _new(saved: TensorStorageMetadata) -> torch.Tensor:
     return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
 
 
-def _fitting(present: Any, parameter: Any, saved: TensorStorageMetadata) -> torch.Tensor | None:
-    """Return the tensor to read optimizer state into, placed as its parameter; None: none fits."""
+def _fitting(
+    present: Any,
+    parameter: Any,
+    saved: TensorStorageMetadata,
+    size_of: Callable[[torch.Tensor], torch.Size],
+) -> torch.Tensor | None:
+    """Return the tensor to read optimizer state into, placed as its parameter; None: none fits.
+
+    `size_of`: the size of the global tensor that a local one is a part of.
+    """
     dtype = saved.properties.dtype
     if (
         isinstance(present, torch.Tensor)
-        and present.size() == saved.size
+        and size_of(present) == saved.size
         and present.dtype == dtype
     ):
         return present
-    if isinstance(parameter, torch.Tensor) and saved.size == parameter.size():
+    if isinstance(parameter, torch.Tensor) and saved.size == size_of(parameter):
         return torch.empty_like(parameter, dtype=dtype)
     return None

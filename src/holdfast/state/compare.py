@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -119,9 +119,15 @@ class Differences:
 
 
 def compare_model(
-    live: Mapping[str, Any], saved: SavedTensors, path: str, strict: bool
+    live: Mapping[str, Any],
+    saved: SavedTensors,
+    path: str,
+    strict: bool,
+    size_of: Callable[[str, torch.Tensor], torch.Size] = lambda _, tensor: tensor.size(),
 ) -> Differences:
     """Compare a model's live state, by flat name, with its saved state.
+
+    `size_of`: of the global tensor that a live one is a part of.
 
     Raises:
         NothingFitsError: the model has tensors and the checkpoint has none for any of them.
@@ -137,7 +143,7 @@ def compare_model(
     return Differences(
         sorted(name for name, value in live.items() if name not in names and not is_hollow(value)),
         sorted(names - set(live)),
-        _find_different(live, saved.tensors, strict),
+        _find_different(live, saved.tensors, strict, size_of),
     )
 
 
@@ -220,15 +226,18 @@ def _ends(name: str) -> list[tuple[str, str]]:
 
 
 def _find_different(
-    live: Mapping[str, Any], saved: Mapping[str, TensorStorageMetadata], strict: bool
+    live: Mapping[str, Any],
+    saved: Mapping[str, TensorStorageMetadata],
+    strict: bool,
+    size_of: Callable[[str, torch.Tensor], torch.Size],
 ) -> list[str]:
     different = []
     for name, target in live.items():
         source = saved.get(name)
         if source is None or not isinstance(target, torch.Tensor) or is_extra(name):
             continue
-        if source.size != target.size():
-            different.append(f"{name} is {list(source.size)}, here {list(target.size())}")
+        if source.size != (size := size_of(name, target)):
+            different.append(f"{name} is {list(source.size)}, here {list(size)}")
         elif strict and source.properties.dtype != target.dtype:
             different.append(f"{name} is {source.properties.dtype}, here {target.dtype}")
     return different

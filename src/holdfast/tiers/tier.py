@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from holdfast.errors import CorruptCheckpointError
 from holdfast.format.layout import Layout
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
 from holdfast.read.reader import ShardReader
+from holdfast.read.requests import Target
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.shard import StagedShard
 from holdfast.storage.identity import CommitIdentity
@@ -98,7 +97,7 @@ class Contents:
         return True
 
     def bring(
-        self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
+        self, find_targets: Callable[[], Mapping[str, Target]], coordinator: Coordinator
     ) -> None:
         """Fetch what these tensors need and only other ranks can read; no-op where all can.
 

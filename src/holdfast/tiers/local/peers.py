@@ -18,8 +18,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import SharedFile
 from holdfast.protocol import ShardSource
@@ -27,7 +25,7 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import Part, blocks_of, read_verified
 from holdfast.read.index import Index
 from holdfast.read.reader import ShardReader
-from holdfast.read.requests import FileRequests, Intake
+from holdfast.read.requests import FileRequests, Intake, Target
 from holdfast.storage.backend import ObjectReader, Storage
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
@@ -88,7 +86,7 @@ class PeerFetch:
     def bring(
         self,
         reader: ShardReader,
-        find_targets: Callable[[], Mapping[str, torch.Tensor]],
+        find_targets: Callable[[], Mapping[str, Target]],
         coordinator: Coordinator,
     ) -> None:
         """Agree on who sends what to whom; fetch blocks that several ranks of a place need."""
@@ -154,7 +152,7 @@ class PeerFetch:
 
     # -- transfer --------------------------------------------------------------------------------
 
-    def fill(self, reader: ShardReader, targets: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, reader: ShardReader, targets: Mapping[str, Target]) -> None:
         """Fill what was planned: from files on a thread, and at the same time from peers.
 
         Without an agreed plan everything is read from files.

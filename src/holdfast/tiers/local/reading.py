@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import torch
-
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
 from holdfast.format.merging import merge_shards
@@ -27,6 +25,7 @@ from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.index import Index, read_index
 from holdfast.read.reader import ShardReader
+from holdfast.read.requests import Target
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
 from holdfast.storage.store import Checkpoint
@@ -77,7 +76,7 @@ class MergedShards(ShardReader):
             rest = super().read_contents([each for each in names if each not in received])
         return {**rest, **received}
 
-    def read_tensors(self, targets: Mapping[str, torch.Tensor]) -> None:
+    def read_tensors(self, targets: Mapping[str, Target]) -> None:
         """Fill tensors from files and from peers; a collective call, after `bring`."""
         with self._noting():
             self.fetch.fill(self, targets)
@@ -115,7 +114,7 @@ class LocalContents(Contents):
         return False
 
     def bring(
-        self, find_targets: Callable[[], Mapping[str, torch.Tensor]], coordinator: Coordinator
+        self, find_targets: Callable[[], Mapping[str, Target]], coordinator: Coordinator
     ) -> None:
         """Agree on the blocks that `read_tensors` gets from peers; a collective call.
 
