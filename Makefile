@@ -1,9 +1,11 @@
 # Every target does its own set-up: Python >= 3.11 with its venv module, make and a package index suffice.
 # PYTHON chooses the interpreter; ARGS is handed on: make train ARGS="model=tiny steps=50"; SECONDS is for
-# make soak; WORKERS is how many tests run side by side: make test WORKERS=0 ARGS="-x --pdb tests/unit".
+# make soak; PROCESSES=2 starts make train under torchrun; WORKERS is how many tests run side by side:
+# make test WORKERS=0 ARGS="-x --pdb tests/unit".
 
 PYTHON ?= python3
 ARGS ?=
+PROCESSES ?=
 SECONDS ?= 60
 # Tests side by side: one more than there are cores, for many wait for a deadline.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
@@ -20,6 +22,7 @@ CHECKED := src recipes tests/support benchmarks
 
 # nvidia-resiliency-ext brings pynvml, and torch warns of it at every import: nothing a reader could mend.
 QUIET := PYTHONWARNINGS="ignore:The pynvml package is deprecated:FutureWarning"
+TORCHRUN := -m torch.distributed.run --standalone --nproc-per-node
 
 # The tests start hundreds of interpreters; without its cache each would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -36,7 +39,7 @@ help: ## list the targets
 setup: $(INSTALLED) ## install everything into .venv, once; the other targets do it themselves
 
 train: $(INSTALLED) ## train a small model on real text with checkpoints; run it again and it resumes
-	@$(QUIET) $(RUN) recipes/pretrain.py $(ARGS)
+	@$(QUIET) $(RUN) $(if $(PROCESSES),$(TORCHRUN) $(PROCESSES)) recipes/pretrain.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests, all but the fault suite
 	@$(RUN) -m pytest $(BESIDE) --ignore=tests/faults $(ARGS)

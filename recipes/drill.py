@@ -7,6 +7,7 @@ and every loss and the final validation loss equal those of the run left alone, 
 
     python recipes/drill.py
     python recipes/drill.py --processes 2 --parallel fsdp
+    python recipes/drill.py --processes 4 --parallel fsdp_tp
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from losses import LossCurve, read_losses
+from run_config import PARALLEL_KINDS
 
 PROGRAM = Path(__file__).with_name("pretrain.py")
 STEPS = 80
@@ -147,7 +149,7 @@ def main() -> int:
     """Run the drill, print a table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--parallel", choices=("single", "ddp", "fsdp"))
+    parser.add_argument("--parallel", choices=PARALLEL_KINDS)
     arguments = parser.parse_args()
     parallel = arguments.parallel or ("single" if arguments.processes == 1 else "fsdp")
     with tempfile.TemporaryDirectory(prefix="holdfast-drill-") as root:

@@ -3,7 +3,7 @@
 Owns the architecture: pre-norm blocks of causal attention with rotary positions and a two-layer
 MLP, an untied head over the 256 byte values. Promises that two models built after the same
 `torch.manual_seed` are equal bit for bit. Knows no devices, parallelism or data; `blocks` is what a
-caller shards.
+caller shards, slices or divides into stages; its keys are the layers' numbers.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class Block(nn.Module):
 
     def _attend(self, hidden: Tensor) -> Tensor:
         batch, length, width = hidden.shape
-        projected = self.query_key_value(hidden)
-        query, key, value = projected.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Grouped by head: a slice of the weight (tensor parallel) is a number of whole heads.
+        projected = self.query_key_value(hidden).view(batch, length, -1, 3, width // self.heads)
+        query, key, value = projected.permute(3, 0, 2, 1, 4)
         mixed = F.scaled_dot_product_attention(_rotate(query), _rotate(key), value, is_causal=True)
-        attended: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        attended: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
         return attended
 
 
@@ -62,7 +63,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(BYTE_VALUES, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleDict({str(number): Block(config) for number in range(config.layers)})
         self.final_norm = nn.LayerNorm(config.width, bias=False)
         self.head = nn.Linear(config.width, BYTE_VALUES, bias=False)
         for name, parameter in self.named_parameters():
@@ -76,10 +77,14 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy, in nats per byte, of (batch, length) byte values."""
         hidden = self.token_embedding(tokens)
-        for block in self.blocks:
+        for block in self.blocks.values():
             hidden = block(hidden)
-        logits = self.head(self.final_norm(hidden))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return mean_cross_entropy(self.head(self.final_norm(hidden)), targets)
+
+
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss, in nats per byte, of (batch, length, 256) predictions."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def floating_point_operations_per_token(model: nn.Module, config: ModelConfig) -> int:

@@ -14,7 +14,7 @@ from holdfast import CheckpointConfig
 from holdfast.errors import ConfigError
 
 DATA_SOURCES = ("stdlib", "files")
-PARALLEL_KINDS = ("single", "ddp", "fsdp")
+PARALLEL_KINDS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp", "pp")
 DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -52,9 +52,13 @@ class ParallelConfig:
     """How processes share the work."""
 
     kind: str = "single"
-    """`single`: one process; `ddp`: a replica each; `fsdp`: parameters sharded (FSDP2)."""
+    """`single`: one process; `ddp`: a replica each; `fsdp`: parameters sharded (FSDP2); `hsdp`:
+    sharded in groups that are replicas; `tp`: layers sliced; `fsdp_tp`: sliced in groups, slices
+    sharded over the groups; `pp`: two pipeline stages, several pairs of them are replicas."""
     device: str = "auto"
     """`auto`: GPUs where there are enough of them, else CPU."""
+    group_size: int = 2
+    """Processes that share one replica (`hsdp`) or slice one layer (`fsdp_tp`)."""
 
 
 @dataclass
@@ -131,6 +135,7 @@ class RunConfig:
             ("model.width", self.model.width),
             ("model.heads", self.model.heads),
             ("model.context", self.model.context),
+            ("parallel.group_size", self.parallel.group_size),
             ("optim.learning_rate", self.optim.learning_rate),
             ("optim.gradient_norm_limit", self.optim.gradient_norm_limit),
         ):

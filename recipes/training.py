@@ -49,6 +49,7 @@ def train(config: RunConfig, processes: Processes, display: Display) -> None:
     manager = create_checkpoint_manager(config.checkpoint)
     result = manager.load(job.load_context())
     progress.step, progress.floating_point_operations_so_far = result
+    processes.share_draws()
     display.show_load(progress.step, result, config.checkpoint)
     if config.checkpoint.local.directory is not None and isinstance(result, LoadResult):
         display.show_sources(processes.gather(result.sources))
@@ -95,7 +96,7 @@ class _Job:
         batch = next(self.loader).to(self.processes.device)
         loss: Tensor = self.model(batch[:, :-1], batch[:, 1:])
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.gradient_norm_limit)
+        self.processes.clip_gradients(self.model, self.config.optim.gradient_norm_limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -109,7 +110,12 @@ class _Job:
     def load_context(self) -> CheckpointLoadContext:
         """Return where a load puts what it restores."""
         return CheckpointLoadContext(
-            self.state, self.model, self.optimizer, self.scheduler, train_data_iterator=self.loader
+            self.state,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            pg_collection=self.processes.groups,
+            train_data_iterator=self.loader,
         )
 
     def save_context(self, tier: str) -> CheckpointSaveContext:
@@ -120,6 +126,7 @@ class _Job:
             self.optimizer,
             self.scheduler,
             self.state.train_state.floating_point_operations_so_far,
+            pg_collection=self.processes.groups,
             train_data_iterator=self.loader,
             non_persistent_ckpt=tier == LOCAL,
         )
@@ -132,7 +139,12 @@ class _Job:
 def _build(config: RunConfig, processes: Processes, display: Display) -> _Job:
     text = read_text(config.data)
     loader = ShardedLoader(
-        text, config.model.context, config.batch_size, config.seed, processes.rank, processes.size
+        text,
+        config.model.context,
+        config.batch_size,
+        config.seed,
+        processes.data_rank,
+        processes.data_size,
     )
     held_out = _ValidationSet(text, config, processes)
     torch.manual_seed(config.seed)  # the same weights in every process, sharded or not
@@ -142,7 +154,7 @@ def _build(config: RunConfig, processes: Processes, display: Display) -> _Job:
     model = processes.distribute(bare_model)
     optimizer = _build_optimizer(model, config.optim)
     scheduler = _build_scheduler(optimizer, config)
-    torch.manual_seed(config.seed + 1 + processes.rank)  # dropout differs from process to process
+    torch.manual_seed(config.seed + 1 + processes.draw_rank)  # for dropout
     display.say(
         f"{parameter_count:,} parameters on {processes.size} x {processes.device.type}, "
         f"{text.file_count} files, {len(text.training):,} bytes to train on"
@@ -203,7 +215,7 @@ class _ValidationSet:
         length = config.model.context
         available = count_samples(text.validation, length)
         wanted = min(available, config.validation_batches * config.batch_size)
-        wanted -= wanted % processes.size  # equal shares, so that the mean of means is the mean
+        wanted -= wanted % processes.data_size  # equal shares: then the mean of means is the mean
         if wanted == 0:
             raise RecipeError(
                 f"data: {len(text.validation)} held-out bytes are too few to validate on.\n"
@@ -211,9 +223,9 @@ class _ValidationSet:
             )
         self._samples = [
             cut_sample(text.validation, number * available // wanted, length)
-            for number in range(processes.rank, wanted, processes.size)
+            for number in range(processes.data_rank, wanted, processes.data_size)
         ]
-        self._share = max(config.batch_size // processes.size, 1)
+        self._share = max(config.batch_size // processes.data_size, 1)
         self._processes = processes
 
     @torch.no_grad()
