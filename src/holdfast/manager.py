@@ -314,7 +314,7 @@ class DefaultCheckpointManager:
             except CorruptCheckpointError as error:
                 search.pass_over(selected, error)
                 continue
-            control.all_gather("apply", restoration.apply)
+            control.all_reduce("apply", restoration.apply, lambda _: None)
             self._last_load.note(restoration.loaded)
             self._tiers.finish_load(selected.source, writer)
             search.warn(selected)
@@ -391,7 +391,11 @@ class DefaultCheckpointManager:
         )
         restoration.agree_on_shardings(control)
         strict = load.strict if ctx.strict is None else ctx.strict
-        control.all_gather("compare", lambda: restoration.compare(strict, load.accept_data_restart))
+        control.all_reduce(
+            "compare",
+            lambda: restoration.compare(strict, load.accept_data_restart),
+            lambda _: None,
+        )
         return restoration
 
     def _finish_load(

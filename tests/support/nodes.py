@@ -198,7 +198,9 @@ class Job:
         tries = 0
         while True:
             commit = self.survey()
-            reasons = [f"{each.path}: {each.reason}" for each in self.tier.passed]
+            reasons = self.control.broadcast(
+                "reasons", lambda: [f"{each.path}: {each.reason}" for each in self.tier.passed]
+            )
             if commit is None:
                 return Loaded(None, reasons=reasons, tries=tries)
             tries += 1

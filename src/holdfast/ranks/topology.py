@@ -3,15 +3,21 @@
 Owns the two groupings of ranks: a node, which is lost as a whole, and a place, a directory that
 several ranks of a node see. Copies are placed on different nodes as far as there are such, spread
 evenly, for any number of nodes and of ranks on each; where the world divides evenly these are the
-cliques of nvidia-resiliency-ext. Pure except for `node_name`.
+cliques of nvidia-resiliency-ext. Tables of all ranks have a compact form to be sent in. Pure except
+for `node_name`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
 
 NODE_VARIABLE = "HOLDFAST_NODE"
 """Names the node of this process in place of its host name; simulates nodes on one machine."""
@@ -42,20 +48,52 @@ class Topology:
         """The number of ranks."""
         return len(self.seats)
 
-    @property
+    @cached_property
     def nodes(self) -> tuple[int, ...]:
         """The node of each rank, numbered in the order of first ranks."""
         return _numbered([each.node for each in self.seats])
 
-    @property
+    @cached_property
     def places(self) -> tuple[int, ...]:
         """The place of each rank, numbered in the order of first ranks."""
         return _numbered([(each.node, each.directory) for each in self.seats])
 
     def place_mates(self, rank: int) -> list[int]:
         """Return the ranks that see the same files as this one, itself included."""
-        places = self.places
-        return [each for each, place in enumerate(places) if place == places[rank]]
+        return list(self._by_place[self.places[rank]])
+
+    @cached_property
+    def _by_place(self) -> dict[int, list[int]]:
+        ranks: dict[int, list[int]] = {}
+        for rank, place in enumerate(self.places):
+            ranks.setdefault(place, []).append(rank)
+        return ranks
+
+    def to_bytes(self) -> bytes:
+        """Return a compact form: each node is named once, and directories are only numbered."""
+        names = list(dict.fromkeys(each.node for each in self.seats))
+        tables = pack_numbers(self.nodes), pack_numbers(self.places)
+        return zlib.compress(json.dumps([names, *(each.hex() for each in tables)]).encode())
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Topology:
+        """Parse the output of `to_bytes`; a directory has its number for an inode."""
+        names, nodes, places = json.loads(zlib.decompress(content))
+        tables = (unpack_numbers(bytes.fromhex(each)) for each in (nodes, places))
+        seats = [Seat(names[node], (0, place)) for node, place in zip(*tables, strict=True)]
+        return cls(tuple(seats))
+
+
+def pack_numbers(numbers: Sequence[int]) -> bytes:
+    """Return a table of one number for each rank in few bytes where it is regular."""
+    return zlib.compress(np.diff(np.array(numbers, dtype=np.int64), prepend=0).tobytes())
+
+
+@lru_cache(maxsize=64)
+def unpack_numbers(content: bytes) -> tuple[int, ...]:
+    """Return the numbers that `pack_numbers` was given; equal tables are one object."""
+    differences = np.frombuffer(zlib.decompress(content), dtype=np.int64)
+    return tuple(np.cumsum(differences).tolist())
 
 
 def _numbered(values: Sequence[object]) -> tuple[int, ...]:

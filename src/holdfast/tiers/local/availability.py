@@ -21,10 +21,12 @@ import numpy as np
 from holdfast.errors import CorruptCheckpointError, is_process_failure
 from holdfast.format.tiling import first_untiled
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.topology import pack_numbers, unpack_numbers
 from holdfast.read.direct import read_verified
 from holdfast.storage.manifest import LOCAL
 from holdfast.tiers.local.replication import Replication
 from holdfast.tiers.local.shard_file import (
+    UNREAD,
     Chunk,
     CommitKey,
     Found,
@@ -49,6 +51,36 @@ class Inventory:
     found: tuple[Found, ...]
     damaged: frozenset[tuple[int, str, int]] = frozenset()
     """Files that were found damaged when read: the rank that lists them, path, sequence."""
+    group_is_broken: bool = False
+    """Whether this rank can send no copies over its group any more."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send each record with its table of nodes in a compact form."""
+        bare, tables = [], []
+        for each in self.found:
+            record = each.record
+            tables.append(b"" if record is None else pack_numbers(record.nodes))
+            bare.append(each if record is None else replace(each, record=_without_nodes(record)))
+        return _restore_inventory, (bare, tables, self.damaged, self.group_is_broken)
+
+
+def _without_nodes(record: ShardRecord) -> ShardRecord:
+    return replace(record, nodes=())
+
+
+def _restore_inventory(
+    bare: Sequence[Found],
+    tables: Sequence[bytes],
+    damaged: frozenset[tuple[int, str, int]],
+    group_is_broken: bool,
+) -> Inventory:
+    found = tuple(
+        each
+        if each.record is None
+        else replace(each, record=replace(each.record, nodes=unpack_numbers(table)))
+        for each, table in zip(bare, tables, strict=True)
+    )
+    return Inventory(found, damaged, group_is_broken)
 
 
 @dataclass(frozen=True)
@@ -90,6 +122,31 @@ class Candidate:
         """Ranks with no surviving file."""
         return tuple(owner for owner, copies in enumerate(self.copies) if not copies)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send tables of ranks, which are regular and small, in place of one path for each copy."""
+        endings: dict[str, int] = {}
+        rows = []
+        for owner, copies in enumerate(self.copies):
+            for each in copies:
+                directory, _, name = each.path.partition("/")
+                ending = name.removeprefix(shard_name(self.record.iteration, owner))
+                number = endings.setdefault(ending, len(endings))
+                rows.append((owner, each.rank, int(directory), each.is_whole, number))
+        tables = [pack_numbers(column) for column in zip(*rows, strict=True)]
+        record, nodes = _without_nodes(self.record), pack_numbers(self.record.nodes)
+        return _restore_candidate, (record, nodes, len(self.copies), tables, list(endings))
+
+
+def _restore_candidate(
+    record: ShardRecord, nodes: bytes, owners: int, tables: Sequence[bytes], endings: Sequence[str]
+) -> Candidate:
+    copies: list[list[Copy]] = [[] for _ in range(owners)]
+    for owner, rank, directory, is_whole, ending in zip(*map(unpack_numbers, tables), strict=True):
+        path = f"{directory}/{shard_name(record.iteration, owner)}{endings[ending]}"
+        copies[owner].append(Copy(rank, path, bool(is_whole)))
+    record = replace(record, nodes=unpack_numbers(nodes))
+    return Candidate(record, tuple(map(tuple, copies)))
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -98,11 +155,15 @@ class Agreement:
     candidate: Candidate | None
     """The newest commit that may be loaded; None: there is none."""
     passed: tuple[Commit, ...]
-    """Commits and files that were passed over, newest first, with reasons."""
+    """Commits and files that were passed over, newest first, with reasons; on rank 0 alone."""
     whole: tuple[CommitKey, ...]
     """Commits with every shard, newest first."""
     newest_sequence: int
     """Over all files found, passed over or not."""
+    unread: frozenset[int] = frozenset()
+    """Iterations with files that cannot be read at the moment, and may be sound."""
+    group_is_broken: bool = False
+    """Whether some rank can send no copies over its group any more."""
 
 
 def judge(
@@ -138,7 +199,15 @@ def judge(
     sequences = [each.record.sequence for each in found if each.record]
     sequences += [each.too_new.sequence or 0 for each in found if each.too_new]
     passed.sort(key=lambda each: (each.sequence or 0, each.iteration or 0, each.path), reverse=True)
-    return Agreement(chosen, tuple(passed), tuple(whole), max(sequences, default=0))
+    unread = {each.iteration for each in passed if each.reason.startswith(UNREAD)}
+    return Agreement(
+        chosen,
+        tuple(passed),
+        tuple(whole),
+        max(sequences, default=0),
+        frozenset(each for each in unread if each is not None),
+        any(each.group_is_broken for each in inventories),
+    )
 
 
 def _group(
@@ -146,6 +215,9 @@ def _group(
 ) -> tuple[list[Candidate], list[Commit]]:
     groups: dict[tuple[object, ...], tuple[ShardRecord, list[list[Copy]]]] = {}
     passed = []
+    same: dict[int, tuple[int, ...]] = {}
+    """By identity: equal tables are mostly one object, and long to compare."""
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
     for rank, inventory in enumerate(inventories):
         for each in inventory.found:
             record = each.record
@@ -158,7 +230,10 @@ def _group(
                 reason = "was found damaged when it was read"
                 passed.append(_pass_file(each, record.sequence, reason))
             else:
-                common = (record.world_size, record.nodes, record.plan, record.state_names)
+                if id(record.nodes) not in same:
+                    same[id(record.nodes)] = known.setdefault(record.nodes, record.nodes)
+                nodes = id(same[id(record.nodes)])
+                common = (record.world_size, nodes, record.plan, record.state_names)
                 _, copies = groups.setdefault(
                     (record.commit, *common), (record, [[] for _ in range(record.world_size)])
                 )
@@ -254,23 +329,31 @@ class Availability:
         self.unusual: set[CommitKey] = set()
         """Commits whose containers another version of torch wrote."""
         self._covered: set[CommitKey] = set()
+        self._is_swept = False
         self.files = files
         self._run = files.run
         self.replication = replication
 
     def inventory(self) -> Inventory:
-        """Return the files this rank lists, read by name and trailer."""
+        """Return the files this rank lists, read by name and trailer; at first sweep leftovers."""
         self._run.prepare(self.files.rank)  # again: the directory itself may have been lost
-        return Inventory(self.files.scan(), frozenset(self.damaged))
+        if not self._is_swept:
+            self._run.sweep(self.files.share())
+            self._is_swept = True
+        is_broken = self.replication is not None and self.replication.group.is_broken
+        return Inventory(self.files.scan(), frozenset(self.damaged), is_broken)
 
     def agree(self, objection: Objection, coordinator: Coordinator) -> Agreement:
         """Agree with all ranks on the newest commit that can be loaded."""
+        judged: list[Agreement] = []
+
+        def decide(found: list[Inventory]) -> Agreement:
+            judged.append(judge(found, objection, self.rejected, self._covered))
+            return replace(judged[-1], passed=())  # there may be one for each rank
+
         while True:
-            agreement = self.agreement = coordinator.all_reduce(
-                "local find",
-                self.inventory,
-                lambda found: judge(found, objection, self.rejected, self._covered),
-            )
+            told = coordinator.all_reduce("local find", self.inventory, decide)
+            agreement = self.agreement = judged[-1] if judged else told
             candidate = agreement.candidate
             if candidate is None or not candidate.lost or candidate.commit in self._covered:
                 return agreement

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.config import LocalConfig
@@ -96,27 +96,30 @@ def _part_of(needed_bytes: int, room: Room | None) -> float:
     return needed_bytes / room.free_bytes if room.free_bytes > 0 else math.inf
 
 
-def find_budget(
-    directory: Path,
-    image_bytes: Sequence[int],
-    held: Sequence[Sequence[int]],
-    buffers: int,
-    *,
-    in_memory: bool,
-    reused: Sequence[Path],
-) -> Budget:
-    """Return the budget of one place from the sizes of its ranks' images and of the copies held.
+@dataclass(frozen=True)
+class Measured:
+    """What one place has, as its first rank finds it."""
+
+    directory: str
+    room: Room
+    """The tightest limit of the files there."""
+    memory: Room | None
+    """The limit of memory that state is copied into; None: unknown, or the files are it."""
+    in_memory: bool
+
+
+def measure_place(directory: Path, *, in_memory: bool, reused: Sequence[Path]) -> Measured:
+    """Measure what a place has left.
 
     `reused`: directories whose present files will be replaced, so that their space counts as free.
     """
-    own = buffers * sum(image_bytes)
-    copies = buffers * sum(size for sizes in held for size in sizes)
     taken = sum(map(taken_bytes, reused))
+    memory = find_room()
     rooms = [Room(free_bytes(directory) + taken, "the free space of the directory")]
-    if in_memory and (memory := find_room()) is not None:
+    if in_memory and memory is not None:
         rooms.append(Room(memory.free_bytes + taken, memory.limited_by))
     tightest = min(rooms, key=lambda each: each.free_bytes)
-    return Budget(str(directory), own, copies, buffers, tightest)
+    return Measured(str(directory), tightest, None if in_memory else memory, in_memory)
 
 
 def take_seats(
@@ -147,7 +150,10 @@ def take_seats(
         prepare()
         return Seat(node_name(node), place_of(directory))
 
-    return Topology(tuple(coordinator.all_gather("local seats", find_seat)))
+    def gather(seats: list[Seat]) -> bytes:
+        return Topology(tuple(seats)).to_bytes()
+
+    return Topology.from_bytes(coordinator.all_reduce("local seats", find_seat, gather))
 
 
 @dataclass(frozen=True)
@@ -183,37 +189,53 @@ def report_budget(
     assert config.keep.last is not None
     directory = Path(config.directory).absolute()
     buffers = config.keep.last + 1 + drains
-    needs = coordinator.all_gather("local needs", lambda: need)
-    rank = coordinator.rank
-    mates = topology.place_mates(rank)
-    factor, jump = config.replication.factor, config.replication.jump
-    # With factor 1 only the small states are copied: negligible here.
-    holders = assign_holders(topology.nodes, factor, jump) if factor > 1 else []
-    if rank == 0 and is_estimate:
-        useless = _find_useless_copies(config, topology, needs, holders, buffers)
-        if useless is not None:
-            logger.warning("%s", useless)
+    rank, first = coordinator.rank, topology.place_mates(coordinator.rank)[0]
 
-    def find() -> Budget | None:
-        if rank != mates[0]:
-            return None
-        sizes = [needs[each].image_bytes for each in mates]
-        held = [
-            [
-                needs[owner].image_bytes
-                for owner, ranks in enumerate(holders)
-                if each in ranks and owner != each
-            ]
-            for each in mates
-        ]
-        in_memory = is_memory(directory)
+    def measure() -> tuple[Need, Measured | None]:
+        if rank != first:
+            return need, None
         reused = [] if run_id is None else [directory / run_id]
-        found = find_budget(directory, sizes, held, buffers, in_memory=in_memory, reused=reused)
-        if is_estimate and not in_memory:
-            found = replace(found, arena_bytes=sum(sizes), memory=find_room())
-        return replace(found, note=_note(topology, rank, needs))
+        return need, measure_place(directory, in_memory=is_memory(directory), reused=reused)
 
-    fullest = coordinator.all_reduce("local room", find, _fullest)
+    def judge(found: Sequence[tuple[Need, Measured | None]]) -> Budget:
+        needs = [each for each, _ in found]
+        factor, jump = config.replication.factor, config.replication.jump
+        # With factor 1 only the small states are copied: negligible here.
+        holders = assign_holders(topology.nodes, factor, jump) if factor > 1 else []
+        if is_estimate:
+            useless = _find_useless_copies(config, topology, needs, holders, buffers)
+            if useless is not None:
+                logger.warning("%s", useless)
+        own = [each.image_bytes for each in needs]
+        copies = [0] * len(needs)
+        for owner, ranks in enumerate(holders):
+            for holder in ranks[1:]:
+                copies[holder] += own[owner]
+        uncounted = sorted({name for each in needs for name in each.uncounted})
+        has_places = len(set(topology.places)) > 1
+        budgets = []
+        for one, (_, measured) in enumerate(found):
+            if measured is None:
+                continue
+            mates = topology.place_mates(one)
+            arena_bytes = sum(own[each] for each in mates)
+            on_disk = is_estimate and not measured.in_memory
+            budgets.append(
+                Budget(
+                    measured.directory,
+                    buffers * sum(own[each] for each in mates),
+                    buffers * sum(copies[each] for each in mates),
+                    buffers,
+                    measured.room,
+                    arena_bytes=arena_bytes if on_disk else 0,
+                    memory=measured.memory if on_disk else None,
+                    note=_note(topology.seats[one].node if has_places else None, uncounted),
+                )
+            )
+        return _fullest(budgets)
+
+    # One exchange: what the places have is measured by their first ranks, and added up on rank 0.
+    fullest = coordinator.all_reduce("local budget", measure, judge)
     if rank == 0:
         places = len(set(topology.places))
         others = f"; of {places} places this has the least to spare" if places > 1 else ""
@@ -252,23 +274,22 @@ def _find_useless_copies(
     )
 
 
-def _fullest(budgets: Sequence[Budget | None]) -> Budget:
+def _fullest(budgets: Sequence[Budget]) -> Budget:
     """Return the budget of the fullest place.
 
     Raises:
         ConfigError: it does not fit at some place.
     """
-    found = [each for each in budgets if each is not None]
-    if problems := [each.problem for each in found if each.problem is not None]:
+    if problems := [each.problem for each in budgets if each.problem is not None]:
         raise ConfigError(problems)
-    return max(found, key=lambda each: each.fullness)
+    return max(budgets, key=lambda each: each.fullness)
 
 
-def _note(topology: Topology, rank: int, needs: Sequence[Need]) -> str:
+def _note(node: str | None, uncounted: Sequence[str]) -> str:
+    """`node`: where there are several places."""
     parts = []
-    if len(set(topology.places)) > 1:
-        parts.append(f"on node {topology.seats[rank].node}")
-    uncounted = sorted({name for need in needs for name in need.uncounted})
+    if node is not None:
+        parts.append(f"on node {node}")
     if uncounted:
         parts.append(f"not counting what {', '.join(uncounted)} will keep")
     return "".join(f"; {each}" for each in parts)

@@ -41,7 +41,6 @@ from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.reading import LocalContents, Opening
 from holdfast.tiers.local.replication import Replication, make_replication, new_group
 from holdfast.tiers.local.shard_file import (
-    UNREAD,
     CommitKey,
     RunDirectory,
     ShardRecord,
@@ -85,7 +84,7 @@ class LocalTier:
         drains: bool = False,
         store: Path | None = None,
     ) -> None:
-        """Check the directory, gather all ranks' placements, sweep leftovers.
+        """Check the directory and gather all ranks' placements.
 
         `node`: the name of this node. None: HOLDFAST_NODE, or the host name. `drains`: commits will
         be held while they are promoted, for which the budget has one more buffer. `store`: where
@@ -145,7 +144,6 @@ class LocalTier:
         self._noted: frozenset[Any] = frozenset()
         """Damage known when the candidate was opened."""
         self._opened: LocalContents | None = None
-        coordinator.all_reduce("local sweep", lambda: run.sweep(self.files.share()), _nothing)
 
     # -- save ------------------------------------------------------------------------------------
 
@@ -290,20 +288,19 @@ class LocalTier:
             StageFailedError: a directory cannot be read, on some rank, or a rank is gone.
         """
         self._end_fetch()
-        self._renew_group(coordinator.all_reduce("local group", self._group_is_broken, any))
         agreed = self.availability.agree(objection, coordinator)
+        self._renew_group(agreed.group_is_broken)
         candidate = agreed.candidate
         resumed = [] if candidate is None else [candidate.commit]
         self._kept = sorted({*agreed.whole, *resumed}, reverse=True)[: self._keep_last]
         self._newest_sequence = max(self._newest_sequence, agreed.newest_sequence)
         # A file that cannot be read at the moment may belong to the newest commit.
-        unread = {each.iteration for each in agreed.passed if each.reason.startswith(UNREAD)}
-        self.files.spared = frozenset(each for each in unread if each is not None)
+        self.files.spared = agreed.unread
         return candidate
 
     @property
     def passed(self) -> tuple[Commit, ...]:
-        """Commits and files that the last `find` passed over, newest first, with reasons."""
+        """What the last `find` passed over, newest first, with reasons; on rank 0."""
         agreed = self.availability.agreement
         return () if agreed is None else agreed.passed
 
@@ -315,7 +312,7 @@ class LocalTier:
     def survey(
         self, coordinator: Coordinator, objection: Objection, step: int | None = None
     ) -> list[Commit]:
-        """Return the newest commit that all ranks can load, and what was passed over, with reasons.
+        """Return the newest commit that all ranks can load; on rank 0 also what was passed over.
 
         Raises:
             StageFailedError: a directory cannot be read, on some rank, or a rank is gone.
