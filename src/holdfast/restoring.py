@@ -28,9 +28,11 @@ from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
 from holdfast.state.codec import decode, encode
-from holdfast.state.compare import SavedTensors, describe_options
 from holdfast.state.model import run_each
+from holdfast.state.naming import is_root
+from holdfast.state.options import find_option_differences
 from holdfast.state.overrides import COMPONENTS, LiveOptions, Overrides
+from holdfast.state.saved import SavedTensors
 from holdfast.state.small import (
     Place,
     SavedRun,
@@ -212,7 +214,8 @@ class Restoration:
             key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
             hollow = opened.shared.get("hollow", ())
             held = reader.metadata.state_dict_metadata
-            self._saved = SavedTensors(tensors, values, key_paths, hollow, held)
+            path = str(opened.checkpoint.path)
+            self._saved = SavedTensors(tensors, values, key_paths, hollow, held, path)
         self._filled: dict[str, Any] = {}
         manifest = opened.checkpoint.manifest
         self.loaded = LoadedStates(
@@ -243,10 +246,13 @@ class Restoration:
         path = str(opened.checkpoint.path)
         schedule = opened.shared.get("scheduler")
         optimizers = given.optimizers if saved is not None else []
-        groups = saved.groups() if saved is not None else []
+        if saved is not None and optimizers and saved.flat_tensors:
+            opened.contents.reader.read_tensors(saved.flat_tensors)
         if self._overrides.names and not self.takes_weights_only:
             counters = list(read_counters(self._train_state))
-            self._overrides.check(optimizers, given.scheduler, counters, schedule, len(groups))
+            pairs = given.fit(saved).pairs() if saved is not None and optimizers else []
+            taken = [each.saved for each in pairs]
+            self._overrides.check(optimizers, given.scheduler, counters, schedule, taken)
         self._app.check(
             path,
             saved,
@@ -256,9 +262,12 @@ class Restoration:
             accept_data_restart=accept_data_restart,
         )
         check_counters(self._train_state, self._counters, path)
-        differences = describe_options(
-            self._app.optimizers, groups, self._app.scheduler, schedule, self._overrides
-        )
+        differences = find_option_differences(
+            self._app.fit(saved).pairs() if saved is not None and self._app.optimizers else [],
+            self._app.scheduler,
+            schedule,
+            self._overrides,
+        ).sentence()
         if differences is not None and self.loaded.place.rank == 0:
             logger.warning("%s: %s", path, differences)
 
@@ -319,6 +328,10 @@ class Restoration:
             self._app.scheduler if schedule is not None else None,
         )
         saved = self._saved
+        rated = [
+            each.saved.options if each.saved is not None else dict(each.group)
+            for each in (given.fit(saved).pairs() if saved is not None and given.optimizers else [])
+        ]
 
         def give_tensors() -> None:
             if saved is not None:
@@ -338,7 +351,7 @@ class Restoration:
         run_each(
             give_tensors,
             give_schedule,
-            lambda: live.put_back(saved.groups(self._filled) if saved is not None else []),
+            lambda: live.put_back(rated),
             give_data,
         )
         if opened.rank_states and self.loaded.restore_rng():
@@ -350,7 +363,8 @@ class Restoration:
         filled = [
             local_of(value)
             for name, value in self._filled.items()
-            if self._saved.key_paths[name][0] == component and isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor)
+            and _component_of(self._saved.key_paths[name][0]) == component
         ]
         if filled or component == "optimizer":
             sizes = [each.numel() * each.itemsize for each in filled]
@@ -359,6 +373,10 @@ class Restoration:
     def _note(self, component: str, state: Any) -> None:
         """Note small state that a live object was given."""
         self.restored[component] = Restored(_tensors_in(state), len(encode(state)))
+
+
+def _component_of(key: Any) -> Any:
+    return "optimizer" if is_root(key) else key
 
 
 def _tensors_in(state: Any) -> int:

@@ -30,10 +30,11 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import image_bytes
 from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
-from holdfast.state.app import AppState, Bindings, Captured, Leaves
+from holdfast.state.app import AppState, Captured
+from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.codec import check_reachable, encode, to_yaml
+from holdfast.state.estimate import estimate
 from holdfast.state.model import run_each
-from holdfast.state.optimizer import estimate
 from holdfast.state.sharding import Shardings
 from holdfast.state.small import read_counters
 from holdfast.tiers.tier import MemoryProvider, Reserved, Snapshot
@@ -182,7 +183,7 @@ class Snapshotter:
         gathered: list[Leaves] = []
 
         def foretell(now: Inventory) -> Inventory:
-            then = estimate(app.optimizers, gathered[0].values, now.items)
+            then = estimate(app.optimizers, gathered[0], now.items)
             uncounted[:] = then.uncounted
             return Inventory(then.items, now.sources, structure_of(then.items))
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 from holdfast.format.items import Itemizer, structure_of
 from holdfast.format.layout import Item
 from holdfast.state.app import AppState
-from holdfast.state.optimizer import Estimate, estimate
+from holdfast.state.estimate import Estimate, estimate
 from holdfast.state.small import Place
 from tests.support.managers import Live, step
 from tests.support.ranks import run_ranks
@@ -82,7 +82,7 @@ def _look(live: Live) -> tuple[Estimate, Sequence[Item]]:
     app = AppState(live.model, live.optimizer, None, None, Place(0, 1, 0, 1))
     leaves = app.gather_leaves()
     items = Itemizer().describe(leaves.values, leaves.paths).items
-    return estimate(app.optimizers, leaves.values, items), items
+    return estimate(app.optimizers, leaves, items), items
 
 
 def _live(make: Make, model: nn.Module) -> Live:

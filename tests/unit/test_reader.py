@@ -46,8 +46,8 @@ def test_a_sound_checkpoint_is_opened(checkpoint: Path) -> None:
     """Tensors and values are known by name, and tensors are read into place."""
     reader = _open(checkpoint)
     assert reader.tensors()["model.weight"].size == torch.Size([2, 4])
-    assert "optimizer.param_groups.0.lr" in reader.value_names()
-    assert reader.key_path("optimizer.param_groups.0.lr") == ("optimizer", "param_groups", 0, "lr")
+    assert "optimizer.param_groups" in reader.value_names()
+    assert reader.key_path("optimizer.param_groups") == ("optimizer", "param_groups")
     target = torch.zeros(2, 4)
     reader.read_tensors({"model.weight": target})
     assert target.abs().sum() > 0

@@ -14,8 +14,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from holdfast.errors import UnsupportedStateError
 from holdfast.state.model import ModelWalk, read_model
-from holdfast.state.optimizer import read_optimizers
+from holdfast.state.optimizer import FlattenedOptimizers, look_up
 
 
 class _Net(nn.Module):
@@ -104,17 +105,17 @@ def test_it_is_what_the_getters_give(kind: str) -> None:
     assert found is not None
     assert list(found) == list(expected)
     assert all(_is_where(found[name], expected[name]) for name in found)
-    own = read_optimizers([optimizer], ModelWalk.find_unhooked(model))
-    theirs: Any = get_optimizer_state_dict(model, optimizer)
-    assert own is not None
-    assert own["param_groups"] == theirs["param_groups"]
-    assert [list(each) for each in own["param_groups"]] == [
-        list(each) for each in theirs["param_groups"]
-    ]
-    assert list(own["state"]) == list(theirs["state"])
-    for name, entries in own["state"].items():
-        assert list(entries) == list(theirs["state"][name])
-        assert all(entries[key] is theirs["state"][name][key] for key in entries)
+    for walk in (ModelWalk.find_unhooked(model), None):  # None: torch gives the names
+        own = look_up(model, [optimizer], walk)
+        theirs: Any = get_optimizer_state_dict(model, optimizer)
+        assert [
+            {**each.options, "params": list(each.names)} for each in own.groups("optimizer")
+        ] == theirs["param_groups"]
+        state = own.state("optimizer")
+        assert list(state) == list(theirs["state"])
+        for name, entries in state.items():
+            assert list(entries) == list(theirs["state"][name])
+            assert all(entries[key] is theirs["state"][name][key] for key in entries)
 
 
 def test_sharded_parameters_are_in_shards_again() -> None:
@@ -187,14 +188,20 @@ def test_torch_is_asked_where_it_must_be(kind: str) -> None:
     assert read_model(ModelWalk.find_unhooked(OTHERS[kind](_Net()))) is None
 
 
-def test_an_optimizer_of_other_parameters_is_left_to_torch() -> None:
-    """Parameters that the model does not have are named by torch's error, not passed over."""
+def test_an_optimizer_that_has_no_place_is_refused_by_name() -> None:
+    """One that trains nothing of the model, or has state of no parameter, is not passed over."""
     model = _Net()
     stranger = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    assert read_optimizers([stranger], ModelWalk.find_unhooked(model)) is None
-    hooked = torch.optim.SGD(model.parameters(), lr=0.1)
-    hooked.register_state_dict_pre_hook(lambda _: None)
-    assert read_optimizers([hooked], ModelWalk.find_unhooked(model)) is None
     loose = torch.optim.SGD(model.parameters(), lr=0.1)
     loose.state["all"] = {"count": 1}  # type: ignore[index]  # state of no parameter
-    assert read_optimizers([loose], ModelWalk.find_unhooked(model)) is None
+    for optimizer, part in ((stranger, "is no parameter of the model"), (loose, "for 'all'")):
+        with pytest.raises(UnsupportedStateError, match=part):
+            look_up(model, [optimizer], ModelWalk.find_unhooked(model))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_what_fsdp1_flattened_is_left_to_torch() -> None:
+    """Only torch's getters know its parameters by name."""
+    model = FullyShardedDataParallel(_Net(), device_id=torch.device("cpu"))
+    found = look_up(model, [torch.optim.SGD(model.parameters(), lr=0.1)], None)
+    assert isinstance(found, FlattenedOptimizers)

@@ -10,7 +10,7 @@ no files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,108 +21,24 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from holdfast.format.chunks import Placed
-from holdfast.format.dcp import KeyPath, flatten, put
+from holdfast.format.dcp import KeyPath, put
 from holdfast.protocol import Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
-from holdfast.state.codec import check_keys, check_plain, check_reachable
-from holdfast.state.compare import (
-    Differences,
-    SavedTensors,
-    check_kind,
-    compare_model,
-    describe_left_out,
-    is_extra,
-)
-from holdfast.state.model import MODEL, ModelWalk, is_live, model_state, restore_model, run_each
-from holdfast.state.optimizer import OptimizerWalk, optimizer_state, restore_optimizers
-from holdfast.state.sharding import NO_CLAIMS, Claims, Shardings, find_claims, named_tensors
+from holdfast.state.bindings import Bindings, Leaves
+from holdfast.state.codec import check_plain, check_reachable
+from holdfast.state.compare import Differences, compare_model, describe_left_out, is_extra
+from holdfast.state.fitting import OptimizerFit
+from holdfast.state.groups import names_of
+from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
+from holdfast.state.naming import PARAMETERS, STATE
+from holdfast.state.optimizer import LiveOptimizers, look_up
+from holdfast.state.options import check_schedule
+from holdfast.state.saved import SavedTensors
+from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import Place, apply_data, capture_rng, check_data
-from holdfast.torch_internals import local_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Leaves:
-    """Model and optimizer as flat named leaves, referring to live tensors."""
-
-    values: Mapping[str, Any]
-    """Tensors and plain values by DCP's flat name."""
-    paths: Mapping[str, KeyPath]
-    """The nested keys of each name: strings for mappings, integers for lists."""
-    changed_by_steps: frozenset[str]
-    """Names that only an optimizer step changes: trainable parameters, optimizer state."""
-    hollow: tuple[tuple[str, ...], ...] = ()
-    """The nested keys of mappings without a leaf, which have no name."""
-    claims: Claims = NO_CLAIMS
-    """Which plain tensors are parts of global ones."""
-
-
-class Bindings:
-    """Where the leaves of one model and its optimizers are, for the saves that follow.
-
-    A full capture builds, names and flattens whole state dicts; `follow` only looks every leaf up
-    again. It is never silently stale: what was added, removed, replaced or hooked since requires a
-    full capture.
-    """
-
-    def __init__(
-        self, model: ModelWalk, optimizers: Sequence[OptimizerWalk], leaves: Leaves
-    ) -> None:
-        """Use `bind`."""
-        self._model = model
-        self._optimizers = optimizers
-        self._leaves = leaves
-
-    @classmethod
-    def bind(
-        cls,
-        root: nn.Module,
-        optimizers: Sequence[Optimizer],
-        leaves: Leaves,
-        walk: ModelWalk | None,
-    ) -> Bindings | None:
-        """Find every leaf; None: one has no place where it could be looked up again.
-
-        `walk`: that the leaves were read by; None: torch's getters were asked.
-        """
-        model = walk or ModelWalk.find(root)
-        if model is None:
-            return None
-        walks = OptimizerWalk.find_all(optimizers, model.parameter_names())
-        if walks is None:
-            return None
-        bindings = cls(model, walks, replace(leaves, values={}))
-        live = bindings._collect()
-        are_found = (
-            live is not None
-            and list(live) == list(leaves.values)
-            and all(map(is_live, leaves.values.values(), live.values()))
-        )
-        return bindings if are_found else None
-
-    def follow(self, root: nn.Module, optimizers: Sequence[Optimizer]) -> Leaves | None:
-        """Return the current leaves; None: something changed and must be bound again."""
-        if not self._model.holds(root) or len(optimizers) != len(self._optimizers):
-            return None
-        if not all(
-            walk.holds(each) for walk, each in zip(self._optimizers, optimizers, strict=True)
-        ):
-            return None
-        if self._model.run_hooks() and not self._model.holds(root):
-            return None
-        live = self._collect()
-        if live is None or not self._leaves.claims.hold(live):
-            return None
-        return replace(self._leaves, values=live)
-
-    def _collect(self) -> dict[str, Any] | None:
-        """Return the live leaves in the order of a full capture; None: some are not there."""
-        found = self._model.values()
-        is_there = all(each.add_state(found) for each in self._optimizers)
-        is_there = is_there and all(each.add_groups(found) for each in self._optimizers)
-        return found if is_there else None
 
 
 @dataclass(frozen=True)
@@ -130,7 +46,8 @@ class Captured:
     """The app state at one step, still referring to live tensors."""
 
     leaves: Leaves
-    """Of `{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`."""
+    """Of `{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`; the last of them
+    is one leaf."""
     shared: dict[str, Any]
     """The same on every rank: the scheduler's, and which mappings of the nested state are empty."""
     rank: dict[str, Any]
@@ -168,6 +85,7 @@ class AppState:
         self._pg_collection = pg_collection
         self._kept: frozenset[str] = frozenset()
         self._shardings = Shardings()
+        self._fit: OptimizerFit | None = None
 
     def without(self, kept: Collection[str]) -> AppState:
         """Return the same state but for components that are to keep their live values."""
@@ -239,36 +157,13 @@ class AppState:
 
     def _gather(self, walk: ModelWalk | None) -> Leaves:
         root, optimizers = self._model, self.optimizers
-        _, model, optimizer = run_each(
+        _, model, live = run_each(
             lambda: check_reachable(self._optimized),
             lambda: model_state(root, walk),
-            lambda: optimizer_state(root, optimizers, walk) if optimizers else None,
+            lambda: look_up(root, optimizers, walk) if optimizers else None,
         )
-        tensors: dict[str, Any] = {"model": model}
-        if optimizer is not None:
-            tensors["optimizer"] = optimizer
-        for key, value in tensors.items():
-            check_plain(value, key)
-            check_keys(value, key)
-        flat, paths = flatten(tensors)
-        stepped = {
-            _address(parameter)
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad
-        }
-        changed_by_steps = frozenset(
-            name
-            for name, value in flat.items()
-            if isinstance(value, torch.Tensor)
-            and (
-                paths[name][:2] == ("optimizer", "state")
-                or (paths[name][0] == "model" and _address(value) in stepped)
-            )
-        )
-        claims = self._find_claims(walk, flat, paths)
-        return Leaves(flat, paths, changed_by_steps, tuple(_find_hollow(tensors)), claims)
+        leaves = Leaves.of(model, live, optimizers)
+        return replace(leaves, claims=self._find_claims(walk, leaves.values, leaves.paths))
 
     def _find_claims(
         self, walk: ModelWalk | None, flat: Mapping[str, Any], paths: Mapping[str, KeyPath]
@@ -296,9 +191,7 @@ class AppState:
         Raises:
             Exception: whatever torch's getters or a hook raised.
         """
-        run_each(
-            lambda: self._live_model, lambda: self._live_optimizer if self.optimizers else None
-        )
+        run_each(lambda: self._live_model, lambda: self._live if self.optimizers else None)
 
     def check(
         self,
@@ -322,21 +215,24 @@ class AppState:
         """
         found = Differences()
         if saved is not None:
-            check_kind(self.optimizers, saved.option_names(), path)
+            if self.optimizers:
+                self.fit(saved).check_kinds(path)
             live = self._live_model
             self._check_reachable(live, saved)
             found = compare_model(live, saved, path, strict, self._shardings.size_of)
             if self.optimizers:
-                live_names, saved_names = self._parameter_names, saved.parameter_names()
-                found.missing += [f"optimizer.{name}" for name in sorted(live_names - saved_names)]
-                found.unexpected += [
-                    f"optimizer.{name}" for name in sorted(saved_names - live_names)
-                ]
+                self.fit(saved).compare_names(found)
         if self._scheduler is not None and shared.get("scheduler") is None:
             found.missing.append("scheduler")
         if self._data is not None and rank["data"] is None:
             found.missing.append("data")
         found.refuse(path, strict)
+        fit = self.fit(saved) if saved is not None and self.optimizers else None
+        if fit is not None:
+            fit.check_groups(path)
+        if self._scheduler is not None:
+            matches = [*fit.matches.values()] if fit is not None else []
+            check_schedule(self._scheduler, shared.get("scheduler"), matches, path)
         if self._place.rank == 0:
             if (summary := found.summary()) is not None:
                 logger.warning("%s is loaded in part. %s", path, summary)
@@ -363,14 +259,24 @@ class AppState:
         )
         # Those that an optimizer was given before the model was materialised are in no model.
         check_reachable(self._optimized)
-        if self.optimizers:
+        for root in self._roots:
             check_reachable(
                 {
-                    f"optimizer.state.{owner}.{key}": value
-                    for owner, entries in self._live_optimizer["state"].items()
+                    f"{root}.{STATE}.{owner}.{key}": value
+                    for owner, entries in self._live.state(root).items()
                     for key, value in entries.items()
                 }
             )
+
+    def fit(self, saved: SavedTensors) -> OptimizerFit:
+        """Return what the optimizers are given of a checkpoint's state."""
+        if self._fit is None or self._fit.saved is not saved:
+            self._fit = OptimizerFit(self.optimizers, self._live, saved)
+        return self._fit
+
+    @property
+    def _roots(self) -> list[str]:
+        return list(dict.fromkeys(self._live.roots)) if self.optimizers else []
 
     @property
     def _optimized(self) -> dict[str, torch.Tensor]:
@@ -388,7 +294,6 @@ class AppState:
         Those that are parts of global tensors are local: `place` says which part each is.
         """
         live = self._live_model
-        state = self._live_optimizer["state"] if self.optimizers else {}
         size_at = self._shardings.size_at
         found = {}
         for name, source in saved.tensors.items():
@@ -399,10 +304,15 @@ class AppState:
             if path[0] == "model":
                 # A part of a module's extra state is given to the module, which may copy it.
                 target = None if is_extra(name) else live[MODEL + path[1]]
-            elif path[1] == "state":
-                present = state.get(path[2], {}).get(path[3]) if len(path) == 4 else None
-                owner = live.get(MODEL + path[2])
-                target = _fitting(present, owner, source, partial(size_at, path, live))
+            else:
+                outside = self._live.outside(path[0])
+                if path[1] == PARAMETERS:
+                    target = outside[path[2]]
+                else:
+                    entries = self._live.state(path[0]).get(path[2], {})
+                    present = entries.get(path[3]) if len(path) == 4 else None
+                    parameter = live.get(MODEL + path[2], outside.get(path[2]))
+                    target = _fitting(present, parameter, source, partial(size_at, path, live))
             found[name] = target if isinstance(target, torch.Tensor) else _new(source)
         return found
 
@@ -419,15 +329,18 @@ class AppState:
         """Whether saved state with these nested keys has a place here."""
         if path[0] == "model":
             return MODEL + path[1] in self._live_model
-        return bool(self.optimizers) and (path[1] != "state" or path[2] in self._parameter_names)
+        if path[0] not in self._roots or len(path) < 3:
+            return False
+        if path[1] == PARAMETERS:
+            return path[2] in self._live.outside(path[0])
+        return path[1] == STATE and path[2] in self._names[path[0]]
 
     def apply(self, filled: Mapping[str, Any], saved: SavedTensors) -> bool:
         """Give model and optimizer their state; `filled` holds tensors and values by flat name.
 
         Returns whether the optimizer got any.
         """
-        known = self._parameter_names if self.optimizers else set()
-        nested: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}}
+        nested: dict[str, Any] = {"model": {}, **{root: {STATE: {}} for root in self._roots}}
         parts: list[tuple[Sequence[Any], Any]]
         parts = [(path, {}) for path in saved.hollow if path[2:] or path[0] == "model"]
         parts += [(saved.key_paths[name], value) for name, value in filled.items()]
@@ -436,17 +349,9 @@ class AppState:
                 put(nested, path, value)
 
         def give_optimizers() -> bool:
-            saved_names = saved.parameter_names()
-            if not known & saved_names:
+            if not self.optimizers:
                 return False
-            restore_optimizers(
-                self._model,
-                self.optimizers,
-                self._live_optimizer,
-                nested["optimizer"],
-                known - saved_names,
-            )
-            return True
+            return self.fit(saved).restore({root: nested[root][STATE] for root in self._roots})
 
         _, has_optimizer = run_each(
             lambda: restore_model(self._model, self._live_model, nested["model"]), give_optimizers
@@ -471,34 +376,18 @@ class AppState:
         return {MODEL + name: each for name, each in state.items()}
 
     @cached_property
-    def _live_optimizer(self) -> dict[str, Any]:
-        """The optimizers' state, likewise."""
-        return optimizer_state(self._model, self.optimizers, self._walk)
+    def _live(self) -> LiveOptimizers:
+        """The optimizers as they were, likewise."""
+        return look_up(self._model, self.optimizers, self._walk)
+
+    @cached_property
+    def _names(self) -> dict[str, frozenset[str]]:
+        """For each root the names of its parameters."""
+        return {root: names_of(self._live.groups(root)) for root in self._roots}
 
     @cached_property
     def _walk(self) -> ModelWalk | None:
         return ModelWalk.find_unhooked(self._model)
-
-    @cached_property
-    def _parameter_names(self) -> set[str]:
-        groups = self._live_optimizer["param_groups"]
-        return {name for group in groups for name in group["params"]}
-
-
-def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    local = local_of(tensor)
-    if local.layout is not torch.strided:
-        return local.device, -1  # a sparse one has no single address
-    return local.device, local.data_ptr()
-
-
-def _find_hollow(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield where mappings in mappings are empty."""
-    for key, each in value.items():
-        if isinstance(each, Mapping):
-            if not each:
-                yield (*path, key)
-            yield from _find_hollow(each, (*path, key))
 
 
 def _new(saved: TensorStorageMetadata) -> torch.Tensor:

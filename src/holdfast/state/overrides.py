@@ -72,11 +72,12 @@ class Overrides:
         scheduler: Any | None,
         counters: Sequence[str],
         saved_scheduler: Any | None,
-        saved_groups: int,
+        taken: Sequence[Any],
     ) -> None:
         """Refuse unknown names, and learning rates that could not be kept.
 
-        `counters`: names of the live ones. `saved_groups`: number of saved parameter groups.
+        `counters`: names of the live ones. `taken`: for each group, what was saved of it; None:
+        nothing.
 
         Raises:
             ConfigError: listing unknown and known names, or why the rate cannot be kept.
@@ -99,8 +100,9 @@ class Overrides:
             return
         if (reason := _why_not_proportional(scheduler, saved_scheduler)) is not None:
             raise ConfigError([f"{_BESIDE}: {reason}. {_INSTEAD}"])
-        if self.keeps("optimizer") and saved_groups != len(groups):
-            counts = f"{saved_groups} groups of parameters were saved, here are {len(groups)}"
+        if self.keeps("optimizer") and any(each is None for each in taken):
+            at = next(at for at, each in enumerate(taken) if each is None)
+            counts = f"what was saved of the parameters of group {at} is not one group"
             raise ConfigError([f"{_BESIDE}: {counts}. {_INSTEAD}"])
 
     @property
