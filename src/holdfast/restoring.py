@@ -22,6 +22,7 @@ from holdfast.errors import (
     NothingLoadedError,
     UnsupportedStateError,
 )
+from holdfast.format.nondense import size_bytes_of
 from holdfast.protocol import Restored, Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
@@ -215,7 +216,8 @@ class Restoration:
             hollow = opened.shared.get("hollow", ())
             held = reader.metadata.state_dict_metadata
             path = str(opened.checkpoint.path)
-            self._saved = SavedTensors(tensors, values, key_paths, hollow, held, path)
+            kinds = {name: kind for name in tensors if (kind := reader.kind(name))}
+            self._saved = SavedTensors(tensors, values, key_paths, hollow, held, path, kinds=kinds)
         self._filled: dict[str, Any] = {}
         manifest = opened.checkpoint.manifest
         self.loaded = LoadedStates(
@@ -367,8 +369,7 @@ class Restoration:
             and _component_of(self._saved.key_paths[name][0]) == component
         ]
         if filled or component == "optimizer":
-            sizes = [each.numel() * each.itemsize for each in filled]
-            self.restored[component] = Restored(len(filled), sum(sizes))
+            self.restored[component] = Restored(len(filled), sum(map(size_bytes_of, filled)))
 
     def _note(self, component: str, state: Any) -> None:
         """Note small state that a live object was given."""

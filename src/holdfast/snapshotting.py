@@ -34,6 +34,7 @@ from holdfast.state.app import AppState, Captured
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.codec import check_reachable, encode, to_yaml
 from holdfast.state.estimate import estimate
+from holdfast.state.kinds import kind_of
 from holdfast.state.model import run_each
 from holdfast.state.sharding import Shardings
 from holdfast.state.small import read_counters
@@ -89,7 +90,7 @@ class Snapshotter:
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._memory = memory
         self._shards = ShardSaver()
-        self._itemizer = Itemizer()
+        self._itemizer = Itemizer(kind_of)
         self._bindings: Bindings | None = None
         self._shardings = Shardings()
         self._guard = StepGuard()
@@ -211,7 +212,11 @@ class Snapshotter:
     def _describe(self, leaves: Leaves) -> Inventory:
         self._shardings = self._shardings.with_claims(leaves.claims)
         return self._itemizer.describe(
-            leaves.values, leaves.paths, check_reachable, cut_of=self._shardings.cut_of
+            leaves.values,
+            leaves.paths,
+            check_reachable,
+            leaves.per_rank,
+            cut_of=self._shardings.cut_of,
         )
 
     def _agree_on_shardings(self, leaves: Leaves, control: Coordinator) -> Inventory | None:

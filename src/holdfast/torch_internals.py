@@ -102,6 +102,36 @@ def can_be_flattened(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "__tensor_flatten__")
 
 
+def flatten_tensor(tensor: Any) -> tuple[Sequence[str], Any]:
+    """Return the attributes of a subclass that are tensors, and the rest of what it is made of."""
+    names, context = tensor.__tensor_flatten__()
+    return names, context
+
+
+def unflatten_tensor(
+    kind: Any, inner: Mapping[str, torch.Tensor], context: Any, size: Any, stride: Any
+) -> torch.Tensor:
+    """Return a tensor of a subclass from what `flatten_tensor` has found."""
+    made: torch.Tensor = kind.__tensor_unflatten__(inner, context, size, stride)
+    return made
+
+
+def sparse_parts(tensor: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """Return the layout of a sparse tensor, and its indices and values, sharing memory.
+
+    Without `_indices` and `_values`: copies, in the order of a coalesced tensor.
+    """
+    layout = tensor.layout
+    if layout is torch.sparse_coo:
+        if not _has(torch.Tensor, ("_indices", "_values")):
+            ordered = tensor.coalesce()
+            return (layout, tensor.is_coalesced()), [ordered.indices(), ordered.values()]
+        return (layout, tensor.is_coalesced()), [tensor._indices(), tensor._values()]
+    if layout in (torch.sparse_csr, torch.sparse_bsr):
+        return (layout,), [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    return (layout,), [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+
+
 # Copies
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import xxhash
 
 from holdfast.filesystem import LocalFilesystem
+from holdfast.read.index import Index
 from holdfast.read.requests import Piece
 from holdfast.storage.digests import BLOCK_BYTES
 from holdfast.storage.posix import PosixStorage
 from holdfast.tiers.local.peers import BlockSource, Shard, _FileSink, _TensorSink
-from holdfast.read.index import Index
 
 BODY_BYTES = 2 * BLOCK_BYTES + 4096
 

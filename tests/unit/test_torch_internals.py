@@ -65,6 +65,8 @@ NAMES: dict[str, Any] = {
     "_spec": lambda: DTensor._spec,
     "__create_chunk_list__": lambda: DTensor.__create_chunk_list__,
     "__tensor_flatten__": lambda: "__tensor_flatten__" in _text_of(torch._subclasses.meta_utils),
+    "_indices": lambda: torch.eye(2).to_sparse()._indices().shape == (2, 2),
+    "_values": lambda: torch.eye(2).to_sparse()._values().shape == (2,),
     "_foreach_copy_": lambda: torch._foreach_copy_,
     "_get_default_store": lambda: distributed.distributed_c10d._get_default_store,
     "_abort_process_group": lambda: distributed.distributed_c10d._abort_process_group,
@@ -297,6 +299,18 @@ def test_a_tensor_that_says_nothing_of_its_parts_cannot_be_flattened() -> None:
     """The items of a shard file refuse it then, by name."""
     assert not torch_internals.can_be_flattened(torch.ones(1).as_subclass(_Twice))
     assert torch_internals.can_be_flattened(SimpleNamespace(__tensor_flatten__=None))  # type: ignore[arg-type]
+
+
+def test_the_parts_of_a_sparse_tensor_are_found_by_public_methods(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then in the order of a coalesced tensor."""
+    tensor = torch.eye(2).to_sparse()
+    facts, parts = torch_internals.sparse_parts(tensor)
+    monkeypatch.setattr(torch_internals, "_has", lambda *_: False)
+    assert torch_internals.sparse_parts(tensor)[0] == facts == (torch.sparse_coo, True)
+    for mine, theirs in zip(parts, torch_internals.sparse_parts(tensor)[1], strict=True):
+        assert mine.tolist() == theirs.tolist()
 
 
 def test_tensors_are_copied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

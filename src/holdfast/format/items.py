@@ -30,19 +30,17 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from holdfast.errors import UnsupportedStateError
 from holdfast.format.chunks import Cut
 from holdfast.format.layout import Item, containers_of, leaders_of
+from holdfast.format.nondense import PLAIN_TENSORS, expanded_dims, is_dense, pickle_tensor
 from holdfast.storage.digests import round_up
-from holdfast.torch_internals import can_be_flattened, chunks_of, local_and_spec
+from holdfast.torch_internals import chunks_of, local_and_spec
 
 _SLOT_ALIGNMENT = 64
 _LEAST_HEADROOM_BYTES = 256
 _MOST_HEADROOM_BYTES = 32 << 10
 _TOLERATED_BYTES = 60 << 10
 """Trailing zeros that torch tolerates: it searches the last 64 KiB for the container's end."""
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-"""Types without a representation of their own."""
 
 Source = torch.Tensor | bytes
 """A plain tensor to copy, or bytes that are a container already."""
@@ -79,6 +77,8 @@ class Itemizer:
         self._paths: Mapping[str, tuple[str | int, ...]] = {}
         self._cut_of: CutOf = _is_whole
         self._structure = b""
+        self._proved: set[tuple[type, torch.layout, torch.dtype]] = set()
+        """Forms of tensors that were read back from their bytes."""
 
     def describe(
         self,
@@ -185,6 +185,8 @@ class Itemizer:
                     source, spec = local_and_spec(leaf)
                     if spec is not known.spec and spec != known.spec:
                         return None
+                elif type(known.spec) is tuple and known.spec != _sharing(leaf):
+                    return None
                 if (
                     source.shape != known.shape
                     or source.dtype is not known.dtype
@@ -219,7 +221,7 @@ class Itemizer:
                 and known.shape == leaf.shape
                 and known.dtype is leaf.dtype
                 and known.device == leaf.device
-                and known.spec == place
+                and known.spec == (_sharing(leaf) if place is None else place)
                 and leaf.layout is torch.strided
             ):
                 if place is None:
@@ -258,20 +260,28 @@ class Itemizer:
             item = Item(
                 name, path, local.dtype, size, offsets, lengths, per_rank=per_rank, kind=recorded
             )
-            if _is_dense(local):
+            if is_dense(local):
                 found.append((item, local))
             else:
-                found.append(self._with_capacity(item, _pickle_tensor(local, name)))
+                found.append(self._with_capacity(item, self._pickle(local, name)))
         if all(isinstance(source, torch.Tensor) for _, source in found):
             items = [item for item, _ in found]
             if kind in PLAIN_TENSORS:
-                self._known[name] = _Known(kind, place, leaf.shape, leaf.dtype, leaf.device, items)
+                spec = _sharing(leaf) if place is None else place
+                self._known[name] = _Known(kind, spec, leaf.shape, leaf.dtype, leaf.device, items)
             elif kind is DTensor and found:
                 local, spec = local_and_spec(leaf)
                 self._known[name] = _Known(
                     DTensor, spec, local.shape, local.dtype, local.device, items
                 )
         return found
+
+    def _pickle(self, tensor: torch.Tensor, name: str) -> bytes:
+        """Return the bytes of a tensor that is not dense; the first of each kind is read back."""
+        form = (type(tensor), tensor.layout, tensor.dtype)
+        content = pickle_tensor(tensor, name, is_first=form not in self._proved)
+        self._proved.add(form)
+        return content
 
     def _describe_value(
         self, name: str, value: Any, paths: Mapping[str, tuple[str | int, ...]]
@@ -333,6 +343,7 @@ class _Known:
 
     kind: type
     spec: Any
+    """Of a DTensor: how it is laid out. Of a plain tensor: its expanded dimensions, or None."""
     shape: torch.Size
     dtype: torch.dtype | None
     device: torch.device | None
@@ -369,22 +380,9 @@ def _chunks(
             yield tuple(offsets), tuple(sizes), local
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return (
-        type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_quantized
-    )
-
-
-def _pickle_tensor(tensor: torch.Tensor, name: str) -> bytes:
-    """Return the torch.save bytes of a tensor that is not plain dense memory."""
-    if type(tensor) not in PLAIN_TENSORS and not can_be_flattened(tensor):
-        raise UnsupportedStateError(
-            f"{name} is a {type(tensor).__name__}, a tensor type without __tensor_flatten__, which "
-            "cannot be staged; convert it to a plain tensor."
-        )
-    stream = io.BytesIO()
-    torch.save(tensor.cpu(), stream)
-    return stream.getvalue()
+def _sharing(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the dimensions along which elements share memory, which its kind tells; None: none."""
+    return expanded_dims(tensor) or None
 
 
 def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:

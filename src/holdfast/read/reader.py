@@ -45,6 +45,7 @@ from holdfast.format.dcp import (
 from holdfast.format.inventory import METADATA_NAME, list_names, names_at
 from holdfast.format.layout import container_of
 from holdfast.format.merging import prefer_own_copies
+from holdfast.format.nondense import QUANTISED, ReadWhole, recorded_classes, unpickle_tensor
 from holdfast.read.direct import MappedFile, Part, read_verified
 from holdfast.read.index import read_index
 from holdfast.read.requests import (
@@ -57,7 +58,7 @@ from holdfast.read.requests import (
     regions_of,
     waves,
 )
-from holdfast.storage.backend import Storage
+from holdfast.storage.backend import Storage, open_stream
 from holdfast.storage.digests import FileRecord
 
 
@@ -268,8 +269,9 @@ class ShardReader:
         described = self.metadata.state_dict_metadata[region.chunk.fqn]
         assert isinstance(described, TensorStorageMetadata)
         dtype = described.properties.dtype
-        container = container_of(dtype, region.chunk_size)
-        if container.size_bytes != place.length:
+        is_whole = type(region.target) is ReadWhole or dtype in QUANTISED
+        container = None if is_whole else container_of(dtype, region.chunk_size)
+        if container is None or container.size_bytes != place.length:
             # For example a strided tensor: only its own pickle describes its layout.
             requests.through_torch.append((region, _range_of(place)))
         else:
@@ -288,9 +290,28 @@ class ShardReader:
             self._extract(name, foreign)
 
     def _extract(self, name: str, regions: Sequence[Region]) -> None:
-        """Let torch extract regions from the containers in a file."""
-        planner = TensorPlanner([(each.to_item(), each.target) for each in regions])
+        """Let torch extract regions from the containers in a file; their bytes are verified."""
+        by_torch = []
+        for each in regions:
+            if type(each.target) is ReadWhole:
+                self._extract_whole(name, each, each.target)
+            else:
+                by_torch.append((each.to_item(), each.target))
+        if not by_torch:
+            return
+        planner = TensorPlanner(by_torch)
         read_through_torch(self.files, name, self.metadata, planner, planner.items)
+
+    def _extract_whole(self, name: str, region: Region, target: ReadWhole) -> None:
+        place = self.place_of(region.chunk)
+        with open_stream(self.files, name) as stream:
+            stream.seek(place.offset)
+            content = stream.read(place.length)
+        where, tensor = self.files.where(name), region.chunk.fqn
+        found = unpickle_tensor(content, target.classes, where, tensor)
+        if found.size() != region.chunk_size or found.dtype != target.dtype:
+            raise CorruptCheckpointError(where, f"{tensor} has another size or type in its file")
+        target.value = found
 
     def _read_parts(self, name: str, parts: list[Part], ranges: Sequence[range] = ()) -> None:
         try:
@@ -384,6 +405,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         Raises:
             KeyError: there is no such tensor.
             CorruptCheckpointError: naming file, block and tensor.
+            UnsupportedStateError: it is of a class whose module is not loaded.
         """
         full_name, described = self._described[name]
         chunks = [self._chunk(full_name, described, each) for each in described.chunks]
@@ -404,19 +426,22 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         file = self._file(place.relative_path)
         file.verify(_range_of(place), name)
         content = file.content[place.offset : place.offset + place.length]
+        if dtype in QUANTISED:
+            return self._decode(content, file.where, name)
         container = container_of(dtype, size)
         header = container.header
         if container.size_bytes != len(content) or content[: len(header)] != header:
-            found = _decode(content, file.where, name)  # for example a strided tensor
-            if not isinstance(found, torch.Tensor):
-                raise CorruptCheckpointError(file.where, f"{name} is no tensor")
-            return found
+            return self._decode(content, file.where, name)  # for example a sparse tensor
         if not prod(size):
             return torch.empty(size, dtype=dtype, device="cpu")
         payload = content[len(header) : len(header) + container.payload_bytes]
         if (place.offset + len(header)) % dtype.itemsize:  # possible in files of other writers
             payload = memoryview(bytearray(payload))
         return torch.frombuffer(payload, dtype=dtype).view(size)
+
+    def _decode(self, content: memoryview, where: str, name: str) -> torch.Tensor:
+        classes = recorded_classes(self._reader.kind(name), name)
+        return unpickle_tensor(content, classes, where, name)
 
     def _file(self, name: str) -> MappedFile:
         with self._lock:

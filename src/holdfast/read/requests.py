@@ -5,8 +5,8 @@ regions of chunks to byte ranges of their containers. The target memory is the t
 its bytes have the same order, otherwise host memory of the same shape (another device, dtype or
 stride, or a region with gaps). Parts of a file are requested in waves; bytes from a peer are
 accepted block by block. Promises that regions cover the whole local part of a tensor, or raises.
-Anything but plain tensors and DTensors is left to torch's own planner, which is slower and supports
-more types. Reads nothing itself.
+A tensor that is not dense is read as one (`ReadWhole`); any other type is left to torch's own
+planner, which is slower and supports more. Reads nothing itself.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.tensor import DTensor
 
 from holdfast.format.chunks import Placed
-from holdfast.format.items import PLAIN_TENSORS
 from holdfast.format.layout import Container
+from holdfast.format.nondense import PLAIN_TENSORS, ReadWhole
 from holdfast.read.direct import Part, blocks_of
 from holdfast.storage.digests import BLOCK_BYTES
 from holdfast.torch_internals import chunks_of, local_and_spec, local_of
@@ -76,6 +76,8 @@ def regions_of(targets: Mapping[str, Target], metadata: Metadata) -> Iterator[Re
         if isinstance(target, Placed):
             for offsets, lengths, local in target.cut.chunks(target.tensor.detach()):
                 yield from _within(name, described, offsets, torch.Size(lengths), local)
+        elif type(target) is ReadWhole:
+            yield from _exactly(name, described, target)
         elif type(target) in PLAIN_TENSORS:
             yield from _within(name, described, (0,) * target.dim(), target.size(), target.detach())
         elif type(target) is DTensor and type(local_of(target)) in PLAIN_TENSORS:
@@ -126,6 +128,16 @@ def _within(
         yield Region(MetadataIndex(name, chunk.offsets), there, lengths, chunk.sizes, target)
     if missing > 0:
         raise UncoveredError(f"has no place for all of {name}")
+
+
+def _exactly(name: str, described: TensorStorageMetadata, target: ReadWhole) -> Iterator[Region]:
+    """Yield the one stored chunk that is this target."""
+    for chunk in described.chunks:
+        if (tuple(chunk.offsets), tuple(chunk.sizes)) == (target.offsets, target.lengths):
+            index, origin = MetadataIndex(name, chunk.offsets), torch.Size((0,) * len(chunk.sizes))
+            yield Region(index, origin, chunk.sizes, chunk.sizes, target)
+            return
+    raise UncoveredError(f"has no chunk of {name} at {list(target.offsets)}")
 
 
 def _by_torch(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> Iterator[Region]:

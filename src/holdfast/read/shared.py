@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from holdfast.errors import CheckpointError
 from holdfast.format.chunks import Placed
-from holdfast.format.items import PLAIN_TENSORS
+from holdfast.format.nondense import PLAIN_TENSORS
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Target, bytes_of

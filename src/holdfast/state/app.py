@@ -10,14 +10,13 @@ no files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from holdfast.format.chunks import Placed
@@ -27,7 +26,7 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.codec import check_plain, check_reachable
-from holdfast.state.compare import Differences, compare_model, describe_left_out, is_extra
+from holdfast.state.compare import Differences, compare_model, describe_left_out
 from holdfast.state.fitting import OptimizerFit
 from holdfast.state.groups import names_of
 from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
@@ -37,6 +36,7 @@ from holdfast.state.options import check_schedule
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import Place, apply_data, capture_rng, check_data
+from holdfast.state.targets import Targets
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class AppState:
         self._kept: frozenset[str] = frozenset()
         self._shardings = Shardings()
         self._fit: OptimizerFit | None = None
+        self._targets: Targets | None = None
 
     def without(self, kept: Collection[str]) -> AppState:
         """Return the same state but for components that are to keep their live values."""
@@ -220,6 +221,7 @@ class AppState:
             live = self._live_model
             self._check_reachable(live, saved)
             found = compare_model(live, saved, path, strict, self._shardings.size_of)
+            found.different += self._find_targets(saved).differences()
             if self.optimizers:
                 self.fit(saved).compare_names(found)
         if self._scheduler is not None and shared.get("scheduler") is None:
@@ -254,8 +256,9 @@ class AppState:
             UnsupportedStateError: naming them.
         """
         check_reachable(live)
+        unknown = saved.tensors.keys() - saved.kinds.keys()  # expanded, then or not
         check_reachable(
-            {name: each for name, each in live.items() if name in saved.tensors}, written_to=True
+            {name: each for name, each in live.items() if name in unknown}, written_to=True
         )
         # Those that an optimizer was given before the model was materialised are in no model.
         check_reachable(self._optimized)
@@ -289,32 +292,19 @@ class AppState:
         }
 
     def targets(self, saved: SavedTensors) -> dict[str, torch.Tensor]:
-        """Return the tensors to fill, by flat name: live ones where they exist, else new ones.
+        """Return the tensors to fill, by flat name: live ones where they fit, else new ones.
 
         Those that are parts of global tensors are local: `place` says which part each is.
         """
-        live = self._live_model
-        size_at = self._shardings.size_at
-        found = {}
-        for name, source in saved.tensors.items():
-            path = saved.key_paths[name]
-            if not self._takes(path):  # as `check` has said
-                continue
-            target: Any = None
-            if path[0] == "model":
-                # A part of a module's extra state is given to the module, which may copy it.
-                target = None if is_extra(name) else live[MODEL + path[1]]
-            else:
-                outside = self._live.outside(path[0])
-                if path[1] == PARAMETERS:
-                    target = outside[path[2]]
-                else:
-                    entries = self._live.state(path[0]).get(path[2], {})
-                    present = entries.get(path[3]) if len(path) == 4 else None
-                    parameter = live.get(MODEL + path[2], outside.get(path[2]))
-                    target = _fitting(present, parameter, source, partial(size_at, path, live))
-            found[name] = target if isinstance(target, torch.Tensor) else _new(source)
-        return found
+        self._targets = self._find_targets(saved)
+        return self._targets.make()
+
+    def _find_targets(self, saved: SavedTensors) -> Targets:
+        live, at = self._live_model, self._shardings.size_at
+        optimizers = self._live if self.optimizers else None
+        return Targets(
+            live, optimizers, saved, self._takes, lambda path, each: at(path, live, each)
+        )
 
     def place(self, targets: Mapping[str, torch.Tensor], saved: SavedTensors) -> dict[str, Target]:
         """Return the targets, those that are parts of global tensors with their places there."""
@@ -343,6 +333,8 @@ class AppState:
         nested: dict[str, Any] = {"model": {}, **{root: {STATE: {}} for root in self._roots}}
         parts: list[tuple[Sequence[Any], Any]]
         parts = [(path, {}) for path in saved.hollow if path[2:] or path[0] == "model"]
+        if self._targets is not None:
+            filled = self._targets.finish(filled)
         parts += [(saved.key_paths[name], value) for name, value in filled.items()]
         for path, value in parts:
             if self._takes(path):
@@ -388,29 +380,3 @@ class AppState:
     @cached_property
     def _walk(self) -> ModelWalk | None:
         return ModelWalk.find_unhooked(self._model)
-
-
-def _new(saved: TensorStorageMetadata) -> torch.Tensor:
-    return torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
-
-
-def _fitting(
-    present: Any,
-    parameter: Any,
-    saved: TensorStorageMetadata,
-    size_of: Callable[[torch.Tensor], torch.Size],
-) -> torch.Tensor | None:
-    """Return the tensor to read optimizer state into, placed as its parameter; None: none fits.
-
-    `size_of`: the size of the global tensor that a local one is a part of.
-    """
-    dtype = saved.properties.dtype
-    if (
-        isinstance(present, torch.Tensor)
-        and size_of(present) == saved.size
-        and present.dtype == dtype
-    ):
-        return present
-    if isinstance(parameter, torch.Tensor) and saved.size == size_of(parameter):
-        return torch.empty_like(parameter, dtype=dtype)
-    return None

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from holdfast.format.dcp import KeyPath, flatten, is_leaf
+from holdfast.format.nondense import is_dense
 from holdfast.state.codec import check_keys, check_plain
 from holdfast.state.groups import GROUPS, Group, kind_of, options_of
+from holdfast.state.kinds import names_of_shards
 from holdfast.state.model import MODEL, ModelWalk, is_live
 from holdfast.state.naming import PARAMETERS, STATE, Named, is_root, name_optimizers
 from holdfast.state.optimizer import LiveOptimizers
@@ -44,6 +46,8 @@ class Leaves:
     """For each optimizer, the root of its names."""
     claims: Claims = NO_CLAIMS
     """Which plain tensors are parts of global ones."""
+    per_rank: frozenset[str] = frozenset()
+    """Names of which every rank has a value of its own."""
 
     @classmethod
     def of(
@@ -89,7 +93,8 @@ class Leaves:
                 (is_root(paths[name][0]) and paths[name][1] == STATE) or _address(value) in stepped
             )
         )
-        return cls(values, paths, changed_by_steps, tuple(_find_hollow(tensors)), roots)
+        hollow, per_rank = tuple(_find_hollow(tensors)), names_of_shards(values, paths)
+        return cls(values, paths, changed_by_steps, hollow, roots, per_rank=per_rank)
 
 
 class _States(NamedTuple):
@@ -290,7 +295,7 @@ class Bindings:
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:
     local = local_of(tensor)
-    if local.layout is not torch.strided:
+    if not is_dense(local):
         return local.device, -1  # a sparse one has no single address
     return local.device, local.data_ptr()
 

@@ -2,10 +2,10 @@
 
 Owns the checks before writing and the only encoding of small values: everything written here can be
 read by weights-only loading, without running code. Anything else is refused at the save, and so are
-tensors that no dense bytes can be taken from or copied into (meta, sparse, quantised, MKL-DNN,
-nested), each by name and with the remedy. Also owns the composed config of a run as YAML for
-people: readable output for any config, never an error, never read back by holdfast. Knows no files,
-only bytes.
+tensors without values (meta, lazy) or of a form that could not be read back (MKL-DNN, nested,
+subclasses that cannot be taken apart), each by name and with the remedy. Also owns the composed
+config of a run as YAML for people: readable output for any config, never an error, never read back
+by holdfast. Knows no files, only bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
 from holdfast.errors import CorruptCheckpointError, UnsupportedStateError, is_process_failure
+from holdfast.format.nondense import expanded_dims, find_problem, is_dense, is_lazy
 from holdfast.torch_internals import local_of
 
 _PLAIN = frozenset(
@@ -35,22 +36,15 @@ _MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 _SHOWN = 5
 """Names that one message lists."""
 _META = "on the meta device, with no memory to hold values"
-_SPARSE = "not dense"
-_QUANTISED = "quantised"
 _SHARDED = "a ShardedTensor, as FSDP1 makes without a device mesh"
 _OVERLAPPING = "of elements that share memory (expanded)"
 _REMEDIES = {
     _META: "Materialise first: build the model, call model.to_empty(device=...), make the "
     "optimizer from its parameters, then load or save.",
-    _SPARSE: "Keep it out of the state (register_buffer(..., persistent=False)) and build it from "
-    "dense parts, such as its indices and values, which can be saved.",
-    _QUANTISED: "Save the model before it is quantised, or keep int_repr(), scale and zero point "
-    "as plain buffers.",
     _SHARDED: "Pass device_mesh= to FullyShardedDataParallel, or use fully_shard: their parameters "
     "are DTensors, which can be saved.",
     _OVERLAPPING: "Give it memory of its own, with .clone() or .contiguous(), before loading.",
 }
-_DENSE = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def check_plain(value: Any, name: str) -> None:
@@ -104,35 +98,28 @@ def check_reachable(state: Mapping[str, Any], *, written_to: bool = False) -> No
     for name, value in state.items():
         reason = _why_not(value, written_to) if isinstance(value, torch.Tensor) else None
         if reason is not None:
-            layout = f" ({local_of(value).layout})" if reason == _SPARSE else ""
-            found.setdefault(reason, []).append(name + layout)
+            found.setdefault(reason, []).append(name)
     for reason, names in found.items():
         listed = ", ".join(names[:_SHOWN])
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         verb = "is" if len(names) == 1 else "are"
-        raise UnsupportedStateError(f"{listed}{more} {verb} {reason}.\n{_REMEDIES[reason]}")
+        text = f"{reason}.\n{_REMEDIES[reason]}" if reason in _REMEDIES else reason
+        raise UnsupportedStateError(f"{listed}{more} {verb} {text}")
 
 
 def _why_not(value: torch.Tensor, written_to: bool) -> str | None:
     if type(value).__name__ == "ShardedTensor":  # by name: its module is torch's own, and may move
         return _SHARDED
+    if is_lazy(value):
+        return find_problem(value)
     tensor = local_of(value)
     if tensor.device.type == "meta":
         return _META
-    if tensor.layout is not torch.strided:
-        return _SPARSE
-    if tensor.is_quantized:
-        return _QUANTISED
-    if written_to and type(tensor) in _DENSE and _overlaps(tensor):
+    if not is_dense(tensor):
+        return find_problem(tensor)
+    if written_to and expanded_dims(tensor):
         return _OVERLAPPING
     return None
-
-
-def _overlaps(tensor: torch.Tensor) -> bool:
-    return 0 in tensor.stride() and any(
-        stride == 0 and size > 1
-        for stride, size in zip(tensor.stride(), tensor.size(), strict=True)
-    )
 
 
 def encode(value: Any) -> bytes:

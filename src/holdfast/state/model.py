@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from holdfast.errors import UnsupportedStateError
 from holdfast.format.dcp import is_leaf
+from holdfast.format.nondense import is_lazy
+from holdfast.state.codec import check_reachable
 from holdfast.torch_internals import (
     EXTRA_STATE,
     child_left_out,
@@ -248,10 +250,13 @@ def model_state(root: nn.Module, walk: ModelWalk | None) -> dict[str, Any]:
     `walk`: as `find_unhooked` returns it.
 
     Raises:
-        UnsupportedStateError: it has entries that are no parameter, buffer or extra state.
+        UnsupportedStateError: it has entries that are no parameter, buffer or extra state, or some
+            without a size yet.
     """
     state = read_model(walk)
     if state is None:
+        tensors = [*root.named_parameters(), *root.named_buffers()]
+        check_reachable({MODEL + name: each for name, each in tensors if is_lazy(each)})
         state = ask_torch(lambda: get_model_state_dict(root), lambda: _find_unknown(root))
     return state
 

@@ -39,6 +39,8 @@ class SavedTensors:
     records: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """By name of a record, that of every rank that saved, if they are not the same: this rank's
     own alone where it has one."""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """The kind of each tensor as it was recorded (`state.kinds`); without one it is left out."""
 
     def model_names(self) -> set[str]:
         """Return the names of the model's state; a nested extra state counts as one."""

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from holdfast.errors import UnsupportedStateError, WrongArgumentError
 from holdfast.format.chunks import Cut, cut
-from holdfast.format.items import PLAIN_TENSORS
+from holdfast.format.nondense import PLAIN_TENSORS
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.state.model import MODEL, ModelWalk
 from holdfast.torch_internals import local_of
