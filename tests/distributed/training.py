@@ -125,7 +125,7 @@ class Run:
 
     def __init__(
         self,
-        parallel: str,
+        parallel: str | Callable[[int], nn.Module],
         directory: Path | None = None,
         *,
         seed: int = 1,
@@ -135,11 +135,13 @@ class Run:
     ) -> None:
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.size = distributed.get_world_size() if distributed.is_initialized() else 1
-        self.model = build_model(parallel, seed)
+        self.model = build_model(parallel, seed) if isinstance(parallel, str) else parallel(seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=30)
         self.data = data(self.rank, self.size)
-        self.state = GlobalState(cfg={"parallel": parallel}, train_state=TrainState())
+        self.state = GlobalState(cfg={"parallel": str(parallel)}, train_state=TrainState())
+        self.groups: Any = None
+        """What the manager is told of the process groups."""
         self.losses: list[str] = []
         if directory is not None:
             values = {"timeout_seconds": 30.0, "persistent": {"directory": str(directory)}}
@@ -179,6 +181,7 @@ class Run:
 
     def save(self, callback_manager: Any | None = None, **settings: Any) -> None:
         """Save everything."""
+        settings.setdefault("pg_collection", self.groups)
         context = CheckpointSaveContext(
             self.state,
             self.model,
@@ -192,6 +195,7 @@ class Run:
 
     def load(self, **settings: Any) -> LoadResult:
         """Load everything."""
+        settings.setdefault("pg_collection", self.groups)
         context = CheckpointLoadContext(
             self.state,
             self.model,
