@@ -51,6 +51,7 @@ from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
+from holdfast.state.rehearsal import LazyState
 from holdfast.state.small import Place, warn_of_lost_position
 from holdfast.tiers.persistent import Admission
 from holdfast.tiers.routing import Tiers
@@ -103,6 +104,7 @@ class DefaultCheckpointManager:
         self._calls_inside = Calls()
         self._has_warned_of_data = False
         self._last_load = LastLoad()
+        self._lazy_state = LazyState()
         self._is_torn = False
         """Whether live state holds parts of a checkpoint, from a load that did not complete."""
         self._caller = Caller()
@@ -207,9 +209,11 @@ class DefaultCheckpointManager:
 
         Raises:
             WrongArgumentError, ConcurrentUseError: before anything is touched.
+            UnsupportedStateError: likewise; an optimizer has made state that no save would take.
             CheckpointError: a save in flight had failed, and `on_save_failure` is `raise`.
         """
         check_state("finalize_async_saves", state)
+        self._lazy_state.check()
         if not (blocking or terminate):
             flights = (self._saving, self._draining, self._tiers)
             is_due = [each.count_step() for each in flights]
@@ -316,12 +320,15 @@ class DefaultCheckpointManager:
                 continue
             control.all_reduce("apply", restoration.apply, lambda _: None)
             self._last_load.note(restoration.loaded)
+            self._lazy_state.watch(ctx.model, ctx.optimizer)
             self._tiers.finish_load(selected.source, writer)
             search.warn(selected)
             result = self._finish_load(selected, opened, restoration, search)
             self._end_load(call)
             return result
         self._report_needs(ctx, None, control)
+        control.all_reduce("capture", _app_state(ctx, control).rehearse, lambda _: None)
+        self._lazy_state.watch(ctx.model, ctx.optimizer)
         self._last_load.note(None)
         # Now, and not at the first save hours away.
         control.broadcast("probe", self._tiers.prove_writable)

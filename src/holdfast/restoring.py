@@ -241,9 +241,12 @@ class Restoration:
 
         Raises:
             StateMismatchError, DataReshardError: it is sound, but not for this run as built.
+            UnsupportedStateError: a save would refuse some of the live state.
             ConfigError: `load.override` names what is not there, or cannot be kept.
         """
         opened, saved, given = self._opened, self._saved, self._given
+        if saved is not None:
+            self._app.rehearse()
         own = opened.rank_states[0] if opened.rank_states else {}
         path = str(opened.checkpoint.path)
         schedule = opened.shared.get("scheduler")

@@ -45,6 +45,9 @@ class Coded(torch.Tensor):
         if function is torch.ops.aten.detach.default:
             (tensor,) = arguments
             return cls(tensor.codes.detach(), tensor.scale.detach(), tensor.note)
+        if function is torch.ops.aten.view.default:  # asked for by DTensor.from_local
+            tensor, size = arguments
+            return cls(tensor.codes.view(size), tensor.scale, tensor.note)
         plain = [each.decoded() if isinstance(each, Coded) else each for each in arguments]
         return function(*plain, **(options or {}))
 

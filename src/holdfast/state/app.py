@@ -25,14 +25,15 @@ from holdfast.protocol import Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.state.bindings import Bindings, Leaves
-from holdfast.state.codec import check_plain, check_reachable
+from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import Differences, compare_model, describe_left_out
 from holdfast.state.fitting import OptimizerFit
-from holdfast.state.groups import names_of
+from holdfast.state.groups import GROUPS, names_of
 from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
 from holdfast.state.naming import PARAMETERS, STATE
 from holdfast.state.optimizer import LiveOptimizers, look_up
 from holdfast.state.options import check_schedule
+from holdfast.state.rehearsal import check_values
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import Place, apply_data, capture_rng, check_data
@@ -185,6 +186,25 @@ class AppState:
             return self._find_claims(self._walk, self._live_model, {}), self._live_model
 
         self._shardings = Shardings.agree(find, coordinator)
+
+    def rehearse(self) -> None:
+        """Look at all that a save would take, but for the data position, and keep nothing.
+
+        Iterators may draw numbers to tell their position.
+
+        Raises:
+            UnsupportedStateError: a save would refuse some state.
+        """
+        self.look()
+        leaves = dict(self._live_model)
+        for root in self._roots:
+            leaves[f"{root}.{GROUPS}"] = [each.entry() for each in self._live.groups(root)]
+            for owner, entries in self._live.state(root).items():
+                check_keys(entries, f"{root}.{STATE}.{owner}")
+                leaves |= {f"{root}.{STATE}.{owner}.{key}": each for key, each in entries.items()}
+        if self._scheduler is not None:
+            leaves["scheduler"] = self._scheduler.state_dict()
+        check_values(leaves)
 
     def look(self) -> None:
         """Look up model and optimizers: it may run collectives, and nothing later in the load does.

@@ -33,6 +33,8 @@ from holdfast.torch_internals import is_plain_optimizer, optimizer_has_default_l
 Entries = Mapping[str, Any]
 """The state of one parameter, by key."""
 _SHAPE = {"state", "param_groups"}
+_DIVIDED = "ZeroRedundancyOptimizer"
+"""By name: importing torch.distributed.optim takes long, and whoever has one has imported it."""
 
 
 class LiveOptimizers(Protocol):
@@ -162,6 +164,12 @@ def _read_state(named: Named, which: str) -> dict[str, Entries]:
             elif entries:  # an entry without content was made by looking
                 raise UnsupportedStateError(_describe_nobody(which, parameter))
         return found
+    if type(optimizer).__name__ == _DIVIDED:
+        raise UnsupportedStateError(
+            f"{which}: each rank keeps the state of some parameters alone, and state_dict() gives "
+            "it to one rank.\nUse fully_shard, which shards optimizer state as well, or the "
+            "optimizer inside it without ZeroRedundancyOptimizer."
+        )
     state = optimizer.state_dict()
     if not isinstance(state, Mapping) or state.keys() != _SHAPE:
         raise UnsupportedStateError(_describe_shape(which, state))

@@ -1,0 +1,90 @@
+"""Refuse state that cannot be given back as soon as it exists, not at the first save.
+
+Owns what a load looks at although nothing is saved yet (`check_values`), and the look at the state
+that optimizers make at their first step, once, by the first `finalize_async_saves` after it has
+appeared. Promises that nothing is copied or changed, that no other rank is needed, and that a step
+without new entries costs one count for each optimizer. Keeps no live object alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.format.nondense import is_dense, pickle_tensor
+from holdfast.state.codec import check_plain, check_reachable
+from holdfast.state.naming import ROOT, STATE
+from holdfast.torch_internals import local_of
+
+
+def check_values(leaves: Mapping[str, Any]) -> None:
+    """Refuse values that could not be saved and read back; the first of each subclass is tried.
+
+    Raises:
+        UnsupportedStateError: naming the first.
+    """
+    check_reachable(leaves)
+    tried: set[type] = set()
+    for name, value in leaves.items():
+        if not isinstance(value, torch.Tensor):
+            check_plain(value, name)
+        elif not is_dense(local := local_of(value)) and type(local) not in tried:
+            tried.add(type(local))
+            pickle_tensor(local.detach(), name, is_first=True)
+
+
+class LazyState:
+    """The optimizers of a run, whose state appears at their first step."""
+
+    def __init__(self) -> None:
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._optimizers: list[weakref.ref[Any]] = []
+        self._seen = 0
+
+    def watch(self, model: Any, optimizer: Any) -> None:
+        """Look at these from now on: what a load or a save was given, whose state was checked."""
+        self._models = [weakref.ref(each) for each in _listed(model)]
+        self._optimizers = [weakref.ref(each) for each in _listed(optimizer)]
+        self._seen = self._count()
+
+    def check(self) -> None:
+        """Look at the state of the optimizers if entries were added; once for each addition.
+
+        Raises:
+            UnsupportedStateError: some of it cannot be saved.
+        """
+        if not self._optimizers or (count := self._count()) == self._seen:
+            return
+        self._seen = count
+        names = {
+            id(parameter): name
+            for each in self._models
+            if (model := each()) is not None
+            for name, parameter in model.named_parameters()
+        }
+        for optimizer in self._optimizers:
+            for parameter, entries in _state_of(optimizer()).items():
+                owner = names.get(id(parameter), "(a parameter outside the model)")
+                if isinstance(entries, Mapping):
+                    place = f"{ROOT}.{STATE}.{owner}"
+                    check_values({f"{place}.{key}": value for key, value in entries.items()})
+
+    def _count(self) -> int:
+        return sum(len(_state_of(each())) for each in self._optimizers)
+
+
+def _state_of(optimizer: Any) -> Mapping[Any, Any]:
+    found = getattr(optimizer, STATE, None)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        return [*given.values()]
+    return given if isinstance(given, list | tuple) else [given]
