@@ -372,7 +372,8 @@ class DefaultCheckpointManager:
             return
 
         def estimate(nodes: Sequence[int]) -> tuple[int, list[str]]:
-            return self._snapshotter.estimate(_app_state(ctx, control), nodes, control)
+            app, counters = _app_state(ctx, control), ctx.state.train_state
+            return self._snapshotter.estimate(app, counters, nodes, control)
 
         with collection_put_off():
             self._tiers.report_needs(source, estimate, control)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,13 @@ from holdfast.errors import (
     UnsupportedStateError,
 )
 from holdfast.format.nondense import size_bytes_of
+from holdfast.format.values import DATA, EMPTY, RNG, SCHEDULER, SMALL_STATES, TRAIN_STATE
 from holdfast.protocol import Restored, Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
-from holdfast.state.codec import decode, encode
+from holdfast.state.codec import encode
 from holdfast.state.model import run_each
 from holdfast.state.naming import is_root
 from holdfast.state.options import find_option_differences
@@ -41,7 +42,7 @@ from holdfast.state.small import (
     apply_generators,
     check_counters,
     check_data,
-    own_state,
+    is_position,
     read_counters,
     restore_counters,
     without_fields,
@@ -54,7 +55,7 @@ from holdfast.torch_internals import local_of
 
 logger = logging.getLogger(__name__)
 
-_RANK_KEYS = ("rng", "data", "data_rank", "data_size")
+_RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,13 @@ class Opened:
     """A checkpoint whose small state was read, every byte of it verified."""
 
     contents: Contents
-    shared: dict[str, Any]
-    rank_states: list[dict[str, Any]]
-    """This rank's own alone; every saving rank's, in rank order, where ranks have changed. Empty:
-    the checkpoint holds nothing but model and optimizer."""
+    positions: list[dict[str, Any]]
+    """Positions in the data: this rank's own alone, or the distinct ones of all that saved."""
+
+    @property
+    def small(self) -> Mapping[str, Any]:
+        """The small states; empty: the checkpoint holds nothing but model and optimizer."""
+        return self.contents.small
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -76,42 +80,56 @@ class Opened:
 def open_selected(
     source: Source, commit: Commit, coordinator: Coordinator, place: Place, *, verify_first: bool
 ) -> Opened:
-    """Open a commit on all ranks and decode its small state; raises as `Source.open`."""
-    decoded: dict[bytes, dict[str, Any]] = {}
+    """Open a commit on all ranks and check its small state; raises as `Source.open`."""
     opened: list[Opened] = []
 
-    def decode_state(content: bytes, where: str) -> Any:
-        # Random numbers are long lists, and slow to decode.
-        if content not in decoded:
-            decoded[content] = decode(content, where)
-        return decoded[content]
-
-    def suffices(content: bytes) -> bool:
-        state = decode_state(content, "the state of this rank")
-        return _is_state(state, _RANK_KEYS) and place.reads_on_from(state)
+    def suffices(contents: Contents) -> bool:
+        if DATA not in contents.reader.per_rank_names:
+            return True  # no rank saved a position
+        is_own = DATA in contents.reader.own_names
+        position = contents.small.get(DATA)
+        return is_own and is_position(position) and place.reads_on_from(position or {})
 
     def accept(contents: Contents) -> None:
-        if contents.shared_state is None:
-            opened.append(Opened(contents, {}, []))
-            return
-        at = contents.checkpoint
-        states = [
-            _as_state(decode_state(content, f"{at.path}: state of rank {rank}"), _RANK_KEYS, at)
-            for rank, content in sorted(contents.rank_states.items())
-        ]
-        shared = _as_state(decode(contents.shared_state, str(at.path)), (), at)
-        opened.append(Opened(contents, shared, states))
+        where = str(contents.checkpoint.path)
+        if contents.small:
+            _check_small(contents.small, contents.checkpoint.iteration, where)
+        positions = list(contents.copies.get(DATA, ()))
+        if not positions and DATA in contents.reader.own_names:
+            positions = [contents.small[DATA]]
+        if not all(map(is_position, positions)):
+            raise CorruptCheckpointError(where, "holds no data position where one should be")
+        opened.append(Opened(contents, positions))
 
     source.open(commit, coordinator, Wanted(suffices, accept, verify_first))
     return opened[0]
+
+
+def _check_small(small: Mapping[str, Any], iteration: int, where: str) -> None:
+    """Refuse small states that are none of ours, though they matched their digests.
+
+    Raises:
+        CorruptCheckpointError: naming the first.
+    """
+    counters = small.get(TRAIN_STATE)
+    counters = counters.get("train_state") if isinstance(counters, dict) else None
+    sound = {
+        RNG: isinstance(small.get(RNG), dict) and small[RNG].keys() >= _RNG_KEYS,
+        TRAIN_STATE: isinstance(counters, dict) and counters.get("step") == iteration,
+        EMPTY: isinstance(small.get(EMPTY, []), list),
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise CorruptCheckpointError(where, f"holds no state where {name} should be")
 
 
 @dataclass(frozen=True)
 class LoadedStates:
     """What a load found of each rank's own state, for those who ask for it again later."""
 
-    states: list[dict[str, Any]]
-    """Empty: the checkpoint holds none."""
+    rng: dict[str, Any] | None
+    """As this rank saved it, or the lowest one; None: the checkpoint holds none."""
+    positions: list[dict[str, Any]]
     saved: SavedRun
     place: Place
     path: str
@@ -119,9 +137,9 @@ class LoadedStates:
 
     def restore_rng(self) -> bool:
         """Give the generators their state, unless the run keeps its own; return whether it did."""
-        if not self.states or self.overrides.keeps("rng"):
+        if self.rng is None or self.overrides.keeps("rng"):
             return False
-        return apply_generators(self.states, self.saved, self.place)
+        return apply_generators(self.rng, self.saved, self.place)
 
     def restore_data(self, data: Any, accept_restart: bool) -> None:
         """Give an iterator the saved position, unless the run keeps its own.
@@ -133,7 +151,7 @@ class LoadedStates:
         """
         if self.overrides.keeps("data"):
             return
-        if all(each["data"] is None for each in self.states):
+        if not self.positions:
             raise NothingLoadedError(
                 f"{self.path} holds no data position: it was saved without train_data_iterator, or "
                 "with one that has no state_dict and load_state_dict."
@@ -143,9 +161,8 @@ class LoadedStates:
                 f"a {type(data).__name__} has no state_dict and load_state_dict: no data position "
                 "can be restored into it."
             )
-        own = own_state(self.states, self.place)
-        check_data(data, own, self.place, self.path, accept_restart)
-        apply_data(data, self.states, self.place)
+        check_data(data, self.positions, self.place, self.path, accept_restart)
+        apply_data(data, self.positions, self.place)
 
 
 class LastLoad:
@@ -205,7 +222,7 @@ class Restoration:
         self._overrides = overrides = overrides or Overrides(frozenset(COMPONENTS))
         self._train_state = train_state
         kept = {each for each in COMPONENTS if overrides.keeps(each)}
-        self._given = app if opened.rank_states else app.of_tensors_alone()
+        self._given = app if opened.small else app.of_tensors_alone()
         self._app = self._given.without(kept)
         self._broadcast = broadcast
         self._saved: SavedTensors | None = None
@@ -213,15 +230,16 @@ class Restoration:
             reader, values = opened.contents.reader, opened.contents.values
             tensors = reader.tensors()
             key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
-            hollow = opened.shared.get("hollow", ())
-            held = reader.metadata.state_dict_metadata
+            hollow = opened.small.get(EMPTY, ())
+            held = reader.metadata.state_dict_metadata.keys() - {*SMALL_STATES}
             path = str(opened.checkpoint.path)
             kinds = {name: kind for name in tensors if (kind := reader.kind(name))}
             self._saved = SavedTensors(tensors, values, key_paths, hollow, held, path, kinds=kinds)
         self._filled: dict[str, Any] = {}
         manifest = opened.checkpoint.manifest
         self.loaded = LoadedStates(
-            opened.rank_states,
+            opened.small.get(RNG),
+            opened.positions,
             SavedRun(manifest.run_id, manifest.iteration, manifest.world_size),
             place,
             str(opened.checkpoint.path),
@@ -247,9 +265,8 @@ class Restoration:
         opened, saved, given = self._opened, self._saved, self._given
         if saved is not None:
             self._app.rehearse()
-        own = opened.rank_states[0] if opened.rank_states else {}
         path = str(opened.checkpoint.path)
-        schedule = opened.shared.get("scheduler")
+        schedule = opened.small.get(SCHEDULER)
         optimizers = given.optimizers if saved is not None else []
         if saved is not None and optimizers and saved.flat_tensors:
             opened.contents.reader.read_tensors(saved.flat_tensors)
@@ -261,8 +278,8 @@ class Restoration:
         self._app.check(
             path,
             saved,
-            opened.shared,
-            own,
+            opened.small,
+            opened.positions,
             strict=strict,
             accept_data_restart=accept_data_restart,
         )
@@ -322,11 +339,14 @@ class Restoration:
         """The saved counters that are to be restored; empty: there are none."""
         if self.takes_weights_only:
             return {}
-        return without_fields(self._opened.contents.counters["train_state"], self._overrides)
+        contents = self._opened.contents
+        own = contents.small if TRAIN_STATE in contents.reader.own_names else {}
+        saved = own.get(TRAIN_STATE, contents.counters)
+        return without_fields(saved["train_state"], self._overrides)
 
     def _apply_state(self) -> None:
         opened, given = self._opened, self._given
-        schedule = opened.shared.get("scheduler") if opened.rank_states else None
+        schedule = opened.small.get(SCHEDULER)
         live = LiveOptions(
             self._overrides,
             given.optimizers if self._saved is not None else [],
@@ -346,12 +366,12 @@ class Restoration:
                     self._count("optimizer")
 
         def give_schedule() -> None:
-            if opened.rank_states and self._app.apply_scheduler(opened.shared):
+            if self._app.apply_scheduler(schedule):
                 self._note("scheduler", schedule)
 
         def give_data() -> None:
-            if opened.rank_states and self._app.apply_data(opened.rank_states):
-                self._note("data", own_state(opened.rank_states, self.loaded.place)["data"])
+            if (position := self._app.apply_data(opened.positions)) is not None:
+                self._note("data", position["position"])
 
         run_each(
             give_tensors,
@@ -359,8 +379,8 @@ class Restoration:
             lambda: live.put_back(rated),
             give_data,
         )
-        if opened.rank_states and self.loaded.restore_rng():
-            self._note("rng", own_state(opened.rank_states, self.loaded.place)["rng"])
+        if self.loaded.restore_rng():
+            self._note("rng", self.loaded.rng)
 
     def _count(self, component: str) -> None:
         """Note the tensors of a component that were filled on this rank."""
@@ -389,19 +409,3 @@ def _tensors_in(state: Any) -> int:
     if isinstance(state, list | tuple):
         return sum(map(_tensors_in, state))
     return int(isinstance(state, torch.Tensor))
-
-
-def _is_state(value: Any, keys: Sequence[str]) -> bool:
-    return isinstance(value, dict) and all(key in value for key in keys)
-
-
-def _as_state(value: Any, keys: Sequence[str], checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return small state that has these keys.
-
-    Raises:
-        CorruptCheckpointError: it has not; what matched its digest is no state of ours.
-    """
-    if not _is_state(value, keys):
-        raise CorruptCheckpointError(str(checkpoint.path), "holds no state where one should be")
-    state: dict[str, Any] = value
-    return state

@@ -15,8 +15,9 @@ import gc
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,9 @@ from torch.optim import Optimizer
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, UnsupportedStateError
+from holdfast.format.dcp import KeyPath
 from holdfast.format.items import Inventory, Itemizer, structure_of
+from holdfast.format.values import TRAIN_STATE
 from holdfast.protocol import CheckpointSaveContext
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
@@ -32,7 +35,7 @@ from holdfast.snapshot.arena import image_bytes
 from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
 from holdfast.state.app import AppState, Captured
 from holdfast.state.bindings import Bindings, Leaves
-from holdfast.state.codec import check_reachable, encode, to_yaml
+from holdfast.state.codec import check_reachable, to_yaml
 from holdfast.state.estimate import estimate
 from holdfast.state.kinds import kind_of
 from holdfast.state.model import run_each
@@ -81,6 +84,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class _Names:
+    """Names and nested keys of everything in one snapshot; reused while both parts have theirs."""
+
+    paths: Mapping[str, KeyPath]
+    """Of model and optimizer."""
+    small: tuple[str, ...]
+    """Names of the small states."""
+    joined: Mapping[str, KeyPath]
+    per_rank: frozenset[str]
+
+
 class Snapshotter:
     """Takes snapshots; each overwrites the previous one, unless a tier keeps it."""
 
@@ -93,6 +108,7 @@ class Snapshotter:
         self._itemizer = Itemizer(kind_of)
         self._bindings: Bindings | None = None
         self._shardings = Shardings()
+        self._names: _Names | None = None
         self._guard = StepGuard()
 
     @property
@@ -115,22 +131,23 @@ class Snapshotter:
         Raises:
             CheckpointError: on every rank.
         """
-        taken: list[tuple[Captured, bytes]] = []
+        taken: list[tuple[Captured, Leaves, bytes]] = []
         iteration = ctx.state.train_state.step
 
         def capture() -> Inventory:
             counters, captured = run_each(
-                lambda: _encode_counters(ctx), lambda: app.capture(self._bindings)
+                lambda: _read_counters(ctx), lambda: app.capture(self._bindings)
             )
             self._bindings = captured.bindings
-            taken.append((captured, counters))
-            return self._describe(captured.leaves)
+            leaves = self._join(captured.leaves, {**captured.small, TRAIN_STATE: counters})
+            taken.append((captured, leaves, _encode_counters(counters)))
+            return self._describe(leaves)
 
         plan, inventory = self._shards.agree_on_plan(
             capture,
             control,
             self._memory.nodes,
-            lambda: self._agree_on_shardings(taken[0][0].leaves, control),
+            lambda: self._agree_on_shardings(taken[0][1], control),
         )
         pinned = _is_on_gpu(inventory)
         reserved = self._memory.reserve(
@@ -142,12 +159,10 @@ class Snapshotter:
         )
 
         def stage() -> Snapshot:
-            ((captured, counters),) = taken
+            ((captured, _, counters),) = taken
             snapshot = Snapshot(
                 iteration,
                 self._stage_shard(captured, plan, inventory, reserved, pinned=pinned),
-                encode(captured.rank),
-                encode(captured.shared),
                 counters,
                 to_yaml(ctx.state.cfg),
                 confirm,
@@ -170,7 +185,11 @@ class Snapshotter:
             snapshot.shard.copying.finish()
 
     def estimate(
-        self, app: AppState, nodes: Sequence[int] | None, control: Coordinator
+        self,
+        app: AppState,
+        train_state: Any,
+        nodes: Sequence[int] | None,
+        control: Coordinator,
     ) -> tuple[int, list[str]]:
         """Return what this rank will stage once every optimizer has taken a step; copy nothing.
 
@@ -189,7 +208,9 @@ class Snapshotter:
             return Inventory(then.items, now.sources, structure_of(then.items))
 
         def describe() -> Inventory:
-            gathered.append(app.gather_leaves())
+            captured = app.capture()
+            small = {**captured.small, TRAIN_STATE: _counters_of(train_state, 0)}
+            gathered.append(self._join(captured.leaves, small))
             return foretell(self._describe(gathered[0]))
 
         def agree() -> Inventory | None:
@@ -218,6 +239,16 @@ class Snapshotter:
             leaves.per_rank,
             cut_of=self._shardings.cut_of,
         )
+
+    def _join(self, leaves: Leaves, small: Mapping[str, Any]) -> Leaves:
+        """Return model, optimizer and small states together, the last all per rank."""
+        names = self._names
+        if names is None or names.paths is not leaves.paths or names.small != (*small,):
+            paths = {**leaves.paths, **{name: (name,) for name in small}}
+            names = _Names(leaves.paths, (*small,), paths, leaves.per_rank | small.keys())
+            self._names = names
+        values = {**leaves.values, **small}
+        return replace(leaves, values=values, paths=names.joined, per_rank=names.per_rank)
 
     def _agree_on_shardings(self, leaves: Leaves, control: Coordinator) -> Inventory | None:
         """Agree on how tensors are sharded; return the items anew where that changes them."""
@@ -268,16 +299,24 @@ def _is_on_gpu(inventory: Inventory) -> bool:
     )
 
 
-def _encode_counters(ctx: CheckpointSaveContext) -> bytes:
-    values = {
-        "train_state": read_counters(ctx.state.train_state),
-        "num_floating_point_operations_so_far": ctx.num_floating_point_operations_so_far,
+def _counters_of(train_state: Any, operations: Any) -> dict[str, Any]:
+    return {
+        "train_state": read_counters(train_state),
+        "num_floating_point_operations_so_far": operations,
     }
+
+
+def _read_counters(ctx: CheckpointSaveContext) -> dict[str, Any]:
+    values = _counters_of(ctx.state.train_state, ctx.num_floating_point_operations_so_far)
     step: object = ctx.state.train_state.step
     if type(step) is not int or step < 0:
         raise UnsupportedStateError(
             f"train_state.step is {step!r}, which names no iteration; use a whole number from 0 on."
         )
+    return values
+
+
+def _encode_counters(values: Mapping[str, Any]) -> bytes:
     advice = "Use numbers, strings, lists and dicts with string keys in its fields and in extra."
     try:
         content = json.dumps(values, indent=1, sort_keys=True, allow_nan=False)

@@ -65,7 +65,7 @@ class _Altering(PersistentTier):
         return self.alter(super().open(commit, coordinator, wanted))
 
     def alter(self, contents: Contents) -> Contents:
-        return replace(contents, shared_state=b"")
+        return replace(contents, small={})
 
 
 class _WithoutSources(Contents):

@@ -53,8 +53,6 @@ FILES = (
     "__0_0.distcp",
     "manifest.json",
     "run_config.yaml",
-    "state/rank_00000.pt",
-    "state/shared.pt",
     "train_state.json",
 )
 
@@ -197,7 +195,7 @@ def test_a_damaged_file_is_named_and_passed_over(
     _expect_named_by_verify(store, expected, capsys)
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "manifest.json", "state/shared.pt"])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "manifest.json", "train_state.json"])
 @pytest.mark.parametrize("damage", [cut_in_half, lose, fill_with_zeros])
 def test_with_nothing_good_left_nothing_is_touched(damage: Damage, name: str, store: Path) -> None:
     """When no checkpoint is good the load says why of each, and the live state is as it was."""
@@ -316,24 +314,19 @@ def test_all_ranks_fall_back_together(tmp_path: Path, capsys: pytest.CaptureFixt
     """With one rank's file damaged or two swapped, both ranks load the same older checkpoint."""
     sound = tmp_path / "sound"
     saved = run_ranks(_save_together, 2, sound)
-    shards, states = (
-        ("__0_0.distcp", "__1_0.distcp"),
-        ("state/rank_00000.pt", "state/rank_00001.pt"),
-    )
-    stores: list[Path] = []
-    for names in (shards, states):
-        stores.append(copy_store(sound, tmp_path / f"swapped_{len(stores)}"))
-        folder = stores[-1] / checkpoint_name(NEWEST)
-        _swap(folder / names[0], folder / names[1])
-    for name in (*shards, *states, ".metadata"):
+    shards = ("__0_0.distcp", "__1_0.distcp")
+    stores = [copy_store(sound, tmp_path / "swapped")]
+    folder = stores[-1] / checkpoint_name(NEWEST)
+    _swap(folder / shards[0], folder / shards[1])
+    for name in (*shards, ".metadata"):
         stores.append(copy_store(sound, tmp_path / f"flipped_{len(stores)}"))
         path = stores[-1] / checkpoint_name(NEWEST) / name
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     found = run_ranks(_load_together, 2, stores)
-    named: list[tuple[str, ...]] = [shards, states]
-    named += [(each,) for each in (*shards, *states, ".metadata")]
+    named: list[tuple[str, ...]] = [shards]
+    named += [(each,) for each in (*shards, ".metadata")]
     for number, files in enumerate(named):
         iterations, digests, reasons = zip(*(each[number] for each in found), strict=True)
         assert iterations == (OLDER, OLDER)
@@ -342,7 +335,7 @@ def test_all_ranks_fall_back_together(tmp_path: Path, capsys: pytest.CaptureFixt
         assert any(f"{checkpoint_name(NEWEST)}/{name}: " in reasons[0][0] for name in files)
         for name in files:
             _expect_named_by_verify(stores[number], re.escape(f"/{name}: "), capsys)
-    record("byte flips", len(named) - 2)
+    record("byte flips", len(named) - 1)
 
 
 # What is expected of a store whose newest checkpoint is damaged.

@@ -27,7 +27,7 @@ from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
 from holdfast.storage.posix import PosixStorage
 from holdfast.storage.store import Store, checkpoint_name
 from tests.faults.jobs import Job, copy_store, leftovers, make_store
-from tests.support.hostile import hostile_pickle, hostile_torch_file
+from tests.support.hostile import hostile_pickle, hostile_torch_file, plant_value
 from tests.support.stores import tree
 
 STEPS = (2, 4, 6)
@@ -108,11 +108,11 @@ class _Planted:
 
 
 def _rank_state_of_code(folder: Path, marker: Path) -> None:
-    (folder / "state/rank_00000.pt").write_bytes(hostile_torch_file(marker))
+    plant_value(folder / "__0_0.distcp", "rng", hostile_torch_file(marker))
 
 
-def _shared_state_of_code(folder: Path, marker: Path) -> None:
-    (folder / "state/shared.pt").write_bytes(hostile_torch_file(marker))
+def _counters_of_code(folder: Path, marker: Path) -> None:
+    plant_value(folder / "__0_0.distcp", "train_state", hostile_torch_file(marker))
 
 
 def _tensor_of_code(folder: Path, marker: Path) -> None:
@@ -138,8 +138,6 @@ def _read_carelessly(folder: Path) -> Iterator[Callable[[], Any]]:
     """Read every file as code that does not care would."""
     metadata = (folder / ".metadata").read_bytes()
     yield lambda: pickle.loads(metadata)
-    for path in sorted(folder.glob("state/*.pt")):
-        yield lambda path=path: torch.load(path, weights_only=False)  # type: ignore[misc]
     shard = (folder / "__0_0.distcp").read_bytes()
     for place in pickle.loads(metadata).storage_data.values():
         item = io.BytesIO(shard[place.offset : place.offset + place.length])
@@ -150,7 +148,7 @@ PLACES: dict[str, Callable[[Path, Path], None]] = {
     "instead of the metadata": _metadata_of_code,
     "within the metadata": _metadata_with_code,
     "instead of a rank's state": _rank_state_of_code,
-    "instead of the shared state": _shared_state_of_code,
+    "instead of a rank's counters": _counters_of_code,
     "as a value": _value_of_code,
 }
 
@@ -238,9 +236,7 @@ def test_metadata_that_leaves_the_manifest_is_refused(
     _expect_refusal(folder, sound[1], "which the manifest does not list")
 
 
-@pytest.mark.parametrize(
-    "name", [".metadata", "state/rank_00000.pt", "state/shared.pt", "train_state.json"]
-)
+@pytest.mark.parametrize("name", [".metadata", "run_config.yaml", "train_state.json"])
 def test_a_file_that_is_not_listed_is_refused(
     name: str, folder: Path, sound: tuple[Path, Digests]
 ) -> None:
@@ -256,10 +252,9 @@ def test_a_file_that_is_not_listed_is_refused(
 LINKED = [
     "__0_0.distcp",
     ".metadata",
-    "state/shared.pt",
+    "run_config.yaml",
     "train_state.json",
     MANIFEST_NAME,
-    "state",
 ]
 
 
@@ -402,7 +397,7 @@ def test_a_world_that_left_no_state_is_refused(
 ) -> None:
     """A manifest that claims other ranks than those that left their state is refused at once."""
     _rewrite_manifest(folder, lambda values: values.update(world_size=world_size))
-    _expect_refusal(folder, sound[1], "state/rank_" if world_size > 0 else "world_size")
+    _expect_refusal(folder, sound[1], "the file of rank 1" if world_size > 0 else "world_size")
 
 
 def _without(*keys: str) -> Callable[[dict[str, Any]], None]:

@@ -33,7 +33,7 @@ from holdfast.storage.digests import describe_content, footer_size
 from holdfast.storage.identity import RunIdentity
 from holdfast.storage.manifest import MANIFEST_NAME, Manifest, seal
 from holdfast.storage.posix import PosixStorage
-from tests.support.hostile import hostile_torch_file
+from tests.support.hostile import hostile_torch_file, plant_value
 from tests.support.ranks import run_ranks
 
 RUN_ID = "frozen"
@@ -57,7 +57,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "flipped_footer": {"loads": OLDER, "skips": r"__0_0\.distcp: the footer .* does not match"},
     "blocks_in_manifest": {"loads": ITERATION},
     "cut_shard": {"loads": OLDER, "skips": r"__0_0\.distcp: has \d+ bytes, \d+ were committed"},
-    "missing_rank_state": {"loads": OLDER, "skips": r"state/rank_00000\.pt: is missing"},
+    "missing_counters": {"loads": OLDER, "skips": r"train_state\.json: is missing"},
     "other_metadata": {"loads": OLDER, "skips": r"\.metadata: .* does not match its digest"},
     "no_manifest": {"loads": OLDER, "skips": r"has no manifest\.json"},
     "flipped_manifest": {
@@ -65,7 +65,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "skips": r"manifest\.json: does not match the digest in its last line",
     },
     "renamed": {"loads": OLDER, "skips": r"is of iteration 20: the directory was renamed"},
-    "newer_format": {"stops": r"is of format 1000; this version of holdfast reads up to format 1"},
+    "newer_format": {"stops": r"is of format 1000; this version of holdfast reads up to format 2"},
     "newer_feature": {"stops": r"requires 'striped_shards'; this version of holdfast reads"},
     "newer_fields": {"loads": ITERATION},
     "leads_outside": {"loads": OLDER, "skips": r"lists '\.\./.*', outside the checkpoint"},
@@ -176,8 +176,8 @@ def _cut_shard(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def _missing_rank_state(folder: Path) -> None:
-    (folder / "state/rank_00000.pt").unlink()
+def _missing_counters(folder: Path) -> None:
+    (folder / "train_state.json").unlink()
 
 
 def _other_metadata(folder: Path) -> None:
@@ -226,12 +226,12 @@ def _leads_outside(folder: Path) -> None:
 
 
 def _code_in_state(folder: Path) -> None:
-    path = folder / "state/shared.pt"
-    path.write_bytes(hostile_torch_file(Path("/nonexistent/holdfast-ran-code")))
+    path = folder / "__0_0.distcp"
+    plant_value(path, "rng", hostile_torch_file(Path("/nonexistent/holdfast-ran-code")))
 
     def seal_it(values: dict[str, Any]) -> None:
         for each in values["files"]:
-            if each["path"] == "state/shared.pt":
+            if each["path"] == path.name:
                 with path.open("rb") as stream:
                     each |= dataclasses.asdict(describe_content(each["path"], stream.read()))
 
@@ -251,7 +251,7 @@ def _superseded(folder: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     each.__name__.removeprefix("_"): each
     for each in (
-        _flipped_shard, _flipped_footer, _blocks_in_manifest, _cut_shard, _missing_rank_state,
+        _flipped_shard, _flipped_footer, _blocks_in_manifest, _cut_shard, _missing_counters,
         _other_metadata, _no_manifest,
         _flipped_manifest, _newer_format, _newer_feature, _newer_fields, _leads_outside, _code_in_state, _other_run, _superseded,
     )

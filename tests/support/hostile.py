@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from holdfast.format.layout import read_index
+from holdfast.storage.digests import body_bytes_of
+
 
 class _Payload:
     def __init__(self, marker: Path) -> None:
@@ -32,3 +35,14 @@ def hostile_torch_file(marker: Path) -> bytes:
     stream = io.BytesIO()
     torch.save({"data": _Payload(marker)}, stream)
     return stream.getvalue()
+
+
+def plant_value(shard: Path, name: str, content: bytes) -> None:
+    """Overwrite a value in its slot of a shard file; its digests no longer match."""
+    file = bytearray(shard.read_bytes())
+    body_bytes = body_bytes_of(io.BytesIO(file))
+    assert body_bytes is not None
+    (entry,) = [each for each in read_index(bytes(file[:body_bytes])) if each.name == name]
+    assert len(content) <= entry.length
+    file[entry.offset : entry.offset + entry.length] = content.ljust(entry.length, b"\0")
+    shard.write_bytes(file)

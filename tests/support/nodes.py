@@ -75,7 +75,7 @@ class Loaded:
     wrong: list[str] = field(default_factory=list)
     """Names whose bits are not those that were saved."""
     reasons: list[str] = field(default_factory=list)
-    rank_states: list[bytes] = field(default_factory=list)
+    rank_states: Sequence[str] = field(default_factory=list)
     tries: int = 0
 
 
@@ -136,12 +136,13 @@ class Job:
             path = tuple(name.split("."))
             items.append(Item(name, path, torch.float32, shape, offsets, lengths))
         items.append(Item("optimizer.lr", ("optimizer", "lr"), None, (), (), (), CAPACITY))
+        items.append(Item("data", ("data",), None, (), (), (), CAPACITY, per_rank=True))
         return items
 
     def _writes(self, item: Item) -> bool:
         """Whether this rank writes an item: duplicates are divided within a node."""
         mates = [rank for rank, node in enumerate(self.nodes) if node == self.node]
-        if item.name.startswith("model.s") and self.size > 1:
+        if item.per_rank or (item.name.startswith("model.s") and self.size > 1):
             return True
         return mates[sum(map(ord, item.name)) % len(mates)] == self.rank
 
@@ -152,7 +153,8 @@ class Job:
     def _source(self, item: Item, iteration: int) -> torch.Tensor | bytes:
         if item.dtype is None:
             stream = io.BytesIO()
-            torch.save(iteration / 7, stream)
+            own = f"rank {self.rank} at {iteration}"
+            torch.save(own if item.per_rank else iteration / 7, stream)
             return stream.getvalue()
         whole = self._whole(item.name, iteration)
         return whole[item.offsets[0] : item.offsets[0] + item.lengths[0]]
@@ -171,8 +173,6 @@ class Job:
             Snapshot(
                 iteration=iteration,
                 shard=StagedShard(self._plan(), arena, arena, None, Progress()),
-                rank_state=f"rank {self.rank} at {iteration}".encode(),
-                shared_state=f"shared at {iteration}".encode(),
                 train_state=json.dumps(
                     {"train_state": counters, "num_floating_point_operations_so_far": iteration}
                 ).encode(),
@@ -184,7 +184,7 @@ class Job:
 
     def _plan(self) -> ShardPlan:
         share = Share(self.layout, range(len(self.layout.slots)))
-        names = len(self._shapes) + 1
+        names = len(self._shapes) + 2
         return ShardPlan(bytes(16), self.structure, share, share, "unused", names)
 
     def _identify(self) -> CommitIdentity:
@@ -220,15 +220,13 @@ class Job:
             ]
             if contents.values != {"optimizer.lr": iteration / 7}:
                 wrong.append("optimizer.lr")
-            if contents.shared_state != f"shared at {iteration}".encode():
-                wrong.append("shared state")
             if contents.counters["train_state"]["step"] != iteration:
                 wrong.append("counters")
             saved = contents.checkpoint.manifest.world_size
             ranks = [self.rank] if saved == self.size else list(range(saved))
-            states = [contents.rank_states[rank] for rank in ranks]
+            states = [contents.small["data"]] if saved == self.size else contents.copies["data"]
             for rank, state in zip(ranks, states, strict=True):
-                if state != f"rank {rank} at {iteration}".encode():
+                if state != f"rank {rank} at {iteration}":
                     wrong.append(f"state of rank {rank}")
             restore = self.tier.finish_load()
             if restore is not None:

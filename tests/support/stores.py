@@ -51,7 +51,7 @@ def commit(
     """Commit a checkpoint of two small files. `sequence` None: the iteration, as saves go on."""
     pending = store.begin(iteration)
     files = (
-        store.write_file(pending, "state/rank_00000.pt", b"state"),
+        store.write_file(pending, "y.distcp", b"state"),
         store.write_file(pending, "x.distcp", content),
     )
     sequence = iteration if sequence is None else sequence

@@ -129,13 +129,13 @@ def test_verify_reads_everything(root: Path, capsys: pytest.CaptureFixture[str])
 def test_verify_names_every_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each damaged file is named with its byte range, each broken directory with its reason."""
     flip_bit(root / "iter_0000020/x.distcp", 1 << 20)
-    (root / "iter_0000020/state/rank_00000.pt").unlink()
+    (root / "iter_0000020/y.distcp").unlink()
     (root / "iter_0000010/manifest.json").unlink()
     code, out, _ = _run(capsys, "verify", root)
     assert code == 1
     assert f"{root / 'iter_0000020'}: DAMAGED" in out
     assert f"  iter_0000020/x.distcp: block 0 (bytes 0-{(3 << 20) - 1}) does not match" in out
-    assert "  iter_0000020/state/rank_00000.pt: is missing" in out
+    assert "  iter_0000020/y.distcp: is missing" in out
     assert "has no manifest.json" in out
     assert out.splitlines()[-1] == "2 checkpoints read, 2 damaged"
     code, document = _json(capsys, "verify", root)

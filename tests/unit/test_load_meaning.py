@@ -152,7 +152,7 @@ def test_a_broken_run_never_starts_from_its_parent(base: Live, tmp_path: Path) -
     flip_bit(tmp_path / "own/iter_0000002/__0_0.distcp")
     with pytest.raises(NoLoadableCheckpointError, match="iter_0000002"):
         live.load(_pretrained(tmp_path))
-    shutil.rmtree(tmp_path / "own/iter_0000002/state")
+    (tmp_path / "own/iter_0000002/__0_0.distcp").unlink()
     with pytest.raises(NoLoadableCheckpointError, match="iter_0000002"):
         live.load(_pretrained(tmp_path))
 
@@ -368,7 +368,7 @@ def _flip(path: Path) -> None:
 
 
 def _cut(path: Path) -> None:
-    (path / "state/shared.pt").write_bytes(b"")
+    (path / "run_config.yaml").write_bytes(b"")
 
 
 def _lose_file(path: Path) -> None:
@@ -476,9 +476,9 @@ def test_a_result_says_whether_it_is_durable(base: Live, tmp_path: Path, local: 
 
 def test_a_step_that_is_damaged_is_the_damage(base: Live, tmp_path: Path) -> None:
     """Asked for by number, the error is the file's, and no word of another checkpoint."""
-    (tmp_path / "base/iter_0000020/state/shared.pt").write_bytes(b"")
+    (tmp_path / "base/iter_0000020/run_config.yaml").write_bytes(b"")
     for load in ({"step": 20}, {"directory": str(tmp_path / "base/iter_0000020")}):
-        with pytest.raises(CorruptCheckpointError, match=r"state/shared\.pt: has 0 bytes"):
+        with pytest.raises(CorruptCheckpointError, match=r"run_config\.yaml: has 0 bytes"):
             _trained(5).load(manager_of(tmp_path / "base", load=load))
 
 

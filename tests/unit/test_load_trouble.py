@@ -55,7 +55,7 @@ def _store(root: Path) -> Live:
     return live
 
 
-PARTS = ("__0_0.distcp", ".metadata", "shared.pt", "train_state.json")
+PARTS = ("__0_0.distcp", ".metadata", "run_config.yaml", "train_state.json")
 
 
 @pytest.mark.parametrize("part", PARTS)

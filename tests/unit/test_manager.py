@@ -330,7 +330,7 @@ def test_a_run_never_starts_fresh_over_broken_checkpoints(tmp_path: Path, policy
         live.save(manager, iteration)
     flip_bit(tmp_path / "iter_0000004/__0_0.distcp")
     (tmp_path / "iter_0000003/manifest.json").unlink()
-    (tmp_path / "iter_0000002/state/shared.pt").write_bytes(b"")
+    (tmp_path / "iter_0000002/run_config.yaml").write_bytes(b"")
     (tmp_path / "iter_0000001/train_state.json").unlink()
     before = live.digests()
     with pytest.raises(NoLoadableCheckpointError) as caught:
@@ -353,8 +353,7 @@ def test_a_run_never_starts_fresh_over_broken_checkpoints(tmp_path: Path, policy
 
 
 FILES = [
-    ".metadata", "__0_0.distcp", "run_config.yaml", "state/rank_00000.pt", "state/shared.pt",
-    "train_state.json", "manifest.json",
+    ".metadata", "__0_0.distcp", "run_config.yaml", "train_state.json", "manifest.json",
 ]  # fmt: skip
 HARMS: dict[str, Callable[[Path], object]] = {
     "first bit": flip_bit,

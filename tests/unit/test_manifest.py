@@ -97,9 +97,9 @@ def test_a_record_that_is_no_manifest_is_refused(values: object, reason: str) ->
 
 
 LATER = [
-    (_values(format=2), "m is of format 2; this version of holdfast reads up to format 1"),
+    (_values(format=3), "m is of format 3; this version of holdfast reads up to format 2"),
     (_values(format=10**6, files=None), "format 1000000"),
-    (_values(requires=["chunked", "sparse"]), "format 1 and requires 'chunked', 'sparse'"),
+    (_values(requires=["chunked", "sparse"]), "format 2 and requires 'chunked', 'sparse'"),
 ]
 
 
@@ -114,7 +114,7 @@ def test_a_record_of_a_later_version_is_no_damage(values: object, reason: str) -
 
 def test_a_later_record_may_be_sealed_in_another_way() -> None:
     """A whole record of a later format is no damage, whatever it ends with; ours always is."""
-    for content in (json.dumps(_values(format=2)).encode(), json.dumps({"format": 3}).encode()):
+    for content in (json.dumps(_values(format=3)).encode(), json.dumps({"format": 4}).encode()):
         with pytest.raises(FormatTooNewError):
             Manifest.from_bytes(content, "m")
     for content in (json.dumps(_values()).encode(), b"{}", b'{"format": "2"}', b"[2]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from holdfast.filesystem import LocalFilesystem
 from holdfast.read.reader import ShardReader
 from holdfast.storage.digests import describe_content
 from holdfast.storage.posix import PosixStorage
-from tests.support.hostile import hostile_pickle, hostile_torch_file
+from tests.support.hostile import hostile_pickle, hostile_torch_file, plant_value
 from tests.support.managers import Live, linear, manager_of, step
 from tests.support.stores import reseal
 
@@ -90,6 +91,19 @@ def _replace(name: str, make: Callable[[Path], bytes]) -> Callable[[Path, Path],
     return harm
 
 
+def _plant(name: str, make: Callable[[Path], bytes]) -> Callable[[Path, Path], None]:
+    def harm(path: Path, marker: Path) -> None:
+        plant_value(path / "__0_0.distcp", name, make(marker))
+
+    return harm
+
+
+def _saved(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
 HOSTILE = {
     "metadata: code": _replace(".metadata", hostile_pickle),
     "metadata: a callable": _hide_in_metadata,
@@ -99,11 +113,12 @@ HOSTILE = {
     "metadata: text": _replace(".metadata", lambda marker: b"garbage"),
     "metadata: outside": _with_metadata(_outside),
     "metadata: unlisted": _with_metadata(_unlisted),
-    "rank state: pickle": _replace("state/rank_00000.pt", hostile_pickle),
-    "rank state: torch": _replace("state/rank_00000.pt", hostile_torch_file),
-    "rank state: nothing": _replace("state/rank_00000.pt", lambda marker: b""),
-    "shared: pickle": _replace("state/shared.pt", hostile_pickle),
-    "shared: torch": _replace("state/shared.pt", hostile_torch_file),
+    "rng: pickle": _plant("rng", hostile_pickle),
+    "rng: torch": _plant("rng", hostile_torch_file),
+    "rng: nothing": _plant("rng", lambda marker: b""),
+    "rng: another state": _plant("rng", lambda marker: _saved({"python": 1})),
+    "counters: torch": _plant("train_state", hostile_torch_file),
+    "counters: another": _plant("train_state", lambda marker: _saved({"train_state": {"step": 7}})),
     "shards: torch": _replace("__0_0.distcp", hostile_torch_file),
     "counters: nothing": _replace("train_state.json", lambda marker: b""),
     "counters: a list": _replace("train_state.json", lambda marker: b"[]"),
@@ -140,7 +155,7 @@ def test_a_hostile_checkpoint_runs_no_code_and_is_passed_over(
     assert not marker.exists()
 
 
-DROPPED = ["train_state.json", "state/shared.pt", "state/rank_00000.pt", ".metadata"]
+DROPPED = ["train_state.json", "run_config.yaml", "__0_0.distcp", ".metadata"]
 
 
 @pytest.mark.parametrize("name", DROPPED)

@@ -12,8 +12,10 @@ import pytest
 from holdfast.errors import CorruptCheckpointError, FormatTooNewError
 from holdfast.tiers.local.shard_file import (
     Trailer,
+    pack_nodes,
     parse_trailer,
     read_trailer,
+    unpack_nodes,
 )
 from tests.support.local_shards import FILE, PARTS, RECORD, TAIL
 
@@ -23,10 +25,10 @@ def _read(content: bytes) -> Trailer:
 
 
 def test_a_tail_is_read_back_exactly() -> None:
-    """Record and small states, from a whole file and from a copy of the small states alone."""
+    """Record and parts, from a whole file and from one with a rank's own copies alone."""
     assert _read(FILE) == TAIL
-    alone = TAIL.without_image()
-    assert _read(alone.to_bytes()) == alone
+    alone = TAIL.of_own_copies(8192, "01" * 16)
+    assert _read(bytes(alone.record.image_bytes) + alone.to_bytes()) == alone
     assert not alone.record.is_whole
     assert alone.record.commit == RECORD.commit
 
@@ -61,7 +63,8 @@ def test_what_follows_a_file_makes_it_another() -> None:
         {"iteration": 1.0},
         {"owner": 2},
         {"world_size": 3},
-        {"nodes": (0, "x")},
+        {"nodes": (0,)},
+        {"audit": 3},
         {"run_id": 3},
         {"state_names": "many"},
         {"is_whole": 1},
@@ -91,14 +94,15 @@ def _sealed_with_image(tail: Trailer, image_bytes: int) -> bytes:
 
 
 def _sealed(**changes: Any) -> bytes:
-    """Return a file without an image whose record has other fields than this version writes."""
+    """Return a trailer whose record has other fields than this version writes."""
     import holdfast.tiers.local.shard_file as format_
 
-    content = Trailer(RECORD, PARTS).without_image().to_bytes()
+    content = Trailer(RECORD, PARTS).to_bytes()
     text, _, states = content[: -format_._END.size].partition(b"\n")
     rest = json.dumps({**json.loads(text), **changes}).encode() + b"\n" + states
     rest += b"x" * changes.get("parts", {}).get("more", 0)
-    return rest + format_._END.pack(format_._MARK, 0, len(rest), format_._digest(0, rest))
+    size = RECORD.image_bytes
+    return rest + format_._END.pack(format_._MARK, size, len(rest), format_._digest(size, rest))
 
 
 def test_what_a_later_version_adds_is_ignored() -> None:
@@ -106,11 +110,11 @@ def test_what_a_later_version_adds_is_ignored() -> None:
     sizes = {name: len(PARTS[name]) for name in PARTS}
     content = _sealed(colour="red", requires=[], parts={"more": 7, **sizes})
     tail = parse_trailer(content, "shard")
-    assert tail.record == replace(RECORD, is_whole=False)
+    assert tail.record == RECORD
     assert tail.parts == PARTS
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"requires": ["striped"]}])
+@pytest.mark.parametrize("change", [{"format": 3}, {"requires": ["striped"]}])
 def test_a_later_format_is_told_with_both_versions(change: dict[str, Any]) -> None:
     """A record that this version cannot read is not damaged: the error says what it needs."""
     with pytest.raises(FormatTooNewError, match="this version of holdfast reads") as caught:
@@ -122,3 +126,41 @@ def test_a_record_without_its_parts_is_refused() -> None:
     """What does not hold every known part is damaged."""
     with pytest.raises(CorruptCheckpointError, match="no sound record"):
         parse_trailer(_sealed(parts={}), "shard")
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        (0,),
+        (0, 0, 0),
+        (0, 0, 1, 1, 2, 2),
+        (0, 1, 0, 1, 2),
+        (0, 0, 1, 2, 2, 2, 1),
+        (0, 1, 2, 3, 4, 0, 1, 2, 3, 4),
+        (5, 3, 1, 1, 3, 5, 7),
+        tuple(rank // 8 for rank in range(4096)),
+    ],
+)
+def test_a_table_of_nodes_is_read_back_exactly(nodes: tuple[int, ...]) -> None:
+    """Whatever the placement is; where nodes are filled one after the other it takes one run."""
+    packed = json.loads(json.dumps(pack_nodes(nodes)))
+    assert unpack_nodes(packed) == nodes
+    if len(nodes) > 100:
+        assert packed == [[0, 1, 8, 512]]
+
+
+@pytest.mark.parametrize(
+    "nodes", [None, 3, [3], [[0, 0]], [[0, 0, 1, "x"]], [[0, 0, 0, 9]], [[0, 0, 1 << 12, 1 << 40]]]
+)
+def test_a_table_that_is_none_is_refused(nodes: Any) -> None:
+    """Neither a crash nor all memory comes of it."""
+    with pytest.raises(CorruptCheckpointError, match="no sound record"):
+        parse_trailer(_sealed(nodes=nodes), "shard")
+
+
+def test_there_is_room_for_an_audit() -> None:
+    """What was compared of replicas is a field of the record, absent where nothing was."""
+    assert b"audit" not in TAIL.to_bytes()
+    record = replace(RECORD, audit={"agreed": 7})
+    content = Trailer(record, PARTS).to_bytes()
+    assert parse_trailer(content, "shard").record == record

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from holdfast.errors import CheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.layout import read_index
+from holdfast.format.values import DATA, RNG, TRAIN_STATE
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.state.app import AppState
 from holdfast.state.model import ModelWalk, read_model
@@ -521,11 +522,13 @@ GETTERS_FAIL = {
 
 
 def _content(checkpoint: Path) -> dict[str, Any]:
-    """Read what a checkpoint says of every name, and the state beside the shards."""
+    """Read what a checkpoint says of every name, but for what each save has anew."""
     file = (checkpoint / "__0_0.distcp").read_bytes()
     body = file[: int.from_bytes(file[-16:-8], "little")]
-    found: dict[str, Any] = {"shared": (checkpoint / "state/shared.pt").read_bytes()}
+    found: dict[str, Any] = {}
     for each in read_index(body):
+        if each.name in (RNG, DATA, TRAIN_STATE):
+            continue
         if each.payload_offset is not None:
             value: Any = body[each.payload_offset : each.payload_offset + each.payload_bytes]
         else:

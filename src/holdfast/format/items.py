@@ -33,14 +33,8 @@ from torch.distributed.tensor import DTensor
 from holdfast.format.chunks import Cut
 from holdfast.format.layout import Item, containers_of, leaders_of
 from holdfast.format.nondense import PLAIN_TENSORS, expanded_dims, is_dense, pickle_tensor
-from holdfast.storage.digests import round_up
+from holdfast.format.values import capacity_for, fill
 from holdfast.torch_internals import chunks_of, local_and_spec
-
-_SLOT_ALIGNMENT = 64
-_LEAST_HEADROOM_BYTES = 256
-_MOST_HEADROOM_BYTES = 32 << 10
-_TOLERATED_BYTES = 60 << 10
-"""Trailing zeros that torch tolerates: it searches the last 64 KiB for the container's end."""
 
 Source = torch.Tensor | bytes
 """A plain tensor to copy, or bytes that are a container already."""
@@ -199,14 +193,28 @@ class Itemizer:
                     sources += [each.local for each in known.spec.chunks(source.detach())]
                     continue
             elif known.kind is bytes and item.dtype is None:
-                encoded = self._values[item.name]
-                if encoded.key != pickle.dumps(leaf):
+                refilled = self._refill(item, leaf)
+                if refilled is None:
                     return None
-                source = encoded.content
+                source = refilled
             else:
                 return None
             sources.append(source)
         return Inventory(last.items, sources, self._structure)
+
+    def _refill(self, item: Item, value: Any) -> bytes | None:
+        """Return the bytes of a value in the slot it had last time; None: describe it again."""
+        if isinstance(value, torch.Tensor):
+            return None
+        encoded = self._values[item.name]
+        key = pickle.dumps(value)
+        if encoded.key != key:
+            content = _save(value)
+            if len(content) > item.capacity_bytes or self._kind_of(value) != item.kind:
+                return None
+            encoded = _Encoded(key, item, fill(content, item.capacity_bytes))
+            self._values[item.name] = encoded
+        return encoded.content
 
     def _describe(
         self, name: str, leaf: Any, paths: Mapping[str, tuple[str | int, ...]]
@@ -289,8 +297,6 @@ class Itemizer:
         key = pickle.dumps(value)
         encoded = self._values.get(name)
         if encoded is None or encoded.key != key:
-            stream = io.BytesIO()
-            torch.save(value, stream)
             item = Item(
                 name,
                 tuple(paths[name]),
@@ -301,25 +307,24 @@ class Itemizer:
                 per_rank=name in self._per_rank,
                 kind=self._kind_of(value),
             )
-            item, content = self._with_capacity(item, stream.getvalue())
+            item, content = self._with_capacity(item, _save(value))
             encoded = self._values[name] = _Encoded(key, item, content)
         return encoded.item, encoded.content
 
     def _with_capacity(self, item: Item, content: bytes) -> tuple[Item, bytes]:
-        """Reuse an item's previous slot if its bytes still fit; else size one with headroom."""
+        """Reuse an item's previous slot if its bytes still fit; else size one with headroom.
+
+        Return it with bytes that fill it.
+        """
         before = self._known.get(item.name)
         if before is not None and before.kind is bytes:
             (slot,) = before.items
-            spare = slot.capacity_bytes - len(content)
-            if (
-                0 <= spare < _TOLERATED_BYTES
-                and replace(item, capacity_bytes=slot.capacity_bytes) == slot
-            ):
-                return slot, content
-        headroom = min(max(len(content) // 4, _LEAST_HEADROOM_BYTES), _MOST_HEADROOM_BYTES)
-        slot = replace(item, capacity_bytes=round_up(len(content) + headroom, _SLOT_ALIGNMENT))
+            fits = len(content) <= slot.capacity_bytes
+            if fits and replace(item, capacity_bytes=slot.capacity_bytes) == slot:
+                return slot, fill(content, slot.capacity_bytes)
+        slot = replace(item, capacity_bytes=capacity_for(len(content), item.name))
         self._known[item.name] = _Known(bytes, None, torch.Size(), None, None, [slot])
-        return slot, content
+        return slot, fill(content, slot.capacity_bytes)
 
     def _tie(
         self, item: Item, source: torch.Tensor, others: list[tuple[torch.Tensor, str]]
@@ -383,6 +388,12 @@ def _chunks(
 def _sharing(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Return the dimensions along which elements share memory, which its kind tells; None: none."""
     return expanded_dims(tensor) or None
+
+
+def _save(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
 
 
 def _place_of(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ import torch
 from holdfast.errors import FormatTooNewError
 from holdfast.format.inventory import TAIL
 from holdfast.storage.digests import round_up
-from holdfast.storage.manifest import PER_RANK, check_format
+from holdfast.storage.manifest import FORMAT, PER_RANK, check_format
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ SLOT_ALIGNMENT = 64
 BODY_ALIGNMENT = 4096
 
 _TYPE = "holdfast-shard-index"
-_FORMAT = 2
 _FIELDS = (
     "name",
     "path",  # null: the name split at its dots
@@ -326,7 +325,7 @@ def _encode_index(placed: Sequence[tuple[Item, Slot]]) -> bytes:
         )
     described = {
         "type": _TYPE,
-        "format": _FORMAT,
+        "format": FORMAT,
         "requires": [PER_RANK] if any(item.per_rank for item, _ in placed) else [],
         "fields": _FIELDS,
         "kinds": [*kinds],
@@ -377,7 +376,7 @@ def parse_index(
     if not isinstance(described, Mapping) or described.get("type") != _TYPE:
         raise ValueError("the index is not that of a shard file")
     try:
-        check_format(described, _FORMAT, where)
+        check_format(described, FORMAT, where, FORMAT)
     except FormatTooNewError:
         raise
     except (KeyError, ValueError) as error:

@@ -95,12 +95,12 @@ class ShardReader:
     ) -> Self:
         """Parse the content of `.metadata`.
 
-        `own_file`: that this rank wrote, whose copies it reads of what is per rank. None, or a file
-        that the manifest does not list: those of the lowest rank, as `.metadata` has them.
+        `own_file`: that this rank wrote, whose copies it reads of what is per rank. None: those of
+        the lowest rank, as `.metadata` has them.
 
         Raises:
             CorruptCheckpointError: it is not metadata, requires running code, or names files that
-                the manifest does not list.
+                the manifest does not list; or that one does not list `own_file`.
         """
         where = files.where(METADATA_NAME)
         try:
@@ -124,7 +124,9 @@ class ShardReader:
                     where, f"names {relative_path!r}, which {cls._unlisted}"
                 )
         reader = cls(files, metadata, records)
-        if own_file is not None and own_file in records and per_rank_names(metadata):
+        if own_file is not None and per_rank_names(metadata):
+            if own_file not in records:
+                raise CorruptCheckpointError(where, f"is of ranks whose {own_file} is not listed")
             entries = read_index(files, own_file, records[own_file]).entries(files.where(own_file))
             reader.own_names.update(prefer_own_copies(metadata, own_file, entries))
         return reader
@@ -173,7 +175,7 @@ class ShardReader:
         values: dict[str, Any] = {}
         for name, content in self.read_contents(self.value_names()).items():
             where = self.files.where(self.place_of_value(name).relative_path)
-            values[name] = _decode(content, where, name)
+            values[name] = decode_value(content, where, name)
         return values
 
     def read_contents(self, names: Sequence[str]) -> dict[str, Any]:
@@ -452,7 +454,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
             return self._files[name]
 
 
-def _decode(content: bytes | bytearray | memoryview, where: str, name: str) -> Any:
+def decode_value(content: bytes | bytearray | memoryview, where: str, name: str) -> Any:
     """Return a value or tensor from its container, running no code from it.
 
     Raises:

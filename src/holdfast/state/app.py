@@ -1,8 +1,8 @@
 """Capture the app state of a run and apply it again.
 
 Owns which names the state has in a checkpoint and how each part is taken from live objects and
-given back: model and optimizer as one nested state for the shard files, scheduler as shared state,
-RNG and data as this rank's state. Promises that capturing changes nothing (no hidden optimizer
+given back: model and optimizer as one nested state, scheduler, RNG and data as values beside it.
+Promises that capturing changes nothing (no hidden optimizer
 step, no draw), that `check` touches nothing, and that `apply` restores RNG last. Reads and writes
 no files.
 """
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from holdfast.format.chunks import Placed
 from holdfast.format.dcp import KeyPath, put
+from holdfast.format.values import DATA, EMPTY, RNG, SCHEDULER
 from holdfast.protocol import Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
@@ -33,10 +34,11 @@ from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, r
 from holdfast.state.naming import PARAMETERS, STATE
 from holdfast.state.optimizer import LiveOptimizers, look_up
 from holdfast.state.options import check_schedule
+from holdfast.state.per_rank import names_per_rank
 from holdfast.state.rehearsal import check_values
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
-from holdfast.state.small import Place, apply_data, capture_rng, check_data
+from holdfast.state.small import Place, apply_data, capture_rng, check_data, position_of
 from holdfast.state.targets import Targets
 
 logger = logging.getLogger(__name__)
@@ -49,10 +51,9 @@ class Captured:
     leaves: Leaves
     """Of `{"model": {...}, "optimizer": {"state": {...}, "param_groups": [...]}}`; the last of them
     is one leaf."""
-    shared: dict[str, Any]
-    """The same on every rank: the scheduler's, and which mappings of the nested state are empty."""
-    rank: dict[str, Any]
-    """This rank's own: RNG and data."""
+    small: dict[str, Any]
+    """The small states of this rank by name: RNG, scheduler, data position, and which mappings of
+    the nested state are empty."""
     bindings: Bindings | None
     """Where the leaves live, for the next capture. None: they cannot be looked up."""
 
@@ -123,19 +124,19 @@ class AppState:
         (leaves, bindings), scheduler, data = run_each(
             lambda: self._find_leaves(bindings),
             lambda: None if self._scheduler is None else self._scheduler.state_dict(),
-            lambda: None if self._data is None else self._data.state_dict(),
+            lambda: None if self._data is None else position_of(self._data, self._place),
         )
-        shared = {"scheduler": scheduler, "hollow": list(leaves.hollow)}
-        rank = {
-            "rng": rng,
-            "data": data,
-            "data_rank": self._place.data_rank,
-            "data_size": self._place.data_size,
-        }
-        for name, part in (("", shared), (f"rank {self._place.rank} ", rank)):
-            for key, value in part.items():
-                check_plain(value, f"{name}{key}")
-        return Captured(leaves, shared, rank, bindings)
+        small: dict[str, Any] = {RNG: rng}
+        if scheduler is not None:
+            small[SCHEDULER] = scheduler
+        if data is not None:
+            small[DATA] = data
+        if leaves.hollow:
+            small[EMPTY] = [list(path) for path in leaves.hollow]
+        for name, value in small.items():
+            rank = f"rank {self._place.rank} " if name in (RNG, DATA) else ""
+            check_plain(value["position"] if name == DATA else value, f"{rank}{name}")
+        return Captured(leaves, small, bindings)
 
     def _find_leaves(self, bindings: Bindings | None) -> tuple[Leaves, Bindings | None]:
         """Return model and optimizers by their bindings, else gathered and bound again."""
@@ -165,7 +166,9 @@ class AppState:
             lambda: look_up(root, optimizers, walk) if optimizers else None,
         )
         leaves = Leaves.of(model, live, optimizers)
-        return replace(leaves, claims=self._find_claims(walk, leaves.values, leaves.paths))
+        claims = self._find_claims(walk, leaves.values, leaves.paths)
+        per_rank = names_per_rank(root, leaves.values, leaves.paths)
+        return replace(leaves, claims=claims, per_rank=leaves.per_rank | per_rank)
 
     def _find_claims(
         self, walk: ModelWalk | None, flat: Mapping[str, Any], paths: Mapping[str, KeyPath]
@@ -218,15 +221,16 @@ class AppState:
         self,
         path: str,
         saved: SavedTensors | None,
-        shared: Mapping[str, Any],
-        rank: Mapping[str, Any],
+        small: Mapping[str, Any],
+        positions: Sequence[Mapping[str, Any]],
         *,
         strict: bool,
         accept_data_restart: bool,
     ) -> None:
         """Compare names, shapes and types with a checkpoint's, touching nothing.
 
-        `saved` None: model and optimizer are left alone.
+        `saved` None: model and optimizer are left alone. `small`: the saved small states by name.
+        `positions`: of the data, as `apply_data` takes them.
 
         Raises:
             StateMismatchError: shapes or kinds of optimizers differ, nothing fits, or `strict` and
@@ -244,9 +248,10 @@ class AppState:
             found.different += self._find_targets(saved).differences()
             if self.optimizers:
                 self.fit(saved).compare_names(found)
-        if self._scheduler is not None and shared.get("scheduler") is None:
+        schedule = small.get(SCHEDULER)
+        if self._scheduler is not None and schedule is None:
             found.missing.append("scheduler")
-        if self._data is not None and rank["data"] is None:
+        if self._data is not None and not positions:
             found.missing.append("data")
         found.refuse(path, strict)
         fit = self.fit(saved) if saved is not None and self.optimizers else None
@@ -254,7 +259,7 @@ class AppState:
             fit.check_groups(path)
         if self._scheduler is not None:
             matches = [*fit.matches.values()] if fit is not None else []
-            check_schedule(self._scheduler, shared.get("scheduler"), matches, path)
+            check_schedule(self._scheduler, schedule, matches, path)
         if self._place.rank == 0:
             if (summary := found.summary()) is not None:
                 logger.warning("%s is loaded in part. %s", path, summary)
@@ -264,10 +269,11 @@ class AppState:
                 "data": self._data is not None,
             }
             absent = {name for name, is_here in here.items() if not is_here} - self._kept
-            for each in describe_left_out(absent, saved, shared, rank, self._given_data):
+            held = {name for name, each in ((SCHEDULER, schedule), (DATA, positions)) if each}
+            for each in describe_left_out(absent, saved, held, self._given_data):
                 logger.warning("%s: %s", path, each)
         if self._data is not None:
-            check_data(self._data, rank, self._place, path, accept_data_restart)
+            check_data(self._data, positions, self._place, path, accept_data_restart)
 
     def _check_reachable(self, live: Mapping[str, Any], saved: SavedTensors) -> None:
         """Refuse live tensors that no value could be restored into.
@@ -370,16 +376,16 @@ class AppState:
         )
         return bool(has_optimizer)
 
-    def apply_scheduler(self, shared: Mapping[str, Any]) -> bool:
+    def apply_scheduler(self, state: Any | None) -> bool:
         """Give the scheduler its state, where both sides have one; return whether they have."""
-        if self._scheduler is None or shared.get("scheduler") is None:
+        if self._scheduler is None or state is None:
             return False
-        self._scheduler.load_state_dict(shared["scheduler"])
+        self._scheduler.load_state_dict(state)
         return True
 
-    def apply_data(self, states: Sequence[Mapping[str, Any]]) -> bool:
-        """Restore the data position from these ranks' states; see `state.small`."""
-        return self._data is not None and apply_data(self._data, states, self._place)
+    def apply_data(self, positions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """Restore the data position from these; see `state.small`."""
+        return None if self._data is None else apply_data(self._data, positions, self._place)
 
     @cached_property
     def _live_model(self) -> dict[str, Any]:

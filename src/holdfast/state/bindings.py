@@ -47,7 +47,7 @@ class Leaves:
     claims: Claims = NO_CLAIMS
     """Which plain tensors are parts of global ones."""
     per_rank: frozenset[str] = frozenset()
-    """Names of which every rank has a value of its own."""
+    """Names of which every rank saves its own copy."""
 
     @classmethod
     def of(

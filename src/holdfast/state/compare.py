@@ -86,19 +86,19 @@ def compare_model(
 def describe_left_out(
     absent: Collection[str],
     saved: SavedTensors | None,
-    shared: Mapping[str, Any],
-    rank: Mapping[str, Any],
+    held: Collection[str],
     given_data: Any | None,
 ) -> Iterator[str]:
     """Yield what the checkpoint holds of components that this load has no object for.
 
-    `given_data`: what was given for the data position and cannot take it, if anything.
+    `held`: the small states that it holds. `given_data`: what was given for the data position and
+    cannot take it, if anything.
     """
     if "optimizer" in absent and saved is not None and any(map(saved.groups, saved.roots)):
         yield "it holds optimizer state, and this load was given no optimizer: left out"
-    if "scheduler" in absent and shared.get("scheduler") is not None:
+    if "scheduler" in absent and "scheduler" in held:
         yield "it holds scheduler state, and this load was given no scheduler: left out"
-    if "data" in absent and rank.get("data") is not None:
+    if "data" in absent and "data" in held:
         why = "was given no data iterator"
         if given_data is not None:
             why = f"was given a {type(given_data).__name__}, which has no load_state_dict"

@@ -110,16 +110,33 @@ class SavedRun:
     world_size: int
 
 
+def is_position(state: Any) -> bool:
+    """Whether a saved value has the form of a data position."""
+    return isinstance(state, dict) and state.keys() >= {"position", "data_rank", "data_size"}
+
+
+def position_of(data: Stateful, place: Place) -> dict[str, Any]:
+    """Return an iterator's position, and which of the data-parallel ranks has it."""
+    return {
+        "position": data.state_dict(),
+        "data_rank": place.data_rank,
+        "data_size": place.data_size,
+    }
+
+
 def check_data(
-    data: Stateful, rank: Mapping[str, Any], place: Place, path: str, accept_restart: bool
+    data: Stateful,
+    positions: Sequence[Mapping[str, Any]],
+    place: Place,
+    path: str,
+    accept_restart: bool,
 ) -> None:
-    """Check early whether an iterator can restore the data state, changing nothing.
+    """Check early whether an iterator can restore a saved position, changing nothing.
 
     Raises:
         DataReshardError: the data-parallel size differs and the iterator cannot reshard.
     """
-    saved_data_size = rank["data_size"]
-    if rank["data"] is None or saved_data_size == place.data_size:
+    if not positions or (saved_data_size := positions[0]["data_size"]) == place.data_size:
         return
     if not isinstance(data, ReshardableData) and not accept_restart:
         raise DataReshardError(
@@ -145,26 +162,28 @@ def warn_of_lost_position(data: Any | None) -> bool:
     return True
 
 
-def apply_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place) -> bool:
-    """Restore an iterator's position; False: none was saved, or it starts from the beginning.
+def apply_data(
+    data: Stateful, positions: Sequence[Mapping[str, Any]], place: Place
+) -> Mapping[str, Any] | None:
+    """Restore an iterator's position and return it; None: it starts from the beginning.
 
-    `states`: of this rank alone, or of every rank of the run that saved.
+    `positions`: the one of this rank alone, or every distinct one that was saved.
     """
     # Another rank may have saved this reader's state; another reader's state is never restored.
-    reader = next((each for each in states if place.reads_on_from(each)), None)
+    reader = next((each for each in positions if place.reads_on_from(each)), None)
     if reader is None:
-        return _reshard_data(data, states, place)
-    if reader["data"] is None:
-        return False
-    data.load_state_dict(copy.deepcopy(reader["data"]))  # it may be applied again
-    return True
+        return positions[0] if _reshard_data(data, positions, place) else None
+    data.load_state_dict(copy.deepcopy(reader["position"]))  # it may be applied again
+    return reader
 
 
-def apply_generators(states: Sequence[Mapping[str, Any]], saved: SavedRun, place: Place) -> bool:
-    """Restore every generator; False: the number of ranks differs, so they were reseeded."""
+def apply_generators(state: dict[str, Any], saved: SavedRun, place: Place) -> bool:
+    """Restore every generator; False: the number of ranks differs, so they were reseeded.
+
+    `state`: as this rank saved it, where as many ranks saved.
+    """
     if saved.world_size == place.world_size:
-        own = own_state(states, place)
-        for name in apply_rng(own["rng"]):
+        for name in apply_rng(state):
             logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
         return True
     reseed(saved.run_id, saved.iteration, place.rank)
@@ -177,24 +196,18 @@ def apply_generators(states: Sequence[Mapping[str, Any]], saved: SavedRun, place
     return False
 
 
-def own_state(states: Sequence[Mapping[str, Any]], place: Place) -> Mapping[str, Any]:
-    """Return the state of this rank, or of the last one if there are fewer."""
-    return states[0] if len(states) == 1 else states[min(place.rank, len(states) - 1)]
-
-
-def _reshard_data(data: Stateful, states: Sequence[Mapping[str, Any]], place: Place) -> bool:
-    saved_size = own_state(states, place)["data_size"]
-    by_rank = {each["data_rank"]: each["data"] for each in states}
-    ordered = [by_rank[rank] for rank in sorted(by_rank) if by_rank[rank] is not None]
-    if not ordered:
+def _reshard_data(data: Stateful, positions: Sequence[Mapping[str, Any]], place: Place) -> bool:
+    if not positions:
         return False
+    by_rank = {each["data_rank"]: each["position"] for each in positions}
+    ordered = [by_rank[rank] for rank in sorted(by_rank)]
     reshards = isinstance(data, ReshardableData)
     if isinstance(data, ReshardableData):
         data.load_resharded_state(copy.deepcopy(ordered))
     if place.rank == 0:
         logger.warning(
             "data of %d data-parallel ranks, now %d: %s",
-            saved_size,
+            positions[0]["data_size"],
             place.data_size,
             "resharded" if reshards else "restarted from its beginning (load.accept_data_restart)",
         )

@@ -1,4 +1,4 @@
-"""Digests of a file, block by block: part of on-disk format 1.
+"""Digests of a file, block by block: part of on-disk format 2.
 
 Owns the digest of a file (xxh3-128 over the concatenated xxh3-128 digests of its 8 MiB blocks) and
 where the block digests are stored: in the manifest, or, for a shard file, in the footer after the

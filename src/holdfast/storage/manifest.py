@@ -1,4 +1,4 @@
-"""The commit record of a checkpoint: on-disk format 1.
+"""The commit record of a checkpoint: on-disk format 2.
 
 Owns the JSON of manifest.json. Promises that a manifest is read back exactly or refused with a
 reason; its last line is the xxh3-128 of all bytes before it. Refuses paths that leave the
@@ -21,7 +21,8 @@ from holdfast.storage.digests import FileRecord
 PERSISTENT, LOCAL, FOREIGN = "persistent", "local", "foreign"
 """Tiers; a foreign checkpoint is one written by torch alone."""
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""Of manifests and of the indexes of shard files. Format 1 was never released, and is not read."""
 PER_RANK = "per_rank"
 """The feature that shard files hold copies which belong to one rank each."""
 FEATURES: frozenset[str] = frozenset({PER_RANK})
@@ -49,6 +50,12 @@ class Manifest:
     """Name and version of the writer."""
     parent: dict[str, Any] | None = None
     """The checkpoint of another run that this one began from; None: it began from nothing."""
+    requires: tuple[str, ...] = ()
+    """Features that a reader must know."""
+    differing: tuple[str, ...] | None = None
+    """Names, or groups of names, of which ranks saved copies that differ; None: not compared."""
+    audit: dict[str, Any] | None = None
+    """What was compared of the replicas of tensors; None: nothing."""
     format: int = FORMAT
 
     @property
@@ -59,8 +66,9 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the content of manifest.json."""
         values = asdict(self)
-        if self.parent is None:
-            del values["parent"]
+        for name in ("parent", "differing", "audit"):
+            if values[name] is None:
+                del values[name]
         return seal(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
 
     @classmethod
@@ -80,9 +88,13 @@ class Manifest:
             raise
         try:
             values = json.loads(body)
-            check_format(values, FORMAT, path)
+            check_format(values, FORMAT, path, FORMAT)
             files = tuple(map(_read_record, values["files"]))
-            manifest = cls(**{**known_fields(cls, values), "files": files})
+            known = {**known_fields(cls, values), "files": files}
+            for name in ("requires", "differing"):
+                if known.get(name) is not None:
+                    known[name] = _strings(known[name], name)
+            manifest = cls(**known)
             _check_types(manifest)
         except FormatTooNewError:
             raise
@@ -94,18 +106,18 @@ class Manifest:
         return manifest
 
 
-def check_format(values: Mapping[str, Any], known: int, path: str) -> None:
+def check_format(values: Mapping[str, Any], known: int, path: str, oldest: int = 1) -> None:
     """Refuse a record whose format or required features this version does not know.
 
-    `values`: as read from JSON. `known`: the latest format of such records.
+    `values`: as read from JSON. `known`: the latest format of such records; `oldest`: the first.
 
     Raises:
         FormatTooNewError: it is of a later version.
-        ValueError: its format is not a number, or below 1.
+        ValueError: its format is not a number, or older.
     """
     found, sequence = values["format"], values.get("sequence")
     place = sequence if type(sequence) is int else None
-    if type(found) is not int or found < 1:
+    if type(found) is not int or found < oldest:
         raise ValueError(f"format is {found!r}")
     if found > known:
         raise FormatTooNewError(path, f"format {found}", f"up to format {known}", place)
@@ -178,10 +190,17 @@ def _check_types(manifest: Manifest) -> None:
     for file in manifest.files:
         for digest in (file.digest, *(file.blocks or ())):
             bytes.fromhex(digest)
-    if manifest.parent is not None and not isinstance(manifest.parent, dict):
-        raise TypeError("parent is no mapping")
+    for name in ("parent", "audit"):
+        if not isinstance(getattr(manifest, name), dict | None):
+            raise TypeError(f"{name} is no mapping")
     if manifest.world_size < 1:
         raise ValueError(f"world_size is {manifest.world_size}")
+
+
+def _strings(value: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(type(each) is str for each in value):
+        raise TypeError(f"{name} is no list of strings")
+    return tuple(value)
 
 
 _FIELD_TYPES: dict[str, type] = {"str": str, "int": int}

@@ -83,8 +83,11 @@ class Process:
     ) -> Committed:
         """Save the state of an iteration, of which there may be several versions."""
         leaves = {**tensors_at(iteration, version), "optimizer.lr": iteration / 7}
+        leaves |= {"rng": f"rank 0 at {iteration}"}
         paths = {name: tuple(name.split(".")) for name in leaves}
-        plan = self.saver.agree_on_plan(lambda: self.itemizer.describe(leaves, paths), self.rank)
+        plan = self.saver.agree_on_plan(
+            lambda: self.itemizer.describe(leaves, paths, per_rank={"rng"}), self.rank
+        )
         arena = self.tier.reserve(plan[0].staged.layout, self.rank, pinned=False)
         staged = self.saver.stage(*plan, arena=arena)
         assert staged.copying is not None
@@ -96,8 +99,6 @@ class Process:
         snapshot = Snapshot(
             iteration,
             staged,
-            rank_state=f"rank 0 at {iteration}".encode(),
-            shared_state=f"all ranks at {iteration}".encode(),
             train_state=json.dumps(counters).encode(),
             run_config=b"{}\n",
             confirm=confirm,
@@ -167,8 +168,8 @@ def expect(loaded: Loaded, iteration: int, version: int = 0) -> None:
     assert contents.values == {"optimizer.lr": iteration / 7}
     assert contents.counters["train_state"]["step"] == iteration
     assert contents.counters["num_floating_point_operations_so_far"] == 7 * iteration
-    assert contents.shared_state == f"all ranks at {iteration}".encode()
-    assert contents.rank_states[0] == f"rank 0 at {iteration}".encode()
+    assert contents.small == {"rng": f"rank 0 at {iteration}"}
+    assert contents.reader.own_names == {"rng"}
 
 
 class GivenUpError(CheckpointError):

@@ -17,7 +17,7 @@ from dataclasses import replace
 from heapq import heapreplace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from holdfast.caller import in_normal_mode
 from holdfast.config import expand_path
@@ -31,8 +31,10 @@ from holdfast.errors import (
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
 from holdfast.format.plan import shard_name
+from holdfast.format.values import is_united, split_small
 from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.copies import decode_copies, join_copies, read_copies
 from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
 from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
@@ -44,13 +46,14 @@ from holdfast.tiers.select import Action, Asked, Commit, Condition, Seen, choose
 from holdfast.tiers.survey import Survey, make_refusal, survey_place
 from holdfast.tiers.tier import (
     RUN_CONFIG_NAME,
-    SHARED_STATE_NAME,
     TRAIN_STATE_NAME,
     Contents,
     Wanted,
     check_counters,
-    rank_state_name,
 )
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class SurveyedStore:
@@ -91,58 +94,105 @@ def open_together(
     _check_together(checkpoint, coordinator, files, verify=wanted.verify_first)
     opened: list[Contents] = []
 
-    def read() -> None:
-        contents = open_contents(checkpoint, files, coordinator, wanted.suffices)
-        wanted.accept(contents)
-        opened.append(contents)
+    accepted: list[Contents] = []
+    same_ranks = coordinator.world_size == checkpoint.manifest.world_size
 
-    read_together("open", read, checkpoint, coordinator)
-    return opened[0]
+    def read() -> bool:
+        contents = open_contents(checkpoint, files, coordinator)
+        opened.append(contents)
+        is_enough = not contents.small or (same_ranks and wanted.suffices(contents))
+        if is_enough:
+            wanted.accept(contents)
+            accepted.append(contents)
+        return is_enough
+
+    if read_together("open", read, checkpoint, coordinator, all):
+        return opened[0]
+    names = frozenset(filter(is_united, opened[0].reader.per_rank_names))
+    copies = read_together(
+        "open copies",
+        lambda: read_copies(files, _shards_of(checkpoint, coordinator), names),
+        checkpoint,
+        coordinator,
+        join_copies,
+    )
+
+    def accept() -> None:
+        if not accepted:
+            accepted.append(replace(opened[0], copies=decode_copies(copies, files.where())))
+            wanted.accept(accepted[0])
+
+    read_together("open united", accept, checkpoint, coordinator)
+    return accepted[0]
+
+
+def _shards_of(
+    checkpoint: Checkpoint, coordinator: Coordinator
+) -> dict[int, tuple[str, FileRecord]]:
+    """Return this rank's share of the shard files, by the rank that wrote them.
+
+    Raises:
+        CorruptCheckpointError: the manifest does not list one of them.
+    """
+    records = {each.path: each for each in checkpoint.manifest.files}
+    ranks = range(coordinator.rank, checkpoint.manifest.world_size, coordinator.world_size)
+    for rank in ranks:
+        if shard_name(rank) not in records:
+            where = str(checkpoint.path / MANIFEST_NAME)
+            raise CorruptCheckpointError(where, f"does not list the file of rank {rank}")
+    return {rank: (shard_name(rank), records[shard_name(rank)]) for rank in ranks}
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 def read_together(
-    stage: str, work: Callable[[], None], checkpoint: Checkpoint, coordinator: Coordinator
-) -> None:
+    stage: str,
+    work: Callable[[], T],
+    checkpoint: Checkpoint,
+    coordinator: Coordinator,
+    join: Callable[[list[T]], R] = _nothing,  # type: ignore[assignment]  # R is None then
+) -> R:
     """Read on every rank; what any of them finds damaged is reported on all, file by file.
 
-    `work` reads the checkpoint's own files and calls nothing of the user's, so that a file that
-    cannot be read is damage. Anything else that fails is no reason to take an older checkpoint.
+    `join`: makes of all results what every rank is given, on rank 0. `work` reads the checkpoint's
+    own files and calls nothing of the user's, so that a file that cannot be read is damage.
+    Anything else that fails is no reason to take an older checkpoint.
 
     Raises:
         CorruptCheckpointError: on every rank, the same.
         StageFailedError: a rank failed or is gone; the checkpoint is not to blame.
     """
 
-    def find_damage() -> CorruptCheckpointError | None:
+    def find_damage() -> tuple[CorruptCheckpointError | None, Any]:
         try:
-            work()
+            return None, work()
         except CorruptCheckpointError as error:
-            return error
+            return error, None
         except OSError as error:
             if isinstance(error, CheckpointError) or is_process_failure(error):
                 raise
             failure = RankFailure.of(coordinator.rank, error)
             reason = f"cannot be read on rank {failure.rank}: {failure.reason}"
-            return CorruptCheckpointError(failure.path or str(checkpoint.path), reason)
-        return None
+            return CorruptCheckpointError(failure.path or str(checkpoint.path), reason), None
 
-    def judge(found: list[CorruptCheckpointError | None]) -> CorruptCheckpointError | None:
+    def judge(
+        found: list[tuple[CorruptCheckpointError | None, Any]],
+    ) -> tuple[CorruptCheckpointError | None, Any]:
         # Ranks that read the same file say the same of it.
-        damages = list({str(each): each for each in found if each is not None}.values())
+        damages = list({str(each): each for each, _ in found if each is not None}.values())
         if len(damages) > 1:
-            return CorruptCheckpointError(str(checkpoint.path), list_first(damages, "files"))
-        return damages[0] if damages else None
+            damages = [CorruptCheckpointError(str(checkpoint.path), list_first(damages, "files"))]
+        return (damages[0], None) if damages else (None, join([each for _, each in found]))
 
-    if (damage := coordinator.all_reduce(stage, find_damage, judge)) is not None:
+    damage, joined = coordinator.all_reduce(stage, find_damage, judge)
+    if damage is not None:
         raise damage
+    return joined  # type: ignore[no-any-return]  # what `join` has returned
 
 
-def open_contents(
-    checkpoint: Checkpoint,
-    files: Storage,
-    coordinator: Coordinator,
-    suffices: Callable[[bytes], bool],
-) -> Contents:
+def open_contents(checkpoint: Checkpoint, files: Storage, coordinator: Coordinator) -> Contents:
     """Read the small state of a checkpoint, on this rank.
 
     Raises:
@@ -151,25 +201,15 @@ def open_contents(
     if isinstance(checkpoint, ForeignCheckpoint):
         foreign = open_shards(checkpoint, files)
         unchanged = {"train_state": {}, "num_floating_point_operations_so_far": 0}
-        return Contents(checkpoint, foreign, foreign.read_values(), unchanged, None, {})
-
-    def read(name: str) -> bytes:
-        return _read_checked(checkpoint, name, files)
-
-    counters = check_counters(
-        read(TRAIN_STATE_NAME), checkpoint.iteration, files.where(TRAIN_STATE_NAME)
-    )
-    read(RUN_CONFIG_NAME)  # only to check its digest
-    own, saved_size = coordinator.rank, checkpoint.manifest.world_size
-    own_file = shard_name(own) if coordinator.world_size == saved_size else None
+        return Contents(checkpoint, foreign, foreign.read_values(), {}, unchanged, {})
+    content = _read_checked(checkpoint, TRAIN_STATE_NAME, files)
+    counters = check_counters(content, checkpoint.iteration, files.where(TRAIN_STATE_NAME))
+    _read_checked(checkpoint, RUN_CONFIG_NAME, files)  # only to check its digest
+    same_ranks = coordinator.world_size == checkpoint.manifest.world_size
+    own_file = shard_name(coordinator.rank) if same_ranks else None
     reader = open_shards(checkpoint, files, own_file)
-    values, shared = reader.read_values(), read(SHARED_STATE_NAME)
-    states: dict[int, bytes] = {}
-    if coordinator.world_size == saved_size:
-        states[own] = read(rank_state_name(own))
-    if own not in states or not suffices(states[own]):
-        states = {rank: read(rank_state_name(rank)) for rank in range(saved_size)}
-    return Contents(checkpoint, reader, values, counters, shared, states)
+    values, small = split_small(reader.read_values())
+    return Contents(checkpoint, reader, values, small, counters, {})
 
 
 def open_shards(checkpoint: Checkpoint, files: Storage, own_file: str | None = None) -> ShardReader:

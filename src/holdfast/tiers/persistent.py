@@ -39,13 +39,11 @@ from holdfast.tiers.select import Commit
 from holdfast.tiers.survey import Survey, survey_store
 from holdfast.tiers.tier import (
     RUN_CONFIG_NAME,
-    SHARED_STATE_NAME,
     TRAIN_STATE_NAME,
     Contents,
     Objection,
     Snapshot,
     Wanted,
-    rank_state_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -296,9 +294,7 @@ class PersistentTier:
         """
         pending = coordinator.broadcast("begin", lambda: self._begin(snapshot.iteration))
         try:
-            written = coordinator.gather(
-                "write", lambda: self._write_files(pending, snapshot, coordinator.rank)
-            )
+            written = coordinator.gather("write", lambda: self._write_shard(pending, snapshot))
             checkpoint = coordinator.broadcast(
                 "commit",
                 lambda: self._commit(pending, snapshot, written or [], coordinator, identify()),
@@ -319,7 +315,7 @@ class PersistentTier:
         self.store.sweep(lambda: self.identity.check_newest(attempt))
         return self.store.begin(iteration)
 
-    def _write_files(self, pending: str, snapshot: Snapshot, rank: int) -> list[FileRecord]:
+    def _write_shard(self, pending: str, snapshot: Snapshot) -> list[FileRecord]:
         records: list[FileRecord] = []
         with self._naming_successor():
             if not self._storage.has_group(pending):
@@ -330,8 +326,6 @@ class PersistentTier:
                 files = self._storage.under(pending)
                 records.append(snapshot.shard.write(files, self._bytes_per_second))
             snapshot.confirm()
-            state_name = rank_state_name(rank)
-            records.append(self.store.write_file(pending, state_name, snapshot.rank_state))
         return records
 
     @contextmanager
@@ -358,7 +352,6 @@ class PersistentTier:
         with self._naming_successor():
             for name, content in (
                 (METADATA_NAME, snapshot.shard.plan.metadata),
-                (SHARED_STATE_NAME, snapshot.shared_state),
                 (TRAIN_STATE_NAME, snapshot.train_state),
                 (RUN_CONFIG_NAME, snapshot.run_config),
             ):

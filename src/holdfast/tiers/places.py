@@ -35,7 +35,7 @@ from holdfast.storage.manifest import FOREIGN, MANIFEST_NAME, Manifest
 from holdfast.storage.posix import read_bytes
 from holdfast.storage.store import TRACKER_NAME, Checkpoint, parse_checkpoint_name
 from holdfast.tiers.local.shard_file import parse_shard_name
-from holdfast.tiers.tier import RUN_CONFIG_NAME, SHARED_STATE_NAME, TRAIN_STATE_NAME
+from holdfast.tiers.tier import RUN_CONFIG_NAME, TRAIN_STATE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def _identify(path: Path) -> tuple[int, int] | None:
 
 
 LATEST_NAME = "latest"
-_OURS = {MANIFEST_NAME, TRAIN_STATE_NAME, RUN_CONFIG_NAME, SHARED_STATE_NAME.partition("/")[0]}
+_OURS = {MANIFEST_NAME, TRAIN_STATE_NAME, RUN_CONFIG_NAME}
 _ITERATION = re.compile("iter_([0-9]+)")
 _LEVELS_UP = 3
 """The largest depth of a file inside a checkpoint."""

@@ -36,13 +36,7 @@ from holdfast.tiers.select import Commit
 
 TRAIN_STATE_NAME = "train_state.json"
 RUN_CONFIG_NAME = "run_config.yaml"
-SHARED_STATE_NAME = "state/shared.pt"
 _SHARD = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
-
-
-def rank_state_name(rank: int) -> str:
-    """Return the file that holds one rank's RNG and data state."""
-    return f"state/rank_{rank:05d}.pt"
 
 
 @dataclass(frozen=True)
@@ -51,12 +45,9 @@ class Snapshot:
 
     iteration: int
     shard: StagedShard
-    """The parts of model and optimizer that this rank writes."""
-    rank_state: bytes
-    """State of this rank; each rank writes its own."""
-    shared_state: bytes
-    """Equal on every rank, like the next two fields; rank 0 writes it."""
+    """The parts of model and optimizer that this rank writes, and its small states."""
     train_state: bytes
+    """This rank's counters, for people and tools; rank 0 writes them, and its config."""
     run_config: bytes
     confirm: Callable[[], None] = lambda: None
     """Called when all of it has been read, before the commit. Returns if training cannot have
@@ -83,13 +74,15 @@ class Contents:
     checkpoint: Checkpoint
     reader: ShardReader
     values: dict[str, Any]
-    """All values in the shards that are not tensors, by flat name."""
+    """All values of model and optimizer that are not tensors, by flat name."""
+    small: dict[str, Any]
+    """The small states by name, as this rank saved them if the reader's `own_names` has them, else
+    as the lowest rank did. Empty: torch alone wrote the checkpoint."""
     counters: dict[str, Any]
-    """`train_state`, and `num_floating_point_operations_so_far`."""
-    shared_state: bytes | None
-    """None: torch alone wrote the checkpoint, and it has no rank states either."""
-    rank_states: Mapping[int, bytes]
-    """By saving rank: all of them, or this rank's alone where it needs no other."""
+    """`train_state`, and `num_floating_point_operations_so_far`, as rank 0 saved them."""
+    copies: Mapping[str, Sequence[Any]]
+    """The distinct copies of all ranks that saved, lowest first, of names that `is_united` names;
+    empty where this rank's own suffice."""
 
     @property
     def is_shared(self) -> bool:
@@ -121,9 +114,9 @@ class Contents:
 class Wanted:
     """What a load wants of a checkpoint while it is opened."""
 
-    suffices: Callable[[bytes], bool]
-    """Whether a rank's own small state is all it needs of the small states; asked only where as
-    many ranks saved as are loading."""
+    suffices: Callable[[Contents], bool]
+    """Whether a rank needs no copies of what others saved; asked only where as many ranks saved as
+    are loading."""
     accept: Callable[[Contents], None]
     """Called on every rank with the contents. Damage that it finds counts as damage of the
     checkpoint, and is reported on every rank."""

@@ -85,7 +85,7 @@ def _restore_inventory(
 
 @dataclass(frozen=True)
 class Copy:
-    """One file with a shard, or with its small states alone."""
+    """One file with a shard, or with what only its rank has of it."""
 
     rank: int
     """The rank that lists it; every rank at its place can read it."""
@@ -107,6 +107,13 @@ class Candidate:
     def commit(self) -> CommitKey:
         """Its place in the order of commits."""
         return self.record.commit
+
+    @property
+    def usable(self) -> tuple[tuple[Copy, ...], ...]:
+        """By owner: the copies to read from, the whole ones if there are any."""
+        return tuple(
+            tuple(each for each in copies if each.is_whole) or copies for copies in self.copies
+        )
 
     @property
     def lost(self) -> tuple[int, ...]:
@@ -393,7 +400,7 @@ class Availability:
         """Read every shard of a commit that this rank lists; note and return what is damaged."""
         found, problems = [], []
         for copy in [each for copies in candidate.copies for each in copies]:
-            if copy.rank == self.files.rank and copy.is_whole:
+            if copy.rank == self.files.rank:
                 try:
                     with self.noting(copy.path):
                         found.append(read(copy.path, self._run.read_trailer(copy.path).record))

@@ -21,8 +21,10 @@ from typing import Any, Self, TypeVar
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
 from holdfast.format.merging import merge_shards
+from holdfast.format.values import is_united, split_small
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.copies import decode_copies, join_copies
 from holdfast.read.index import Index, read_index
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Target
@@ -38,8 +40,6 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _COUNT = struct.Struct("<Q")
-_SMALL = ("rank_state", "shared_state", "train_state")
-"""The parts of a trailer that a load needs."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,9 @@ class LocalContents(Contents):
 class _Description:
     """What the rank that holds a shard sent about it."""
 
-    index: Index | None
-    """None: no copy of its tensors is left."""
+    index: Index
     body_bytes: int
-    small: Mapping[str, bytes]
+    counters: bytes
     values: Mapping[str, bytes]
 
 
@@ -149,7 +148,7 @@ class Opening:
     candidate: Candidate
     coordinator: Coordinator
 
-    def run(self, suffices: Callable[[bytes], bool] | None) -> LocalContents:
+    def run(self, suffices: Callable[[Contents], bool] | None) -> LocalContents:
         """Open it, a collective call; see `LocalTier.open`."""
         self._files = self.available.files
         self._here = self._find_here()
@@ -172,10 +171,8 @@ class Opening:
         """Return by owner the file of each shard at this place, preferring the own directory."""
         places, rank = self._files.topology.places, self._files.rank
         found = {}
-        for owner, copies in enumerate(self.candidate.copies):
-            paths = [
-                each.path for each in copies if each.is_whole and places[each.rank] == places[rank]
-            ]
+        for owner, copies in enumerate(self.candidate.usable):
+            paths = [each.path for each in copies if places[each.rank] == places[rank]]
             if paths:
                 found[owner] = min(paths, key=lambda path: (int(path.split("/")[0]) != rank, path))
         return found
@@ -184,10 +181,9 @@ class Opening:
         """Return by place the owners whose shard it has."""
         places = self._files.topology.places
         held: dict[int, set[int]] = {place: set() for place in places}
-        for owner, copies in enumerate(self.candidate.copies):
+        for owner, copies in enumerate(self.candidate.usable):
             for each in copies:
-                if each.is_whole:
-                    held[places[each.rank]].add(owner)
+                held[places[each.rank]].add(owner)
         return held
 
     def _node_shards(self) -> list[set[int]] | None:
@@ -207,7 +203,7 @@ class Opening:
         self,
         own: Sequence[int],
         remote: Collection[int],
-        suffices: Callable[[bytes], bool] | None,
+        suffices: Callable[[Contents], bool] | None,
     ) -> LocalContents | None:
         """Open the shards that this rank's node held; None, on every rank: not sufficient.
 
@@ -224,21 +220,21 @@ class Opening:
 
         def join(described: Mapping[int, _Description]) -> bool:
             if rank in self._here:
-                small: Mapping[str, bytes] = self._trailer_of(self._here[rank]).parts
+                counters = self._trailer_of(self._here[rank]).parts["train_state"]
             else:
-                small = described[rank].small
+                counters = described[rank].counters
             fetch = self._make_fetch(described, is_empty=not remote)
             fetch.widen = self._widen
             for owner in own:
                 if owner not in shards:
                     shards[owner] = self._remote_shard(owner, described[owner])
             reader = self._reader([shards[each] for each in own], fetch)
-            if len(reader.metadata.state_dict_metadata) != record.state_names or not (
-                suffices is None or suffices(small["rank_state"])
-            ):
+            if len(reader.metadata.state_dict_metadata) != record.state_names:
                 return False
-            states = {rank: small["rank_state"]}
-            opened.append(self._contents(reader, small, states, fetch))
+            contents = self._contents(reader, counters, {}, fetch)
+            if suffices is not None and not suffices(contents):
+                return False
+            opened.append(contents)
             return True
 
         def read_and_join() -> bool:
@@ -266,7 +262,6 @@ class Opening:
         return Shard(owner, path, index, trailer.record.body_bytes, None)
 
     def _remote_shard(self, owner: int, described: _Description) -> Shard:
-        assert described.index is not None
         leader = self._files.topology.place_mates(self._files.rank)[0]
         mark = zlib.crc32(repr(self.candidate.commit).encode())
         path = f"{leader}/borrowed_{owner}{PENDING_MARK}{mark:08x}"
@@ -280,11 +275,21 @@ class Opening:
         opened: list[LocalContents] = []
 
         def read() -> None:
-            states = {owner: each.small["rank_state"] for owner, each in described.items()}
+            copies = join_copies(
+                [
+                    [
+                        (owner, name, content)
+                        for name, content in each.values.items()
+                        if is_united(name)
+                    ]
+                    for owner, each in described.items()
+                ]
+            )
             fetch = self._make_fetch(described, is_empty=len(self._files.topology.seats) == 1)
             reader = self._reader(self._shards_of(described), fetch)
-            first = described[min(described)].small
-            opened.append(self._contents(reader, first, states, fetch))
+            united = decode_copies(copies, str(self._files.run.root))
+            counters = described[min(described)].counters
+            opened.append(self._contents(reader, counters, united, fetch))
 
         self.coordinator.all_reduce("local values", read, lambda _: None)
         return opened[0]
@@ -334,8 +339,6 @@ class Opening:
         """Return each shard as this rank reads it: own directory, this place, then peers."""
         shards = []
         for owner, each in described.items():
-            if each.index is None:
-                continue
             here = self._here.get(owner)
             if here is None:
                 shards.append(self._remote_shard(owner, each))
@@ -356,7 +359,7 @@ class Opening:
             values={
                 (self._remote_shard(owner, each).path, name): content
                 for owner, each in described.items()
-                if each.index is not None and owner not in self._here
+                if owner not in self._here
                 for name, content in each.values.items()
             },
             is_empty=is_empty,
@@ -366,30 +369,25 @@ class Opening:
         """Return what this rank provides of these shards: index, values and small states."""
         described: list[bytes] = []
         run = self._files.run
-        for owner, copies in enumerate(self.candidate.copies):
-            if owner not in owners:
-                continue
-            provider = self._providers.get(owner, copies[0])
-            if provider.rank != self._files.rank:
+        for owner, provider in self._providers.items():
+            if owner not in owners or provider.rank != self._files.rank:
                 continue
             path = provider.path
             trailer = self._trailer_of(path)
-            head = {"owner": owner, "body_bytes": trailer.record.body_bytes, "offset": None}
-            content, digests, values = b"", b"", b""
-            if owner in self._providers:
-                shard = self._shard(owner, path)
-                index, records = shard.index, {path: shard.record}
-                head["offset"] = index.offset
-                content, digests = index.content, bytes.fromhex("".join(index.digests))
-                with self.available.noting(path):
-                    entries = index.entries(run.storage.where(path))
-                    metadata = merge_shards([(owner, path, entries)])
-                    reader = ShardReader(run.storage, metadata, records)
-                    found = reader.read_contents(reader.value_names())
-                pairs = [(name.encode(), value) for name, value in found.items()]
-                values = _pack([frame for pair in pairs for frame in pair])
-            small = [trailer.parts[each] for each in _SMALL]
-            described.append(_pack([json.dumps(head).encode(), content, digests, values, *small]))
+            shard = self._shard(owner, path)
+            index, records = shard.index, {path: shard.record}
+            head = {"owner": owner, "body_bytes": shard.body_bytes, "offset": index.offset}
+            digests = bytes.fromhex("".join(index.digests))
+            with self.available.noting(path):
+                entries = index.entries(run.storage.where(path))
+                metadata = merge_shards([(owner, path, entries)])
+                reader = ShardReader(run.storage, metadata, records)
+                found = reader.read_contents(reader.value_names())
+            pairs = [(name.encode(), value) for name, value in found.items()]
+            values = _pack([frame for pair in pairs for frame in pair])
+            counters = trailer.parts["train_state"]
+            frames = [json.dumps(head).encode(), index.content, digests, values, counters]
+            described.append(_pack(frames))
         return zlib.compress(_pack(described), 1)
 
     def _share(self, content: bytes, sizes: Sequence[int]) -> dict[int, _Description]:
@@ -401,19 +399,18 @@ class Opening:
         described = {}
         for each in contents:
             for packed in _unpack(zlib.decompress(each)):
-                head, index, digests, values, *small = _unpack(packed)
+                head, index, digests, values, counters = _unpack(packed)
                 facts = json.loads(head)
-                found = None
-                if facts["offset"] is not None:
-                    blocks = tuple(digests[at : at + 16].hex() for at in range(0, len(digests), 16))
-                    found = Index(index, facts["offset"], blocks)
+                blocks = tuple(digests[at : at + 16].hex() for at in range(0, len(digests), 16))
+                found = Index(index, facts["offset"], blocks)
                 frames = _unpack(values)
                 named = {
                     name.decode(): value
                     for name, value in zip(frames[::2], frames[1::2], strict=True)
                 }
-                parts = dict(zip(_SMALL, small, strict=True))
-                described[facts["owner"]] = _Description(found, facts["body_bytes"], parts, named)
+                described[facts["owner"]] = _Description(
+                    found, facts["body_bytes"], counters, named
+                )
         return dict(sorted(described.items()))
 
     def _reader(self, shards: Sequence[Shard], fetch: PeerFetch) -> MergedShards:
@@ -424,13 +421,13 @@ class Opening:
     def _contents(
         self,
         reader: MergedShards,
-        parts: Mapping[str, bytes],
-        states: Mapping[int, bytes],
+        content: bytes,
+        copies: Mapping[str, Sequence[Any]],
         fetch: PeerFetch,
     ) -> LocalContents:
         record = self.candidate.record
         where = f"{self._files.run.root}, iteration {record.iteration}"
-        counters = check_counters(parts["train_state"], record.iteration, where)
+        counters = check_counters(content, record.iteration, where)
         manifest = Manifest(
             run_id=record.run_id,
             attempt=record.attempt,
@@ -443,20 +440,17 @@ class Opening:
             written_by=f"holdfast {__version__}",
         )
         checkpoint = Checkpoint(self._files.run.root, manifest)
-        values = reader.read_values()
-        return LocalContents(
-            checkpoint, reader, values, counters, parts["shared_state"], states, fetch
-        )
+        values, small = split_small(reader.read_values())
+        return LocalContents(checkpoint, reader, values, small, counters, copies, fetch)
 
 
 def _choose_providers(candidate: Candidate) -> dict[int, Copy]:
     """Return for each available shard the copy that is described and sent."""
     loads: dict[int, int] = {}
     chosen = {}
-    for owner, copies in enumerate(candidate.copies):
-        whole = [each for each in copies if each.is_whole]
-        if whole:
-            best = min(whole, key=lambda each: (loads.get(each.rank, 0), each.rank, each.path))
+    for owner, copies in enumerate(candidate.usable):
+        if copies:
+            best = min(copies, key=lambda each: (loads.get(each.rank, 0), each.rank, each.path))
             loads[best.rank] = loads.get(best.rank, 0) + 1
             chosen[owner] = best
     return chosen

@@ -5,10 +5,10 @@ nvidia-resiliency-ext, with any number of digits. Files with other names are nei
 counted, leftovers never block a save, and a shard is published under its name only when it is
 complete: a file of the same name is renamed, and still counts, until the new commit is agreed.
 
-The trailer is the record (identity, sizes, digest of the image), this rank's and the shared small
-states, and a sealed end that says where these are. A file without a sound trailer is not accepted.
+The trailer is the record (identity, sizes, digest of the image), the counters and the config for
+people, and a sealed end that says where these are. A file without a sound trailer is not accepted.
 A trailer is read back exactly or refused with a reason, nothing in it is unpickled here, and an
-index is read only with the blocks that hold it verified. Part of on-disk format 1 of the local
+index is read only with the blocks that hold it verified. Part of on-disk format 2 of the local
 tier. Knows no tensors and no other rank.
 """
 
@@ -18,9 +18,10 @@ import json
 import os
 import re
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,11 +42,13 @@ from holdfast.storage.posix import PosixStorage, make_durable_directory, read_by
 
 CommitKey = tuple[int, int, int]
 """What all files of one commit share: sequence, attempt, iteration; larger is newer."""
-FORMAT = 1
-PART_NAMES = ("rank_state", "shared_state", "train_state", "run_config")
-"""The small states, in this order after the record."""
+FORMAT = 2
+PART_NAMES = ("train_state", "run_config")
+"""What follows the record, in this order."""
 
-_MARK = b"holdfast local 1"
+_MOST_RANKS = 1 << 24
+"""A damaged table must not take all memory."""
+_MARK = b"holdfast local 2"
 _END = struct.Struct("<16sQQ16s")
 """Magic, bytes of the image, bytes between the image and this end, and their digest."""
 
@@ -75,13 +78,15 @@ class ShardRecord:
     digest: str
     """Of the image: the digest of its block digests, which are in its footer."""
     is_whole: bool = True
-    """Whether the file has the image; a copy of the small states alone has none."""
+    """Whether the image has all that the rank staged; else it has the rank's own copies alone."""
     written_by: str = "holdfast"
+    audit: dict[str, Any] | None = None
+    """What was compared of the replicas of tensors; None: nothing."""
     format: int = FORMAT
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the image, body and footer, in a complete file."""
+        """Bytes of the image, body and footer."""
         return self.body_bytes + footer_size(self.body_bytes)
 
     @property
@@ -94,6 +99,39 @@ class ShardRecord:
         return FileRecord(path, self.image_bytes, self.digest, None)
 
 
+def pack_nodes(nodes: Sequence[int]) -> list[list[int]]:
+    """Return a table of nodes as runs: first node, how much it grows by, ranks of each, repeats.
+
+    A job whose nodes have equally many consecutive ranks is one run, of whatever size.
+    """
+    packed: list[list[int]] = []
+    for node, ranks in ((node, len([*each])) for node, each in groupby(nodes)):
+        if packed and packed[-1][2] == ranks:
+            first, step, _, repeats = packed[-1]
+            last = first + step * (repeats - 1)
+            if repeats == 1 or node - last == step:
+                packed[-1] = [first, node - last, ranks, repeats + 1]
+                continue
+        packed.append([node, 0, ranks, 1])
+    return packed
+
+
+def unpack_nodes(packed: Any) -> tuple[int, ...]:
+    """Return the table that `pack_nodes` was given.
+
+    Raises:
+        ValueError: it is none, or has more than a job could have ranks.
+    """
+    nodes: list[int] = []
+    for first, step, ranks, repeats in packed:
+        if not all(type(each) is int for each in (first, step, ranks, repeats)):
+            raise ValueError("nodes is no table")
+        if min(ranks, repeats) < 1 or len(nodes) + ranks * repeats > _MOST_RANKS:
+            raise ValueError(f"nodes has a run of {repeats} times {ranks} ranks")
+        nodes += [first + step * number for number in range(repeats) for _ in range(ranks)]
+    return tuple(nodes)
+
+
 @dataclass(frozen=True)
 class Trailer:
     """Everything in a shard file except its image."""
@@ -102,16 +140,20 @@ class Trailer:
     parts: Mapping[str, bytes]
     """By `PART_NAMES`."""
 
-    def without_image(self) -> Trailer:
-        """Return the trailer of a copy with the small states alone."""
-        return replace(self, record=replace(self.record, is_whole=False))
+    def of_own_copies(self, body_bytes: int, digest: str) -> Trailer:
+        """Return the trailer of a file with this image, of what only this rank has."""
+        record = replace(self.record, is_whole=False, body_bytes=body_bytes, digest=digest)
+        return replace(self, record=record)
 
     def to_bytes(self) -> bytes:
         """Return what follows the image in the file."""
         sizes = {name: len(self.parts[name]) for name in PART_NAMES}
-        text = json.dumps({**asdict(self.record), "parts": sizes}, sort_keys=True).encode()
+        values = {**vars(self.record), "nodes": pack_nodes(self.record.nodes), "parts": sizes}
+        if values["audit"] is None:
+            del values["audit"]
+        text = json.dumps(values, sort_keys=True).encode()
         rest = b"".join([text + b"\n", *(self.parts[name] for name in PART_NAMES)])
-        image_bytes = self.record.image_bytes if self.record.is_whole else 0
+        image_bytes = self.record.image_bytes
         digest = _digest(image_bytes, rest)
         return rest + _END.pack(_MARK, image_bytes, len(rest), digest)
 
@@ -154,9 +196,9 @@ def parse_trailer(content: bytes, path: str) -> Trailer:
     text, _, states = rest.partition(b"\n")
     try:
         values = json.loads(text)
-        check_format(values, FORMAT, path)
+        check_format(values, FORMAT, path, FORMAT)
         known = known_fields(ShardRecord, values)
-        record = ShardRecord(**{**known, "nodes": tuple(values["nodes"])})
+        record = ShardRecord(**{**known, "nodes": unpack_nodes(values["nodes"])})
         _check(record, image_bytes)
         parts = _split(states, values["parts"])
     except FormatTooNewError:
@@ -191,18 +233,20 @@ def _check(record: ShardRecord, image_bytes: int) -> None:
     for name, kinds in (("is_whole", (bool,)), ("state_names", (int, type(None)))):
         if type(getattr(record, name)) not in kinds:
             raise TypeError(f"{name} is of another type")
+    if not isinstance(record.audit, dict | None):
+        raise TypeError("audit is no mapping")
     if len(record.nodes) != record.world_size or not all(type(x) is int for x in record.nodes):
         raise ValueError("nodes does not name one node for each rank")
     if record.owner >= record.world_size:
         raise ValueError(f"owner {record.owner} is not among {record.world_size} ranks")
-    if image_bytes != (record.image_bytes if record.is_whole else 0):
+    if image_bytes != record.image_bytes:
         raise ValueError("body_bytes is not the size of the image")
 
 
 def _split(states: bytes, sizes: Any) -> dict[str, bytes]:
     """Return the parts by name; a later version may append others."""
     if not set(sizes) >= set(PART_NAMES) or sum(sizes.values()) != len(states):
-        raise ValueError("the small states are not those of this format")
+        raise ValueError("the parts are not those of this format")
     parts = {}
     for name in PART_NAMES:
         parts[name], states = states[: sizes[name]], states[sizes[name] :]

@@ -19,7 +19,7 @@ import xxhash
 from holdfast import __version__
 from holdfast.errors import CorruptCheckpointError
 from holdfast.filesystem import append_durably
-from holdfast.format.layout import Layout
+from holdfast.format.layout import Layout, lay_out
 from holdfast.ranks.topology import Topology
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.shard import seal_image, write_shard
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryShard:
-    """A shard whose image is in memory; empty for a copy of the small states."""
+    """A shard whose image is in memory."""
 
     block_bytes = BLOCK_BYTES
 
@@ -160,9 +160,9 @@ class ReceivedShard:
         record = trailer.record
         if (record.run_id, record.commit, record.owner) != (run_id, commit, owner):
             raise CorruptCheckpointError(path, "another shard arrived than was to be sent")
-        if body_bytes != (record.body_bytes if record.is_whole else 0):
+        if body_bytes != record.body_bytes:
             raise CorruptCheckpointError(path, "another part of the shard arrived than was sent")
-        if record.is_whole and (
+        if (
             self._rest[:footer_bytes] != make_footer(body_bytes, self._digests)
             or describe_body(path, body_bytes, self._digests).digest != record.digest
         ):
@@ -437,9 +437,23 @@ def _trailer_of(
         written_by=f"holdfast {__version__}",
     )
     parts = {
-        "rank_state": snapshot.rank_state,
-        "shared_state": snapshot.shared_state,
         "train_state": snapshot.train_state,
         "run_config": snapshot.run_config,
     }
     return Trailer(record, parts)
+
+
+def shard_to_send(arena: Arena, trailer: Trailer, *, is_whole: bool) -> MemoryShard:
+    """Return a sealed shard in memory, or one with what only this rank has of it."""
+    if is_whole:
+        record = trailer.record
+        image = arena.memory[: record.image_bytes]
+        return MemoryShard(image, record.body_bytes, trailer.to_bytes())
+    slots = {slot.item.name: number for number, slot in enumerate(arena.layout.slots)}
+    layout = lay_out([item for item, _ in arena.layout.items if item.per_rank])
+    sources = [arena.content(slots[slot.item.name]) for slot in layout.slots]
+    copied = Arena(layout)
+    copied.stage(sources).wait()
+    written = seal_image(copied.memory, copied.body_bytes, "")
+    own = trailer.of_own_copies(copied.body_bytes, written.digest)
+    return MemoryShard(copied.memory, copied.body_bytes, own.to_bytes())

@@ -48,11 +48,11 @@ from holdfast.tiers.local.shard_file import (
     shard_name,
 )
 from holdfast.tiers.local.shards import (
-    MemoryShard,
     ReceivedShard,
     ShardDirectory,
     lay_out_in,
     seal,
+    shard_to_send,
 )
 from holdfast.tiers.opening import read_together
 from holdfast.tiers.select import Commit, Condition
@@ -211,9 +211,9 @@ class LocalTier:
             ((pending, trailer),) = sealed
             if self.replication is not None and self.replication.sends_anything:
                 # All ranks have sealed their shards, so all take part.
-                replication, image = self.replication, arena.memory[:size]
+                replication = self.replication
                 coordinator.all_reduce(
-                    "local exchange", lambda: self._exchange(replication, image, trailer), _nothing
+                    "local exchange", lambda: self._exchange(replication, arena, trailer), _nothing
                 )
             coordinator.all_reduce(
                 "local publish", lambda: self._publish(pending, trailer.record, file), _nothing
@@ -227,13 +227,10 @@ class LocalTier:
             self._prepare_next(size)
         return Committed(self._own_path(snapshot.iteration), total, (), tier=LOCAL)
 
-    def _exchange(self, replication: Replication, image: memoryview, trailer: Trailer) -> None:
+    def _exchange(self, replication: Replication, arena: Arena, trailer: Trailer) -> None:
         """Send this rank's shard to its holders and receive the copies held here."""
         record, rank = trailer.record, self.files.rank
-        if replication.sends_images:
-            source = MemoryShard(image, record.body_bytes, trailer.to_bytes())
-        else:
-            source = MemoryShard(memoryview(b""), 0, trailer.without_image().to_bytes())
+        source = shard_to_send(arena, trailer, is_whole=replication.sends_images)
         sinks = {owner: self.files.sink() for owner in replication.owners_held_by(rank)}
         self._received = list(sinks.values())
         replication.exchange(replication.plan_save(), rank, {rank: source}, sinks)
