@@ -20,6 +20,7 @@ from holdfast.caller import in_normal_mode
 from holdfast.errors import (
     CorruptCheckpointError,
     NothingLoadedError,
+    StateMismatchError,
     UnsupportedStateError,
 )
 from holdfast.format.nondense import size_bytes_of
@@ -284,6 +285,7 @@ class Restoration:
             accept_data_restart=accept_data_restart,
         )
         check_counters(self._train_state, self._counters, path)
+        self._tell_foreign_copies(path)
         differences = find_option_differences(
             self._app.fit(saved).pairs() if saved is not None and self._app.optimizers else [],
             self._app.scheduler,
@@ -292,6 +294,39 @@ class Restoration:
         ).sentence()
         if differences is not None and self.loaded.place.rank == 0:
             logger.warning("%s: %s", path, differences)
+
+    def _tell_foreign_copies(self, path: str) -> None:
+        """Refuse, or warn of, copies that another rank saved and this one is to use.
+
+        Raises:
+            StateMismatchError: state of an optimizer that is of the size of a rank's shard.
+        """
+        opened, place, saved = self._opened, self.loaded.place, self._saved
+        manifest, reader = opened.checkpoint.manifest, opened.contents.reader
+        foreign = reader.per_rank_names - reader.own_names - {*SMALL_STATES}
+        if saved is not None and self._app.optimizers:
+            sharded = sorted(
+                name for name in foreign & saved.tensors.keys() if is_root(saved.key_paths[name][0])
+            )
+            if sharded:
+                raise StateMismatchError(
+                    path,
+                    different=[
+                        f"{name} is of the size of a rank's shard, saved by {manifest.world_size} "
+                        f"ranks, and this run has {place.world_size}"
+                        for name in sharded
+                    ],
+                )
+        told = [name for name in manifest.differing or () if name not in (RNG, DATA)]
+        if manifest.world_size != place.world_size and place.rank == 0 and told:
+            logger.warning(
+                "%s: saved by %d ranks, loaded by %d. Ranks had copies that differ of %s: those of "
+                "the lowest rank are used",
+                path,
+                manifest.world_size,
+                place.world_size,
+                ", ".join(told),
+            )
 
     @in_normal_mode  # optimizers keep tensors that are made here
     def fill(self, coordinator: Coordinator) -> None:

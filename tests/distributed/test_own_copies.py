@@ -97,7 +97,9 @@ def _save_and_load(root: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_rank_gets_its_own_copies_back(ranks: int, tmp_path: Path) -> None:
+def test_every_rank_gets_its_own_copies_back(
+    ranks: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Buffers, scheduler, data position, counters and RNG, in both tiers, bit for bit."""
     found = run_ranks(_save_and_load, ranks, tmp_path)
     for saved, local, persistent in found:
@@ -109,15 +111,19 @@ def test_every_rank_gets_its_own_copies_back(ranks: int, tmp_path: Path) -> None
     files |= {".metadata", "manifest.json", "train_state.json", "run_config.yaml"}
     assert {each.name for each in folder.iterdir()} == files
     _expect_plain_names(folder)
+    manifest = json.loads(
+        (folder / "manifest.json").read_text().rpartition("\n")[0].rpartition("\n")[0]
+    )
+    assert manifest["requires"] == ["per_rank"]
     if ranks == 2:
-        _expect_canonical_on_one_rank(tmp_path, found[0][0])
+        _expect_canonical_on_one_rank(tmp_path, found[0][0], caplog)
         _expect_damage_is_named(tmp_path)
 
 
 def _expect_plain_names(folder: Path) -> None:
     """Every name is one of plain DCP's, with rank 0's value."""
     mean = torch.zeros(4)
-    names = ["scheduler", "rng", "data", "train_state", "optimizer.param_groups.0.lr"]
+    names = ["scheduler", "rng", "data", "train_state", "optimizer.param_groups"]
     target: dict[str, Any] = {"model.1.running_mean": mean, **dict.fromkeys(names)}
     load(target, checkpoint_id=folder, no_dist=True)
     assert mean.tolist() == [0.5] * 4
@@ -132,13 +138,19 @@ def _expect_plain_names(folder: Path) -> None:
     assert {*whole} == {"model", "optimizer", *names[:4], "empty_mappings"}
 
 
-def _expect_canonical_on_one_rank(root: Path, first: dict[str, str]) -> None:
-    """Another number of ranks gets rank 0's copies, and every position in the data."""
+def _expect_canonical_on_one_rank(
+    root: Path, first: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another number of ranks gets rank 0's copies, told by name, and every data position."""
     for with_local in (True, False):
         live = _live(7)
         extra = {"local": {"directory": str(root / "local")}} if with_local else {}
         manager = manager_of(root / "store", **extra)
+        caplog.clear()
         assert live.load(manager).tier == ("local" if with_local else "persistent")
+        (told,) = [text for text in caplog.messages if "copies that differ" in text]
+        _, _, names = told.partition("copies that differ of ")
+        assert names.partition(":")[0] == "model.1.running_mean, scheduler, train_state"
         manager.finalize_async_saves(live.state, terminate=True)
         found = _digests(live)
         same = [name for name in found if name.startswith(("model.", "scheduler", "counters"))]

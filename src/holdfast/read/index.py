@@ -12,8 +12,8 @@ from holdfast.errors import CorruptCheckpointError, FormatTooNewError
 from holdfast.format.inventory import TAIL, list_names, names_in_body
 from holdfast.format.layout import Entry, locate_index, parse_index
 from holdfast.read.direct import Part, read_expected, read_verified
-from holdfast.storage.backend import Storage, open_stream
-from holdfast.storage.digests import FileRecord
+from holdfast.storage.backend import ObjectReader, Storage, as_stream, open_stream
+from holdfast.storage.digests import Blocks, FileRecord, body_bytes_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ def read_index(files: Storage, name: str, record: FileRecord) -> Index:
     try:
         with files.open(name) as source:
             blocks = read_expected(source, where, record)
-            tail_place = blocks.covered_bytes - TAIL.size
+            body_bytes = _body_bytes(source, where, record, blocks)
+            tail_place = body_bytes - TAIL.size
             source.get_into(max(tail_place, 0), [memoryview(glimpse)])
     except FileNotFoundError as error:
         raise CorruptCheckpointError(where, "is missing") from error
     try:
-        place = locate_index(bytes(glimpse), blocks.covered_bytes)
+        place = locate_index(bytes(glimpse), body_bytes)
     except ValueError as error:
         raise CorruptCheckpointError(where, str(error)) from error
     content = bytearray(len(place))
@@ -69,8 +70,18 @@ def read_index(files: Storage, name: str, record: FileRecord) -> Index:
         if error.byte_range is None:
             raise
         with open_stream(files, name) as stream:
-            names = list_names(names_in_body(stream, blocks.covered_bytes, error.byte_range))
+            names = list_names(names_in_body(stream, body_bytes, error.byte_range))
         raise CorruptCheckpointError(where, error.reason + names, error.byte_range) from error
     if end != glimpse:
         raise CorruptCheckpointError(where, "is changed while it is read")
     return Index(bytes(content), place.start, tuple(blocks.digests))
+
+
+def _body_bytes(source: ObjectReader, where: str, record: FileRecord, blocks: Blocks) -> int:
+    """Return the size of the body; what is read there is verified later."""
+    if record.blocks is None:
+        return blocks.covered_bytes
+    found = body_bytes_of(as_stream(source))  # the digests in the manifest cover the footer too
+    if found is None:
+        raise CorruptCheckpointError(where, "has no footer, and so no index")
+    return found

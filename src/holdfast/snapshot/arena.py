@@ -384,6 +384,10 @@ class StreamedShard:
 
     keeps_stretches = False
 
+    def content(self, slot: int) -> Source:
+        """Return the source of a slot."""
+        return self._sources[slot]
+
     @property
     def body_bytes(self) -> int:
         """Of the file without its footer."""

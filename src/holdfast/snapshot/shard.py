@@ -32,6 +32,7 @@ from holdfast.format.plan import Decision, decide, judge, shard_name
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena, StreamedShard, allocate, image_bytes
+from holdfast.snapshot.copies import digest_copies
 from holdfast.snapshot.copy import Copying, mark_streams
 from holdfast.storage.backend import Append, Storage
 from holdfast.storage.digests import (
@@ -204,6 +205,10 @@ class StagedShard:
         """Wait for the pending copy; raise its error."""
         if self.copying is not None:
             self.copying.wait()
+
+    def digest_copies(self) -> dict[str, str]:
+        """Return digests of what is per rank, once everything is staged; see `snapshot.copies`."""
+        return digest_copies(self.plan.written.layout, self.image.content)
 
     def write(self, files: Storage, bytes_per_second: float | None) -> FileRecord:
         """Write the file into the storage of a pending checkpoint while it is being staged.

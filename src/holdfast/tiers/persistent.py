@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -29,10 +29,11 @@ from holdfast.policies.keeping import Candidate, retain
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
 from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import Storage, pending_name
 from holdfast.storage.digests import FileRecord
 from holdfast.storage.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
-from holdfast.storage.manifest import PERSISTENT, Manifest
+from holdfast.storage.manifest import PER_RANK, PERSISTENT, Manifest
 from holdfast.storage.store import Checkpoint, Store
 from holdfast.tiers.opening import SurveyedStore
 from holdfast.tiers.select import Commit
@@ -315,8 +316,12 @@ class PersistentTier:
         self.store.sweep(lambda: self.identity.check_newest(attempt))
         return self.store.begin(iteration)
 
-    def _write_shard(self, pending: str, snapshot: Snapshot) -> list[FileRecord]:
+    def _write_shard(
+        self, pending: str, snapshot: Snapshot
+    ) -> tuple[list[FileRecord], dict[str, str]]:
+        """Write this rank's file; return its record, and the digests of what is per rank."""
         records: list[FileRecord] = []
+        copies: dict[str, str] = {}
         with self._naming_successor():
             if not self._storage.has_group(pending):
                 # Rank 0 has created it: a rank that does not see it would write to its own disk,
@@ -325,8 +330,9 @@ class PersistentTier:
             if not snapshot.shard.is_empty:
                 files = self._storage.under(pending)
                 records.append(snapshot.shard.write(files, self._bytes_per_second))
+                copies = snapshot.shard.digest_copies()
             snapshot.confirm()
-        return records
+        return records, copies
 
     @contextmanager
     def _naming_successor(self) -> Iterator[None]:
@@ -342,13 +348,14 @@ class PersistentTier:
         self,
         pending: str,
         snapshot: Snapshot,
-        written: Sequence[Sequence[FileRecord]],
+        written: Sequence[tuple[Sequence[FileRecord], Mapping[str, str]]],
         coordinator: Coordinator,
         identity: CommitIdentity,
     ) -> Checkpoint:
         assert self._grant is not None
         store, grant = self.store, self._grant
-        records = [record for part in written for record in part]
+        records = [record for part, _ in written for record in part]
+        copies = [each for _, each in written]
         with self._naming_successor():
             for name, content in (
                 (METADATA_NAME, snapshot.shard.plan.metadata),
@@ -367,6 +374,8 @@ class PersistentTier:
             files=tuple(sorted(records, key=lambda each: each.path)),
             written_by=f"holdfast {__version__}",
             parent=asdict(grant.parent) if grant.parent is not None else None,
+            requires=(PER_RANK,) if any(copies) else (),
+            differing=find_differing(copies),
         )
         self.identity.check_newest(grant.attempt)  # the last check before it is visible
         return store.commit(pending, manifest)

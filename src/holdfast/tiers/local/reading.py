@@ -28,6 +28,7 @@ from holdfast.read.copies import decode_copies, join_copies
 from holdfast.read.index import Index, read_index
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Target
+from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
 from holdfast.storage.store import Checkpoint
@@ -138,6 +139,8 @@ class _Description:
     body_bytes: int
     counters: bytes
     values: Mapping[str, bytes]
+    copies: Mapping[str, str]
+    """Digests of what is per rank."""
 
 
 @dataclass
@@ -289,7 +292,8 @@ class Opening:
             reader = self._reader(self._shards_of(described), fetch)
             united = decode_copies(copies, str(self._files.run.root))
             counters = described[min(described)].counters
-            opened.append(self._contents(reader, counters, united, fetch))
+            differing = find_differing([each.copies for each in described.values()])
+            opened.append(self._contents(reader, counters, united, fetch, differing))
 
         self.coordinator.all_reduce("local values", read, lambda _: None)
         return opened[0]
@@ -376,7 +380,8 @@ class Opening:
             trailer = self._trailer_of(path)
             shard = self._shard(owner, path)
             index, records = shard.index, {path: shard.record}
-            head = {"owner": owner, "body_bytes": shard.body_bytes, "offset": index.offset}
+            head: dict[str, Any] = {"owner": owner, "copies": trailer.record.copies or {}}
+            head |= {"body_bytes": shard.body_bytes, "offset": index.offset}
             digests = bytes.fromhex("".join(index.digests))
             with self.available.noting(path):
                 entries = index.entries(run.storage.where(path))
@@ -409,7 +414,7 @@ class Opening:
                     for name, value in zip(frames[::2], frames[1::2], strict=True)
                 }
                 described[facts["owner"]] = _Description(
-                    found, facts["body_bytes"], counters, named
+                    found, facts["body_bytes"], counters, named, facts["copies"]
                 )
         return dict(sorted(described.items()))
 
@@ -424,6 +429,7 @@ class Opening:
         content: bytes,
         copies: Mapping[str, Sequence[Any]],
         fetch: PeerFetch,
+        differing: tuple[str, ...] | None = None,
     ) -> LocalContents:
         record = self.candidate.record
         where = f"{self._files.run.root}, iteration {record.iteration}"
@@ -438,6 +444,7 @@ class Opening:
             saved_at="",
             files=(),
             written_by=f"holdfast {__version__}",
+            differing=differing,
         )
         checkpoint = Checkpoint(self._files.run.root, manifest)
         values, small = split_small(reader.read_values())

@@ -80,6 +80,8 @@ class ShardRecord:
     is_whole: bool = True
     """Whether the image has all that the rank staged; else it has the rank's own copies alone."""
     written_by: str = "holdfast"
+    copies: dict[str, str] | None = None
+    """Digests of what is per rank in the shard, by name or group; None: not made."""
     audit: dict[str, Any] | None = None
     """What was compared of the replicas of tensors; None: nothing."""
     format: int = FORMAT
@@ -149,8 +151,9 @@ class Trailer:
         """Return what follows the image in the file."""
         sizes = {name: len(self.parts[name]) for name in PART_NAMES}
         values = {**vars(self.record), "nodes": pack_nodes(self.record.nodes), "parts": sizes}
-        if values["audit"] is None:
-            del values["audit"]
+        for name in ("audit", "copies"):
+            if values[name] is None:
+                del values[name]
         text = json.dumps(values, sort_keys=True).encode()
         rest = b"".join([text + b"\n", *(self.parts[name] for name in PART_NAMES)])
         image_bytes = self.record.image_bytes
@@ -233,8 +236,9 @@ def _check(record: ShardRecord, image_bytes: int) -> None:
     for name, kinds in (("is_whole", (bool,)), ("state_names", (int, type(None)))):
         if type(getattr(record, name)) not in kinds:
             raise TypeError(f"{name} is of another type")
-    if not isinstance(record.audit, dict | None):
-        raise TypeError("audit is no mapping")
+    for name in ("audit", "copies"):
+        if not isinstance(getattr(record, name), dict | None):
+            raise TypeError(f"{name} is no mapping")
     if len(record.nodes) != record.world_size or not all(type(x) is int for x in record.nodes):
         raise ValueError("nodes does not name one node for each rank")
     if record.owner >= record.world_size:

@@ -22,6 +22,7 @@ from holdfast.filesystem import append_durably
 from holdfast.format.layout import Layout, lay_out
 from holdfast.ranks.topology import Topology
 from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.snapshot.copies import digest_copies
 from holdfast.snapshot.shard import seal_image, write_shard
 from holdfast.storage.backend import ObjectReader, Storage, pending_name
 from holdfast.storage.digests import (
@@ -403,7 +404,7 @@ def seal(
         footer = arena.memory[arena.body_bytes : image_bytes(arena.layout)]
         with shards.run.storage.open(f"{shards.rank}/{pending.name}") as source:
             source.get_into(arena.body_bytes, [footer])
-    trailer = _trailer_of(snapshot, identity, shards, arena.body_bytes, written)
+    trailer = _trailer_of(snapshot, identity, shards, arena, written)
     image_size = trailer.record.image_bytes
     if file is not None:
         file.write_at(image_size, trailer.to_bytes())
@@ -417,7 +418,7 @@ def _trailer_of(
     snapshot: Snapshot,
     identity: CommitIdentity,
     shards: ShardDirectory,
-    body_bytes: int,
+    arena: Arena,
     written: FileRecord,
 ) -> Trailer:
     plan = snapshot.shard.plan
@@ -432,9 +433,10 @@ def _trailer_of(
         state_names=plan.state_names,
         owner=shards.rank,
         structure=plan.structure.hex(),
-        body_bytes=body_bytes,
+        body_bytes=arena.body_bytes,
         digest=written.digest,
         written_by=f"holdfast {__version__}",
+        copies=digest_copies(arena.layout, arena.content),
     )
     parts = {
         "train_state": snapshot.train_state,
