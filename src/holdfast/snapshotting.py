@@ -208,7 +208,7 @@ class Snapshotter:
             return Inventory(then.items, now.sources, structure_of(then.items))
 
         def describe() -> Inventory:
-            captured = app.capture()
+            captured = app.capture(with_position=False)
             small = {**captured.small, TRAIN_STATE: _counters_of(train_state, 0)}
             gathered.append(self._join(captured.leaves, small))
             return foretell(self._describe(gathered[0]))

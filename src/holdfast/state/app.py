@@ -112,10 +112,12 @@ class AppState:
         """The live scheduler, if it is to be restored."""
         return self._scheduler
 
-    def capture(self, bindings: Bindings | None = None) -> Captured:
+    def capture(self, bindings: Bindings | None = None, *, with_position: bool = True) -> Captured:
         """Return the current state, referring to live tensors.
 
         `bindings`: of an earlier capture; while they hold, the state is looked up through them.
+        `with_position`: ask the iterator for its position, for which it may draw numbers; else
+        there is an empty one.
 
         Raises:
             UnsupportedStateError: some state could not be read back safely.
@@ -124,7 +126,11 @@ class AppState:
         (leaves, bindings), scheduler, data = run_each(
             lambda: self._find_leaves(bindings),
             lambda: None if self._scheduler is None else self._scheduler.state_dict(),
-            lambda: None if self._data is None else position_of(self._data, self._place),
+            lambda: (
+                None
+                if self._data is None
+                else position_of(self._data.state_dict() if with_position else None, self._place)
+            ),
         )
         small: dict[str, Any] = {RNG: rng}
         if scheduler is not None:

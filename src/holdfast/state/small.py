@@ -115,10 +115,10 @@ def is_position(state: Any) -> bool:
     return isinstance(state, dict) and state.keys() >= {"position", "data_rank", "data_size"}
 
 
-def position_of(data: Stateful, place: Place) -> dict[str, Any]:
-    """Return an iterator's position, and which of the data-parallel ranks has it."""
+def position_of(position: Any, place: Place) -> dict[str, Any]:
+    """Return an iterator's position with which of the data-parallel ranks has it."""
     return {
-        "position": data.state_dict(),
+        "position": position,
         "data_rank": place.data_rank,
         "data_size": place.data_size,
     }
