@@ -181,12 +181,21 @@ def _check_scheduler(method: str, scheduler: Any) -> None:
 
 def _check_hooks(optimizer: Any) -> None:
     for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
-        if each is not None and not callable(getattr(each, "register_step_pre_hook", None)):
+        if each is not None and not _takes_hooks(each):
             raise UnsupportedStateError(
                 f"checkpoint.staging=overlapped: {_describe(each)} has no register_step_pre_hook, "
                 "and its step could not wait for the copy.\n"
                 "Use checkpoint.staging=blocking, or pass the torch optimizer inside it."
             )
+
+
+def _takes_hooks(optimizer: Any) -> bool:
+    """Whether its steps can be made to wait; a wrapper may inherit the method without its parts."""
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except (AttributeError, TypeError):
+        return False
+    return True
 
 
 def _is_optimizer(value: Any) -> bool:

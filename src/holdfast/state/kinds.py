@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Placement
 from holdfast.format.nondense import (
     PLAIN_TENSORS,
     classes_in,
-    describe,
     expanded_dims,
     is_dense,
     name_of,
@@ -237,26 +236,19 @@ def names_of_shards(
     )
 
 
-def find_changed(
-    wanted: Mapping[str, torch.Tensor], live: Mapping[str, Any]
-) -> tuple[str, str] | None:
-    """Return the first name whose restored value is of another kind than was given, and how."""
-    for name, value in wanted.items():
+def find_changed(given: Mapping[str, Any], live: Mapping[str, Any]) -> str | None:
+    """Return the first name whose live value is of another kind than what was given, and how.
+
+    Devices may differ: optimizers move state to that of its parameter.
+    """
+    for name, value in given.items():
         found = live.get(name)
-        if found is value:
+        if found is value or not isinstance(value, torch.Tensor):
             continue
+        wanted = f"{replace(Kind.of(value), device='')} of {value.dtype}"
         if not isinstance(found, torch.Tensor):
-            return name, f"was given as {Kind.of(value)}, and is {describe_any(found)}"
-        if (found.dtype, found.size()) != (value.dtype, value.size()) or Kind.of(found) != Kind.of(
-            value
-        ):
-            return name, (
-                f"was given as {Kind.of(value)} of {value.dtype}, and is {Kind.of(found)} of "
-                f"{found.dtype}"
-            )
+            return f"{name}, given as {wanted}, is a {type(found).__name__}"
+        is_now = f"{replace(Kind.of(found), device='')} of {found.dtype}"
+        if is_now != wanted or found.size() != value.size():
+            return f"{name}, given as {wanted}, is {is_now}"
     return None
-
-
-def describe_any(value: Any) -> str:
-    """Return what a value is in a few words, for messages."""
-    return describe(value) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from holdfast.errors import UnsupportedStateError
 from holdfast.state.groups import Group, kind_of, options_of
+from holdfast.state.kinds import find_changed
 from holdfast.state.model import ModelWalk, are_in_place, ask_torch
 from holdfast.state.naming import ROOT, Named, name_optimizers, parameter_names
 from holdfast.torch_internals import is_plain_optimizer, optimizer_has_default_loading
@@ -279,6 +280,25 @@ def _load(named: Named, given: Mapping[str, Entries], taken: Sequence[Group | No
                 and cast.dtype != value.dtype
             ):
                 live[key] = value.to(cast.device)
+    _check_restored(named, given)
+
+
+def _check_restored(named: Named, given: Mapping[str, Entries]) -> None:
+    """Refuse an optimizer that has made something else of the state that it was given.
+
+    Raises:
+        UnsupportedStateError: naming the entry; such a run would not go on as it was.
+    """
+    name = type(named.optimizer).__name__
+    found = _read_state(named, f"optimizer ({name})")
+    for owner, entries in given.items():
+        changed = find_changed(entries, found.get(owner, {}))
+        if changed is not None:
+            raise UnsupportedStateError(
+                f"optimizer ({name}): load_state_dict does not restore the state of {owner}: "
+                f"{changed}.\nPass the torch.optim.Optimizer inside it, or let load_state_dict "
+                "take state as state_dict gives it."
+            )
 
 
 def _keep_memory(group: dict[str, Any], own: Mapping[str, torch.Tensor]) -> None:

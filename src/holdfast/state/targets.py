@@ -42,7 +42,7 @@ from holdfast.state.kinds import (
 )
 from holdfast.state.model import MODEL
 from holdfast.state.naming import PARAMETERS, STATE
-from holdfast.state.optimizer import LiveOptimizers
+from holdfast.state.optimizer import FlattenedOptimizers, LiveOptimizers
 from holdfast.state.saved import SavedTensors
 from holdfast.torch_internals import chunks_of, local_of
 
@@ -443,6 +443,8 @@ class Targets:
         place = f"{root}.{PARAMETERS}.{owner}" if owner in outside else MODEL + owner
         parameter = self._model.get(MODEL + owner, outside.get(owner))
         kind, of_parameter = self._kind(name), self._kind(place)
+        if isinstance(self._optimizers, FlattenedOptimizers):
+            kind = None  # torch's setters take it as the parameter is shown, and convert it
         return StateEntry(
             key,
             source,

@@ -1,0 +1,133 @@
+"""Wrappers that are no optimizers of torch's: they resume exactly, or are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.errors import UnsupportedStateError
+from tests.support.managers import Live, manager_of, step
+
+
+class _Wrapper:
+    """As LARC and many others: what it wraps does the work."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    def state_dict(self) -> Any:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.optimizer.load_state_dict(state)
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+
+class _Stale(_Wrapper):
+    """Keeps the mapping that a load of the inner optimizer replaces."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self._state = optimizer.state
+
+    @property
+    def state(self) -> Any:
+        return self._state
+
+
+class _Derived(_Wrapper, torch.optim.Optimizer):
+    """As Accelerate's: an Optimizer by class whose constructor was never called."""
+
+
+def _build(kind: Any, dtype: torch.dtype) -> Live:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2, dtype=dtype)
+    return Live(model, kind(torch.optim.AdamW(model.parameters(), lr=0.1)))
+
+
+def _widen(live: Live) -> None:
+    """Keep moments of 32 bits beside parameters of 16, as trainers do."""
+    for entries in live.optimizer.optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            entries[key] = entries[key].float() + 1e-6
+
+
+def _save(path: Path, kind: Any, dtype: torch.dtype) -> Live:
+    live = _build(kind, dtype)
+    manager = manager_of(path)
+    live.load(manager)
+    step(live)
+    if dtype is torch.bfloat16:
+        _widen(live)
+    live.save(manager, 1)
+    return live
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [_Wrapper, _Derived])
+def test_a_wrapper_resumes_exactly(tmp_path: Path, kind: Any, dtype: torch.dtype) -> None:
+    """By its state dict, moments of another dtype than their parameter's included."""
+    live, other = _save(tmp_path, kind, dtype), _build(kind, dtype)
+    other.load(manager_of(tmp_path))
+    states = [each.optimizer.optimizer.state.values() for each in (live, other)]
+    for mine, theirs in zip(*states, strict=True):
+        for key, value in mine.items():
+            assert theirs[key].dtype == value.dtype
+            assert torch.equal(theirs[key], value)
+
+
+def test_a_wrapper_that_rounds_what_it_is_given_is_refused(tmp_path: Path) -> None:
+    """Its state lets nobody put back what torch's load_state_dict has cast."""
+    _save(tmp_path, _Stale, torch.bfloat16)
+    other = _build(_Stale, torch.bfloat16)
+    words = r"given as a dense tensor of torch.float32, is a dense tensor of torch.bfloat16"
+    with pytest.raises(UnsupportedStateError, match=words):
+        other.load(manager_of(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [_Wrapper, _Derived])
+def test_overlapped_staging_refuses_a_wrapper_at_the_load(tmp_path: Path, kind: Any) -> None:
+    """By class, with the way out, though it may have inherited the method."""
+    live = _build(kind, torch.float32)
+    with pytest.raises(UnsupportedStateError, match=f"overlapped: a {kind.__name__} has no reg"):
+        live.load(manager_of(tmp_path, async_save=True, staging="overlapped"))
+
+
+def test_many_optimizers_of_one_parameter_each_resume(tmp_path: Path) -> None:
+    """As where optimizers step in the backward pass."""
+    lives = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+        optimizers = [torch.optim.AdamW([each], lr=0.1) for each in model.parameters()]
+        lives.append(Live(model, optimizers))
+    one, other = lives
+    manager = manager_of(tmp_path)
+    one.load(manager)
+    for each in one.optimizer:
+        for parameter in each.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        each.step()
+    one.save(manager, 1)
+    other.load(manager_of(tmp_path))
+    mine, theirs = one.digests(), other.digests()
+    assert {name for name in mine if mine[name] != theirs[name]} <= {
+        name for name in mine if name.startswith("gradient")
+    }
