@@ -26,7 +26,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -41,6 +41,9 @@ from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext, GlobalState, TrainState
 from holdfast.ranks.channels import Channels
 from holdfast.ranks.coordinator import Coordinator, StoreCoordinator
+from holdfast.ranks.entry import Arrival, Entry, Ruling
+
+R = TypeVar("R")
 
 _NODE: ContextVar[str] = ContextVar("node", default="node")
 _ROWS, _COLUMNS = 4, 16
@@ -89,7 +92,32 @@ class Recorder:
         self.notes.append(("begin", stage, b"", b""))
         return self._inner.begin(stage, enter, admit)
 
-    def follow(self, call: int) -> None:
+    def begin_as(
+        self, stage: str, arrival: Arrival, cause: BaseException | None, admit: Callable[[bool], R]
+    ) -> Ruling[R]:
+        """As the channel does; a replay needs no new call."""
+        self.notes.append(("begin", stage, b"", b""))
+        return self._inner.begin_as(stage, arrival, cause, admit)
+
+    def begin_alike(self, stage: str, entry: Entry, admit: Callable[[], R]) -> R:
+        """As the channel does."""
+        self.notes.append(("begin_alike", stage, b"", b""))
+        return self._inner.begin_alike(stage, entry, admit)
+
+    def decline(self, stage: str, name: str | None) -> None:
+        """As the channel does."""
+        self._inner.decline(stage, name)
+
+    def expect_alike(self) -> None:
+        """As the channel does."""
+        self._inner.expect_alike()
+
+    @property
+    def call(self) -> object:
+        """As of the channel."""
+        return self._inner.call
+
+    def follow(self, call: object) -> None:
         """As the channel does."""
         self._inner.follow(call)
 
@@ -115,7 +143,12 @@ class Recorder:
         return self._inner.gather(stage, self._noting("gather", stage, work))
 
     def all_reduce(
-        self, stage: str, work: Callable[[], Any], judge: Callable[[list[Any]], Any]
+        self,
+        stage: str,
+        work: Callable[[], Any],
+        judge: Callable[[list[Any]], Any],
+        *,
+        then: str | None = None,
     ) -> Any:
         """As the channel does."""
 
@@ -125,7 +158,8 @@ class Recorder:
             self.notes[-1] = (kind, name, value, pickle.dumps(verdict))
             return verdict
 
-        return self._inner.all_reduce(stage, self._noting("all_reduce", stage, work), judged)
+        noting = self._noting("all_reduce", stage, work)
+        return self._inner.all_reduce(stage, noting, judged, then=then)
 
     def broadcast(self, stage: str, work: Callable[[], Any]) -> Any:
         """As the channel does."""
@@ -146,6 +180,9 @@ class Recorder:
             stage = f"again {stage}"
             if kind == "begin":
                 self._inner.begin(stage, lambda: ("again",), lambda: None)
+            elif kind == "begin_alike":
+                self._inner.expect_alike()
+                self._inner.begin_alike(stage, ("again",), lambda: None)
             elif kind == "all_reduce":
                 decided = pickle.loads(verdict) if verdict else None  # noqa: S301  # likewise
                 self._inner.all_reduce(stage, partial(_same, value), partial(_same, decided))
@@ -220,7 +257,8 @@ class SimulatedRank:
         generation = getattr(self, "_generation", 0) + 1
         self._generation = generation
         name = f"scale/{generation}"
-        self.manager._channels = channels = self.make_channels(connect, name)
+        channels = self.make_channels(connect, name)
+        self.manager._channels = self.manager._saver._channels = channels
         self.channels = channels if isinstance(channels, _Given) else None
 
     def make_channels(self, connect: Callable[[], Any], name: str) -> Channels:

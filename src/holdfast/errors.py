@@ -32,6 +32,7 @@ failures to each other). Holds no policy: the code that raises decides.
     |-- StoreNotWritableError          (OSError)          the store cannot be written at all
     |-- CheckpointOverdueError         (TimeoutError)     nothing durable for too long
     |-- SaveAbandonedError             (RuntimeError)     a save that was interrupted too early
+    |-- SaveGivenUpError               (RuntimeError)     a save that needs another plan: no failure
     |-- LoadIncompleteError            (RuntimeError)     a save after a load that did not complete
     |-- NotEnoughMemoryError           (MemoryError)      a snapshot that would not fit
     |-- NoFileFreeError                (TimeoutError)     every local buffer was being read
@@ -66,8 +67,7 @@ class CheckpointError(Exception):
 
 
 def _rebuild(kind: type[CheckpointError], message: str, fields: dict[str, Any]) -> CheckpointError:
-    # Find the builtin whose memory layout the type has; `kind.__new__` is the first builtin's,
-    # which is the wrong one for an error that derives from two builtins.
+    # The builtin whose memory layout the type has: `kind.__new__` may be another one's.
     builtin: Any = kind
     while builtin.__module__ != "builtins":
         builtin = builtin.__base__
@@ -366,14 +366,17 @@ class SaveAbandonedError(CheckpointError, RuntimeError):
         )
 
 
+class SaveGivenUpError(CheckpointError, RuntimeError):
+    """A save was given up before it wrote anything: a rank could not save by the last plan."""
+
+
 class LoadIncompleteError(CheckpointError, RuntimeError):
     """A save was refused: the last load had begun to overwrite live state and did not complete."""
 
     def __init__(self) -> None:
         super().__init__(
             "the last load was interrupted, or failed, after it had begun to overwrite model and "
-            "optimizer: they hold parts of a checkpoint.\nCall load again before saving; a load "
-            "that completes makes them whole."
+            "optimizer: they hold parts of a checkpoint.\nCall load again before saving."
         )
 
 

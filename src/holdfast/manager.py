@@ -26,15 +26,12 @@ from holdfast.arguments import (
     one_at_a_time,
     settings_of_save,
 )
-from holdfast.caller import Call, Caller, CallerLeftError, Gate
+from holdfast.caller import Call, Caller, CallerLeftError
 from holdfast.config import CheckpointConfig, read_config
 from holdfast.errors import (
     CorruptCheckpointError,
     LoadIncompleteError,
-    SaveAbandonedError,
-    StageFailedError,
 )
-from holdfast.events import ON_CHECKPOINT_STAGED
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.policies.guards import Alarm, StepOrder
 from holdfast.protocol import (
@@ -44,16 +41,17 @@ from holdfast.protocol import (
     LoadResult,
 )
 from holdfast.ranks.channels import Channels
-from holdfast.ranks.coordinator import Coordinator, Entry
-from holdfast.ranks.job import Committed, FailureRule, Flight, Progress, Save
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.entry import Entry
+from holdfast.ranks.job import FailureRule, Flight, Progress, Save, Watcher
 from holdfast.restoring import LastLoad, Opened, Restoration, open_selected
+from holdfast.saving import Request, Saver
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
 from holdfast.state.rehearsal import LazyState
 from holdfast.state.small import Place, warn_of_lost_position
-from holdfast.tiers.persistent import Admission
 from holdfast.tiers.routing import Tiers
 from holdfast.tiers.search import Search, Selected
 from holdfast.tiers.survey import warn_of_living_attempt
@@ -98,9 +96,14 @@ class DefaultCheckpointManager:
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
-        rule, watchers = FailureRule(config), (self._steps, self._alarm)
+        rule = FailureRule(config)
+        watchers: list[Watcher] = [self._steps, self._alarm]
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
         self._channels = Channels(3, config.timeout_seconds, str(self._tiers.root))
+        self._saver = Saver(
+            config, self._channels, self._tiers, self._snapshotter, self._saving, self._draining
+        )
+        watchers.append(self._saver)
         self._calls_inside = Calls()
         self._has_warned_of_data = False
         self._last_load = LastLoad()
@@ -138,7 +141,7 @@ class DefaultCheckpointManager:
     def _save(self, ctx: CheckpointSaveContext, save: Save, call: Call[None]) -> None:
         is_persistent = not ctx.non_persistent_ckpt
         refusal = self._end_last_calls(drains=is_persistent)
-        control, writer, drainer = self._channels.open()
+        control = self._channels.open()[0]
         if save.callback_manager is not None:
             self._alarm.listener = save.callback_manager
         self._alarm.note_save(is_persistent=is_persistent)
@@ -151,52 +154,16 @@ class DefaultCheckpointManager:
             self._tiers.check_save(to_local=not is_persistent)
             return f"{save.name} ({save.event.tier} tier)", *settings_of_save(self._config)
 
-        def admit() -> Admission:  # on rank 0, whose clock counts
+        def check_alarm() -> None:
             self._alarm.check(self._describe_flight(), is_persistent=is_persistent)
-            return self._tiers.admit()
 
         if control.rank == 0 and not self._has_warned_of_data:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
-        config = self._config
-        gate = Gate()
-        confirm = gate.wait if config.async_save else lambda: save.confirm(call)
-        try:
-            admission = self._begin_call("admit", check_own, admit, refusal)
-            self._tiers.follow(admission, control, to_local=not is_persistent)
-            with collection_put_off():
-                app = _app_state(ctx, control)
-                snapshot, reserved = self._snapshotter.take(ctx, app, control, confirm)
-        except StageFailedError as error:
-            if error is refusal:
-                raise
-            self._saving.fail(save, error, control.rank)
-            return
-        route = self._tiers.route(reserved, local_only=not is_persistent)
-
-        def write() -> Committed:
-            return self._tiers.write(snapshot, route, writer)
-
-        def promote(committed: Committed) -> None:
-            promotion = self._tiers.promote(snapshot, committed, drainer)
-            if promotion is not None:
-                self._draining.start(save.continued_in(promotion.tier), promotion.work, drainer)
-
-        if not config.async_save:
-            self._saving.run(save, write, control.rank)
-            return
-        self._saving.start(save, write, writer, promote if route.is_promoted else None)
-        try:
-            self._snapshotter.finish(snapshot)  # while the thread prepares to write
-            save.confirm(call)
-        except SaveAbandonedError as error:
-            gate.fail(error)  # and is reported with the outcome
-            return
-        except BaseException:
-            gate.fail(SaveAbandonedError(save.name))
-            raise
-        gate.open()  # from here on training may change everything
-        save.event.stall_seconds = time.monotonic() - save.started
-        save.fire(ON_CHECKPOINT_STAGED)
+        self._saver.save(
+            Request(
+                ctx, save, call, lambda: _app_state(ctx, control), check_own, check_alarm, refusal
+            )
+        )
 
     @one_at_a_time
     def finalize_async_saves(
@@ -221,11 +188,13 @@ class DefaultCheckpointManager:
                 return
         self._caller.run(
             "the wait for saves" if blocking or terminate else "the look at saves",
-            lambda _: self._finalize(blocking=blocking, terminate=terminate),
+            lambda call: self._finalize(state, call, blocking=blocking, terminate=terminate),
             patience_seconds=0.0,
         )
 
-    def _finalize(self, *, blocking: bool, terminate: bool) -> None:
+    def _finalize(
+        self, state: GlobalState, call: Call[None], *, blocking: bool, terminate: bool
+    ) -> None:
         rank = self._channels.rank
         if not (blocking or terminate):
             self._saving.tell_if_due(rank)
@@ -233,14 +202,29 @@ class DefaultCheckpointManager:
             self._tiers.tell_restored_if_due(rank)
             self._warn_if_overdue(rank)
             return
-        waits = (self._saving.wait, self._draining.wait, self._tiers.wait_restored)
         try:
-            run_each(*(partial(each, rank) for each in (*waits, self._warn_if_overdue)))
+            run_each(
+                partial(self._saving.wait, rank),
+                lambda: self._save_again(state, call),
+                partial(self._draining.wait, rank),
+                partial(self._tiers.wait_restored, rank),
+                partial(self._warn_if_overdue, rank),
+                self._saving.finish,
+                self._draining.finish,
+            )
         finally:
             if terminate:
                 self._alarm.end()
                 self._snapshotter.release()
                 self._tiers.close()
+
+    def _save_again(self, state: GlobalState, call: Call[None]) -> None:
+        """Save what was given up, if nothing was trained since: it may be the run's last save."""
+        given_up = self._saver.take_given_up(state.train_state.step)
+        if given_up is not None:
+            ctx, save = given_up
+            self._save(ctx, Save.of(ctx, save.callback_manager), call)
+            self._saving.wait(self._channels.rank)
 
     def _warn_if_overdue(self, rank: int) -> None:
         self._alarm.warn(self._describe_flight(), str(self._tiers.root), rank)
@@ -289,6 +273,7 @@ class DefaultCheckpointManager:
 
     def _load(self, ctx: CheckpointLoadContext, call: Call[LoadResult]) -> LoadResult:
         refusal = self._end_last_calls(drains=True)
+        self._saver.agree_first("it has loaded since")
         control, writer, _ = self._channels.open()
 
         def check_own() -> Entry:
@@ -467,6 +452,7 @@ class DefaultCheckpointManager:
 
             def enter(_: Call[None]) -> None:
                 self._end_last_calls(drains=True)
+                self._saver.agree_first("its last call was refused")
                 self._begin_call(stage, lambda: (), lambda: None, refusal)
 
             self._caller.run("a refused call", enter, patience_seconds=0.0)

@@ -122,14 +122,18 @@ class Snapshotter:
         app: AppState,
         control: Coordinator,
         confirm: Callable[[], None],
+        *,
+        plans: bool = True,
     ) -> tuple[Snapshot, Reserved]:
         """Take a snapshot of this step; return also the memory that it was staged into.
 
         Large tensors are copied once `finish` has returned or the next optimizer step begins.
-        `confirm`: see `Snapshot`.
+        `confirm`: see `Snapshot`. `plans`: see `ShardSaver.agree_on_plan`; where it is off,
+        `control` is this rank alone.
 
         Raises:
             CheckpointError: on every rank.
+            PlanChangedError: the state needs another plan, and `plans` is off.
         """
         taken: list[tuple[Captured, Leaves, bytes]] = []
         iteration = ctx.state.train_state.step
@@ -148,6 +152,7 @@ class Snapshotter:
             control,
             self._memory.nodes,
             lambda: self._agree_on_shardings(taken[0][1], control),
+            plans=plans,
         )
         pinned = _is_on_gpu(inventory)
         reserved = self._memory.reserve(

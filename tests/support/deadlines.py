@@ -19,7 +19,7 @@ _BUSY_SECONDS = 8.0
 
 def told_within(missing: int) -> float:
     """Return the seconds after which the ranks that are left know that this one is missing."""
-    from holdfast.ranks.coordinator import _FOLLOWER_GRACE_SECONDS  # with torch, which is slow
+    from holdfast.ranks.entry import FOLLOWER_GRACE_SECONDS  # with torch, which is slow
 
     # Without rank 0 nobody can say who is: the others find out by themselves, and that is later.
-    return DEADLINE_SECONDS + (_FOLLOWER_GRACE_SECONDS if missing == 0 else 0.0) + _BUSY_SECONDS
+    return DEADLINE_SECONDS + (FOLLOWER_GRACE_SECONDS if missing == 0 else 0.0) + _BUSY_SECONDS

@@ -32,7 +32,7 @@ def running_stage() -> str | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (
-            frame.f_globals.get("__name__") == "holdfast.ranks.coordinator"
+            frame.f_globals.get("__name__", "").startswith("holdfast.ranks.")
             and "stage" in frame.f_locals
         ):
             stage: str = frame.f_locals["stage"]

@@ -181,7 +181,7 @@ def test_a_rank_that_cannot_reach_the_others_acts_alone(
     """When the agreement itself fails, in whatever way, the training thread does not hang."""
 
     class Unreachable(SingleProcess):
-        def all_gather(self, stage: str, work: Callable[[], Any]) -> list[Any]:
+        def all_reduce(self, *_: Any, **__: Any) -> Any:
             raise failure
 
     monkeypatch.setattr(threading, "excepthook", lambda _: None)

@@ -330,7 +330,7 @@ def test_several_missing_ranks_are_all_named(clients: list[Any]) -> None:
 
 def test_a_missing_leader_is_named(clients: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Followers whose leader is gone say so, after the deadline and a short grace."""
-    monkeypatch.setattr("holdfast.ranks.coordinator._FOLLOWER_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("holdfast.ranks.coordinator.FOLLOWER_GRACE_SECONDS", 0.1)
     started = time.monotonic()
     found = _on_ranks(
         clients, lambda ranks: ranks.broadcast("s", lambda: 1), (1, 2), timeout_seconds=1.5
@@ -365,7 +365,7 @@ def test_a_rank_that_missed_calls_meets_the_others_in_their_next(
 ) -> None:
     """Rank 0 counts; a rank that was away takes part in the call that rank 0 is in now."""
     if late == 0:  # then nobody tells the others: they wait for themselves
-        monkeypatch.setattr("holdfast.ranks.coordinator._FOLLOWER_GRACE_SECONDS", 0.2)
+        monkeypatch.setattr("holdfast.ranks.entry.FOLLOWER_GRACE_SECONDS", 0.2)
     waited_in_vain = threading.Barrier(RANKS, timeout=20)
 
     def enter(ranks: Coordinator, call: str) -> int:
@@ -460,7 +460,7 @@ def test_keys_are_cleaned_up(clients: list[Any]) -> None:
 
     before = clients[0].num_keys()
     assert _on_ranks(clients, program) == dict.fromkeys(range(RANKS))
-    assert clients[0].num_keys() - before < 10
+    assert clients[0].num_keys() - before < 16, "those of the last turn, and of the last calls"
 
 
 def test_channels_do_not_disturb_one_another(clients: list[Any]) -> None:

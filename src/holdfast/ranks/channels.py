@@ -10,10 +10,12 @@ was initialised is opened again.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from holdfast.errors import CheckpointError
-from holdfast.ranks.coordinator import Coordinator, Entry, SingleProcess, StoreCoordinator
+from holdfast.ranks.background import DecidedError
+from holdfast.ranks.coordinator import Coordinator, SingleProcess, StoreCoordinator
+from holdfast.ranks.entry import Arrival, Entry, attempt
 
 R = TypeVar("R")
 
@@ -88,29 +90,52 @@ class Channels:
         admit: Callable[[], R],
         refusal: BaseException | None,
         in_use: Collection[int],
+        *,
+        reason: str = "",
+        act_at: int | None = None,
     ) -> R:
         """Begin a call on all ranks and return what `admit` did; see `Coordinator.begin`.
 
         `refusal`: what this rank has to raise; the others get it too. None: it takes part.
         `in_use`: numbers of channels on which a job still communicates; they stay in their call.
+        `reason`: why this rank does not come in the background. `act_at`: the step it is in, for a
+        failure that it can act on later. None: at once.
 
         Raises:
             BaseException: the refusal itself, whatever another rank raises.
+            DecidedError: `act_at` was given, other ranks are in this call in the background, and
+                all have agreed on a step to act at.
             CheckpointError: on every rank: ranks are in different calls, or one refused it.
         """
-
-        def refuse() -> Entry:
-            assert refusal is not None
-            raise refusal
-
-        control, *others = self.open()
+        control = self.open()[0]
+        outcome, cause = attempt(control.rank, enter if refusal is None else _raiser(refusal))
+        arrival = Arrival(outcome, stage, reason=reason, act_at=act_at or 0)
         try:
-            call, admitted = control.begin(stage, refuse if refusal else enter, admit)
+            ruling = control.begin_as(stage, arrival, cause, lambda _: admit())
         except CheckpointError:
             if refusal is not None:
                 raise refusal from None
             raise
+        if ruling.error is not None and refusal is not None:
+            raise refusal from None
+        later = act_at is not None and ruling.act_at is not None and cause is None
+        if ruling.error is not None and later:
+            assert ruling.act_at is not None
+            raise DecidedError(ruling.error, ruling.act_at)
+        admitted = ruling.unpack(cause)
+        self.follow(in_use)
+        return admitted
+
+    def follow(self, in_use: Collection[int]) -> None:
+        """Let the other channels use the keys of the call that the first one is in."""
+        control, *others = self.open()
         for number, each in enumerate(others, 1):
             if number not in in_use:
-                each.follow(call)
-        return admitted
+                each.follow(control.call)
+
+
+def _raiser(error: BaseException) -> Callable[[], NoReturn]:
+    def refuse() -> NoReturn:
+        raise error
+
+    return refuse

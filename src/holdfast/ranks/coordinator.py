@@ -5,8 +5,8 @@ and never in a collective. Promises that a stage which fails on one rank fails o
 the same named reason, that a rank which never arrives is named, and that any thread may hold a
 channel of its own beside the trainer's process groups. The requests that a rank sends do not grow
 in number with the ranks, where the store can append; a verdict is stored once for all. The single
-process is the null case and needs no torch.distributed. A call that one rank refuses before it
-begins reaches the others through `Channels.begin_call`.
+process is the null case and needs no torch.distributed. How ranks enter a call is in `entry`; one
+that a rank refuses before it begins reaches the others through `Channels.begin_call`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from holdfast.errors import CheckpointError, RankFailure, StageFailedError, StageTimeoutError
+from holdfast.ranks.entry import (
+    FOLLOWER_GRACE_SECONDS,
+    NOTICE_SECONDS,
+    Arrival,
+    CallEntry,
+    Entry,
+    Outcome,
+    Ruling,
+    attempt,
+    name_ranks,
+)
 from holdfast.ranks.rendezvous import StoreClient
+from holdfast.ranks.single import SingleProcess as SingleProcess
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-Entry = tuple[str, ...]
-"""The name of a call, and the settings that all ranks must have alike in it, as `name=value`."""
-
-_FOLLOWER_GRACE_SECONDS = 5.0
-"""Followers wait this much longer than the leader, so that its verdict names who is missing."""
-
-_NOTICE_SECONDS = 20.0
-"""Rank 0 logs which ranks it still waits for after this long, once in each stage."""
-_ENTRY = "entry"
-"""The first exchange of each call has this name, whatever its stage is called."""
 _FEW_RANKS = 4
 """With so few ranks, one list of outcomes takes more requests than a key for each."""
-_CALLS_KEPT = 4
-"""A rank that misses this many calls in a row is not met again; the others waited in each."""
+_LOOKS = 4
+"""How often a follower looks, within one deadline, whether rank 0 has gone on to what follows."""
 
 
 class Coordinator(Protocol):
@@ -73,7 +75,48 @@ class Coordinator(Protocol):
         """
         ...
 
-    def follow(self, call: int) -> None:
+    def begin_as(
+        self,
+        stage: str,
+        arrival: Arrival,
+        cause: BaseException | None,
+        admit: Callable[[bool], R],
+    ) -> Ruling[R]:
+        """As `begin`, with an arrival made before; `cause`: what its failure is made from.
+
+        `admit` is told whether all ranks have a copy.
+        """
+        ...
+
+    def decline(self, stage: str, name: str | None) -> None:
+        """Before `begin_as`: tell ranks that may come alike that this one does not.
+
+        `begin`, and `begin_as` on the training thread, do so themselves. `name`: of the call; None:
+        it is refused here.
+        """
+        ...
+
+    def begin_alike(self, stage: str, entry: Entry, admit: Callable[[], R]) -> R:
+        """As `begin`, where all ranks are expected to come with this entry: by one counter.
+
+        Only after `expect_alike`, which all ranks call once they have completed a call together.
+
+        Raises:
+            OthersDifferError: they do not all come with it; call `begin_as`.
+            StageTimeoutError: ranks did not come.
+        """
+        ...
+
+    def expect_alike(self) -> None:
+        """Record that all ranks completed the last call, so that any may come alike to the next."""
+        ...
+
+    @property
+    def call(self) -> object:
+        """The call that the ranks are in, for `follow` on other channels."""
+        ...
+
+    def follow(self, call: object) -> None:
         """Use the keys of this call from here on; what earlier calls left behind is not read."""
         ...
 
@@ -85,10 +128,18 @@ class Coordinator(Protocol):
         """As `all_gather`, but only rank 0 is given the results; the others get None."""
         ...
 
-    def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+    def all_reduce(
+        self,
+        stage: str,
+        work: Callable[[], T],
+        judge: Callable[[list[T]], R],
+        *,
+        then: str | None = None,
+    ) -> R:
         """Run `work` on every rank, let rank 0 judge all results; return its verdict on every rank.
 
         What each rank receives does not grow with the number of ranks; with `all_gather` it does.
+        `then`: the stage that judging is, where it takes a while.
         """
         ...
 
@@ -99,53 +150,6 @@ class Coordinator(Protocol):
     def scatter(self, stage: str, work: Callable[[], Sequence[T]]) -> T:
         """Run `work` on rank 0 alone and return its n-th result on rank n."""
         ...
-
-
-class SingleProcess:
-    """The null case: one rank, which agrees with itself."""
-
-    rank = 0
-    world_size = 1
-    timeout_seconds = float("inf")
-
-    def begin(
-        self, stage: str, enter: Callable[[], Entry], admit: Callable[[], R]
-    ) -> tuple[int, R]:
-        """Enter here: nobody can be late."""
-        self.broadcast(stage, enter)
-        return 0, self.broadcast(stage, admit)
-
-    def follow(self, call: int) -> None:
-        """Nobody can be late."""
-
-    def all_gather(self, stage: str, work: Callable[[], T]) -> list[T]:
-        """Run the work here."""
-        return [self.broadcast(stage, work)]
-
-    def gather(self, stage: str, work: Callable[[], T]) -> list[T] | None:
-        """Run the work here."""
-        return [self.broadcast(stage, work)]
-
-    def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
-        """Run the work here, and judge it."""
-        return self.broadcast(stage, lambda: judge([work()]))
-
-    def broadcast(self, stage: str, work: Callable[[], T]) -> T:
-        """Run the work here; a failure that is not ours is named with its stage.
-
-        Raises:
-            StageFailedError: the work raised.
-        """
-        try:
-            return work()
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise StageFailedError(stage, [RankFailure.of(0, error)]) from error
-
-    def scatter(self, stage: str, work: Callable[[], Sequence[T]]) -> T:
-        """Run the work here."""
-        return self.broadcast(stage, work)[0]
 
 
 class StoreCoordinator:
@@ -168,11 +172,13 @@ class StoreCoordinator:
         self.timeout_seconds = timeout_seconds
         self._channel = channel
         self._list_above = list_above
-        self._call = 0
-        self._was_late = False
-        """Whether this rank came to the last call when that had been decided without it."""
+        self._call: object = 0
+        self._entry = CallEntry(self, self._store, channel)
         self._turns: Counter[str] = Counter()
         self._spent_keys: list[str] = []
+        """Keys that all ranks have read once they come to the next turn."""
+        self._spent_before = 0
+        """How many such keys there were before, of which each rank deletes its share."""
 
     def begin(
         self, stage: str, enter: Callable[[], Entry], admit: Callable[[], R]
@@ -182,64 +188,46 @@ class StoreCoordinator:
         Raises:
             StageFailedError: ranks are in different calls.
         """
-        outcome, cause = self._attempt(enter)
-        call = self._find_call(stage, outcome)
-        self.follow(call)
+        outcome, cause = self.attempt(enter)
+        ruling = self.begin_as(stage, Arrival(outcome, stage), cause, lambda _: admit())
+        return ruling.call, ruling.unpack(cause)
 
-        def judge(calls: list[Entry]) -> R:
-            _check_same_call(stage, calls)
-            return admit()
+    def begin_as(
+        self,
+        stage: str,
+        arrival: Arrival,
+        cause: BaseException | None,
+        admit: Callable[[bool], R],
+    ) -> Ruling[R]:
+        """Begin the call that rank 0 begins now, or is in."""
+        if not arrival.in_background:
+            kind, value = arrival.outcome
+            self.decline(stage, value[0] if kind == "value" and value else None)
+        return self._entry.begin(stage, arrival, cause, admit)
 
-        verdict: R = self._exchange(
-            stage,
-            self._next_turn(_ENTRY),
-            outcome,
-            cause,
-            judge,
-        )
-        return call, verdict
+    def decline(self, stage: str, name: str | None) -> None:
+        """Tell ranks that may come alike that this one does not."""
+        self._entry.decline(stage, name)
+
+    def begin_alike(self, stage: str, entry: Entry, admit: Callable[[], R]) -> R:
+        """Begin a call by one counter."""
+        return self._entry.enter_alike(stage, entry, admit)
+
+    def expect_alike(self) -> None:
+        """Let ranks come alike to the next call."""
+        self._entry.expect_alike()
+
+    @property
+    def call(self) -> object:
+        """The call that this channel is in."""
+        return self._call
 
     @property
     def _shares_list(self) -> bool:
         """Whether ranks append the outcomes of a turn to one list: one request for rank 0."""
         return self.world_size > self._list_above and self._store.has_lists
 
-    def _find_call(self, stage: str, own: tuple[str, Any]) -> int:
-        """Return the number of the call that rank 0 begins now, or is in.
-
-        `own`: this rank's call, or its failure. A rank that is late in the same call is answered
-        there, with the verdict that the others were given. One that comes with another call when
-        that one has been decided without it waits for the next; and so does one that was late the
-        last time too: it lags behind by a call of the same name, and would do so for ever.
-        """
-        newest, joined = f"{self._channel}/calls", f"{self._channel}/joined/{self.rank}"
-        if self.rank == 0:
-            call = self._store.add(newest, 0, stage) + 1
-            # Its name first: a rank that sees the number must not wait for the name of a dead rank.
-            self._store.set(self._begun(call), own[1][0] if own[0] == "value" else None, stage)
-            self._store.add(newest, 1, stage)
-            if call > _CALLS_KEPT:
-                self._spent_keys.append(self._begun(call - _CALLS_KEPT))
-            return call
-        # Counted also by other coordinators of this channel.
-        call = last = self._store.add(joined, 0, stage)
-        while True:
-            begun = self._begun(call + 1)
-            if not self._store.wait([begun], self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
-                raise StageTimeoutError(stage, [0], self.timeout_seconds)
-            call = max(call + 1, self._store.add(newest, 0, stage))
-            is_same = own[0] == "value" and own[1][0] == self._store.get(self._begun(call), stage)
-            reply = f"{self._channel}/{call}/{_ENTRY}/1/reply"
-            is_decided = self._store.is_there(reply, stage)
-            if not is_decided or (is_same and not self._was_late):
-                self._was_late = is_decided
-                self._store.add(joined, call - last, stage)
-                return call
-
-    def _begun(self, call: int) -> str:
-        return f"{self._channel}/begun/{call}"
-
-    def follow(self, call: int) -> None:
+    def follow(self, call: object) -> None:
         """Use other keys than before."""
         self._call = call
         self._turns.clear()
@@ -261,37 +249,46 @@ class StoreCoordinator:
         self._run_on_all(stage, work, found.extend)
         return found if self.rank == 0 else None
 
-    def all_reduce(self, stage: str, work: Callable[[], T], judge: Callable[[list[T]], R]) -> R:
+    def all_reduce(
+        self,
+        stage: str,
+        work: Callable[[], T],
+        judge: Callable[[list[T]], R],
+        *,
+        then: str | None = None,
+    ) -> R:
         """Run the work on every rank and judge it on rank 0; errors as `all_gather`."""
-        verdict: R = self._run_on_all(stage, work, judge)
+        verdict: R = self._run_on_all(stage, work, judge, then)
         return verdict
 
     def broadcast(self, stage: str, work: Callable[[], T]) -> T:
         """Run the work on rank 0; errors as `all_gather`."""
-        turn = self._next_turn(stage)
+        turn = self.next_turn(stage)
         if self.rank > 0:
-            return self._await_reply(stage, f"{turn}/reply", None)  # type: ignore[no-any-return]  # pickled
-        outcome, cause = self._attempt(work)
+            self.note_spent([f"{turn}/reply"])
+            return self._unpack(self._await_reply(stage, turn), None)  # type: ignore[no-any-return]  # pickled
+        outcome, cause = self.attempt(work)
         verdict = self._settle(stage, [outcome], lambda values: values[0])
         self._reply(stage, turn, verdict)
+        self.note_spent([f"{turn}/reply"])
         return self._unpack(verdict, cause)  # type: ignore[no-any-return]  # pickled
 
     def scatter(self, stage: str, work: Callable[[], Sequence[T]]) -> T:
         """Run the work on rank 0; errors as `all_gather`."""
-        turn = self._next_turn(stage)
+        turn = self.next_turn(stage)
+        keys = [f"{turn}/{rank}/reply" for rank in range(1, self.world_size)]
+        self.note_spent(keys)
         if self.rank > 0:
-            key = f"{turn}/reply/{self.rank}"
-            return self._await_reply(stage, key, None)  # type: ignore[no-any-return]  # pickled
-        outcome, cause = self._attempt(work)
+            verdict = self._await_reply(stage, f"{turn}/{self.rank}")
+            return self._unpack(verdict, None)  # type: ignore[no-any-return]  # pickled
+        outcome, cause = self.attempt(work)
         kind, value = self._settle(stage, [outcome], lambda values: values[0])
         shares = (
             [(kind, each) for each in value]
             if kind == "value"
             else [(kind, value)] * self.world_size
         )
-        keys = [f"{turn}/reply/{rank}" for rank in range(1, self.world_size)]
         self._store.set_many(keys, shares[1:], stage)
-        self._spent_keys += keys
         return self._unpack(shares[0], cause)  # type: ignore[no-any-return]  # pickled
 
     def _run_on_all(
@@ -299,52 +296,64 @@ class StoreCoordinator:
         stage: str,
         work: Callable[[], T],
         answer: Callable[[list[T]], Any],
+        then: str | None = None,
     ) -> Any:
-        turn = self._next_turn(stage)
-        outcome, cause = self._attempt(work)
-        return self._exchange(stage, turn, outcome, cause, answer)
+        turn = self.next_turn(stage)
+        outcome, cause = self.attempt(work)
+        return self.exchange(stage, turn, outcome, cause, answer, then)
 
-    def _exchange(
+    def exchange(
         self,
         stage: str,
         turn: str,
-        outcome: tuple[str, Any],
+        outcome: Outcome,
         cause: BaseException | None,
         answer: Callable[[list[Any]], Any],
+        then: str | None = None,
     ) -> Any:
         """Post the outcome here, let rank 0 collect all of them, and return its answer."""
+        posted = (
+            [f"{turn}/{each}" for each in ("list", "count", "full")]
+            if self._shares_list
+            else [f"{turn}/{rank}" for rank in range(1, self.world_size)]
+        )
+        if then is not None:
+            posted.append(f"{turn}/then")
         if self.rank == 0:
             outcomes = self._collect(stage, turn, outcome, cause)
-            verdict = self._settle(stage, outcomes, answer)
-            # Every rank has read all earlier replies: it has come this far.
-            self._forget_spent(stage)
+            if then is not None:
+                self._store.set(f"{turn}/then", None, stage)
+            verdict = self._settle(then or stage, outcomes, answer, stage)
             self._reply(stage, turn, verdict)
-            return self._unpack(verdict, cause)
-        self._post(stage, turn, outcome)
-        return self._await_reply(stage, f"{turn}/reply", cause)
+        else:
+            self._post(stage, turn, outcome)
+            verdict = self._await_reply(stage, turn, then)
+        if not isinstance(verdict[1], StageTimeoutError):
+            # Every rank has read all earlier replies: it has come this far.
+            self.forget_spent(stage)
+            self.note_spent([*posted, f"{turn}/reply"])
+        return self._unpack(verdict, cause)
 
-    def _next_turn(self, stage: str) -> str:
+    def next_turn(self, stage: str) -> str:
         """Name a turn. By its stage: a rank that left early must not be answered by another one."""
         self._turns[stage] += 1
         return f"{self._channel}/{self._call}/{stage}/{self._turns[stage]}"
 
-    def _attempt(self, work: Callable[[], T]) -> tuple[tuple[str, Any], BaseException | None]:
-        try:
-            return ("value", work()), None
-        except CheckpointError as error:
-            return ("ours", error), error
-        except BaseException as error:  # noqa: BLE001  # reported to every rank, and raised there
-            # A description, since not every exception can be pickled, or read back.
-            return ("failure", RankFailure.of(self.rank, error)), error
+    def attempt(self, work: Callable[[], T]) -> tuple[tuple[str, Any], BaseException | None]:
+        return attempt(self.rank, work)
 
     def _settle(
         self,
         stage: str,
         outcomes: list[tuple[str, Any]],
         answer: Callable[[list[Any]], Any],
+        worked_in: str | None = None,
     ) -> tuple[str, Any]:
-        """Make the verdict: the answer, or one failure that all ranks raise."""
-        failure = self._judge(stage, outcomes)
+        """Make the verdict: the answer, or one failure that all ranks raise.
+
+        `worked_in`: the stage of the outcomes, where that is another than that of the answer.
+        """
+        failure = self._judge(worked_in or stage, outcomes)
         if failure is not None:
             return "error", failure
         try:
@@ -398,10 +407,10 @@ class StoreCoordinator:
         began = time.monotonic()
         arrived: dict[int, tuple[str, Any]] = {}
         missing: list[int] = []
-        for patience in (min(_NOTICE_SECONDS, self.timeout_seconds), self.timeout_seconds):
-            if missing and patience > _NOTICE_SECONDS:
-                logger.warning('waiting for %s in stage "%s"', _name_ranks(missing), stage)
-            is_full = self._store.wait(awaited, began + patience - time.monotonic())
+        for patience in (min(NOTICE_SECONDS, self.timeout_seconds), self.timeout_seconds):
+            if missing and patience > NOTICE_SECONDS:
+                logger.warning('waiting for %s in stage "%s"', name_ranks(missing), stage)
+            is_full = self._store.wait(awaited, began + patience - time.monotonic(), stage)
             arrived = self._read_outcomes(stage, turn, keys, is_full=is_full)
             missing = [rank for rank in range(1, self.world_size) if rank not in arrived]
             if not missing:
@@ -410,15 +419,14 @@ class StoreCoordinator:
         if missing:
             failures = [
                 value if kind == "failure" else RankFailure.of(rank, value)
-                for rank, (kind, value) in zip([0, *sorted(arrived)], outcomes, strict=True)
+                for rank, (kind, value) in zip(
+                    [0, *sorted(arrived)], map(_inner, outcomes), strict=True
+                )
                 if kind != "value"
             ]
             verdict = "error", StageTimeoutError(stage, missing, self.timeout_seconds, failures)
             self._reply(stage, turn, verdict)
             self._unpack(verdict, cause)
-        self._spent_keys += (
-            [f"{turn}/{each}" for each in ("list", "count", "full")] if self._shares_list else keys
-        )
         return outcomes
 
     def _read_outcomes(
@@ -437,43 +445,35 @@ class StoreCoordinator:
 
     def _reply(self, stage: str, turn: str, verdict: tuple[str, Any]) -> None:
         """Store the verdict once, where every rank reads it."""
-        key = f"{turn}/reply"
-        self._store.set(key, verdict, stage)
-        self._spent_keys.append(key)
+        self._store.set(f"{turn}/reply", verdict, stage)
 
-    def _await_reply(self, stage: str, key: str, cause: BaseException | None) -> Any:
-        if not self._store.wait([key], self.timeout_seconds + _FOLLOWER_GRACE_SECONDS):
-            verdict = StageTimeoutError(stage, [0], self.timeout_seconds)
-            return self._unpack(("error", verdict), cause)
-        return self._unpack(self._store.get(key, stage), cause)
+    def _await_reply(self, stage: str, turn: str, then: str | None = None) -> Outcome:
+        """Wait for rank 0's verdict; `then`: the stage it goes on to when it has all outcomes."""
+        key, timeout = f"{turn}/reply", self.timeout_seconds
+        patience = timeout + FOLLOWER_GRACE_SECONDS
+        looks = 1 if then is None else _LOOKS
+        until = time.monotonic() + patience
+        while True:
+            verdict: Outcome | None = self._store.get_within(key, patience / looks, stage)
+            if verdict is not None:
+                return verdict
+            if then is not None and self._store.is_there(f"{turn}/then", stage):
+                stage, then, until = then, None, time.monotonic() + patience
+            if time.monotonic() >= until - 0.05 * patience:
+                return "error", StageTimeoutError(stage, [0], timeout)
 
-    def _forget_spent(self, stage: str) -> None:
+    def note_spent(self, keys: Sequence[str]) -> None:
+        """Note keys of this turn, every rank the same; they are deleted after the next one."""
+        self._spent_keys += keys
+
+    def forget_spent(self, stage: str) -> None:
+        """Delete this rank's share of the keys that all ranks have read."""
         spent, self._spent_keys = self._spent_keys, []
-        self._store.delete(spent, stage)
+        first, self._spent_before = self._spent_before, self._spent_before + len(spent)
+        own = (self.rank - first) % self.world_size
+        self._store.delete(spent[own :: self.world_size], stage)
 
 
-def _name_ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"
-
-
-def _check_same_call(stage: str, calls: Sequence[Entry]) -> None:
-    """Judge whether all ranks are in the same call with the same settings.
-
-    Raises:
-        StageFailedError: naming the ranks that differ from rank 0.
-    """
-    first = calls[0]
-    others = []
-    for rank, call in enumerate(calls):
-        if call[0] != first[0]:
-            reason = f"is in {call[0]}, and rank 0 in {first[0]}"
-            others.append(RankFailure(rank, "OtherCall", reason))
-        elif call != first:
-            own = [each for each in call if each not in first]
-            wanted = [each for each in first if each not in call]
-            reason = f"has {', '.join(own)}, and rank 0 has {', '.join(wanted)}"
-            others.append(RankFailure(rank, "OtherSettings", reason))
-    if others:
-        raise StageFailedError(stage, others)
+def _inner(outcome: Outcome) -> Outcome:
+    """Return how a rank arrived, or any other outcome itself."""
+    return outcome[1].outcome if isinstance(outcome[1], Arrival) else outcome

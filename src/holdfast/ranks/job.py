@@ -1,40 +1,30 @@
-"""A save in flight: a job beside training, and how its outcome is reported.
-
-`Background` owns the writer thread and the agreement on the step at which every rank looks at the
-outcome: the same step on all ranks, one local look and no communication in a step without an
-outcome, each outcome handed out once. A job in flight is finished when the program ends.
+"""A save in flight, and how its outcome is reported.
 
 `Save` is one save with its listener and its event, and fires events. `Flight` owns the save in
-flight and reports its outcome once, on all ranks at the same step: first the event, then the error
-if there is one; `FailureRule` decides whether that is raised or only logged. None of them knows
-what the job does.
+flight and reports its outcome once, on all ranks at the same step (`background`): first the event,
+then the error if there is one; `FailureRule` decides whether that is raised or only logged. None of
+them knows what the job does.
 """
 
 from __future__ import annotations
 
-import _thread
-import concurrent.futures.thread  # noqa: F401  # its own end of a program comes after ours
 import logging
-import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
-from holdfast.caller import Call, CallerLeftError, end_calls
+from holdfast.caller import Call, CallerLeftError
 from holdfast.config import CheckpointConfig
 from holdfast.errors import (
     CheckpointError,
     RankFailure,
     SaveAbandonedError,
     SaveFailedError,
+    SaveGivenUpError,
     StageFailedError,
-    StageTimeoutError,
     StoreIdentityError,
 )
 from holdfast.events import (
@@ -45,171 +35,12 @@ from holdfast.events import (
 )
 from holdfast.messages import describe_size
 from holdfast.protocol import CheckpointSaveContext
+from holdfast.ranks.background import Background as Background
+from holdfast.ranks.background import Outcome as Outcome
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.storage.manifest import LOCAL, PERSISTENT
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_TICK_SECONDS = 0.05
-
-
-class _InFlight:
-    """A job that the end of the program waits for, with a lock of C, which no interrupt breaks."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.process = os.getpid()
-        self.is_over = False
-        self._over = _thread.allocate_lock()
-        self._over.acquire()
-
-    def end(self) -> None:
-        _in_flight.discard(self)
-        self.is_over = True
-        self._over.release()
-
-    def wait_a_little(self) -> None:
-        self._over.acquire(timeout=_TICK_SECONDS)
-
-
-_in_flight: set[_InFlight] = set()
-
-
-@cache
-def _wait_at_the_end() -> None:
-    """Let the end of the program wait for jobs while thread pools still take work.
-
-    Python closes those before it joins threads that are no daemons, and a save needs some.
-    """
-    register: Any = getattr(threading, "_register_atexit", None)
-    with suppress(RuntimeError):  # too late
-        if register is not None:  # else unknown to this Python
-            register(_wait)
-
-
-def _wait() -> None:
-    """Finish what is in flight; one interrupt logs what is waited for, a second one ends it."""
-    end_calls()  # a job may wait for the call that began it
-    warned = False
-    for job in list(_in_flight):
-        while not job.is_over and job.process == os.getpid():
-            try:
-                job.wait_a_little()
-            except KeyboardInterrupt:
-                if warned:
-                    logger.error("%s was abandoned at the end of the program", job.name)
-                    return
-                warned = True
-                logger.warning(
-                    "the program ends when %s is done; interrupt again to abandon it", job.name
-                )
-
-
-@dataclass(frozen=True)
-class Outcome(Generic[T]):
-    """How a job ended: with a value, or with an error."""
-
-    value: T | None = None
-    error: BaseException | None = None
-
-
-class Background(Generic[T]):
-    """Runs one job at a time on a thread; every rank starts and polls in the same order."""
-
-    def __init__(self) -> None:
-        self._polls = 0
-        """Written by the training thread alone."""
-        self._is_ending = False
-        """Set before the job's thread looks at `_polls`, so that no step is missed. No lock: an
-        interrupt of the training thread could leave it held."""
-        self._hold_at = 0
-        self._held = threading.Event()
-        self._act_at = 0
-        self._decided = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._outcome: Outcome[T] | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a job was started whose outcome nobody has taken yet."""
-        return self._thread is not None
-
-    def start(self, work: Callable[[], T], coordinator: Coordinator, name: str = "a job") -> None:
-        """Begin a job; the coordinator is its own while it runs, and agrees on its outcome."""
-        assert self._thread is None, "the previous job's outcome was not taken"
-        self._decided.clear()
-        self._held.clear()
-        self._is_ending = False
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(work, coordinator, _InFlight(name)),
-            name="holdfast-writer",
-            daemon=False,  # a save in flight is finished when the program ends
-        )
-        _wait_at_the_end()
-        self._thread.start()
-
-    def count_step(self) -> bool:
-        """Count one training step; return whether an outcome is there to be acted on soon."""
-        self._polls += 1
-        return self._is_ending
-
-    def take_if_due(self) -> Outcome[T] | None:
-        """Return the outcome if the step counted last is the one at which all ranks act."""
-        if not self._is_ending:
-            return None
-        self._held.wait()
-        if self._polls < self._hold_at:
-            return None
-        self._decided.wait()  # the other ranks' threads are naming their steps: no training needed
-        return self._take() if self._polls >= self._act_at else None
-
-    def poll(self) -> Outcome[T] | None:
-        """Count one training step; return the outcome at the step at which all ranks act."""
-        return self.take_if_due() if self.count_step() else None
-
-    def wait(self) -> Outcome[T] | None:
-        """Wait for the job and return its outcome; None: no job. All ranks call it together."""
-        if self._thread is None:
-            return None
-        return self._take()
-
-    def _take(self) -> Outcome[T] | None:
-        assert self._thread is not None
-        self._thread.join()
-        outcome, self._outcome = self._outcome, None
-        self._is_ending = False
-        self._thread = None
-        return outcome
-
-    def _run(self, work: Callable[[], T], coordinator: Coordinator, job: _InFlight) -> None:
-        _in_flight.add(job)
-        try:
-            self._work(work, coordinator)
-        finally:
-            job.end()
-
-    def _work(self, work: Callable[[], T], coordinator: Coordinator) -> None:
-        try:
-            self._outcome = Outcome(value=work())
-        except BaseException as error:  # noqa: BLE001  # handed to the training thread, never lost
-            self._outcome = Outcome(error=error)
-        # From here the training thread stops at the end of the step it is in, until all ranks have
-        # said which step that is.
-        self._is_ending = True
-        in_progress = self._hold_at = self._polls + 1
-        self._held.set()
-        self._act_at = in_progress
-        # Where ranks are missing, all have just waited for them in vain: asking again would delay
-        # the report by the same time once more.
-        try:
-            if not isinstance(self._outcome.error, StageTimeoutError):
-                with suppress(CheckpointError):  # the others are unreachable: act alone, and soon
-                    self._act_at = max(coordinator.all_gather("outcome", lambda: in_progress))
-        finally:
-            self._decided.set()  # whatever happened: the training thread may be waiting
 
 
 @dataclass
@@ -244,6 +75,10 @@ class Committed:
     tier: str = PERSISTENT
     copies: tuple[str, ...] = ()
     """Other tiers that the same save was committed to before."""
+    lacks_copy: bool = False
+    """Whether a copy in another tier failed."""
+    afterwards: Callable[[], None] = lambda: None
+    """What this rank has left to do when the outcome is known, such as removing files."""
 
 
 @dataclass
@@ -352,6 +187,9 @@ class Flight:
         self._background: Background[Committed] = Background()
         self._save: Save | None = None
         self._landed: Callable[[Committed], None] | None = None
+        self._given_up: Callable[[], None] | None = None
+        self._refusal: CheckpointError | None = None
+        """What refused the save in flight: raised whatever the policy for failures is."""
 
     @property
     def is_busy(self) -> bool:
@@ -383,10 +221,31 @@ class Flight:
         work: Callable[[], Committed],
         coordinator: Coordinator,
         landed: Callable[[Committed], None] | None = None,
+        given_up: Callable[[], None] | None = None,
     ) -> None:
-        """Do the work on a thread; `landed` hears of what it committed before anybody else."""
-        self._save, self._landed = save, landed
-        self._background.start(work, coordinator, save.name)
+        """Do the work on a thread; `landed` hears of what it committed before anybody else.
+
+        `given_up`: called if the save was given up, and did not fail.
+        """
+        self._save, self._landed, self._given_up, self._refusal = save, landed, given_up, None
+        self._background.start(work, coordinator, save.name, lambda each: each.afterwards())
+
+    @property
+    def next_step(self) -> int:
+        """The step that training is in; see `Background.next_step`."""
+        return self._background.next_step
+
+    def name_step(self) -> int:
+        """Name the step at which this rank can act on a failure; see `Background.name_step`."""
+        return self._background.name_step()
+
+    def refuse(self, error: CheckpointError) -> None:
+        """Note, on the job's thread, that this error refuses the save: no policy lives with it."""
+        self._refusal = error
+
+    def finish(self) -> None:
+        """Wait for what was left to do after the last outcome."""
+        self._background.finish()
 
     def run(self, save: Save, work: Callable[[], Committed], rank: int) -> None:
         """Do the work here and tell of it.
@@ -394,17 +253,21 @@ class Flight:
         Raises:
             CheckpointError: it failed, and the run does not live with that.
         """
-        self._save, self._landed = save, None
+        self._save, self._landed, self._given_up, self._refusal = save, None, None, None
         try:
             outcome = Outcome(value=work())
         except CheckpointError as error:
             outcome = Outcome(error=error)
         save.event.stall_seconds = time.monotonic() - save.started
-        self._tell(outcome, rank)
+        try:
+            self._tell(outcome, rank)
+        finally:
+            if outcome.value is not None:
+                outcome.value.afterwards()
 
     def fail(self, save: Save, error: CheckpointError, rank: int) -> None:
         """Tell of a save that did not come as far as its work; raises as `run`."""
-        self._save, self._landed = save, None
+        self._save, self._landed, self._given_up, self._refusal = save, None, None, None
         self._tell(Outcome(error=error), rank)
 
     def wait(self, rank: int) -> None:
@@ -420,10 +283,10 @@ class Flight:
         self._tell(self._background.take_if_due(), rank)
 
     def _tell(self, outcome: Outcome[Committed] | None, rank: int) -> None:
-        save, landed = self._save, self._landed
+        save, landed, given_up = self._save, self._landed, self._given_up
         if outcome is None or save is None:
             return
-        self._save = self._landed = None
+        self._save = self._landed = self._given_up = None
         event = save.event
         event.total_seconds = time.monotonic() - save.started
         if outcome.value is not None:
@@ -443,6 +306,14 @@ class Flight:
         for watcher in self._watchers:
             watcher.note_failure(event.iteration, event.tier, event.error)
         save.fire(ON_CHECKPOINT_SAVE_FAILED)
+        if isinstance(event.error, SaveGivenUpError):
+            if rank == 0:  # every rank has the same
+                logger.warning("%s", event.error)
+            if given_up is not None:
+                given_up()
+            return
+        if self._refusal is not None:
+            raise event.error from outcome.error
         self._rule.judge(event.error, outcome.error, event.tier)
 
 

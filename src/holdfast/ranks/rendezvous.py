@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -21,6 +22,10 @@ _FRAME = struct.Struct("<IQ")
 """Before each value of a list: the rank that appended it, and its length in bytes."""
 
 
+_WAITED = 0.9
+"""Fraction of the time after which a wait that failed has timed out; earlier, the store is lost."""
+
+
 class StoreClient:
     """Requests of one rank to the rendezvous store; for one thread at a time."""
 
@@ -29,15 +34,34 @@ class StoreClient:
         self._rank = rank
 
     @cached_property
+    def address(self) -> str:
+        """Where the store is, for messages."""
+        store = self._store
+        for _ in range(8):  # a prefix over a prefix
+            host, port = getattr(store, "host", None), getattr(store, "port", None)
+            if host is not None and port is not None:
+                return f" at {host}:{port}"
+            store = getattr(store, "underlying_store", None)
+        return ""
+
+    @cached_property
     def has_lists(self) -> bool:
         """Whether the store can append, and take many keys in one request."""
         return bool(self._ask("store", self._store.has_extended_api))
 
-    def wait(self, keys: Sequence[str], seconds: float) -> bool:
-        """Whether all of the keys appear within so many seconds."""
+    def wait(self, keys: Sequence[str], seconds: float, stage: str) -> bool:
+        """Whether all of the keys appear within so many seconds.
+
+        Raises:
+            StageFailedError: the store is gone.
+        """
+        seconds, began = max(seconds, 0.001), time.monotonic()
         try:
-            self._store.wait(list(keys), timedelta(seconds=max(seconds, 0.001)))
-        except RuntimeError:  # DistStoreError on a timeout, DistNetworkError when the store is gone
+            self._store.wait(list(keys), timedelta(seconds=seconds))
+        except RuntimeError as error:
+            # Types and texts of the error differ between stores and releases of torch.
+            if time.monotonic() - began < _WAITED * seconds:
+                raise self._lost(stage, error) from error
             return False
         return True
 
@@ -67,6 +91,32 @@ class StoreClient:
         """Return the value of a key that exists."""
         content = self._ask(stage, self._store.get, key)
         return pickle.loads(content)  # noqa: S301  # written by a rank of this job
+
+    def get_within(self, key: str, seconds: float, stage: str) -> Any:
+        """Return the value of a key as soon as it exists; None: it does not in so many seconds.
+
+        Raises:
+            StageFailedError: the store is gone.
+        """
+        if not self._waits_in_get:
+            return self.get(key, stage) if self.wait([key], seconds, stage) else None
+        began = time.monotonic()
+        self._store.set_timeout(timedelta(seconds=seconds))  # of this client alone
+        try:
+            content = self._store.get(key)
+        except RuntimeError as error:
+            if time.monotonic() - began < _WAITED * seconds:
+                raise self._lost(stage, error) from error
+            return None
+        return pickle.loads(content)  # noqa: S301  # written by a rank of this job
+
+    @cached_property
+    def _waits_in_get(self) -> bool:
+        """Whether a client's `get` waits by itself, with a timeout that no other client shares."""
+        store = self._store
+        while (inner := getattr(store, "underlying_store", None)) is not None:
+            store = inner
+        return type(store).__name__ == "TCPStore"
 
     def get_many(self, keys: Sequence[str], stage: str) -> list[Any]:
         """Return the value of each of these keys, which exist."""
@@ -107,6 +157,11 @@ class StoreClient:
         try:
             return request(*arguments)
         except RuntimeError as error:
-            reason = f"lost contact with the rendezvous store; has rank 0 died? {error}"
-            failure = RankFailure(self._rank, type(error).__name__, reason)
-            raise StageFailedError(stage, [failure]) from error
+            raise self._lost(stage, error) from error
+
+    def _lost(self, stage: str, error: RuntimeError) -> StageFailedError:
+        reason = (
+            f"the rendezvous store{self.address} is gone; has the process died that hosts it "
+            f"(rank 0, or torchrun's agent)? {error}"
+        )
+        return StageFailedError(stage, [RankFailure(self._rank, type(error).__name__, reason)])

@@ -223,6 +223,10 @@ class StagedShard:
         return write_shard(writing, name, self.image, self.progress, bytes_per_second)
 
 
+class PlanChangedError(Exception):
+    """The state has another structure than the last plan was made for."""
+
+
 class ShardSaver:
     """Plans and stages one shard after another; each overwrites the previous one."""
 
@@ -238,14 +242,18 @@ class ShardSaver:
         coordinator: Coordinator,
         nodes: Sequence[int] | None = None,
         agree: Callable[[], Inventory | None] = lambda: None,
+        *,
+        plans: bool = True,
     ) -> tuple[ShardPlan, Inventory]:
         """Agree with all ranks on the plan for a state; `take` returns its items.
 
         `nodes`: the node of each rank, if each node is to stage the whole state. None: the job
         stages it once. `agree`: agrees on what items take from other ranks, before they are planned
-        anew, and returns them if that has changed them.
+        anew, and returns them if that has changed them. `plans`: whether to plan again where the
+        last plan does not apply.
 
         Raises:
+            PlanChangedError: it does not, and `plans` is off.
             CheckpointError: on every rank, if `take` raised it on any.
             StageFailedError: planning failed.
         """
@@ -259,11 +267,15 @@ class ShardSaver:
             identity = plan.identity if plan is not None and fits else NO_PLAN
             return pack_record(inventory.structure, identity)
 
-        structures = plan.structures if plan is not None else None
+        structures = plan.structures if plan is not None and plans else None
         reason = coordinator.all_reduce(
             "capture", describe, lambda records: judge(records, structures)
         )
         if plan is None or reason is not None:
+            if not plans:
+                raise PlanChangedError(
+                    "no plan for its present state: names, shapes or types of it have changed"
+                )
             if plan is not None and coordinator.rank == 0:
                 logger.info("planning again: %s", reason)
             inventory = agree() or taken[0]

@@ -228,7 +228,11 @@ class Store:
 
         If it was moved to an archive, remove only its name here.
         """
-        self.storage.delete(self.storage.retract(checkpoint.path.name))
+        self.storage.delete(self.retract(checkpoint))
+
+    def retract(self, checkpoint: Checkpoint) -> str:
+        """Unlist a committed checkpoint; return the name of what is left to delete."""
+        return self.storage.retract(checkpoint.path.name)
 
     def sweep(self, confirm: Callable[[], None] = lambda: None) -> list[str]:
         """Remove leftovers of crashed saves and return their names; other names stay.

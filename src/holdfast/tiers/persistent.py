@@ -1,15 +1,18 @@
 """The durable tier: snapshots become committed checkpoints of one store, agreed by all ranks.
 
-Owns the order of a save across ranks (begin, write, commit, retain), which job may save here, and
-the names of the files beside the shards. Promises that every rank learns the outcome, that a failed
-save lists nothing and the next one works, and that only the newest attempt of the right run
-commits. Sees the live state only as a captured snapshot.
+Owns the order of a save across ranks (begin, write, commit, retain; then each rank removes its
+share of what retention took off the list), which job may save here, and the names of the files
+beside the shards. Promises that every rank learns the outcome, that a failed save lists nothing and
+the next one works, and that only the newest attempt of the right run commits. Sees the live state
+only as a captured snapshot.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -25,8 +28,9 @@ from holdfast.errors import (
 )
 from holdfast.format.inventory import METADATA_NAME
 from holdfast.format.layout import Layout
+from holdfast.format.plan import shard_name
 from holdfast.policies.keeping import Candidate, retain
-from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.coordinator import Coordinator, SingleProcess
 from holdfast.ranks.job import Committed
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.copies import find_differing
@@ -51,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 SEQUENCE_STRIDE = 1_000_000_000
 """More commits than one attempt can make."""
+_SHARD = re.compile(r"__[0-9]+_[0-9]+\.distcp")
+_SHARES_SECONDS = 10.0
+"""How long rank 0 leaves the other ranks their share of what is to be removed."""
 _NOT_SHARED = (
     "rank 0 has created this directory, but it is not here; "
     "checkpoint.persistent.directory must be on a file system that all ranks share"
@@ -92,6 +99,26 @@ class _Grant:
     next_sequence: int
     parent: Parent | None
     """The checkpoint that the run began from, in whichever attempt."""
+
+
+@dataclass(frozen=True)
+class _Removed:
+    """A checkpoint that retention took off the list."""
+
+    iteration: int
+    left: str
+    """The name under which its files still are."""
+    world_size: int
+    """Of the job that wrote it."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What every rank is told of a commit."""
+
+    path: Path
+    size_bytes: int
+    removed: tuple[_Removed, ...]
 
 
 class PersistentTier:
@@ -287,27 +314,53 @@ class PersistentTier:
         snapshot: Snapshot,
         identify: Callable[[], CommitIdentity],
         coordinator: Coordinator,
+        pending: str | None = None,
     ) -> Committed:
         """Write, commit and retain; every rank calls it, on any thread.
+
+        `pending`: what `begin` on rank 0 has returned, known to every rank; None: not begun yet.
 
         Raises:
             CheckpointError: on every rank, naming the stage, the ranks and the cause.
         """
-        pending = coordinator.broadcast("begin", lambda: self._begin(snapshot.iteration))
-        try:
-            written = coordinator.gather("write", lambda: self._write_shard(pending, snapshot))
-            checkpoint = coordinator.broadcast(
+        if pending is None:
+            pending = coordinator.broadcast("begin", lambda: self.begin(snapshot.iteration))
+        rank0 = SingleProcess()  # its own part of the stage, under a name of its own
+
+        def commit(written: list[tuple[list[FileRecord], dict[str, str]]]) -> _Ended:
+            checkpoint = rank0.broadcast(
                 "commit",
-                lambda: self._commit(pending, snapshot, written or [], coordinator, identify()),
+                lambda: self._commit(pending, snapshot, written, coordinator, identify()),
+            )
+            removed = rank0.broadcast("retain", self._retain)
+            return _Ended(checkpoint.path, checkpoint.manifest.size_bytes, removed)
+
+        try:
+            ended = coordinator.all_reduce(
+                "write",
+                lambda: self._write_shard(pending, snapshot),
+                commit,
+                then="commit",
             )
         except CheckpointError:
             if coordinator.rank == 0:
-                self._abandon(pending)
+                self.abandon(pending)
             raise
-        removed = coordinator.broadcast("retain", self._retain)
-        return Committed(checkpoint.path, checkpoint.manifest.size_bytes, removed)
+        rank, ranks = coordinator.rank, coordinator.world_size
+        return Committed(
+            ended.path,
+            ended.size_bytes,
+            tuple(each.iteration for each in ended.removed),
+            afterwards=lambda: self._remove(ended.removed, rank, ranks),
+        )
 
-    def _begin(self, iteration: int) -> str:
+    def begin(self, iteration: int) -> str:
+        """Begin a pending checkpoint, on rank 0; return its name.
+
+        Raises:
+            OSError: it cannot be created.
+            SupersededAttemptError: a newer attempt has taken over.
+        """
         assert self._grant is not None
         attempt = self._grant.attempt
         self.identity.check_newest(attempt)
@@ -380,8 +433,8 @@ class PersistentTier:
         self.identity.check_newest(grant.attempt)  # the last check before it is visible
         return store.commit(pending, manifest)
 
-    def _retain(self) -> tuple[int, ...]:
-        """Remove what retention does not keep; a failure does not undo the commit."""
+    def _retain(self) -> tuple[_Removed, ...]:
+        """Take what retention does not keep off the list; a failure does not undo the commit."""
         if self._keep_last is None:
             return ()
         removed = []
@@ -393,14 +446,45 @@ class PersistentTier:
             tracker_iteration, _ = self.store.read_tracker()
             for verdict in retain(candidates, self._keep_last, tracker_iteration):
                 if not verdict.keep:
-                    self.store.remove(checkpoints[verdict.iteration])
+                    checkpoint = checkpoints[verdict.iteration]
+                    left = self.store.retract(checkpoint)
                     logger.info("removed iteration %d: %s", verdict.iteration, verdict.reason)
-                    removed.append(verdict.iteration)
+                    world_size = checkpoint.manifest.world_size
+                    removed.append(_Removed(verdict.iteration, left, world_size))
         except OSError as error:
             logger.warning("retention stopped, the next save continues it: %s", error)
         return tuple(removed)
 
-    def _abandon(self, pending: str) -> None:
+    def _remove(self, removed: Sequence[_Removed], rank: int, ranks: int) -> None:
+        """Delete this rank's share of what was taken off the list; a sweep takes the rest.
+
+        Rank 0 deletes what nobody else does, once the others are done or slow.
+        """
+        for each in removed:
+            files = self._storage.under(each.left)
+            try:
+                for number in range(rank, each.world_size, ranks):
+                    files.delete(shard_name(number))
+                if rank == 0:
+                    self._remove_rest(each.left)
+            except OSError as error:
+                where = self._storage.where(each.left)
+                logger.warning("%s is left behind for the next save to sweep: %s", where, error)
+
+    def _remove_rest(self, left: str) -> None:
+        until = time.monotonic() + _SHARES_SECONDS
+        files = self._storage.under(left)
+        while time.monotonic() < until and any(
+            _SHARD.fullmatch(each.name) for each in files.list()
+        ):
+            time.sleep(0.02)
+        try:
+            self._storage.delete(left)
+        except FileNotFoundError:  # another rank was faster
+            self._storage.delete(left)
+
+    def abandon(self, pending: str) -> None:
+        """Remove a pending checkpoint that will not be committed, on rank 0."""
         try:
             self.store.abandon(pending)
         except OSError as error:

@@ -56,6 +56,16 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """What rank 0 has begun for a save that is written on all ranks."""
+
+    pending: str | None = None
+    """The pending checkpoint in the persistent tier, if it goes there."""
+    identity: CommitIdentity | None = None
+    """Of the commit in the local tier, if it goes there."""
+
+
+@dataclass(frozen=True)
 class Promotion:
     """The later copy of a commit to another tier."""
 
@@ -221,7 +231,7 @@ class Tiers:
         except CheckpointError as error:
             if required:
                 raise
-            if coordinator.rank == 0:
+            if coordinator.rank == 0 or coordinator.world_size == 1:
                 logger.warning("no local copy of this save: %s", error)
             return Reserved(None, to_local=False)
         return Reserved(arena, to_local=True)
@@ -243,52 +253,100 @@ class Tiers:
             self._budgeted = plan
         return local.reserve(layout, coordinator, pinned=pinned)
 
+    def why_agree(self) -> str:
+        """Say why a save needs what only all ranks together can do; empty: it does not."""
+        if self._config.local.directory is None:
+            return ""
+        if self.local is None or not self._is_ordered:
+            return "its local tier was not read yet"
+        if self.local.replication is not None and self.local.replication.group.is_broken:
+            return "its connections for local copies are broken"
+        return ""
+
+    def begin(self, iteration: int, route: Route) -> Begun:
+        """Begin a save on rank 0 in the tiers that are due.
+
+        Raises:
+            CheckpointError, OSError: it cannot begin there.
+        """
+        identity = self.persistent.next_identity() if route.to_local else None
+        pending = None
+        if route.to_persistent and not route.is_promoted:
+            pending = self.persistent.begin(iteration)
+        return Begun(pending, identity)
+
     def release(self) -> None:
         """Give reserved memory back: the staging failed."""
         if self.local is not None:
             self.local.release()
 
-    def write(self, snapshot: Snapshot, route: Route, coordinator: Coordinator) -> Committed:
+    def write(
+        self,
+        snapshot: Snapshot,
+        route: Route,
+        coordinator: Coordinator,
+        begun: Begun | None = None,
+    ) -> Committed:
         """Write one snapshot to the tiers that are due; every rank calls it.
 
-        If it is to be promoted and its local commit succeeds, call `promote` afterwards.
+        If it is to be promoted and its local commit succeeds, call `promote` afterwards. `begun`:
+        what rank 0 has begun, alike on all ranks. None: it begins here.
 
         Raises:
             CheckpointError: on every rank: the persistent save failed, or only a local save was due
                 and it failed.
         """
+        given = begun or Begun()
         identities: list[CommitIdentity] = []
 
         def identify() -> CommitIdentity:
-            identities.append(self.persistent.next_identity())
+            identities.append(given.identity or self.persistent.next_identity())
             return identities[-1]
 
         committed: Committed | None = None
-        if route.to_local:
-            assert self.local is not None
-            try:
-                committed = self.local.write(snapshot, identify, coordinator)
-            except (StageTimeoutError, StoreIdentityError):
-                raise
-            except CheckpointError as error:
-                if not route.to_persistent:
+        try:
+            if route.to_local:
+                assert self.local is not None
+                try:
+                    committed = self.local.write(snapshot, identify, coordinator)
+                except (StageTimeoutError, StoreIdentityError):
                     raise
-                if coordinator.rank == 0:
-                    logger.warning("the local copy of this save failed: %s", error)
+                except CheckpointError as error:
+                    if not route.to_persistent:
+                        raise
+                    if coordinator.rank == 0:
+                        logger.warning("the local copy of this save failed: %s", error)
+            elif self.local is not None:
+                self.local.release()  # where some rank had no memory for a copy
+        except BaseException:
+            if given.pending is not None and coordinator.rank == 0:
+                self.persistent.abandon(given.pending)
+            raise
         self._identity = identities[0] if identities else None
         if route.to_persistent and not (route.is_promoted and committed is not None):
             copies = () if committed is None else (committed.tier,)
-            committed = self._write_persistent(snapshot, self._identity, coordinator)
-            committed = replace(committed, copies=copies)
+            lacks_copy = self.local is not None and committed is None
+            committed = self._write_persistent(
+                snapshot, self._identity, coordinator, pending=given.pending
+            )
+            committed = replace(committed, copies=copies, lacks_copy=lacks_copy)
         assert committed is not None
         return committed
 
     def _write_persistent(
-        self, snapshot: Snapshot, identity: CommitIdentity | None, coordinator: Coordinator
+        self,
+        snapshot: Snapshot,
+        identity: CommitIdentity | None,
+        coordinator: Coordinator,
+        *,
+        pending: str | None = None,
     ) -> Committed:
         """`identity`: what the local commit of this snapshot has; None: a new one."""
         return self.persistent.write(
-            snapshot, lambda: identity or self.persistent.next_identity(), coordinator
+            snapshot,
+            lambda: identity or self.persistent.next_identity(),
+            coordinator,
+            pending,
         )
 
     def promote(
