@@ -120,7 +120,7 @@ def _tensor_of_code(folder: Path, marker: Path) -> None:
 
 
 def _value_of_code(folder: Path, marker: Path) -> None:
-    _plant_item(folder, "optimizer.param_groups", hostile_torch_file(marker))
+    plant_value(folder / "__0_0.distcp", "optimizer.param_groups", hostile_torch_file(marker))
 
 
 def _plant_item(folder: Path, prefix: str, content: bytes) -> None:

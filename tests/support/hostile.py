@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from holdfast.format.layout import read_index
+from holdfast.format.values import fill
 from holdfast.storage.digests import body_bytes_of
 
 
@@ -44,5 +45,9 @@ def plant_value(shard: Path, name: str, content: bytes) -> None:
     assert body_bytes is not None
     (entry,) = [each for each in read_index(bytes(file[:body_bytes])) if each.name == name]
     assert len(content) <= entry.length
-    file[entry.offset : entry.offset + entry.length] = content.ljust(entry.length, b"\0")
+    try:
+        planted = fill(content, entry.length)
+    except ValueError:  # no archive
+        planted = content.ljust(entry.length, b"\0")
+    file[entry.offset : entry.offset + entry.length] = planted
     shard.write_bytes(file)
