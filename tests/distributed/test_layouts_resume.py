@@ -23,10 +23,7 @@ SAVED_AT, LAST = 4, 9
 ON_TWO = [way for way in WAYS if way not in ("hsdp", "fsdp x tp", "pp x dp")]
 ON_FOUR = ["hsdp", "fsdp x tp", "pp x dp"]
 _NO_UNION = "a load compares a rank's names with those of all ranks"
-_NO_OWN_BUFFERS = "every rank gets the buffers of one"
 _BROKEN = {
-    "ddp with batch norm": _NO_OWN_BUFFERS,
-    "ddp with batch norm of rank 0": _NO_OWN_BUFFERS,
     "pp": _NO_UNION,
     "pp x dp": _NO_UNION,
     "ep": _NO_UNION,
