@@ -4,7 +4,9 @@ Owns the runs, the table and the fit. N simulated ranks (`benchmarks.simulated`)
 over one real TCPStore server. Requests and bytes are counted at the server's door, by a proxy that
 parses the store's framing (`benchmarks.store_proxy`). Seconds are of a run of its own without that
 proxy, or with `--delay` through one that holds each request, those of different clients at the same
-time. Beside them `--real` counts the requests of a real gloo job of so many processes from outside,
+time. Whole managers of thousands of ranks would take the cores of this one machine for minutes:
+above `--whole` ranks only their exchanges are done, with the values of the largest smaller job.
+Beside them `--real` counts the requests of a real gloo job of so many processes from outside,
 with strace.
 
     python -m benchmarks.scale --ranks 64 256 1024
@@ -127,6 +129,12 @@ class Cluster:
             sys.exit(f"{name} failed: {problems[0]}")
         return reports
 
+    def notes(self) -> list[Any]:
+        """Return what rank 0 and one other rank have noted, by channel."""
+        for each in self._workers[:2]:
+            each.send(("notes", {}))
+        return [each.recv() for each in self._workers[:2]]
+
     def counts(self) -> list[Count]:
         """Return what passed since the last look: rank 0's, and the others' together."""
         for each in self._proxies:
@@ -145,8 +153,14 @@ class Cluster:
                 each.join()
 
 
-def measure(world: World, processes: int, *, proxied: bool, delay_seconds: float) -> list[Figure]:
-    """Run every phase once."""
+Notes = dict[str, list[Any]]
+"""By phase: the exchanges of rank 0 and of another rank."""
+
+
+def measure(
+    world: World, processes: int, notes: Notes, *, proxied: bool, delay_seconds: float
+) -> list[Figure]:
+    """Run every phase once, and note the exchanges of those that are measured again."""
     figures = []
     with ExitStack() as opened:
         opened.callback(remove, world.directory)
@@ -168,12 +182,42 @@ def measure(world: World, processes: int, *, proxied: bool, delay_seconds: float
             if counts := cluster.counts():
                 _note_counts(figure, counts, world.ranks)
             if again:
-                reports = cluster.run("replay")
-                began = min(each.began for each in reports)
-                figure.agreeing_seconds = max(each.ended for each in reports) - began
+                notes[phase] = cluster.notes()
+                figure.agreeing_seconds = _replay(cluster)
             figures.append(figure)
             print(f"  {world.ranks} ranks, {phase}: {figure.seconds:.2f} s", file=sys.stderr)
     return figures
+
+
+def measure_again(
+    world: World, processes: int, notes: Notes, *, proxied: bool, delay_seconds: float
+) -> list[Figure]:
+    """Do only the exchanges that a smaller job has noted, with its values."""
+    figures = []
+    with ExitStack() as opened:
+        opened.callback(remove, world.directory)
+        cluster = Cluster(world, processes, proxied=proxied, delay_seconds=delay_seconds)
+        opened.callback(cluster.close)
+        cluster.run("start")
+        for phase, (first, others) in notes.items():
+            cluster.run("adopt", first=first, others=others)
+            cluster.counts()
+            figure = Figure(world.ranks, phase, math.nan, math.nan)
+            figure.agreeing_seconds = _replay(cluster)
+            if counts := cluster.counts():
+                _note_counts(figure, counts, world.ranks)
+            for kind, *_ in (note for channel in first for note in channel):
+                figure.exchanges[kind] = figure.exchanges.get(kind, 0) + 1
+            figures.append(figure)
+            print(
+                f"  {world.ranks} ranks, {phase}: {figure.agreeing_seconds:.2f} s", file=sys.stderr
+            )
+    return figures
+
+
+def _replay(cluster: Cluster) -> float:
+    reports = cluster.run("replay")
+    return max(each.ended for each in reports) - min(each.began for each in reports)
 
 
 def _note_counts(figure: Figure, counts: Sequence[Count], ranks: int) -> None:
@@ -238,6 +282,9 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=2, help="parameters; AdamW keeps two more")
     parser.add_argument("--processes", type=int, default=4, help="for all ranks but rank 0")
     parser.add_argument("--no-local", action="store_true", help="the persistent tier alone")
+    parser.add_argument(
+        "--whole", type=int, default=512, help="above it only exchanges, with values of fewer ranks"
+    )
     parser.add_argument("--count", choices=["yes", "no"], default="yes")
     parser.add_argument("--time", choices=["yes", "no"], default="yes")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds per request")
@@ -256,7 +303,8 @@ def main() -> None:
         count_real_job(parsed.real, parsed.node_ranks, parsed.tensors, parsed.directory)
         return
     figures: list[Figure] = []
-    for ranks in parsed.ranks:
+    notes: Notes = {}
+    for ranks in sorted(parsed.ranks):
         merged: dict[str, Figure] = {}
         for proxied in (True, False):
             if (parsed.count if proxied else parsed.time) == "no":
@@ -266,9 +314,11 @@ def main() -> None:
                 ranks, parsed.node_ranks, parsed.tensors, folder, local=not parsed.no_local
             )
             delayed = not proxied and parsed.delay > 0
-            for each in measure(
+            run = measure if ranks <= parsed.whole or not notes else measure_again
+            for each in run(
                 world,
                 parsed.processes,
+                notes,
                 proxied=proxied or delayed,
                 delay_seconds=parsed.delay if delayed else 0.0,
             ):

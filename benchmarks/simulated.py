@@ -187,6 +187,8 @@ class Recorder:
                 decided = pickle.loads(verdict) if verdict else None  # noqa: S301  # likewise
                 self._inner.all_reduce(stage, partial(_same, value), partial(_same, decided))
             else:
+                if kind == "scatter" and value is not None:  # noted by a job of another size
+                    value = [*value, *([value[-1]] * self.world_size)][: self.world_size]
                 getattr(self._inner, kind)(stage, partial(_same, value))
 
 
@@ -297,6 +299,13 @@ class SimulatedRank:
         for each in self.channels.recorders:
             each.notes.clear()
 
+    def adopt(self, *, first: list[Any], others: list[Any]) -> None:
+        """Take the notes of a smaller job: of its rank 0, or of one of the others."""
+        assert self.channels is not None
+        given = others if self.rank else first
+        for each, notes in zip(self.channels.recorders, given, strict=True):
+            each.notes = list(notes)
+
     def replay(self) -> None:
         """Do the noted exchanges again, channel by channel."""
         assert self.channels is not None
@@ -388,6 +397,10 @@ def serve_ranks(ranks: Sequence[int], world: World, port: int, pipe: Connection)
                 order = pipe.recv()
             except EOFError:
                 return
+            if order[0] == "notes":
+                channels = simulated[0].channels
+                pipe.send([] if channels is None else [each.notes for each in channels.recorders])
+                continue
             began, cpu = time.monotonic(), time.process_time()
             for queue in orders:
                 queue.put(order)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from holdfast.errors import StageFailedError
 from holdfast.filesystem import LocalFilesystem
@@ -119,6 +120,33 @@ def test_with_replicas_any_one_loss_costs_nothing(root: Path) -> None:
             missing = expected - set(published(root / str(number), node))
             gone = {each for each in missing if "iter_0000020" in each}
             assert not gone, f"redundancy is restored: {harm}, {gone}"
+
+
+def _find_connections(root: Path) -> tuple[list[int], bool, bool]:
+    """Return the members of this rank's group, and whether all ranks are connected; then after."""
+    job = Job(root, TWO_BY_TWO, factor=2)
+    job.save(10)
+    job.save(20)
+    assert job.load().iteration == 20
+    replication = job.tier.replication
+    assert replication is not None
+    assert replication.group is not None
+    members = distributed.get_process_group_ranks(replication.group.wrapped.group)
+    before = replication.has_all
+    wait_for_all()
+    if job.rank == 0:
+        lose_node(root, "b")
+    wait_for_all()
+    assert job.load().iteration == 20
+    found = members, before, replication.has_all
+    job.close()
+    return found
+
+
+def test_ranks_are_connected_to_those_they_send_copies_to(root: Path) -> None:
+    """No rank has a connection to each other one until a load after a loss needs that."""
+    for rank, found in enumerate(run_ranks(_find_connections, 4, root)):
+        assert found == ([rank % 2, rank % 2 + 2], False, True)
 
 
 def test_without_any_copy_the_commit_before_is_loaded(root: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from holdfast.tiers.local.availability import Agreement, Inventory, judge
+from holdfast.tiers.local.commits import Agreement, Candidate, Copy, Inventory, judge
 from holdfast.tiers.local.shard_file import Found, ShardRecord, shard_name
 from tests.support.local_shards import RECORD
 
@@ -150,3 +151,25 @@ def test_a_commit_that_is_known_to_be_covered_is_loadable(covered: bool) -> None
     agreed = _judge([found, small], [], covered=[_record(found).commit] if covered else [])
     assert _iteration(agreed) == 20
     assert agreed.whole == ()
+
+
+def test_what_is_agreed_is_sent_in_few_bytes() -> None:
+    """Thousands of ranks with two copies each: all comes back, and no path was sent."""
+    ranks = 4096
+    record = replace(RECORD, world_size=ranks, nodes=tuple(rank // 8 for rank in range(ranks)))
+    copies = tuple(
+        (
+            Copy(rank, f"{rank}/{shard_name(record.iteration, rank)}", is_whole=True),
+            Copy(rank ^ 8, f"{rank ^ 8}/{shard_name(record.iteration, rank)}.old", is_whole=False),
+        )
+        for rank in range(ranks)
+    )
+    candidate = Candidate(record, copies)
+    content = pickle.dumps(candidate)
+    assert pickle.loads(content) == candidate
+    assert len(content) < 4096
+    found = Found("0/x", 1, 0, record)
+    inventory = Inventory((found, replace(found, record=None)), frozenset({(1, "a", 2)}), True)
+    content = pickle.dumps(inventory)
+    assert pickle.loads(content) == inventory
+    assert len(content) < 2048

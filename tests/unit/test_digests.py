@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 
 import pytest
 import xxhash
@@ -19,7 +20,9 @@ from holdfast.storage.digests import (
     find_difference,
     footer_size,
     make_footer,
+    pack_records,
     read_blocks,
+    unpack_records,
 )
 
 
@@ -157,3 +160,18 @@ def test_listed_blocks_are_held_against_the_digest() -> None:
     mixed = FileRecord("x", 6, record.digest, forged.blocks)
     assert find_difference(record, io.BytesIO(b"honest")) is None
     assert find_difference(mixed, io.BytesIO(b"forged")) is not None
+
+
+def test_records_are_sent_in_little_more_than_their_digests() -> None:
+    """Whatever they hold comes back; of thousands of shards no path takes its length."""
+    generator = random.Random(7)
+    records = [
+        FileRecord(f"__{rank}_0.distcp", 4096 * 1000, generator.randbytes(16).hex(), None)
+        for rank in range(4096)
+    ]
+    records.append(FileRecord("a b", 0, "00" * 16, ()))
+    records.append(FileRecord("small", 5, "11" * 16, ("22" * 16, "33" * 16)))
+    content = pack_records(records)
+    assert unpack_records(content) == tuple(records)
+    assert len(content) < 22 * len(records)
+    assert unpack_records(pack_records([])) == ()

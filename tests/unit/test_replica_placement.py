@@ -6,7 +6,16 @@ from collections import Counter
 
 import pytest
 
-from holdfast.ranks.topology import NODE_VARIABLE, Seat, Topology, assign_holders, node_name
+from holdfast.ranks.topology import (
+    NODE_VARIABLE,
+    Seat,
+    Topology,
+    assign_holders,
+    find_clique,
+    node_name,
+    pack_numbers,
+    unpack_numbers,
+)
 
 TABLE = [
     # nodes of the ranks, factor, holders by owner
@@ -81,3 +90,35 @@ def test_the_name_of_a_node_can_be_given(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(NODE_VARIABLE, "simulated")
     assert node_name() == "simulated"
     assert node_name("given") == "given"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "factor", "cliques"),
+    [
+        ([0, 0, 1, 1], 2, [[0, 2], [1, 3]]),
+        ([0, 1, 2, 3, 4], 2, [[0, 1], [2, 3, 4]]),
+        ([0, 0, 0], 1, [[0], [1], [2]]),
+        ([0, 0, 1], 2, [[0, 1, 2]]),
+    ],
+)
+def test_a_clique_is_closed(nodes: list[int], factor: int, cliques: list[list[int]]) -> None:
+    """Ranks that send each other copies form one group, each rank is in one, and none is larger."""
+    holders = assign_holders(nodes, factor)
+    for rank in range(len(nodes)):
+        assert find_clique(holders, rank) in cliques
+        assert rank in find_clique(holders, rank)
+
+
+@pytest.mark.parametrize("ranks", [1, 4096])
+def test_a_table_of_ranks_is_sent_in_few_bytes(ranks: int) -> None:
+    """Where it is regular; whatever it holds comes back, and equal tables are one object."""
+    seats = tuple(Seat(f"node{rank // 8}", (7, rank // 4)) for rank in range(ranks))
+    topology = Topology(seats)
+    content = topology.to_bytes()
+    found = Topology.from_bytes(content)
+    assert len(content) < 4096
+    assert (found.nodes, found.places) == (topology.nodes, topology.places)
+    assert [each.node for each in found.seats] == [each.node for each in seats]
+    numbers = [rank * 7919 % 1000 for rank in range(ranks)]
+    assert unpack_numbers(pack_numbers(numbers)) == tuple(numbers)
+    assert unpack_numbers(pack_numbers(numbers)) is unpack_numbers(pack_numbers(numbers))

@@ -128,6 +128,25 @@ def assign_holders(
     return holders
 
 
+def find_clique(holders: Sequence[Sequence[int]], rank: int) -> list[int]:
+    """Return the ranks that send each other copies, directly or through others, in order.
+
+    `holders`: as of `assign_holders`.
+    """
+    leaders = list(range(len(holders)))
+
+    def leader_of(one: int) -> int:
+        while leaders[one] != one:
+            leaders[one] = one = leaders[leaders[one]]
+        return one
+
+    for owner, ranks in enumerate(holders):
+        for each in ranks:
+            first, second = sorted((leader_of(owner), leader_of(each)))
+            leaders[second] = first
+    return [each for each in range(len(holders)) if leader_of(each) == leader_of(rank)]
+
+
 def _first_of(ring: Sequence[Sequence[int]], column: int, count: int) -> tuple[int, ...]:
     """Return the ranks of one column, node by node, continuing with the next column if needed."""
     found: dict[int, None] = {}

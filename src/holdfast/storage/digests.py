@@ -17,7 +17,9 @@ states in them, in `tiers.local.shard_file`.
 from __future__ import annotations
 
 import io
+import json
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -47,6 +49,25 @@ class FileRecord:
     blocks: tuple[str, ...] | None
     """The digest of each 8 MiB block, in file order; the last may be shorter. None: they are in the
     file's own footer, and cover the body before it."""
+
+
+def pack_records(records: Sequence[FileRecord]) -> bytes:
+    """Return a compact form to send: column by column, in which paths and sizes are regular."""
+    columns = (
+        [each.path for each in records],
+        [each.size_bytes for each in records],
+        [each.digest for each in records],
+        [each.blocks for each in records],
+    )
+    return zlib.compress(json.dumps(columns).encode())
+
+
+def unpack_records(content: bytes) -> tuple[FileRecord, ...]:
+    """Return the records that `pack_records` was given."""
+    return tuple(
+        FileRecord(path, size_bytes, digest, None if blocks is None else tuple(blocks))
+        for path, size_bytes, digest, blocks in zip(*json.loads(zlib.decompress(content)))
+    )
 
 
 @dataclass(frozen=True)

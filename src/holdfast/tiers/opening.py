@@ -38,7 +38,12 @@ from holdfast.read.copies import decode_copies, join_copies, read_copies
 from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
 from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
-from holdfast.storage.digests import FileRecord, find_difference
+from holdfast.storage.digests import (
+    FileRecord,
+    find_difference,
+    pack_records,
+    unpack_records,
+)
 from holdfast.storage.manifest import MANIFEST_NAME
 from holdfast.storage.store import Checkpoint, Damage, compare_sizes, verify_files
 from holdfast.tiers.places import ForeignCheckpoint
@@ -69,9 +74,22 @@ class SurveyedStore:
 
     def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
         """Read the small state, verified, on all ranks; see `Source.open`."""
-        checkpoint = coordinator.broadcast("describe", lambda: self.survey.checkpoints[commit])
+        checkpoint = self._describe(commit, coordinator)
         files = self._storage.under(checkpoint.path.name)
         return open_together(checkpoint, coordinator, files, wanted)
+
+    def _describe(self, commit: Commit, coordinator: Coordinator) -> Checkpoint:
+        """Send a checkpoint's manifest to the ranks that have not read it, in a compact form."""
+
+        def pack() -> tuple[Checkpoint, bytes]:
+            found = self.survey.checkpoints[commit]
+            bare = replace(found, manifest=replace(found.manifest, files=()))
+            return bare, pack_records(found.manifest.files)
+
+        bare, records = coordinator.broadcast("describe", pack)
+        if coordinator.rank == 0:
+            return self.survey.checkpoints[commit]
+        return replace(bare, manifest=replace(bare.manifest, files=unpack_records(records)))
 
     def pass_over(
         self, commit: Commit, coordinator: Coordinator, error: CorruptCheckpointError

@@ -29,7 +29,8 @@ from holdfast.read.requests import FileRequests, Intake, Target
 from holdfast.storage.backend import ObjectReader, Storage
 from holdfast.storage.digests import BLOCK_BYTES, FileRecord, block_count, matches
 from holdfast.storage.manifest import LOCAL
-from holdfast.tiers.local.availability import Availability, Copy
+from holdfast.tiers.local.availability import Availability
+from holdfast.tiers.local.commits import Copy
 from holdfast.tiers.local.exchange import Incoming, Outgoing, Sink
 from holdfast.tiers.local.shard_file import CommitKey
 from holdfast.tiers.local.shards import ShardDirectory
@@ -245,7 +246,7 @@ class PeerFetch:
                 opened.callback(sink.close)
             if outgoing or incoming:
                 assert self.available.replication is not None
-                self.available.replication.group.stream(outgoing, incoming)
+                self.available.replication.wide.stream(outgoing, incoming)
         problems = []
         for transfer in incoming:
             if transfer.error is not None:

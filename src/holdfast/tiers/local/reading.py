@@ -32,7 +32,8 @@ from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
 from holdfast.storage.store import Checkpoint
-from holdfast.tiers.local.availability import Availability, Candidate, Copy
+from holdfast.tiers.local.availability import Availability
+from holdfast.tiers.local.commits import Candidate, Copy
 from holdfast.tiers.local.peers import PeerFetch, Shard
 from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.tier import Contents, check_counters
@@ -334,6 +335,8 @@ class Opening:
             descriptions.append(self._describe(owners))
             return len(descriptions[0])
 
+        if self.available.replication is not None:
+            self.available.replication.connect_all(self.coordinator)
         sizes = self.coordinator.all_gather(stage, describe)
         return self.coordinator.all_reduce(
             "local share", lambda: use(self._share(descriptions[0], sizes)), judge
@@ -400,7 +403,7 @@ class Opening:
         contents = [content]
         if len(sizes) > 1:
             assert self.available.replication is not None
-            contents = self.available.replication.group.share(content, sizes)
+            contents = self.available.replication.wide.share(content, sizes)
         described = {}
         for each in contents:
             for packed in _unpack(zlib.decompress(each)):

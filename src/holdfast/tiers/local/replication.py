@@ -2,10 +2,11 @@
 
 Owns the only use of nvidia-resiliency-ext (its exchange plans, and its wrapper of a process group),
 imported when a job first uses a local tier: where it is missing or broken, the error says what to
-do. Owns the process group that copies are sent over and nothing else: gloo from host memory,
-whatever backend training uses, or NCCL through each rank's GPU. Promises that only transfers agreed
-on by all ranks are sent, and that a wait ends a little before the backend's timeout: NCCL would end
-the process. A requirement this rank does not meet is an error before anything is connected.
+do. Owns the process groups that copies are sent over and nothing else: gloo from host memory,
+whatever backend training uses, or NCCL through each rank's GPU. With gloo a rank is connected to
+its peers of copies alone, and to all ranks once a load needs it. Promises that only transfers that
+all ranks agreed on are sent, and that a wait ends a little before the backend's timeout: NCCL would
+end the process. A requirement this rank does not meet is an error before anything is connected.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ from torch import distributed
 from holdfast.caller import in_normal_mode
 from holdfast.config import ReplicationConfig
 from holdfast.errors import ConfigError
-from holdfast.ranks.topology import assign_holders
+from holdfast.ranks.coordinator import Coordinator
+from holdfast.ranks.topology import assign_holders, find_clique
 from holdfast.read.shared import BACKEND_PATIENCE
 from holdfast.tiers.local.exchange import (
     Incoming,
@@ -94,10 +96,18 @@ def device_of(transport: str) -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def new_group(transport: str, timeout_seconds: float) -> Any:
-    """Create a process group for exchanges; a collective call, on the training thread."""
+def new_group(transport: str, timeout_seconds: float, ranks: Sequence[int] | None = None) -> Any:
+    """Create a process group for exchanges; a collective call, on the training thread.
+
+    `ranks`: its members, which alone make the call. None: all ranks.
+    """
     if device_of(transport) is None:
-        return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return distributed.new_group(
+            None if ranks is None else list(ranks),
+            backend="gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            use_local_synchronization=ranks is not None,
+        )
     patience = timedelta(seconds=timeout_seconds * BACKEND_PATIENCE)
     return distributed.new_group(backend="nccl", timeout=patience)
 
@@ -121,7 +131,7 @@ class HostGroup:
     """Whether blocks are copied to and from memory of the backend, a device."""
 
     def __init__(self, group: Any, timeout_seconds: float) -> None:
-        """`group`: of all ranks, and used for nothing else."""
+        """`group`: used for nothing else."""
         self.wrapped = wrap_group(group)
         """As nvidia-resiliency-ext has it."""
         self._wait = timedelta(seconds=timeout_seconds * _PATIENCE)
@@ -186,8 +196,7 @@ class HostGroup:
         """Post the messages of a round, each as soon as it is made."""
         for each in messages:
             post = distributed.isend if each.sends else distributed.irecv
-            rank = self.wrapped.get_global_rank(each.rank)
-            each.work = post(each.tensor, rank, group=self.wrapped.group, tag=each.tag)
+            each.work = post(each.tensor, each.rank, group=self.wrapped.group, tag=each.tag)
 
     def wait(self, work: Any) -> None:
         """Wait for a posted message, a little shorter than the backend would.
@@ -261,7 +270,7 @@ class DeviceGroup(HostGroup):
                 distributed.P2POp(
                     distributed.isend if each.sends else distributed.irecv,
                     each.tensor,
-                    self.wrapped.get_global_rank(each.rank),
+                    each.rank,
                     self.wrapped.group,
                 )
                 for each in batch
@@ -323,13 +332,54 @@ class Replication:
     """
 
     def __init__(
-        self, group: HostGroup, holders: Sequence[tuple[int, ...]], *, sends_images: bool
+        self,
+        group: HostGroup | None,
+        holders: Sequence[tuple[int, ...]],
+        *,
+        sends_images: bool,
+        renew: Callable[[], Any],
+        open_wide: Callable[[], HostGroup] | None = None,
     ) -> None:
+        """`group`: of the ranks that send each other copies; None: this rank has no such peer.
+
+        `renew` makes its process group again. `open_wide` makes a group of all ranks, which only a
+        load after a loss needs; None: `group` is one.
+        """
         self.group = group
         self.holders = list(holders)
         """By owner: the ranks that hold its shard, the owner first."""
         self.sends_images = sends_images
         """Whether holders receive the whole shard; otherwise the small states alone."""
+        self._renew = renew
+        self._open_wide = open_wide
+        self._wide = group if open_wide is None else None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether this rank can send no copies any more."""
+        return self.group is not None and self.group.is_broken
+
+    def renew(self) -> None:
+        """Replace a broken group; every rank calls it, on the training thread."""
+        if self.group is not None:
+            self.group.renew(self._renew())
+
+    def connect_all(self, coordinator: Coordinator) -> None:
+        """Connect each rank to each where that is not done; collective, on the training thread."""
+        is_missing = self._wide is None or self._wide.is_broken
+        if self._open_wide and coordinator.all_reduce("local mesh", lambda: is_missing, any):
+            self._wide = self._open_wide()
+
+    @property
+    def has_all(self) -> bool:
+        """Whether each rank is connected to each."""
+        return self._wide is not None
+
+    @property
+    def wide(self) -> HostGroup:
+        """The group of all ranks, once it is connected."""
+        assert self._wide is not None
+        return self._wide
 
     @property
     def sends_anything(self) -> bool:
@@ -342,12 +392,13 @@ class Replication:
             owner for owner, ranks in enumerate(self.holders) if rank in ranks and owner != rank
         ]
 
-    def plan_save(self) -> Any:
-        """Return who sends what to whom in a save: each rank its own shard to its holders."""
+    def plan_save(self, rank: int) -> Any:
+        """Return what a rank sends and receives in a save: each sends its shard to its holders."""
         plan = self._new_plan()
         for owner, ranks in enumerate(self.holders):
             for holder in ranks[1:]:
-                plan.plan(sender=owner, receiver=holder, id_=owner)
+                if rank in (owner, holder):
+                    plan.plan(sender=owner, receiver=holder, id_=owner)
         return plan
 
     def plan_restore(
@@ -373,7 +424,7 @@ class Replication:
         return plan
 
     def _new_plan(self) -> Any:
-        return load_package().ExchangePlan(group=self.group.wrapped)
+        return load_package().ExchangePlan(group=None if self.group is None else self.group.wrapped)
 
     def exchange(
         self,
@@ -381,8 +432,11 @@ class Replication:
         rank: int,
         sources: Mapping[int, Source],
         sinks: Mapping[int, CopySink],
+        group: HostGroup | None,
     ) -> None:
         """Send and receive what a plan has for this rank; a collective call, on any thread.
+
+        `group`: `self.group` for a save, `wide` for a plan between any two ranks.
 
         `sources`, `sinks`: by owner. A sink records its first local error.
 
@@ -397,7 +451,8 @@ class Replication:
         incoming = [
             Incoming(each.sender, sinks[each.id_]) for each in plan.entries if each.receiver == rank
         ]
-        self.group.stream(outgoing, incoming)
+        if group is not None:
+            group.stream(outgoing, incoming)
         owners = [each.id_ for each in plan.entries if each.receiver == rank]
         for owner, transfer in zip(owners, incoming, strict=True):
             sinks[owner].error = transfer.error
@@ -406,7 +461,7 @@ class Replication:
 def make_replication(
     config: ReplicationConfig, nodes: Sequence[int], rank: int, timeout_seconds: float
 ) -> Replication | None:
-    """Return who holds whose copies, over a new group; None: there is one rank.
+    """Return who holds whose copies, over new groups; None: there is one rank.
 
     `nodes`: the node of each rank. A collective call, on the training thread.
     """
@@ -421,5 +476,23 @@ def make_replication(
         logger.warning(
             "checkpoint.local.replication.factor is %d; this job has too few ranks for it", factor
         )
-    group = open_group(config.transport, timeout_seconds)
-    return Replication(group, holders, sends_images=factor > 1)
+    transport = config.transport
+    if device_of(transport) is not None:
+        return Replication(
+            open_group(transport, timeout_seconds),
+            holders,
+            sends_images=factor > 1,
+            renew=lambda: new_group(transport, timeout_seconds),
+        )
+    clique = find_clique(holders, rank)
+
+    def connect() -> Any:
+        return new_group(transport, timeout_seconds, clique)
+
+    return Replication(
+        HostGroup(connect(), timeout_seconds) if len(clique) > 1 else None,
+        holders,
+        sends_images=factor > 1,
+        renew=connect,
+        open_wide=lambda: open_group(transport, timeout_seconds),
+    )

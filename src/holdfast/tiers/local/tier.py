@@ -35,11 +35,12 @@ from holdfast.ranks.job import Committed
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.manifest import LOCAL
-from holdfast.tiers.local.availability import Availability, Candidate
+from holdfast.tiers.local.availability import Availability
 from holdfast.tiers.local.budget import Budget, Need, report_budget, take_seats
+from holdfast.tiers.local.commits import Candidate
 from holdfast.tiers.local.pool import PooledFile
 from holdfast.tiers.local.reading import LocalContents, Opening
-from holdfast.tiers.local.replication import Replication, make_replication, new_group
+from holdfast.tiers.local.replication import Replication, make_replication
 from holdfast.tiers.local.shard_file import (
     CommitKey,
     RunDirectory,
@@ -233,7 +234,9 @@ class LocalTier:
         source = shard_to_send(arena, trailer, is_whole=replication.sends_images)
         sinks = {owner: self.files.sink() for owner in replication.owners_held_by(rank)}
         self._received = list(sinks.values())
-        replication.exchange(replication.plan_save(), rank, {rank: source}, sinks)
+        replication.exchange(
+            replication.plan_save(rank), rank, {rank: source}, sinks, replication.group
+        )
         for owner, sink in sinks.items():
             sink.seal(record.run_id, record.commit, owner)
 
@@ -338,6 +341,8 @@ class LocalTier:
         if wanted.verify_first:
             self.verify(candidate, coordinator)
         self._noted = frozenset(self.availability.damaged)
+        if self.replication is not None and self.availability.lacks(candidate):
+            self.replication.connect_all(coordinator)  # for `finish_load`, on another thread
         try:
             opened = Opening(self.availability, candidate, coordinator).run(wanted.suffices)
         except StageTimeoutError:
@@ -461,14 +466,13 @@ class LocalTier:
         self.files.close()
 
     def _group_is_broken(self) -> bool:
-        return self.replication is not None and self.replication.group.is_broken
+        return self.replication is not None and self.replication.is_broken
 
     def _renew_group(self, is_broken: bool) -> None:
         """Replace a group in which a wait timed out: gloo has closed its connections."""
         if is_broken:
             assert self.replication is not None
-            transport = self._config.replication.transport
-            self.replication.group.renew(new_group(transport, self._timeout_seconds))
+            self.replication.renew()
 
 
 def _nothing(_: object) -> None:
