@@ -66,7 +66,9 @@ def unpack_records(content: bytes) -> tuple[FileRecord, ...]:
     """Return the records that `pack_records` was given."""
     return tuple(
         FileRecord(path, size_bytes, digest, None if blocks is None else tuple(blocks))
-        for path, size_bytes, digest, blocks in zip(*json.loads(zlib.decompress(content)))
+        for path, size_bytes, digest, blocks in zip(
+            *json.loads(zlib.decompress(content)), strict=True
+        )
     )
 
 
