@@ -326,13 +326,13 @@ def main() -> None:
                     known.seconds, known.cpu_seconds = each.seconds, each.cpu_seconds
                     known.agreeing_seconds = each.agreeing_seconds
         figures += merged.values()
+        if parsed.json:  # what is known, should a larger job not end
+            parsed.json.write_text(json.dumps([asdict(each) for each in figures], indent=1))
     print(
         f"\n{parsed.tensors} parameters, nodes of {parsed.node_ranks}, "
         f"{parsed.delay * 1e6:.0f} us per request, {time.strftime('%Y-%m-%d')}"
     )
     print_table(figures)
-    if parsed.json:
-        parsed.json.write_text(json.dumps([asdict(each) for each in figures], indent=1))
 
 
 if __name__ == "__main__":
