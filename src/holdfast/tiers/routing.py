@@ -259,7 +259,7 @@ class Tiers:
             return ""
         if self.local is None or not self._is_ordered:
             return "its local tier was not read yet"
-        if self.local.replication is not None and self.local.replication.group.is_broken:
+        if self.local.replication is not None and self.local.replication.is_broken:
             return "its connections for local copies are broken"
         return ""
 
