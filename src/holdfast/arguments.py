@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.caller import THREAD_NAME
-from holdfast.config import CheckpointConfig
+from holdfast.config import CheckpointConfig, find_strict_problems
 from holdfast.errors import ConcurrentUseError, UnsupportedStateError, WrongArgumentError
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext, Stateful
 
@@ -36,8 +36,8 @@ _OF_SAVE = (
 )
 _OF_LOAD = (*_COMMON, "strict", "skip_load_to_model_and_opt", "train_data_iterator")
 _STATE_ADVICE = "Pass a holdfast.GlobalState(), whose train_state has the counters."
-_MODEL_ADVICE = "Pass the nn.Module itself, or a list of modules."
-_OPTIMIZER_ADVICE = "Pass the torch.optim.Optimizer, a list of optimizers, or None."
+_MODEL_ADVICE = "Pass the nn.Module itself, a list of modules, or a dict of modules by name."
+_OPTIMIZER_ADVICE = "Pass the torch.optim.Optimizer, a list or dict of optimizers, or None."
 _SCHEDULER_ADVICE = "Pass one object with state_dict and load_state_dict, or None."
 _ORDER = "The order is (state, model, optimizer, opt_param_scheduler)."
 
@@ -77,6 +77,9 @@ def check_save(ctx: Any, callback_manager: Any | None, *, overlaps: bool) -> Non
 def check_load(ctx: Any, *, overlaps: bool) -> None:
     """Check the arguments of `load`; raises as `check_save`."""
     _check_context("load", ctx, CheckpointLoadContext, CheckpointSaveContext, _OF_LOAD)
+    if ctx.strict is not None and (problems := find_strict_problems(ctx.strict, "strict")):
+        found = problems[0].removeprefix("strict ")
+        raise WrongArgumentError("load", "strict", found, "None stands for load.strict.")
     if overlaps:
         _check_hooks(ctx.optimizer)
 
@@ -134,13 +137,33 @@ def _check_model(method: str, model: Any) -> None:
     elif isinstance(model, Mapping):
         values = list(model.values())
         if any(isinstance(each, nn.Module) for each in values):
-            found = f"is {_describe(model)} of modules"
-            advice = "Pass list(models.values()) in an order that stays, or one nn.ModuleDict."
+            problem = _find_wrong_name(model) or _find_other(model, nn.Module)
+            if problem is None:
+                return
+            found = f"is {_describe(model)} of modules {problem}"
         elif any(isinstance(each, torch.Tensor) for each in values):
             found = f"is {_describe(model)} of tensors, as model.state_dict() returns"
     elif _is_optimizer(model) or isinstance(model, LRScheduler):
         advice += f" {_ORDER}"
     raise WrongArgumentError(method, "model", found, advice)
+
+
+def _find_wrong_name(models: Mapping[Any, Any]) -> str | None:
+    """Return what is wrong with the first name that cannot be part of names of parameters."""
+    taken = nn.ModuleDict()
+    for name in models:
+        if not isinstance(name, str):
+            return f"with the key {name!r}, which is no string"
+        if not name or "." in name:
+            return f"with the key {name!r}: names have no dots, and are not empty"
+        if hasattr(taken, name):
+            return f"with the key {name!r}, which is an attribute of every nn.ModuleDict"
+    return None
+
+
+def _find_other(models: Mapping[str, Any], kind: type[Any]) -> str | None:
+    wrong = [name for name, each in models.items() if not isinstance(each, kind)]
+    return f"whose {wrong[0]!r} is {_describe(models[wrong[0]])}" if wrong else None
 
 
 def _check_optimizer(method: str, optimizer: Any) -> None:
@@ -156,8 +179,14 @@ def _check_optimizer(method: str, optimizer: Any) -> None:
     elif isinstance(optimizer, Mapping) and "param_groups" in optimizer:
         found += ", as optimizer.state_dict() returns"
     elif isinstance(optimizer, Mapping) and any(map(_is_optimizer, optimizer.values())):
-        found += " of optimizers"
-        advice = "Pass list(optimizers.values()) in an order that stays."
+        wrong_keys = [key for key in optimizer if not isinstance(key, str)]
+        wrong = [key for key, each in optimizer.items() if not _is_optimizer(each)]
+        if not wrong and not wrong_keys:
+            return
+        if wrong_keys:
+            found += f" of optimizers with the key {wrong_keys[0]!r}, which is no string"
+        else:
+            found += f" of optimizers whose {wrong[0]!r} is {_describe(optimizer[wrong[0]])}"
     elif isinstance(optimizer, LRScheduler | nn.Module):
         kind = "a module" if isinstance(optimizer, nn.Module) else "a scheduler"
         found += f", {kind}"
@@ -180,7 +209,12 @@ def _check_scheduler(method: str, scheduler: Any) -> None:
 
 
 def _check_hooks(optimizer: Any) -> None:
-    for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+    given: Any = [optimizer]
+    if isinstance(optimizer, list | tuple):
+        given = optimizer
+    elif isinstance(optimizer, Mapping):
+        given = optimizer.values()
+    for each in given:
         if each is not None and not _takes_hooks(each):
             raise UnsupportedStateError(
                 f"checkpoint.staging=overlapped: {_describe(each)} has no register_step_pre_hook, "

@@ -28,6 +28,7 @@ MISSING_POLICIES = ("start_fresh", "error")
 PERMISSIONS = ("private", "umask")
 TRANSPORTS = ("gloo", "nccl")
 PRETRAINED_PARTS = ("weights", "everything")
+_SUBJECTS, _ACTIONS = "names, shapes, dtypes, groups, options, components", "raise, warn, ignore"
 _PATH_FIELDS = (
     "persistent.directory",
     "local.directory",
@@ -120,8 +121,9 @@ class LoadConfig:
     """The iteration to load, and no other; applied once per run. None: the newest that can be
     loaded."""
     pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
-    strict: bool = True
-    """Whether checkpoint and live state must have the same names."""
+    strict: Any = True
+    """Whether names and types must be the same; or a table: `raise`, `warn` or `ignore` for any of
+    `names`, `shapes`, `dtypes`, `groups`, `options`, `components`."""
     verify: str = "while_reading"
     """`while_reading`: in the pass that fills the tensors, if possible; `first`: before it."""
     broadcast: bool = False
@@ -222,6 +224,7 @@ class CheckpointConfig:
         require_positive(self.save_failure_limit, "save_failure_limit")
         require_positive(self.alarm_after_seconds, "alarm_after_seconds")
         require_choice(self.load.verify, "load.verify", VERIFY_MODES)
+        found += find_strict_problems(self.load.strict, "checkpoint.load.strict")
         require_choice(self.load.on_missing, "load.on_missing", MISSING_POLICIES)
         require(
             0 < self.timeout_seconds < math.inf, "timeout_seconds", "must be above 0 and finite"
@@ -339,6 +342,21 @@ class CheckpointConfig:
             inert.append("checkpoint.load.override: rng, beside load.rng=false")
         for each in inert:
             warnings.warn(f"setting without effect: {each}", UserWarning, stacklevel=3)
+
+
+def find_strict_problems(value: Any, path: str) -> list[str]:
+    """Return a message for each thing that is wrong with `strict`."""
+    if not isinstance(value, Mapping):
+        rule = "it must be true or false, or as {names: warn}"
+        return [] if isinstance(value, bool) else [f"{path} is {value!r}; {rule}"]
+    subjects, actions = _SUBJECTS.split(", "), _ACTIONS.split(", ")
+    return [
+        f"{path}.{subject} is {action!r}; choose one of {_ACTIONS}"
+        if subject in subjects
+        else f"{path}.{subject} is unknown; the subjects are {_SUBJECTS}"
+        for subject, action in value.items()
+        if subject not in subjects or action not in actions
+    ]
 
 
 def read_config(given: Any) -> CheckpointConfig:

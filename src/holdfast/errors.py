@@ -224,7 +224,7 @@ class StateMismatchError(CheckpointError, ValueError):
         ]
         advice = "Build the model and optimizer as they were saved"
         if self.different:
-            advice += ": shapes and types must agree whatever load.strict says"
+            advice += ", or say in a table under load.strict what may differ"
         elif strict:
             advice += ", or set load.strict=false to load what fits"
         super().__init__(f"{path} does not fit the live state: {'; '.join(parts)}.\n{advice}.")

@@ -44,14 +44,16 @@ from holdfast.ranks.channels import Channels
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.entry import Entry
 from holdfast.ranks.job import FailureRule, Flight, Progress, Save, Watcher
-from holdfast.restoring import LastLoad, Opened, Restoration, open_selected
+from holdfast.restoring import Opened, Restoration, open_selected
 from holdfast.saving import Request, Saver
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
+from holdfast.state.loaded import LastLoad
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
 from holdfast.state.rehearsal import LazyState
 from holdfast.state.small import Place, warn_of_lost_position
+from holdfast.state.strictness import Strictness
 from holdfast.tiers.routing import Tiers
 from holdfast.tiers.search import Search, Selected
 from holdfast.tiers.survey import warn_of_living_attempt
@@ -384,11 +386,7 @@ class DefaultCheckpointManager:
         )
         restoration.agree_on_shardings(control)
         strict = load.strict if ctx.strict is None else ctx.strict
-        control.all_reduce(
-            "compare",
-            lambda: restoration.compare(strict, load.accept_data_restart),
-            lambda _: None,
-        )
+        restoration.compare(control, Strictness.of(strict), load.accept_data_restart)
         return restoration
 
     def _finish_load(

@@ -166,8 +166,9 @@ class CheckpointSaveContext:
     """Everything one save covers."""
 
     state: GlobalState
-    model: nn.Module | Sequence[nn.Module]
-    optimizer: Optimizer | Sequence[Optimizer] | None
+    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+    """One module, the chunks of one in order, or several by name."""
+    optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None
     opt_param_scheduler: Any | None
     """An object with `state_dict` and `load_state_dict`; None: there is no scheduler."""
     num_floating_point_operations_so_far: int = 0
@@ -187,11 +188,11 @@ class CheckpointLoadContext:
     """The objects that a load restores into."""
 
     state: GlobalState
-    model: nn.Module | Sequence[nn.Module]
-    optimizer: Optimizer | Sequence[Optimizer] | None
+    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+    optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None
     opt_param_scheduler: Any | None
-    strict: bool | None = None
-    """Whether names must match exactly; None: the config's `load.strict`."""
+    strict: bool | Mapping[str, str] | None = None
+    """Whether names must match exactly, or a table as `load.strict` has; None: the config's."""
     skip_load_to_model_and_opt: bool = False
     """True: restore counters, scheduler, RNG and data only."""
     pg_collection: Any | None = None

@@ -19,18 +19,17 @@ import torch
 from holdfast.caller import in_normal_mode
 from holdfast.errors import (
     CorruptCheckpointError,
-    NothingLoadedError,
     StateMismatchError,
-    UnsupportedStateError,
 )
 from holdfast.format.nondense import size_bytes_of
-from holdfast.format.values import DATA, EMPTY, RNG, SCHEDULER, SMALL_STATES, TRAIN_STATE
-from holdfast.protocol import Restored, Stateful
+from holdfast.format.values import DATA, EMPTY, GROUPS, RNG, SCHEDULER, SMALL_STATES, TRAIN_STATE
+from holdfast.protocol import Restored
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
 from holdfast.state.codec import encode
+from holdfast.state.loaded import LoadedStates
 from holdfast.state.model import run_each
 from holdfast.state.naming import is_root
 from holdfast.state.options import find_option_differences
@@ -39,15 +38,14 @@ from holdfast.state.saved import SavedTensors
 from holdfast.state.small import (
     Place,
     SavedRun,
-    apply_data,
-    apply_generators,
     check_counters,
-    check_data,
     is_position,
     read_counters,
     restore_counters,
     without_fields,
 )
+from holdfast.state.strictness import RAISE, WARN, Differences, Strictness
+from holdfast.state.union import ALL_FOUND, NONE, Leftover, find_unexpected, gather_records, judge
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.opening import read_together
 from holdfast.tiers.select import Commit
@@ -124,79 +122,6 @@ def _check_small(small: Mapping[str, Any], iteration: int, where: str) -> None:
             raise CorruptCheckpointError(where, f"holds no state where {name} should be")
 
 
-@dataclass(frozen=True)
-class LoadedStates:
-    """What a load found of each rank's own state, for those who ask for it again later."""
-
-    rng: dict[str, Any] | None
-    """As this rank saved it, or the lowest one; None: the checkpoint holds none."""
-    positions: list[dict[str, Any]]
-    saved: SavedRun
-    place: Place
-    path: str
-    overrides: Overrides
-
-    def restore_rng(self) -> bool:
-        """Give the generators their state, unless the run keeps its own; return whether it did."""
-        if self.rng is None or self.overrides.keeps("rng"):
-            return False
-        return apply_generators(self.rng, self.saved, self.place)
-
-    def restore_data(self, data: Any, accept_restart: bool) -> None:
-        """Give an iterator the saved position, unless the run keeps its own.
-
-        Raises:
-            NothingLoadedError: the checkpoint has no position.
-            UnsupportedStateError: the iterator cannot take one.
-            DataReshardError: another data-parallel size, and the iterator cannot reshard.
-        """
-        if self.overrides.keeps("data"):
-            return
-        if not self.positions:
-            raise NothingLoadedError(
-                f"{self.path} holds no data position: it was saved without train_data_iterator, or "
-                "with one that has no state_dict and load_state_dict."
-            )
-        if not isinstance(data, Stateful):
-            raise UnsupportedStateError(
-                f"a {type(data).__name__} has no state_dict and load_state_dict: no data position "
-                "can be restored into it."
-            )
-        check_data(data, self.positions, self.place, self.path, accept_restart)
-        apply_data(data, self.positions, self.place)
-
-
-class LastLoad:
-    """What can be asked for again of the last load of a manager."""
-
-    def __init__(self) -> None:
-        self._has_loaded = False
-        self._states: LoadedStates | None = None
-
-    def note(self, states: LoadedStates | None) -> None:
-        """Keep what a load has found; None: it found no checkpoint."""
-        self._has_loaded, self._states = True, states
-
-    def restore_rng(self) -> None:
-        """Give the generators their state again; raises as `DefaultCheckpointManager` says."""
-        self._check("restore_rng")
-        if self._states is not None:
-            self._states.restore_rng()
-
-    def restore_data(self, iterator: Any, accept_restart: bool) -> None:
-        """Give an iterator the saved position; raises as `DefaultCheckpointManager` says."""
-        self._check("restore_data")
-        if self._states is None:
-            raise NothingLoadedError(
-                "restore_data: the last load found no checkpoint. Ask its result for `found` first."
-            )
-        self._states.restore_data(iterator, accept_restart)
-
-    def _check(self, method: str) -> None:
-        if not self._has_loaded:
-            raise NothingLoadedError(f"{method} gives back what a load has found: call load first.")
-
-
 class Restoration:
     """An opened checkpoint and the live state that it is to fill."""
 
@@ -234,8 +159,21 @@ class Restoration:
             hollow = opened.small.get(EMPTY, ())
             held = reader.metadata.state_dict_metadata.keys() - {*SMALL_STATES}
             path = str(opened.checkpoint.path)
+            records = {name: each for name, each in opened.contents.copies.items() if name != DATA}
+            own = {name for name in reader.own_names if name.endswith(GROUPS)}
             kinds = {name: kind for name in tensors if (kind := reader.kind(name))}
-            self._saved = SavedTensors(tensors, values, key_paths, hollow, held, path, kinds=kinds)
+            self._saved = SavedTensors(
+                tensors,
+                values,
+                key_paths,
+                hollow,
+                held,
+                path,
+                records,
+                own_records=own if opened.checkpoint.manifest.world_size > 1 else (),
+                are_united=bool(records) or not own,
+                kinds=kinds,
+            )
         self._filled: dict[str, Any] = {}
         manifest = opened.checkpoint.manifest
         self.loaded = LoadedStates(
@@ -255,33 +193,83 @@ class Restoration:
         if self._saved is not None:
             self._app.agree_on_shardings(coordinator)
 
-    def compare(self, strict: bool, accept_data_restart: bool) -> None:
-        """Refuse a checkpoint that does not fit, touching nothing.
+    def compare(
+        self, coordinator: Coordinator, strictness: Strictness, accept_data_restart: bool
+    ) -> None:
+        """Compare with the live state of all ranks, and refuse what does not fit; touch nothing.
 
         Raises:
             StateMismatchError, DataReshardError: it is sound, but not for this run as built.
             UnsupportedStateError: a save would refuse some of the live state.
             ConfigError: `load.override` names what is not there, or cannot be kept.
         """
+        found = Differences()
+        known: set[str] = set()
+        warnings: list[str] | None = None
+
+        def check() -> None:
+            nonlocal warnings
+            if warnings is None:
+                warnings = self._check(found, strictness, accept_data_restart)
+
+        def compare_own() -> tuple[bool, Leftover]:
+            nonlocal found, known
+            saved = self._saved
+            if saved is not None:
+                self._app.rehearse()
+            if saved is not None and self._given.optimizers:
+                if saved.flat_tensors:
+                    self._opened.contents.reader.read_tensors(saved.flat_tensors)
+                if not self.takes_weights_only and self._given.wants_records(saved):
+                    return True, Leftover.of((), ())
+            small, positions = self._opened.small, self._opened.positions
+            found = self._app.compare(self.loaded.path, saved, small, positions)
+            known = saved.shared_names() if saved is not None else set()
+            return False, Leftover.of(found.unexpected, known)
+
+        def join(parts: list[tuple[bool, Leftover]]) -> str | None:
+            wants_records = any(wants for wants, _ in parts)
+            return None if wants_records else judge([leftover for _, leftover in parts])
+
+        def compare_and_check() -> tuple[bool, Leftover]:
+            wants_records, leftover = compare_own()
+            if not (wants_records or leftover.lacking):
+                check()  # nothing of the other ranks can change it
+            return wants_records, leftover
+
+        verdict = coordinator.all_reduce("compare", compare_and_check, join)
+        if verdict is None:
+            assert self._saved is not None
+            self._saved = gather_records(self._saved, coordinator)
+            warnings = None
+            verdict = coordinator.all_reduce("compare", compare_and_check, join) or NONE
+        if verdict != ALL_FOUND:
+            live = self._app.live_names() if self._saved is not None else set()
+            found.unexpected = find_unexpected(found.unexpected, live, known, verdict, coordinator)
+            coordinator.all_reduce("accept", check, lambda _: None)
+        if self.loaded.place.rank == 0:
+            for each in warnings or ():
+                logger.warning("%s", each)
+
+    def _check(
+        self, found: Differences, strictness: Strictness, accept_data_restart: bool
+    ) -> list[str]:
+        """Refuse what does not fit this rank; return what to warn of."""
         opened, saved, given = self._opened, self._saved, self._given
-        if saved is not None:
-            self._app.rehearse()
-        path = str(opened.checkpoint.path)
-        schedule = opened.small.get(SCHEDULER)
+        path, schedule = self.loaded.path, opened.small.get(SCHEDULER)
         optimizers = given.optimizers if saved is not None else []
-        if saved is not None and optimizers and saved.flat_tensors:
-            opened.contents.reader.read_tensors(saved.flat_tensors)
         if self._overrides.names and not self.takes_weights_only:
             counters = list(read_counters(self._train_state))
             pairs = given.fit(saved).pairs() if saved is not None and optimizers else []
             taken = [each.saved for each in pairs]
             self._overrides.check(optimizers, given.scheduler, counters, schedule, taken)
-        self._app.check(
+        warnings = self._app.check(
+            found,
             path,
             saved,
             opened.small,
             opened.positions,
-            strict=strict,
+            strictness=strictness,
             accept_data_restart=accept_data_restart,
         )
         check_counters(self._train_state, self._counters, path)
@@ -291,9 +279,12 @@ class Restoration:
             self._app.scheduler,
             schedule,
             self._overrides,
-        ).sentence()
-        if differences is not None and self.loaded.place.rank == 0:
-            logger.warning("%s: %s", path, differences)
+        )
+        if differences.reported and strictness.options == RAISE:
+            raise StateMismatchError(path, different=differences.reported, strict=False)
+        if differences.reported and strictness.options == WARN:
+            warnings.append(f"{path}: {differences.sentence()}")
+        return warnings
 
     def _tell_foreign_copies(self, path: str) -> None:
         """Refuse, or warn of, copies that another rank saved and this one is to use.

@@ -165,7 +165,6 @@ def _resume_pair(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return expected, again.facts()
 
 
-@pytest.mark.xfail(strict=True, reason="a dict of models is refused")
 def test_two_models_with_an_optimizer_each_resume_in_one_manager(tmp_path: Path) -> None:
     """A GAN's pair goes on as it would have, with an optimizer of another kind for each."""
     for expected, found in run_ranks(_resume_pair, 2, tmp_path):

@@ -10,7 +10,7 @@ no files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from holdfast.errors import StateMismatchError
 from holdfast.format.chunks import Placed
 from holdfast.format.dcp import KeyPath, put
 from holdfast.format.values import DATA, EMPTY, RNG, SCHEDULER
@@ -27,7 +28,7 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.codec import check_keys, check_plain, check_reachable
-from holdfast.state.compare import Differences, compare_model, describe_left_out
+from holdfast.state.compare import compare_model, describe_left_out
 from holdfast.state.fitting import OptimizerFit
 from holdfast.state.groups import GROUPS, names_of
 from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
@@ -39,6 +40,7 @@ from holdfast.state.rehearsal import check_values
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import Place, apply_data, capture_rng, check_data, position_of
+from holdfast.state.strictness import RAISE, WARN, Differences, Strictness
 from holdfast.state.targets import Targets
 
 logger = logging.getLogger(__name__)
@@ -63,18 +65,18 @@ class AppState:
 
     def __init__(
         self,
-        model: nn.Module | Sequence[nn.Module],
-        optimizer: Optimizer | Sequence[Optimizer] | None,
+        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+        optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None,
         scheduler: Any | None,
         data: Any | None,
         place: Place,
         pg_collection: Any | None = None,
     ) -> None:
-        models = [model] if isinstance(model, nn.Module) else list(model)
-        # Several modules (virtual pipeline stages) become one root, named 0., 1., ... in it.
-        self._model = models[0] if len(models) == 1 else nn.ModuleList(models)
+        self._model = _join_models(model)
         if optimizer is None:
             optimizers = []
+        elif isinstance(optimizer, Mapping):  # by name, which its parameters have too
+            optimizers = list(optimizer.values())
         elif isinstance(optimizer, Sequence):
             optimizers = list(optimizer)
         else:
@@ -89,6 +91,8 @@ class AppState:
         self._shardings = Shardings()
         self._fit: OptimizerFit | None = None
         self._targets: Targets | None = None
+        self._skipped: frozenset[str] = frozenset()
+        """Names of tensors of another shape, which keep their value."""
 
     def without(self, kept: Collection[str]) -> AppState:
         """Return the same state but for components that are to keep their live values."""
@@ -223,26 +227,21 @@ class AppState:
         """
         run_each(lambda: self._live_model, lambda: self._live if self.optimizers else None)
 
-    def check(
+    def compare(
         self,
         path: str,
         saved: SavedTensors | None,
         small: Mapping[str, Any],
         positions: Sequence[Mapping[str, Any]],
-        *,
-        strict: bool,
-        accept_data_restart: bool,
-    ) -> None:
-        """Compare names, shapes and types with a checkpoint's, touching nothing.
+    ) -> Differences:
+        """Compare names, shapes and types on this rank with a checkpoint's, touching nothing.
 
         `saved` None: model and optimizer are left alone. `small`: the saved small states by name.
         `positions`: of the data, as `apply_data` takes them.
 
         Raises:
-            StateMismatchError: shapes or kinds of optimizers differ, nothing fits, or `strict` and
-                anything else does not.
+            StateMismatchError: kinds of optimizers differ, or nothing fits.
             UnsupportedStateError: live tensors that no value could be restored into.
-            DataReshardError: another data-parallel size, and the iterator cannot reshard.
         """
         found = Differences()
         if saved is not None:
@@ -250,36 +249,81 @@ class AppState:
                 self.fit(saved).check_kinds(path)
             live = self._live_model
             self._check_reachable(live, saved)
-            found = compare_model(live, saved, path, strict, self._shardings.size_of)
-            found.different += self._find_targets(saved).differences()
+            found = compare_model(live, saved, path, self._shardings.size_of)
+            found.kinds = self._find_targets(saved).differences()
             if self.optimizers:
                 self.fit(saved).compare_names(found)
-        schedule = small.get(SCHEDULER)
-        if self._scheduler is not None and schedule is None:
-            found.missing.append("scheduler")
+        if self._scheduler is not None and small.get(SCHEDULER) is None:
+            found.components.append("scheduler")
         if self._data is not None and not positions:
-            found.missing.append("data")
-        found.refuse(path, strict)
+            found.components.append("data")
+        return found
+
+    def check(
+        self,
+        found: Differences,
+        path: str,
+        saved: SavedTensors | None,
+        small: Mapping[str, Any],
+        positions: Sequence[Mapping[str, Any]],
+        *,
+        strictness: Strictness,
+        accept_data_restart: bool,
+    ) -> list[str]:
+        """Refuse what `compare` found, and all that does not fit else; return what to warn of.
+
+        Raises:
+            StateMismatchError: what must not differ does.
+            DataReshardError: another data-parallel size, and the iterator cannot reshard.
+        """
+        schedule = small.get(SCHEDULER)
+        found.refuse(path, strictness)
+        self._skipped = frozenset(found.shapes)
         fit = self.fit(saved) if saved is not None and self.optimizers else None
+        told = []
         if fit is not None:
-            fit.check_groups(path)
+            fit.skipped = self._skipped
+            told = fit.check_groups(path, strictness)
         if self._scheduler is not None:
             matches = [*fit.matches.values()] if fit is not None else []
             check_schedule(self._scheduler, schedule, matches, path)
-        if self._place.rank == 0:
-            if (summary := found.summary()) is not None:
-                logger.warning("%s is loaded in part. %s", path, summary)
-            here = {
-                "optimizer": bool(self.optimizers),
-                "scheduler": self._scheduler is not None,
-                "data": self._data is not None,
-            }
-            absent = {name for name, is_here in here.items() if not is_here} - self._kept
-            held = {name for name, each in ((SCHEDULER, schedule), (DATA, positions)) if each}
-            for each in describe_left_out(absent, saved, held, self._given_data):
-                logger.warning("%s: %s", path, each)
+        left_out = [*self._describe_left_out(saved, schedule, positions)]
+        if left_out and strictness.left_out == RAISE:
+            raise StateMismatchError(path, different=left_out, strict=False)
         if self._data is not None:
             check_data(self._data, positions, self._place, path, accept_data_restart)
+        warnings = []
+        if (summary := found.summary(strictness)) is not None:
+            warnings.append(f"{path} is loaded in part. {summary}")
+        if told:
+            warnings.append(f"{path}: these groups keep their own options: {'; '.join(told)}")
+        if strictness.left_out == WARN:
+            warnings += [f"{path}: {each}" for each in left_out]
+        return warnings
+
+    def _describe_left_out(
+        self, saved: SavedTensors | None, schedule: Any, positions: Sequence[Any]
+    ) -> Iterator[str]:
+        here = {
+            "optimizer": bool(self.optimizers),
+            "scheduler": self._scheduler is not None,
+            "data": self._data is not None,
+        }
+        absent = {name for name, is_here in here.items() if not is_here} - self._kept
+        held = {name for name, each in ((SCHEDULER, schedule), (DATA, positions)) if each}
+        return describe_left_out(absent, saved, held, self._given_data)
+
+    def wants_records(self, saved: SavedTensors) -> bool:
+        """Whether the groups that this rank saved are not those of the parameters that it has."""
+        return not saved.are_united and any(
+            self._names.get(root, frozenset()) != saved.parameter_names(root)
+            for root in dict.fromkeys((*self._roots, *saved.roots))
+        )
+
+    def live_names(self) -> set[str]:
+        """Return the names of the model's state and of all parameters of the optimizers."""
+        parameters = {f"{root}.{name}" for root in self._roots for name in self._names[root]}
+        return parameters | self._live_model.keys()
 
     def _check_reachable(self, live: Mapping[str, Any], saved: SavedTensors) -> None:
         """Refuse live tensors that no value could be restored into.
@@ -350,8 +394,11 @@ class AppState:
     def _takes(self, path: Sequence[Any]) -> bool:
         """Whether saved state with these nested keys has a place here."""
         if path[0] == "model":
-            return MODEL + path[1] in self._live_model
+            name = MODEL + path[1]
+            return name in self._live_model and name not in self._skipped
         if path[0] not in self._roots or len(path) < 3:
+            return False
+        if self._fit is not None and self._fit.keeps(path[0], path[2]):
             return False
         if path[1] == PARAMETERS:
             return path[2] in self._live.outside(path[0])
@@ -412,3 +459,15 @@ class AppState:
     @cached_property
     def _walk(self) -> ModelWalk | None:
         return ModelWalk.find_unhooked(self._model)
+
+
+def _join_models(
+    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+) -> nn.Module:
+    """Return one root: named models under their names, and several chunks under 0, 1, ..."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Mapping):
+        return nn.ModuleDict(dict(model))
+    models = list(model)
+    return models[0] if len(models) == 1 else nn.ModuleList(models)

@@ -1,64 +1,29 @@
 """Compare what a checkpoint holds with the live state, changing nothing.
 
-Owns what is missing, left over or different by names, shapes and types, and which of that is an
-error; whether anything fits at all, and which prefix would make it fit. Everything that differs is
-said in one error or one sentence. Reads no tensor of either side.
+Owns what is missing, left over or different by names, shapes and types; whether anything fits at
+all, and which prefix would make it fit. What of it is an error is decided in `strictness`. Reads no
+tensor of either side.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from holdfast.errors import NothingFitsError, StateMismatchError
+from holdfast.errors import NothingFitsError
 from holdfast.state.saved import SavedTensors
+from holdfast.state.strictness import Differences
 from holdfast.torch_internals import EXTRA_STATE
-
-_SHOWN = 3
-"""Names that one message lists."""
-
-
-@dataclass
-class Differences:
-    """What differs between the two sides, each list in the order of the report."""
-
-    missing: list[str] = field(default_factory=list)
-    """Names the live state has and the checkpoint lacks."""
-    unexpected: list[str] = field(default_factory=list)
-    different: list[str] = field(default_factory=list)
-    """Names both have, with what differs."""
-
-    def refuse(self, path: str, strict: bool) -> None:
-        """Raise what does not fit.
-
-        Raises:
-            StateMismatchError: shapes differ, or `strict` and anything else does.
-        """
-        if self.different or (strict and (self.missing or self.unexpected)):
-            raise StateMismatchError(
-                path, self.missing, self.unexpected, self.different, strict=strict
-            )
-
-    def summary(self) -> str | None:
-        """Return one sentence about what is not loaded; None: everything is."""
-        parts = []
-        if self.missing:
-            parts.append(f"not in the checkpoint, keeping the live value: {shown(self.missing)}")
-        if self.unexpected:
-            parts.append(f"in the checkpoint only, left out: {shown(self.unexpected)}")
-        return "; ".join(parts) or None
 
 
 def compare_model(
     live: Mapping[str, Any],
     saved: SavedTensors,
     path: str,
-    strict: bool,
     size_of: Callable[[str, torch.Tensor], torch.Size] = lambda _, tensor: tensor.size(),
 ) -> Differences:
     """Compare a model's live state, by flat name, with its saved state.
@@ -76,10 +41,12 @@ def compare_model(
     ]
     if wanted and not any(name in saved.tensors for name in wanted):
         raise NothingFitsError(path, sorted(saved.held), wanted, suggest_prefix(wanted, saved.held))
+    shapes, dtypes = _find_different(live, saved.tensors, size_of)
     return Differences(
         sorted(name for name, value in live.items() if name not in names and not is_hollow(value)),
         sorted(names - set(live)),
-        _find_different(live, saved.tensors, strict, size_of),
+        shapes,
+        dtypes,
     )
 
 
@@ -136,12 +103,6 @@ def suggest_prefix(live: Iterable[str], held: Iterable[str]) -> str | None:
     return None
 
 
-def shown(names: Sequence[str]) -> str:
-    """Return how many names there are and the first few of them."""
-    first = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return f"{len(names)} ({first})"
-
-
 def is_extra(name: str) -> bool:
     """Whether a name is a module's extra state, which may have any shape and need not match."""
     return name.rpartition(".")[2] == EXTRA_STATE
@@ -164,16 +125,16 @@ def _ends(name: str) -> list[tuple[str, str]]:
 def _find_different(
     live: Mapping[str, Any],
     saved: Mapping[str, TensorStorageMetadata],
-    strict: bool,
     size_of: Callable[[str, torch.Tensor], torch.Size],
-) -> list[str]:
-    different = []
+) -> tuple[dict[str, str], dict[str, str]]:
+    shapes: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     for name, target in live.items():
         source = saved.get(name)
         if source is None or not isinstance(target, torch.Tensor) or is_extra(name):
             continue
         if source.size != (size := size_of(name, target)):
-            different.append(f"{name} is {list(source.size)}, here {list(size)}")
-        elif strict and source.properties.dtype != target.dtype:
-            different.append(f"{name} is {source.properties.dtype}, here {target.dtype}")
-    return different
+            shapes[name] = f"{name} is {list(source.size)}, here {list(size)}"
+        elif source.properties.dtype != target.dtype:
+            dtypes[name] = f"{name} is {source.properties.dtype}, here {target.dtype}"
+    return shapes, dtypes

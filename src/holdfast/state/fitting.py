@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from holdfast.errors import StateMismatchError
-from holdfast.state.compare import Differences
-from holdfast.state.groups import Match, match, names_of, show_side_by_side
+from holdfast.state.groups import Group, Match, match, names_of, show_side_by_side
 from holdfast.state.naming import PARAMETERS
 from holdfast.state.optimizer import Entries, LiveOptimizers
 from holdfast.state.options import OptionPair, check_kinds
 from holdfast.state.saved import SavedTensors
+from holdfast.state.strictness import RAISE, WARN, Differences, Strictness
 
 
 class OptimizerFit:
@@ -31,14 +31,19 @@ class OptimizerFit:
         self._live = live
         self.saved = saved
         """The checkpoint's side."""
+        self.skipped: frozenset[str] = frozenset()
+        """Names in a checkpoint of parameters of another shape, which keep value and state."""
 
     @cached_property
     def matches(self) -> dict[str, Match]:
         """For each root, what each group takes."""
         return {
-            root: match(self._live.groups(root), self.saved.groups(root), root)
+            root: match(self._live.groups(root), self._saved_groups(root), root)
             for root in dict.fromkeys(self._live.roots)
         }
+
+    def _saved_groups(self, root: str) -> list[Group]:
+        return self.saved.groups_for(root, names_of(self._live.groups(root)))
 
     @cached_property
     def _places(self) -> list[tuple[Any, str, range]]:
@@ -62,7 +67,7 @@ class OptimizerFit:
     def check_kinds(self, path: str) -> None:
         """Refuse state that another kind of optimizer saved; raises as `options.check_kinds`."""
         for optimizer, root, places in self._places:
-            live, there = self._live.groups(root), self.saved.groups(root)
+            live, there = self._live.groups(root), self._saved_groups(root)
             sources = {each for at in places for each in self.matches[root].sources[at]}
             saved = [there[at] for at in sorted(sources)]
             check_kinds(optimizer, [live[at] for at in places], saved, root, path)
@@ -83,24 +88,32 @@ class OptimizerFit:
                     found.missing.append(full)
                 elif source is not None and source.size != parameter.size():
                     sizes = f"{list(source.size)}, here {list(parameter.size())}"
-                    found.different.append(f"{full} is {sizes}")
+                    found.shapes[full] = f"{full} is {sizes}"
 
-    def check_groups(self, path: str) -> None:
-        """Refuse groups whose members were saved with different options.
+    def check_groups(self, path: str, strictness: Strictness) -> list[str]:
+        """Refuse groups whose members were saved with different options, or return what to tell.
 
         Raises:
             StateMismatchError: with both structures.
         """
+        told: list[str] = []
         for root, matched in self.matches.items():
-            if matched.conflicts:
+            if matched.conflicts and strictness.groups == WARN:
+                told += matched.conflicts
+            if matched.conflicts and strictness.groups == RAISE:
                 error = StateMismatchError(path, different=matched.conflicts, strict=False)
-                both = show_side_by_side(self.saved.groups(root), self._live.groups(root))
+                both = show_side_by_side(self._saved_groups(root), self._live.groups(root))
                 error.message = (
                     f"{path} does not fit the live state: {'; '.join(matched.conflicts)}.\n{both}\n"
                     "Make the groups that were saved, or keep those of this run with "
                     "load.override=[optimizer]."
                 )
                 raise error
+        return told
+
+    def keeps(self, root: str, name: str) -> bool:
+        """Whether a parameter is of another shape here, and keeps its state."""
+        return f"model.{name}" in self.skipped or f"{root}.{PARAMETERS}.{name}" in self.skipped
 
     def restore(self, state: Mapping[str, Mapping[str, Entries]]) -> bool:
         """Give the optimizers state and options; `state`: what was read, by root and parameter.
@@ -111,7 +124,8 @@ class OptimizerFit:
         for root, matched in self.matches.items():
             live, there = names_of(self._live.groups(root)), self.saved.parameter_names(root)
             if live & there or any(matched.taken):
-                taken[root], unknown[root] = matched.taken, live - there
+                kept = {name for name in live if self.keeps(root, name)}
+                taken[root], unknown[root] = matched.taken, (live - there) | kept
         if taken:
             self._live.restore(state, taken, unknown)
         return bool(taken)

@@ -195,13 +195,14 @@ def _is(one: Any, other: Any) -> bool:
 
 
 def _are_equal_lists(one: nn.Module, other: nn.Module) -> bool:
-    """Whether both are plain lists of the same models."""
-    if not (type(one) is type(other) is nn.ModuleList and is_plain_module(one)):
+    """Whether both are plain lists, or dicts, of the same models."""
+    is_either = type(one) in (nn.ModuleList, nn.ModuleDict)
+    if not (is_either and type(one) is type(other) and is_plain_module(one)):
         return False
     parameters, buffers, children, _ = parts_of(one)
     others = parts_of(other)[2]
     return (
-        len(children) == len(others)
+        list(children) == list(others)
         and all(map(_is, children.values(), others.values()))
         and not (parameters or buffers or pre_hooks_of(one))
     )

@@ -37,8 +37,12 @@ class SavedTensors:
     path: str = ""
     """The checkpoint's directory, for messages."""
     records: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """By name of a record, that of every rank that saved, if they are not the same: this rank's
-    own alone where it has one."""
+    """By name of a record, those of all ranks that saved, as far as they differ; without an entry
+    the one among the values is this rank's own, or all there is."""
+    own_records: Collection[str] = ()
+    """Names of records that this rank saved itself: the values have those."""
+    are_united: bool = True
+    """Whether `records` has what other ranks saved, where ranks have records of their own."""
     kinds: Mapping[str, str] = field(default_factory=dict)
     """The kind of each tensor as it was recorded (`state.kinds`); without one it is left out."""
 
@@ -56,8 +60,28 @@ class SavedTensors:
         """Return the names of the parameters that the saved optimizers of a root had."""
         return names_of(self.groups(root))
 
+    def shared_names(self) -> set[str]:
+        """Return the names of model and parameters that every rank finds in the checkpoint.
+
+        Unless records were gathered, those of parameters are not among them.
+        """
+        found = self.model_names()
+        for root in self.roots:
+            if self.are_united:
+                found |= {f"{root}.{name}" for name in self.parameter_names(root)}
+        return found
+
+    def groups_for(self, root: str, names: Collection[str]) -> list[Group]:
+        """Return the groups that this rank saved, if they have all of these parameters, else all.
+
+        Raises:
+            CorruptCheckpointError: as `groups`.
+        """
+        own = self._own_groups.get(root)
+        return own if own is not None and names_of(own) >= set(names) else self.groups(root)
+
     def groups(self, root: str) -> list[Group]:
-        """Return the saved groups of parameters of a root.
+        """Return the saved groups of parameters of a root, of all ranks together.
 
         Raises:
             CorruptCheckpointError: what is saved in their place is no list of groups.
@@ -71,17 +95,30 @@ class SavedTensors:
         for root in self.roots:
             name = f"{root}.{GROUPS}"
             if name in self.values and tuple(self.key_paths[name]) == (root, GROUPS):
-                values = self.records.get(name) or [self.values[name]]
+                own = [self.values[name]] if name in self.own_records else []
+                values = [*own, *self.records.get(name, ())] or [self.values[name]]
             else:
                 nested: dict[str, Any] = {}
                 for each in self.flat_options(root):
                     put(nested, self.key_paths[each], known[each])
                 values = [nested[root][GROUPS]] if nested else []
-            try:
-                found[root] = unite([read_record(each) for each in values])
-            except ValueError as error:
-                raise CorruptCheckpointError(self.path, f"{name} {error}") from error
+            found[root] = unite([self._read(name, each) for each in values])
         return found
+
+    @cached_property
+    def _own_groups(self) -> dict[str, list[Group]]:
+        names = {root: f"{root}.{GROUPS}" for root in self.roots}
+        return {
+            root: self._read(name, self.values[name])
+            for root, name in names.items()
+            if name in self.own_records
+        }
+
+    def _read(self, name: str, value: Any) -> list[Group]:
+        try:
+            return read_record(value)
+        except ValueError as error:
+            raise CorruptCheckpointError(self.path, f"{name} {error}") from error
 
     def flat_options(self, root: str) -> list[str]:
         """Return the flat names of options, as a writer has them who flattens groups."""

@@ -12,7 +12,7 @@ loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -445,6 +445,14 @@ class Targets:
         kind, of_parameter = self._kind(name), self._kind(place)
         if isinstance(self._optimizers, FlattenedOptimizers):
             kind = None  # torch's setters take it as the parameter is shown, and convert it
+        was = self._saved.tensors.get(place)
+        if (
+            isinstance(parameter, torch.Tensor)
+            and was is not None
+            and was.properties.dtype == source.properties.dtype != parameter.dtype
+        ):  # the parameter is converted, and its steps want state of its own type
+            properties = replace(source.properties, dtype=parameter.dtype)
+            source = replace(source, properties=properties)
         return StateEntry(
             key,
             source,
