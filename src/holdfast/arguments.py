@@ -263,6 +263,7 @@ def settings_of_save(config: CheckpointConfig) -> tuple[str, ...]:
     """Return what ranks must have alike in a save, beside the directory, as `name=value`."""
     return (
         f"checkpoint.async_save={config.async_save}",
+        f"checkpoint.on_replica_mismatch={config.on_replica_mismatch}",
         f"checkpoint.local.directory={'null' if config.local.directory is None else 'set'}",
         f"checkpoint.persistent.from_local={config.persistent.from_local}",
     )

@@ -23,6 +23,7 @@ from holdfast.messages import list_settings, suggest
 
 STAGINGS = ("blocking", "overlapped")
 FAILURE_POLICIES = ("raise", "warn")
+MISMATCH_POLICIES = ("raise", "per_rank", "rank0")
 VERIFY_MODES = ("while_reading", "first")
 MISSING_POLICIES = ("start_fresh", "error")
 PERMISSIONS = ("private", "umask")
@@ -160,6 +161,9 @@ class CheckpointConfig:
     """`raise` ends the run with the error; `warn` continues without that checkpoint."""
     save_failure_limit: int | None = 3
     """With `warn`: raise at this many consecutive failures of one tier. None: no limit."""
+    on_replica_mismatch: str = "raise"
+    """What to do if ranks hold different values under one name: `raise` refuses the save;
+    `per_rank` saves each rank's own copy; `rank0` saves what the lowest rank holds, and warns."""
     allow_rewind: bool = False
     """Whether a save may have a lower step than the one last loaded or saved; it then supersedes
     the checkpoints of higher steps."""
@@ -220,6 +224,7 @@ class CheckpointConfig:
 
         require_choice(self.staging, "staging", STAGINGS)
         require_choice(self.on_save_failure, "on_save_failure", FAILURE_POLICIES)
+        require_choice(self.on_replica_mismatch, "on_replica_mismatch", MISMATCH_POLICIES)
         require_choice(self.permissions, "permissions", PERMISSIONS)
         require_positive(self.save_failure_limit, "save_failure_limit")
         require_positive(self.alarm_after_seconds, "alarm_after_seconds")

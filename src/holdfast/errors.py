@@ -23,6 +23,7 @@ failures to each other). Holds no policy: the code that raises decides.
     |   `-- NothingFitsError                              ... and not one tensor of the model fits
     |-- NothingLoadedError             (RuntimeError)     state requested that no load has found
     |-- UnsupportedStateError          (TypeError)        state that no safe loader could read back
+    |-- ReplicaMismatchError           (ValueError)       ranks hold different values of one name
     |-- DataReshardError               (ValueError)       data state of another world size
     |-- StepRewoundError               (ValueError)       a save below the step loaded or saved last
     |-- StoreIdentityError             (ValueError)       the store belongs to another run
@@ -258,6 +259,43 @@ class UnsupportedStateError(CheckpointError, TypeError):
     """State holds a type that cannot be read back without running code from the file."""
 
 
+class ReplicaMismatchError(CheckpointError, ValueError):
+    """Ranks hold different values under one name, of which one rank would write its own."""
+
+    def __init__(
+        self,
+        name: str,
+        sides: Sequence[Sequence[int]],
+        block: int,
+        index: tuple[int, ...] | None,
+        values: tuple[str, str],
+        others: int = 0,
+    ) -> None:
+        self.name = name
+        """Of the first such tensor, as in the checkpoint."""
+        self.sides = tuple(map(tuple, sides))
+        """Ranks that hold the same value together; at least two sides."""
+        self.block = block
+        """The number of the first block of 8 MiB that differs."""
+        self.index = index
+        """Of the first such element in the whole tensor; None: it is no dense tensor."""
+        self.values = values
+        """That element on the first rank of the first two sides."""
+        self.others = others
+        """How many more names, or chunks of a name, differ."""
+        one, other = (each[0] for each in self.sides[:2])
+        first = " and ".join(f"rank(s) {name_first([*map(str, each)])}" for each in self.sides[:2])
+        at = "" if index is None else f" at {list(index)}"
+        more = f" (and {others} more)" if others else ""
+        super().__init__(
+            f"{name}{more} differs between {first}, first{at}: {values[0]} on rank {one}, "
+            f"{values[1]} on rank {other}. Nothing was saved.\n"
+            "Parts of one tensor need a DTensor, pg_collection.tp with Megatron's attributes, or "
+            "holdfast.declare_sharding.\nOtherwise find out why replicas differ, or set "
+            "checkpoint.on_replica_mismatch: per_rank saves each rank's own, rank0 the lowest's."
+        )
+
+
 class DataReshardError(CheckpointError, ValueError):
     """Data state was saved at another data-parallel size and the loader cannot reshard it."""
 
@@ -460,41 +498,3 @@ class SaveFailedError(StageFailedError):
             "It changed no earlier checkpoint. Fix the cause, or set on_save_failure=warn to "
             "train on without this checkpoint."
         )
-
-
-_EXHAUSTED = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
-_TORCH_NAMES = frozenset({"OutOfMemoryError", "AcceleratorError"})
-_BROKEN_EXCHANGE = "GroupBrokenError"
-"""The local tier's error for an interrupted transfer between ranks."""
-_MESSAGES = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "can't start new thread",
-)
-"""Messages of plain RuntimeErrors by which torch and Python report exhausted resources."""
-
-
-def is_process_failure(error: BaseException) -> bool:
-    """Whether this process caused an error, and not the bytes that it was reading."""
-    if isinstance(error, MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno in _EXHAUSTED
-    if any(kind.__name__ in _TORCH_NAMES for kind in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in _MESSAGES)
-
-
-def blames_checkpoint(error: StageFailedError) -> bool:
-    """Whether every failure of a stage is an unreadable file or a failed transfer between ranks.
-
-    That is a reason to try another checkpoint, and not a defect of this program.
-    """
-    return all(map(_is_out_of_reach, error.failures))
-
-
-def _is_out_of_reach(failure: RankFailure) -> bool:
-    if failure.errno is not None:
-        return failure.errno not in _EXHAUSTED
-    return failure.error == _BROKEN_EXCHANGE

@@ -27,11 +27,12 @@ from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, UnsupportedStateError
 from holdfast.format.dcp import KeyPath
 from holdfast.format.items import Inventory, Itemizer, structure_of
-from holdfast.format.values import TRAIN_STATE
+from holdfast.format.values import EMPTY, TRAIN_STATE
 from holdfast.protocol import CheckpointSaveContext
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import image_bytes
+from holdfast.snapshot.replicas import Replicas
 from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
 from holdfast.state.app import AppState, Captured
 from holdfast.state.bindings import Bindings, Leaves
@@ -109,6 +110,7 @@ class Snapshotter:
         self._bindings: Bindings | None = None
         self._shardings = Shardings()
         self._names: _Names | None = None
+        self._replicas = Replicas(config.on_replica_mismatch)
         self._guard = StepGuard()
 
     @property
@@ -147,13 +149,7 @@ class Snapshotter:
             taken.append((captured, leaves, _encode_counters(counters)))
             return self._describe(leaves)
 
-        plan, inventory = self._shards.agree_on_plan(
-            capture,
-            control,
-            self._memory.nodes,
-            lambda: self._agree_on_shardings(taken[0][1], control),
-            plans=plans,
-        )
+        plan, inventory = self._agree_on_plan(capture, lambda: taken[0][1], control, plans=plans)
         pinned = _is_on_gpu(inventory)
         reserved = self._memory.reserve(
             plan.staged.layout,
@@ -184,6 +180,35 @@ class Snapshotter:
             self._memory.release()
             raise
 
+    def _agree_on_plan(
+        self,
+        take: Callable[[], Inventory],
+        leaves: Callable[[], Leaves],
+        control: Coordinator,
+        *,
+        plans: bool,
+    ) -> tuple[ShardPlan, Inventory]:
+        """Agree on the plan, and that what several ranks hold under one name is one value.
+
+        `leaves`: of the state that `take` has described.
+        """
+        while True:
+            plan, inventory = self._shards.agree_on_plan(
+                take,
+                control,
+                self._memory.nodes,
+                lambda: self._agree_on_shardings(leaves(), control),
+                plans=plans,
+            )
+            if not plans:  # this rank is alone: the others are not asked
+                return plan, inventory
+            buffers = leaves().buffers
+            if not self._replicas.compare(plan, inventory, buffers.__contains__, control):
+                return plan, inventory
+
+            def take() -> Inventory:
+                return self._describe(leaves())
+
     def finish(self, snapshot: Snapshot) -> None:
         """Complete the pending copy, unless it runs in the background during training."""
         if snapshot.shard.copying is not None and not self._overlaps:
@@ -208,9 +233,12 @@ class Snapshotter:
         gathered: list[Leaves] = []
 
         def foretell(now: Inventory) -> Inventory:
-            then = estimate(app.optimizers, gathered[0], now.items)
+            then = estimate(app.optimizers, gathered[0], now.items, kind_of)
             uncounted[:] = then.uncounted
-            return Inventory(then.items, now.sources, structure_of(then.items))
+            items = then.items
+            if len(items) > len(now.items):  # the state of an optimizer will not be empty then
+                items = [each for each in items if each.name != EMPTY]
+            return Inventory(items, now.sources, structure_of(items))
 
         def describe() -> Inventory:
             captured = app.capture(with_position=False)
@@ -237,13 +265,14 @@ class Snapshotter:
 
     def _describe(self, leaves: Leaves) -> Inventory:
         self._shardings = self._shardings.with_claims(leaves.claims)
-        return self._itemizer.describe(
+        inventory = self._itemizer.describe(
             leaves.values,
             leaves.paths,
             check_reachable,
-            leaves.per_rank,
-            cut_of=self._shardings.cut_of,
+            leaves.per_rank | self._replicas.per_rank,
+            self._shardings.cut_of,
         )
+        return self._replicas.leave_out(inventory)
 
     def _join(self, leaves: Leaves, small: Mapping[str, Any]) -> Leaves:
         """Return model, optimizer and small states together, the last all per rank."""

@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from holdfast.errors import is_process_failure
+from holdfast.blame import is_process_failure
 
 
 @pytest.mark.parametrize(

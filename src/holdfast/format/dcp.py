@@ -37,7 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from holdfast.errors import CheckpointError, CorruptCheckpointError, is_process_failure
+from holdfast.blame import is_process_failure
+from holdfast.errors import CheckpointError, CorruptCheckpointError
 from holdfast.format.plan import Decision, shard_name
 from holdfast.storage.backend import Storage, open_stream
 from holdfast.torch_internals import EXTRA_STATE, PICKLED, StorageInfo

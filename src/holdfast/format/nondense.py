@@ -24,7 +24,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from holdfast.errors import CorruptCheckpointError, UnsupportedStateError, is_process_failure
+from holdfast.blame import is_process_failure
+from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
 from holdfast.torch_internals import (
     can_be_flattened,
     flatten_tensor,

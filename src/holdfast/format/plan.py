@@ -15,7 +15,6 @@ of one group of ranks; which groups there are, and the exchange around it, is in
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -26,6 +25,8 @@ import numpy.typing as npt
 import xxhash
 
 from holdfast.errors import UnsupportedStateError
+from holdfast.format.catalogue import Catalogue, Table
+from holdfast.format.holders import Holders, find_holders
 from holdfast.format.items import PROPOSAL_HEADER, RECORD_MARK
 from holdfast.format.layout import SLOT_ALIGNMENT, IntArray, slot_offsets
 from holdfast.format.tiling import first_untiled
@@ -52,6 +53,8 @@ class Decision:
     """By rank: of the slots it writes, index not counted."""
     catalogue: Catalogue
     written: _Written
+    holders: Holders
+    """Of these ranks, numbered in this order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,7 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
         plan=plan.digest(),
         body_bytes=body_bytes,
         catalogue=catalogue,
+        holders=find_holders(rows, starts, profiles.ranks, profiles.of_rank, counts),
         written=_Written(
             chosen.name[:count],
             rank[:count],
@@ -123,70 +127,13 @@ def decide(proposals: Sequence[bytes], *, is_whole: bool = True) -> Decision:
     )
 
 
-class Catalogue:
-    """Every name of the job, with the description that all ranks must agree on."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-        self.paths: list[tuple[str | int, ...]] = []
-        self.dtypes: list[str | None] = []
-        self.sizes: list[tuple[int, ...]] = []
-        self.kinds: list[str] = []
-        self.per_rank: list[bool] = []
-        self._ranks: list[int] = []
-
-    def add(self, table: _Table, rank: int) -> IntArray:
-        """Add one rank's table; return the number of each of its items' names."""
-        numbers = []
-        for position, name in enumerate(table.names):
-            number = self.numbers.setdefault(name, len(self.paths))
-            dtype, size = table.dtypes[position], table.sizes[position]
-            per_rank = bool(table.per_rank[position])
-            if number == len(self.paths):
-                self.paths.append(table.paths.get(position) or tuple(name.split(".")))
-                self.dtypes.append(dtype)
-                self.sizes.append(size)
-                self.kinds.append(table.kinds[position])
-                self.per_rank.append(per_rank)
-                self._ranks.append(rank)
-            elif per_rank != self.per_rank[number]:
-                own, whole = (rank, self._ranks[number])[:: 1 if per_rank else -1]
-                raise UnsupportedStateError(
-                    f"{name} is rank {own}'s own copy there, and one value for all on rank "
-                    f"{whole}.\nOne name must mean the same on every rank; name them apart."
-                )
-            elif per_rank:
-                pass  # each rank may have what it has
-            elif dtype != self.dtypes[number] or size != self.sizes[number]:
-                raise UnsupportedStateError(
-                    f"{name} is {_kind(self.dtypes[number], self.sizes[number])} on rank "
-                    f"{self._ranks[number]} and {_kind(dtype, size)} on rank {rank}.\n"
-                    "One name must mean one tensor on every rank; name them apart."
-                )
-            numbers.append(number)
-        return np.array(numbers, dtype=np.int64)
-
-
-def _kind(dtype: str | None, size: tuple[int, ...]) -> str:
-    return "a value" if dtype is None else f"{dtype}{list(size)}"
-
-
-class _Table:
-    """The common part of proposals, which most ranks share byte for byte."""
-
-    def __init__(self, content: bytes) -> None:
-        described = json.loads(content)
-        self.names: list[str] = described["names"]
-        self.paths: dict[int, tuple[str | int, ...]] = {
-            position: tuple(path) for position, path in described["paths"]
-        }
-        dtypes, kinds = described["dtypes"], described["kinds"]
-        self.dtypes: list[str | None] = [dtypes[code] for code in described["codes"]]
-        self.kinds: list[str] = [kinds[code] for code in described["kind_codes"]]
-        self.per_rank = np.zeros(len(self.names), dtype=np.bool_)
-        self.per_rank[described["per_rank"]] = True
-        self.sizes: list[tuple[int, ...]] = [tuple(size) for size in described["sizes"]]
-        self.dimensions = np.array([len(size) for size in self.sizes], dtype=np.int64)
+def holders_of(proposals: Sequence[bytes]) -> Holders:
+    """Return the holders of each item, from every rank's `propose` result, in rank order."""
+    profiles = _profiles_of(proposals)
+    rows, counts = _rows_of(profiles, Catalogue())
+    rows, _, group = _group(rows)
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    return find_holders(rows, starts, profiles.ranks, profiles.of_rank, counts)
 
 
 @dataclass(eq=False)
@@ -258,7 +205,7 @@ def _rows_of(profiles: _Profiles, catalogue: Catalogue) -> tuple[_Rows, IntArray
     Raises:
         UnsupportedStateError: ranks disagree about a name.
     """
-    tables = [(_Table(table), members) for table, members in profiles.tables.items()]
+    tables = [(Table(table), members) for table, members in profiles.tables.items()]
     dimensions = max((int(max(table.dimensions, default=0)) for table, _ in tables), default=0)
     counts = np.zeros(len(profiles.ranks), dtype=np.int64)
     parts = []

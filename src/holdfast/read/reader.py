@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+from holdfast.blame import is_process_failure
 from holdfast.caller import stop_if_left
-from holdfast.errors import CheckpointError, CorruptCheckpointError, is_process_failure
+from holdfast.errors import CheckpointError, CorruptCheckpointError
 from holdfast.format.dcp import (
     TensorPlanner,
     ValuePlanner,

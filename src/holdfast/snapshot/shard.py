@@ -26,9 +26,10 @@ import torch
 import xxhash
 
 from holdfast.format.dcp import encode_metadata
+from holdfast.format.holders import Holders, unpack
 from holdfast.format.items import NO_PLAN, Inventory, Source, choose, pack_record, propose
 from holdfast.format.layout import Item, Layout, lay_out
-from holdfast.format.plan import Decision, decide, judge, shard_name
+from holdfast.format.plan import Decision, decide, holders_of, judge, shard_name
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena, StreamedShard, allocate, image_bytes
@@ -175,6 +176,11 @@ class ShardPlan:
     """On rank 0: of every rank."""
     decision: Decision | None = None
     """On rank 0: of the whole state."""
+    holders: Sequence[int] = ()
+    """By position in the inventory: the number of the set of ranks that hold the item; 0: none but
+    this rank."""
+    all_holders: Holders | None = None
+    """On rank 0: the members of these sets."""
 
     @cached_property  # asked for by the first save of a plan, off the training thread
     def metadata(self) -> bytes:
@@ -349,7 +355,7 @@ def _make_plan(
     items = inventory.items
     world = [[*range(coordinator.world_size)]]
     groups = world if nodes is None else _ranks_of_nodes(nodes)
-    division = _divide(items, coordinator, groups)
+    division = first = _divide(items, coordinator, groups)
     staged = written = _share(items, choose(items, division.share))
     identity, structures = division.identity, division.structures
     if len(groups) > 1:
@@ -369,6 +375,8 @@ def _make_plan(
         division.state_names,
         structures,
         division.decisions[0] if division.decisions else None,
+        unpack(first.own_holders),
+        first.holders,
     )
 
 
@@ -379,6 +387,10 @@ class _Division:
     identity: bytes
     state_names: int
     share: bytes
+    own_holders: bytes
+    """For `unpack`: of this rank's items, among all ranks."""
+    holders: Holders | None
+    """On rank 0."""
     structures: Sequence[bytes] | None
     """On rank 0: of each rank's proposal."""
     decisions: Sequence[Decision]
@@ -392,8 +404,9 @@ def _divide(
     proposals = coordinator.gather("plan", lambda: propose(items))
     decisions: list[Decision] = []
     structures = [b""] * coordinator.world_size
+    found: list[Holders] = []
 
-    def decide_all() -> list[tuple[bytes, int, bytes]]:
+    def decide_all() -> list[tuple[bytes, int, bytes, bytes]]:
         assert proposals is not None
         shares = [b""] * len(proposals)
         for ranks in groups:
@@ -405,11 +418,21 @@ def _divide(
                 shares[rank], structures[rank] = share, structure
         identity = xxhash.xxh3_128_digest(b"".join(each.plan for each in decisions))
         names = max(len(each.catalogue.numbers) for each in decisions)
-        return [(identity, names, share) for share in shares]
+        holders = decisions[0].holders if len(groups) == 1 else holders_of(proposals)
+        found.append(holders)
+        return [(identity, names, *own) for own in zip(shares, holders.by_rank, strict=True)]
 
-    identity, names, share = coordinator.scatter("plan", decide_all)
+    identity, names, share, own_holders = coordinator.scatter("plan", decide_all)
     is_root = coordinator.rank == 0
-    return _Division(identity, names, share, structures if is_root else None, decisions)
+    return _Division(
+        identity,
+        names,
+        share,
+        own_holders,
+        found[0] if found else None,
+        structures if is_root else None,
+        decisions,
+    )
 
 
 def _ranks_of_nodes(nodes: Sequence[int]) -> list[list[int]]:

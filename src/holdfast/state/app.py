@@ -26,7 +26,7 @@ from holdfast.format.values import DATA, EMPTY, RNG, SCHEDULER
 from holdfast.protocol import Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
-from holdfast.state.bindings import Bindings, Leaves
+from holdfast.state.bindings import Bindings, Leaves, find_buffers
 from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import compare_model, describe_left_out
 from holdfast.state.fitting import OptimizerFit
@@ -178,7 +178,12 @@ class AppState:
         leaves = Leaves.of(model, live, optimizers)
         claims = self._find_claims(walk, leaves.values, leaves.paths)
         per_rank = names_per_rank(root, leaves.values, leaves.paths)
-        return replace(leaves, claims=claims, per_rank=leaves.per_rank | per_rank)
+        return replace(
+            leaves,
+            claims=claims,
+            per_rank=leaves.per_rank | per_rank | claims.per_rank,
+            buffers=find_buffers(root, leaves.values),
+        )
 
     def _find_claims(
         self, walk: ModelWalk | None, flat: Mapping[str, Any], paths: Mapping[str, KeyPath]

@@ -48,6 +48,8 @@ class Leaves:
     """Which plain tensors are parts of global ones."""
     per_rank: frozenset[str] = frozenset()
     """Names of which every rank saves its own copy."""
+    buffers: frozenset[str] = frozenset()
+    """Names of tensors that training may change on each rank for itself."""
 
     @classmethod
     def of(
@@ -291,6 +293,17 @@ class Bindings:
                 record += entries
             found[f"{root}.{GROUPS}"] = record
         return found
+
+
+def find_buffers(root: nn.Module, values: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of a model's buffers, by their memory: torch's getters return copies."""
+    places = {_address(each) for each in root.buffers()}
+    places -= {_address(each) for each in root.parameters()}
+    return frozenset(
+        name
+        for name, value in values.items()
+        if name.startswith(MODEL) and isinstance(value, torch.Tensor) and _address(value) in places
+    )
 
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:

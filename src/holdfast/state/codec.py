@@ -24,7 +24,8 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
-from holdfast.errors import CorruptCheckpointError, UnsupportedStateError, is_process_failure
+from holdfast.blame import is_process_failure
+from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
 from holdfast.format.nondense import expanded_dims, find_problem, is_dense, is_lazy
 from holdfast.torch_internals import local_of
 

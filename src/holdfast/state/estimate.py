@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from holdfast.format.layout import Item
 from holdfast.state.bindings import Leaves
 from holdfast.state.groups import GROUPS
 from holdfast.state.naming import PARAMETERS, STATE
+from holdfast.torch_internals import local_of
 
 _TORCH = "torch.optim"
 """Modules of torch's own optimizers begin with this."""
@@ -41,8 +42,16 @@ class Estimate:
     """Classes of optimizers that have no state yet and cannot be estimated."""
 
 
-def estimate(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[Item]) -> Estimate:
-    """Return a state's items, with those that the first steps will add at their final position."""
+def estimate(
+    optimizers: Sequence[Optimizer],
+    leaves: Leaves,
+    items: Sequence[Item],
+    kind_of: Callable[[Any], str] = lambda _: "",
+) -> Estimate:
+    """Return a state's items, with those that the first steps will add at their final position.
+
+    `kind_of`: what the items' kinds were recorded by.
+    """
     by_name: dict[str, list[Item]] = {}
     for item in items:
         by_name.setdefault(item.name, []).append(item)
@@ -68,8 +77,10 @@ def estimate(optimizers: Sequence[Optimizer], leaves: Leaves, items: Sequence[It
             for at, name in lacking:
                 outside = by_name.get(f"{root}.{PARAMETERS}.{name}", ())
                 like = by_name.get(f"model.{name}", outside)
-                shape = group["params"][at].shape
-                added.setdefault(root, []).extend(_items_of(root, name, states[at], shape, like))
+                parameter = group["params"][at]
+                added.setdefault(root, []).extend(
+                    _items_of(root, name, states[at], parameter, like, kind_of)
+                )
     found: list[Item] = []
     for item in items:
         if item.path[1:] == (GROUPS,):
@@ -131,9 +142,15 @@ def _copy_option(value: Any) -> Any:
 
 
 def _items_of(
-    root: str, name: str, entries: Mapping[str, Any], shape: torch.Size, parameter: Sequence[Item]
+    root: str,
+    name: str,
+    entries: Mapping[str, Any],
+    like: torch.Tensor,
+    parameter: Sequence[Item],
+    kind_of: Callable[[Any], str],
 ) -> Iterator[Item]:
     """Return the items of a parameter's state: sharded like it where the sizes are equal."""
+    shape, device = like.shape, local_of(like).device
     flat, paths = flatten({root: {STATE: {name: entries}}})
     for full, value in flat.items():
         if isinstance(value, torch.Tensor) and value.shape == shape:
@@ -141,4 +158,8 @@ def _items_of(
             for each in parameter:
                 yield replace(each, name=full, path=path, dtype=dtype, alias_of=None)
         else:
-            yield from Itemizer().describe({full: value}, paths).items
+            # What the clone made on the meta device will be beside its parameter.
+            is_on_meta = isinstance(value, torch.Tensor) and value.is_meta
+            kind = kind_of(torch.empty(0, device=device) if is_on_meta else value)
+            found = Itemizer().describe({full: value}, paths).items
+            yield from (replace(each, kind=kind) for each in found)

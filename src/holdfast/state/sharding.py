@@ -112,6 +112,8 @@ class Claims:
     """What this rank's live tensors say about how they are sharded, by flat name."""
 
     shardings: Mapping[str, Sharding] = field(default_factory=dict)
+    per_rank: frozenset[str] = frozenset()
+    """Names of optimizer state of another shape than its parameter's part: each rank's own."""
     _parameters: Sequence[str] = ()
     """Names of the tensors that were asked."""
     _stamp: object = None
@@ -168,6 +170,7 @@ def find_claims(
         UnsupportedStateError: a claim without a group, or that contradicts its tensor.
     """
     shardings: dict[str, Sharding] = {}
+    per_rank: set[str] = set()
     groups: dict[int, tuple[int, ...]] = {}
     for name, tensor in named.items():
         found = _claim_of(name, tensor, pg_collection, world_size, groups)
@@ -181,8 +184,10 @@ def find_claims(
             owner = f"{MODEL}{path[2]}"
             if owner in shardings and value.shape == named[owner].shape:
                 shardings[name] = shardings[owner]
+            elif owner in shardings and value.dim():
+                per_rank.add(name)
     parameters = [name for name in named if name in flat]
-    return Claims(shardings, parameters, _stamp_of(parameters, named))
+    return Claims(shardings, frozenset(per_rank), parameters, _stamp_of(parameters, named))
 
 
 def _stamp_of(names: Sequence[str], values: Mapping[str, Any]) -> object:

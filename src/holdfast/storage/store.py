@@ -22,10 +22,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.blame import is_process_failure
 from holdfast.errors import (
     CorruptCheckpointError,
     FormatTooNewError,
-    is_process_failure,
 )
 from holdfast.storage.backend import (
     PENDING_MARK,

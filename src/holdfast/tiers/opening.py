@@ -19,6 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
+from holdfast.blame import is_process_failure
 from holdfast.caller import in_normal_mode
 from holdfast.config import expand_path
 from holdfast.errors import (
@@ -26,7 +27,6 @@ from holdfast.errors import (
     CorruptCheckpointError,
     RankFailure,
     WrongArgumentError,
-    is_process_failure,
 )
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from holdfast.errors import CorruptCheckpointError, is_process_failure
+from holdfast.blame import is_process_failure
+from holdfast.errors import CorruptCheckpointError
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.direct import read_verified
 from holdfast.tiers.local.commits import (

@@ -27,11 +27,11 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from holdfast.blame import is_process_failure
 from holdfast.errors import (
     ConfigError,
     CorruptCheckpointError,
     FormatTooNewError,
-    is_process_failure,
 )
 from holdfast.filesystem import Filesystem, naming, why_not_private
 from holdfast.read.index import read_index

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.blame import blames_checkpoint
 from holdfast.caller import in_normal_mode
 from holdfast.config import LocalConfig
 from holdfast.errors import (
@@ -26,7 +27,6 @@ from holdfast.errors import (
     RankFailure,
     StageFailedError,
     StageTimeoutError,
-    blames_checkpoint,
 )
 from holdfast.filesystem import Filesystem, is_memory
 from holdfast.format.layout import Layout
