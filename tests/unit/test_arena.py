@@ -217,13 +217,16 @@ def test_values_shrink_and_grow_inside_their_slot() -> None:
 
 
 def test_a_value_outgrows_its_slot() -> None:
-    """A value that no longer fits has another structure, is laid out anew and loads right."""
+    """A value that no longer fits has another structure, is laid out anew and loads right.
+
+    One that has become smaller keeps its slot.
+    """
     itemizer = Itemizer()
     first = _describe({"note": "a", "x": torch.ones(3)}, itemizer)
     for size in (5_000, 500_000, 2):
         before = first
         first = _describe({"note": "b" * size, "x": torch.ones(3)}, itemizer)
-        assert first.structure != before.structure, size
+        assert (first.structure == before.structure) == (size == 2), size
         layout, sources = _own(first)
         arena = Arena(layout)
         arena.stage(sources).wait()

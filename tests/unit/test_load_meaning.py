@@ -302,7 +302,7 @@ def test_a_step_that_was_applied_counts_in_memory_too(
 
 def _as_later(path: Path) -> None:
     """Write a manifest as a later version of holdfast would."""
-    later = dataclasses.replace(_manifest(path), format=2).to_bytes()
+    later = dataclasses.replace(_manifest(path), format=99).to_bytes()
     (path / MANIFEST_NAME).write_bytes(later)
 
 
@@ -312,7 +312,7 @@ def test_a_later_version_is_never_passed_over_nor_removed(base: Live, tmp_path: 
     _as_later(root / "iter_0000020")
     live = _trained(5)
     before = live.digests()
-    with pytest.raises(FormatTooNewError, match="format 2; this version of holdfast reads up to"):
+    with pytest.raises(FormatTooNewError, match="format 99; this version of holdfast reads up to"):
         live.load(manager_of(root))
     assert live.digests() == before
     with pytest.raises(StoreNotLoadedError):
@@ -336,7 +336,7 @@ def test_a_later_version_in_memory_stops_the_load(base: Live, tmp_path: Path, lo
     with shard.open("rb") as stream:
         tail = read_trailer(stream, str(shard))
     image = shard.read_bytes()[: tail.record.image_bytes]
-    later = dataclasses.replace(tail, record=dataclasses.replace(tail.record, format=2))
+    later = dataclasses.replace(tail, record=dataclasses.replace(tail.record, format=99))
     shard.write_bytes(image + later.to_bytes())
     manager = manager_of(tmp_path / "base", **settings)
     with pytest.raises(FormatTooNewError, match="iter_0000025_0_local"):

@@ -337,12 +337,14 @@ class _AsIfFour(SingleProcess):
     world_size = 4
 
     def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
         self._sizes = sizes
 
     def all_reduce(self, stage: str, work: Any, judge: Any) -> Any:
-        """Answer for the others too: each place is as large as this one."""
+        """Answer for the others too; only what this rank's place has was measured."""
         need, measured = work()
-        return judge([(Need(each, need.uncounted), measured) for each in self._sizes])
+        needs = [Need(each, need.uncounted) for each in self._sizes]
+        return judge([(each, None if at else measured) for at, each in enumerate(needs)])
 
 
 def _load_on_nodes(root: Path, width: int, small: str | None) -> tuple[str, list[str]]:

@@ -24,7 +24,7 @@ from holdfast.tiers.local.replication import GroupBrokenError, HostGroup
 from holdfast.tiers.local.shard_file import Trailer
 from holdfast.tiers.local.shards import FileShard, MemoryShard, ReceivedShard
 from tests.support.deadlines import ANSWER_SECONDS
-from tests.support.local_shards import FILE, PARTS, RECORD, Collected, Letters
+from tests.support.local_shards import PARTS, RECORD, Collected, Letters
 from tests.support.ranks import run_ranks
 
 pytest.importorskip("nvidia_resiliency_ext")
@@ -405,13 +405,3 @@ def test_another_shard_than_was_to_be_sent_is_refused(tmp_path: Path) -> None:
     assert nothing.size_bytes == 0
     with pytest.raises(CorruptCheckpointError):
         _receive(nothing, tmp_path).seal("run", tail.record.commit, 1)
-
-
-def test_the_small_states_travel_alone(tmp_path: Path) -> None:
-    """A copy without an image says so, and is a file of its own."""
-    tail = Trailer(RECORD, PARTS).without_image()
-    sink = _receive(MemoryShard(memoryview(b""), 0, tail.to_bytes()), tmp_path)
-    assert sink.seal("run", RECORD.commit, 1) == tail
-    assert sink.file is not None
-    assert sink.file.path.read_bytes() == tail.to_bytes()
-    assert len(FILE) > len(tail.to_bytes())

@@ -23,6 +23,8 @@ def root(tmp_path: Path) -> Path:
     store.root.mkdir(parents=True)
     for iteration in (10, 20):
         commit(store, iteration)
+        for name in ("train_state.json", ".metadata"):
+            (store.root / f"iter_{iteration:07d}" / name).touch()
     for name in ("step-5", "step-10"):
         (root / "titan" / name).mkdir(parents=True)
         (root / "titan" / name / ".metadata").write_bytes(b"torch's")
@@ -42,8 +44,8 @@ NAMED = [
     ("x/checkpoints/latest", "x/checkpoints", None),
     ("x/checkpoints/iter_0000020", "x/checkpoints", "iter_0000020"),
     ("x/checkpoints/iter_0000020/manifest.json", "x/checkpoints", "iter_0000020"),
-    ("x/checkpoints/iter_0000020/state", "x/checkpoints", "iter_0000020"),
-    ("x/checkpoints/iter_0000020/state/rank_00000.pt", "x/checkpoints", "iter_0000020"),
+    ("x/checkpoints/iter_0000020/train_state.json", "x/checkpoints", "iter_0000020"),
+    ("x/checkpoints/iter_0000020/.metadata", "x/checkpoints", "iter_0000020"),
     ("titan/step-5", "titan", "step-5"),
     ("titan/step-5/.metadata", "titan", "step-5"),
     ("titan/step-5/__0_0.distcp", "titan", "step-5"),

@@ -131,13 +131,13 @@ def test_a_checkpoint_of_a_later_version_is_listed_apart(store: Store) -> None:
     """What a later version wrote is no damage; it is told with both formats."""
     commit(store, 1)
     manifest = commit(store, 2).manifest
-    later = dataclasses.replace(manifest, format=2).to_bytes()
+    later = dataclasses.replace(manifest, format=99).to_bytes()
     (store.root / "iter_0000002" / MANIFEST_NAME).write_bytes(later)
     listing = store.listing()
     assert [each.iteration for each in listing.checkpoints] == [1]
     assert listing.broken == ()
     assert [(each.iteration, each.sequence) for each in listing.too_new] == [(2, manifest.sequence)]
-    assert "format 2; this version of holdfast reads up to" in str(listing.too_new[0].error)
+    assert "format 99; this version of holdfast reads up to" in str(listing.too_new[0].error)
 
 
 def test_an_absent_or_empty_root_holds_nothing(tmp_path: Path) -> None:

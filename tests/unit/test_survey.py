@@ -297,10 +297,10 @@ def test_an_interrupted_replacement_is_a_candidate(store: Store) -> None:
 def test_a_checkpoint_of_a_later_version_stops_the_load(store: Store) -> None:
     """The newest being of a later version, nothing older is taken for it but by number."""
     newest = find(store, 30)
-    later = dataclasses.replace(newest.manifest, format=2).to_bytes()
+    later = dataclasses.replace(newest.manifest, format=99).to_bytes()
     (newest.path / MANIFEST_NAME).write_bytes(later)
     for load in ({}, {"step": 30}, {"directory": str(newest.path)}, {"directory": str(store.root)}):
-        with pytest.raises(FormatTooNewError, match="format 2; this version of holdfast reads up"):
+        with pytest.raises(FormatTooNewError, match="format 99; this version of holdfast reads up"):
             _resolve(store, **load)  # type: ignore[arg-type]
     assert _iterations(_resolve(store, step=20)) == [20]
     commit(store, 40, sequence=40)
