@@ -83,7 +83,10 @@ class Storage(Protocol):
         ...
 
     def has_group(self, group: str = "") -> bool:
-        """Whether a group that was begun or published is visible here; for no name: the root."""
+        """Whether a group that was begun or published is visible here; for no name: the root.
+
+        A name that leads to a group elsewhere is none: what it leads to is not ours to change.
+        """
         ...
 
     # -- writing: durable once `settle` or `publish` has returned --------------------------------

@@ -463,10 +463,13 @@ class PersistentTier:
         for each in removed:
             files = self._storage.under(each.left)
             try:
-                for number in range(rank, each.world_size, ranks):
-                    files.delete(shard_name(number))
-                if rank == 0:
-                    self._remove_rest(each.left)
+                if self._storage.has_group(each.left):
+                    for number in range(rank, each.world_size, ranks):
+                        files.delete(shard_name(number))
+                    if rank == 0:
+                        self._remove_rest(each.left)
+                elif rank == 0:  # only the name of a checkpoint that was moved to an archive
+                    self._storage.delete(each.left)
             except OSError as error:
                 where = self._storage.where(each.left)
                 logger.warning("%s is left behind for the next save to sweep: %s", where, error)
