@@ -56,7 +56,20 @@ def _faulty_run(fault: Fault, directory: Path, seed: int = 1, **config: Any) -> 
         **values,
     )
     fault.watch(run.model)
+    _watch_scheduler(fault, run)
     return run
+
+
+def _watch_scheduler(fault: Fault, run: Run) -> None:
+    """Put this fault before every reading of the scheduler's state, which stays the same."""
+
+    class Watched(torch.optim.lr_scheduler.CosineAnnealingLR):
+        def state_dict(self) -> dict[str, Any]:
+            fault.reach("the scheduler")
+            state: dict[str, Any] = super().state_dict()
+            return state
+
+    run.scheduler.__class__ = Watched
 
 
 def _names(directory: Path) -> tuple[list[str], list[str]]:
@@ -350,7 +363,7 @@ def test_warn_trains_on_until_the_limit(tmp_path: Path) -> None:
 # -- a rank raises while loading -----------------------------------------------------------------
 
 PASSED_OVER = [("verify", 1), ("open", 0), ("open", 1), ("read", 0), ("read", 1)]
-RAISED = [("survey", 0), ("compare", 0), ("compare", 1), ("apply", 1)]
+RAISED = [("survey", 0), ("shardings", 1), ("compare", 0), ("compare", 1), ("apply", 1)]
 
 
 def _fail_while_loading(directory: Path) -> list[dict[str, Any]]:
