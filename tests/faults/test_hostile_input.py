@@ -288,6 +288,22 @@ def test_what_a_linked_checkpoint_leads_to_is_only_read(
     assert tree(tmp_path / "elsewhere") == before
 
 
+def test_a_monstrous_number_of_ranks_does_not_hold_up_pruning(folder: Path) -> None:
+    """A checkpoint that claims to be of very many ranks is passed over, and pruned like any."""
+
+    def claim(values: dict[str, Any]) -> None:
+        values["world_size"] = 10**12
+
+    _rewrite_manifest(folder, claim)
+    job = Job(folder.parent)
+    assert job.load().iteration == OLDER
+    job.train_to(NEWEST + 1)  # beside it, not in its place
+    for _ in range(4):
+        job.save()
+        job.train_to(job.step + 1)
+    assert not folder.exists()
+
+
 def test_a_link_to_what_is_no_checkpoint_is_passed_over(
     folder: Path, sound: tuple[Path, Digests], tmp_path: Path
 ) -> None:

@@ -449,7 +449,9 @@ class PersistentTier:
                     checkpoint = checkpoints[verdict.iteration]
                     left = self.store.retract(checkpoint)
                     logger.info("removed iteration %d: %s", verdict.iteration, verdict.reason)
-                    world_size = checkpoint.manifest.world_size
+                    manifest = checkpoint.manifest
+                    # Each rank wrote a file at least: a larger number was not written by a save.
+                    world_size = min(manifest.world_size, len(manifest.files))
                     removed.append(_Removed(verdict.iteration, left, world_size))
         except OSError as error:
             logger.warning("retention stopped, the next save continues it: %s", error)
