@@ -232,7 +232,7 @@ class Snapshotter:
         uncounted: list[str] = []
         gathered: list[Leaves] = []
 
-        def foretell(now: Inventory) -> Inventory:
+        def with_estimate(now: Inventory) -> Inventory:
             then = estimate(app.optimizers, gathered[0], now.items, kind_of)
             uncounted[:] = then.uncounted
             items = then.items
@@ -244,11 +244,11 @@ class Snapshotter:
             captured = app.capture(with_position=False)
             small = {**captured.small, TRAIN_STATE: _counters_of(train_state, 0)}
             gathered.append(self._join(captured.leaves, small))
-            return foretell(self._describe(gathered[0]))
+            return with_estimate(self._describe(gathered[0]))
 
         def agree() -> Inventory | None:
             found = self._agree_on_shardings(gathered[0], control)
-            return None if found is None else foretell(found)
+            return None if found is None else with_estimate(found)
 
         plan, _ = self._shards.agree_on_plan(describe, control, nodes, agree)
         return image_bytes(plan.staged.layout), uncounted
