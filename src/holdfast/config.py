@@ -12,14 +12,13 @@ import copy
 import math
 import os
 import re
-import types
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 from holdfast.errors import ConfigError
-from holdfast.messages import list_settings, suggest
+from holdfast.settings import SettingsReader
 
 STAGINGS = ("blocking", "overlapped")
 FAILURE_POLICIES = ("raise", "warn")
@@ -29,7 +28,8 @@ MISSING_POLICIES = ("start_fresh", "error")
 PERMISSIONS = ("private", "umask")
 TRANSPORTS = ("gloo", "nccl")
 PRETRAINED_PARTS = ("weights", "everything")
-_SUBJECTS, _ACTIONS = "names, shapes, dtypes, groups, options, components", "raise, warn, ignore"
+STRICT_SUBJECTS = ("names", "shapes", "dtypes", "groups", "options", "components")
+STRICT_ACTIONS = RAISE, WARN, IGNORE = ("raise", "warn", "ignore")
 _PATH_FIELDS = (
     "persistent.directory",
     "local.directory",
@@ -188,7 +188,7 @@ class CheckpointConfig:
             ConfigError: with all unknown fields, wrong types and impossible values.
         """
         problems: list[str] = []
-        config: CheckpointConfig = _build(cls, values, "checkpoint", problems)
+        config: CheckpointConfig = _READER.build(values, problems)
         problems += config.problems()
         if problems:
             raise ConfigError(problems)
@@ -202,7 +202,7 @@ class CheckpointConfig:
             ConfigError: with all problems at once.
         """
         problems: list[str] = []
-        sound = _with_sound_types(self, "checkpoint", problems)
+        sound = _READER.check(self, problems)
         problems += sound.problems()
         if problems:
             raise ConfigError(problems)
@@ -354,13 +354,12 @@ def find_strict_problems(value: Any, path: str) -> list[str]:
     if not isinstance(value, Mapping):
         rule = "it must be true or false, or as {names: warn}"
         return [] if isinstance(value, bool) else [f"{path} is {value!r}; {rule}"]
-    subjects, actions = _SUBJECTS.split(", "), _ACTIONS.split(", ")
     return [
-        f"{path}.{subject} is {action!r}; choose one of {_ACTIONS}"
-        if subject in subjects
-        else f"{path}.{subject} is unknown; the subjects are {_SUBJECTS}"
+        f"{path}.{subject} is {action!r}; choose one of {', '.join(STRICT_ACTIONS)}"
+        if subject in STRICT_SUBJECTS
+        else f"{path}.{subject} is unknown; the subjects are {', '.join(STRICT_SUBJECTS)}"
         for subject, action in value.items()
-        if subject not in subjects or action not in actions
+        if subject not in STRICT_SUBJECTS or action not in STRICT_ACTIONS
     ]
 
 
@@ -416,90 +415,4 @@ def _is_run_id(value: str) -> bool:
     return allowed and 0 < len(value) <= 64 and value[0] != "."
 
 
-def _find_remedy(kind: type[Any], path: str, where: str, value: Any) -> str:
-    """Return which setting an unknown one probably meant, or list those of its section."""
-    inner = next(iter(value), None) if isinstance(value, Mapping) else None
-    typed = (where if inner is None else f"{where}.{inner}").removeprefix("checkpoint.")
-    settings = list_settings(CheckpointConfig)
-    if typed in settings and inner is None:
-        *sections, name = typed.split(".")
-        nested = "".join(f'{{"{each}": ' for each in sections)
-        return f'nest it: {nested}{{"{name}": ...}}{"}" * len(sections)}'
-    guess = suggest(typed, settings)
-    if guess is not None:
-        return f"did you mean checkpoint.{guess}?"
-    return f"{path} has {', '.join(each.name for each in fields(kind))}"
-
-
-def _build(kind: type[Any], values: Any, path: str, problems: list[str]) -> Any:
-    """Build a dataclass from a mapping; list every unknown name and wrong type."""
-    result = kind()
-    if not isinstance(values, Mapping):
-        problems.append(f"{path} is {values!r}; it must be a mapping")
-        return result
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        where = f"{path}.{name}"
-        if name not in hints:
-            problems.append(f"{where} is unknown; {_find_remedy(kind, path, where, value)}")
-        elif is_dataclass(hints[name]):
-            setattr(result, name, _build(hints[name], value, where, problems))
-        elif not _fits(value, hints[name]) and not _is_path(value, where):
-            problems.append(f"{where} is {value!r}; it must be {_describe(hints[name])}")
-        else:
-            setattr(result, name, os.fspath(value) if _is_path(value, where) else value)
-    return result
-
-
-def _is_path(value: Any, where: str) -> bool:
-    """Whether a value is a `pathlib.Path` or the like, in a field that takes one."""
-    is_path_field = where.removeprefix("checkpoint.") in _PATH_FIELDS
-    return is_path_field and isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
-
-
-def _with_sound_types(node: Any, path: str, problems: list[str]) -> Any:
-    """Copy a dataclass tree; list every value of a wrong type and use its default instead."""
-    sound = copy.copy(node)
-    hints = get_type_hints(type(node))
-    for each in fields(node):
-        where, value, hint = f"{path}.{each.name}", getattr(node, each.name), hints[each.name]
-        if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, hint):
-            setattr(sound, each.name, _with_sound_types(value, where, problems))
-        elif not _fits(value, hint) and not _is_path(value, where):
-            problems.append(f"{where} is {value!r}; it must be {_describe(hint)}")
-            factory = each.default_factory
-            setattr(sound, each.name, each.default if factory is MISSING else factory())
-    return sound
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if hint is type(None):
-        return value is None
-    if hint is Any:
-        return True
-    if origin is list:
-        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
-    if origin is dict:
-        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-    if isinstance(value, bool):
-        return hint is bool  # a bool is an int to Python, not to a person
-    if hint is float:
-        return isinstance(value, int | float)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    names = {
-        int: "a whole number", float: "a number", str: "a string", bool: "true or false",
-        type(None): "null",
-    }  # fmt: skip
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if get_origin(hint) is list:
-        return "a list of strings"
-    if is_dataclass(hint):
-        return f"a {getattr(hint, '__name__', hint)}"
-    return names.get(hint, "a mapping")
+_READER = SettingsReader(CheckpointConfig, "checkpoint", _PATH_FIELDS)

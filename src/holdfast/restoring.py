@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from holdfast.caller import in_normal_mode
+from holdfast.config import RAISE, WARN
 from holdfast.errors import (
     CorruptCheckpointError,
     StateMismatchError,
@@ -44,7 +45,7 @@ from holdfast.state.small import (
     restore_counters,
     without_fields,
 )
-from holdfast.state.strictness import RAISE, WARN, Differences, Strictness
+from holdfast.state.strictness import Differences, Strictness
 from holdfast.state.union import ALL_FOUND, NONE, Leftover, find_unexpected, gather_records, judge
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.opening import read_together

@@ -373,7 +373,7 @@ def _outcome(call: Callable[[], Any]) -> tuple[str, str, float]:
 
 def _use_two_managers(root: Path) -> list[tuple[str, str, float]]:
     """Rank 1 misses the first manager's save and goes on with the second's."""
-    main = Run("ddp", root / "main", timeout_seconds=2.0)
+    main = Run("ddp", root / "main", timeout_seconds=DEADLINE_SECONDS / 2)
     average = Run("ddp", root / "average", seed=2, timeout_seconds=DEADLINE_SECONDS)
     found = []
     if main.rank == 0:
@@ -397,7 +397,7 @@ def test_two_managers_never_answer_each_other(tmp_path: Path) -> None:
 
 def _lag_behind(root: Path) -> list[tuple[str, str, float]]:
     """Rank 1 misses one load, and then comes to every load before rank 0."""
-    run = Run("ddp", root / "store", timeout_seconds=2.0)
+    run = Run("ddp", root / "store", timeout_seconds=DEADLINE_SECONDS / 2)
     run.save()
     run.finalize(blocking=True)
     found = []

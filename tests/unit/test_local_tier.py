@@ -19,6 +19,7 @@ from holdfast.tiers.local.budget import Budget, measure_place
 from holdfast.tiers.local.replication import load_package
 from holdfast.tiers.local.shard_file import ShardRecord
 from holdfast.tiers.local.tier import LocalTier
+from tests.support.mounts import small_memory
 from tests.support.nodes import (
     DAMAGES,
     RUN_ID,
@@ -346,10 +347,13 @@ def test_the_budget_is_told_before_anything_is_allocated(tmp_path: Path) -> None
 
 def test_what_lies_there_already_is_room(tmp_path: Path) -> None:
     """A restarted job fills its old files' room again."""
-    before = measure_place(tmp_path, in_memory=False, reused=[tmp_path])
-    (tmp_path / "old").write_bytes(b"x" * (4 << 20))
-    after = measure_place(tmp_path, in_memory=False, reused=[tmp_path])
-    assert abs(after.room.free_bytes - before.room.free_bytes) < 64 << 20
+    with small_memory(tmp_path / "own", "8m") as folder:  # a file system that no other test fills
+        before = measure_place(folder, in_memory=False, reused=[folder])
+        (folder / "old").write_bytes(b"x" * (4 << 20))
+        after = measure_place(folder, in_memory=False, reused=[folder])
+        not_reused = measure_place(folder, in_memory=False, reused=[])
+    assert after.room.free_bytes == before.room.free_bytes
+    assert before.room.free_bytes - not_reused.room.free_bytes == 4 << 20
     assert Budget("d", 1, 1, 3, None).problem is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.config import STRICT_SUBJECTS
 from holdfast.errors import StateMismatchError
 from holdfast.ranks.coordinator import SingleProcess
 from holdfast.state.strictness import Strictness
@@ -26,6 +28,8 @@ def test_a_bool_means_what_it_always_meant() -> None:
     assert (lenient.names, lenient.components, lenient.dtypes) == ("warn", "warn", "ignore")
     assert (lenient.shapes, lenient.groups, lenient.options) == ("raise", "raise", "warn")
     assert Strictness.of({"components": "ignore"}).left_out == "ignore"
+    settable = {each.name for each in fields(Strictness)} - {"left_out"}
+    assert settable == set(STRICT_SUBJECTS), "the config checks what a load knows"
 
 
 def _build(*widths: int, rate: float = 0.1) -> Live:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from holdfast.config import RAISE, WARN
 from holdfast.errors import StateMismatchError
 from holdfast.format.chunks import Placed
 from holdfast.format.dcp import KeyPath, put
@@ -40,7 +41,7 @@ from holdfast.state.rehearsal import check_values
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import Place, apply_data, capture_rng, check_data, position_of
-from holdfast.state.strictness import RAISE, WARN, Differences, Strictness
+from holdfast.state.strictness import Differences, Strictness
 from holdfast.state.targets import Targets
 
 logger = logging.getLogger(__name__)

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from holdfast.config import RAISE, WARN
 from holdfast.errors import StateMismatchError
 from holdfast.state.groups import Group, Match, match, names_of, show_side_by_side
 from holdfast.state.naming import PARAMETERS
 from holdfast.state.optimizer import Entries, LiveOptimizers
 from holdfast.state.options import OptionPair, check_kinds
 from holdfast.state.saved import SavedTensors
-from holdfast.state.strictness import RAISE, WARN, Differences, Strictness
+from holdfast.state.strictness import Differences, Strictness
 
 
 class OptimizerFit:

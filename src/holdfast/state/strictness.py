@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from holdfast.config import IGNORE, RAISE, WARN
 from holdfast.errors import StateMismatchError
 from holdfast.messages import name_first
-
-RAISE, WARN, IGNORE = "raise", "warn", "ignore"
 
 
 @dataclass(frozen=True)
