@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         LoadResult,
         TrainState,
     )
+    from holdfast.state.components import SharingPattern, StateComponent
     from holdfast.state.sharding import declare_sharding
     from holdfast.tiers.opening import open_tensors
 
@@ -38,6 +39,8 @@ _HOMES = {
     "DefaultCheckpointManager": "manager",
     "GlobalState": "protocol",
     "LoadResult": "protocol",
+    "SharingPattern": "state.components",
+    "StateComponent": "state.components",
     "TrainState": "protocol",
     "create_checkpoint_manager": "factory",
     "declare_sharding": "state.sharding",
@@ -55,6 +58,8 @@ __all__ = [
     "DefaultCheckpointManager",
     "GlobalState",
     "LoadResult",
+    "SharingPattern",
+    "StateComponent",
     "TrainState",
     "create_checkpoint_manager",
     "declare_sharding",

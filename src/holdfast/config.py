@@ -38,6 +38,7 @@ _PATH_FIELDS = (
 )
 _UNSET_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 _OVERRIDABLE = ("optimizer", "scheduler", "data", "rng", "train_state")
+_WITH_PARTS = ("optimizer", "train_state", "components")
 
 
 @dataclass
@@ -137,7 +138,7 @@ class LoadConfig:
     """Whether random number generators are restored."""
     override: list[str] = field(default_factory=list)
     """State that keeps its live value: `optimizer.<option>`, `optimizer`, `scheduler`, `data`,
-    `rng`, `train_state` (except its step), `train_state.<field>`."""
+    `rng`, `train_state` (except its step), `train_state.<field>`, `components.<name>`."""
 
 
 @dataclass(kw_only=True)
@@ -249,10 +250,10 @@ class CheckpointConfig:
         for name in self.load.override:
             component, _, part = name.partition(".")
             require(
-                name in _OVERRIDABLE or (component in ("optimizer", "train_state") and bool(part)),
+                name in _OVERRIDABLE or (component in _WITH_PARTS and bool(part)),
                 "load.override",
-                f"names {name!r}; use {', '.join(_OVERRIDABLE)}, optimizer.<option> or "
-                "train_state.<field>",
+                f"names {name!r}; use {', '.join(_OVERRIDABLE)}, optimizer.<option>, "
+                "train_state.<field> or components.<name>",
             )
             require(
                 name != "train_state.step",

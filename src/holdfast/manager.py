@@ -48,6 +48,7 @@ from holdfast.restoring import Opened, Restoration, open_selected
 from holdfast.saving import Request, Saver
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
+from holdfast.state.components import StateComponent, check_components, components_of
 from holdfast.state.loaded import LastLoad
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
@@ -131,6 +132,7 @@ class DefaultCheckpointManager:
         """
         try:
             check_save(ctx, callback_manager, overlaps=self._overlaps)
+            self._last_load.check_components(ctx)
         except Exception as refusal:  # noqa: BLE001  # raised there
             self._refuse("admit", refusal)
         save = Save.of(ctx, callback_manager)
@@ -149,6 +151,10 @@ class DefaultCheckpointManager:
         self._alarm.note_save(is_persistent=is_persistent)
         self._warn_if_overdue(control.rank)
 
+        def capture() -> AppState:
+            given = self._last_load.components_to_save(ctx, control.rank)
+            return _app_state(ctx, control, given)
+
         def check_own() -> Entry:
             if self._is_torn:
                 raise LoadIncompleteError
@@ -161,11 +167,7 @@ class DefaultCheckpointManager:
 
         if control.rank == 0 and not self._has_warned_of_data:
             self._has_warned_of_data = warn_of_lost_position(ctx.train_data_iterator)
-        self._saver.save(
-            Request(
-                ctx, save, call, lambda: _app_state(ctx, control), check_own, check_alarm, refusal
-            )
-        )
+        self._saver.save(Request(ctx, save, call, capture, check_own, check_alarm, refusal))
 
     @one_at_a_time
     def finalize_async_saves(
@@ -265,6 +267,7 @@ class DefaultCheckpointManager:
         """
         try:
             check_load(ctx, overlaps=self._overlaps)
+            check_components("load", ctx)
         except Exception as refusal:  # noqa: BLE001  # raised there
             self._refuse("arrive", refusal)
         return self._caller.run(
@@ -350,6 +353,19 @@ class DefaultCheckpointManager:
             DataReshardError: as for `load`.
         """
         self._last_load.restore_data(iterator, self._config.load.accept_data_restart)
+
+    def restore_component(self, component: StateComponent) -> bool:
+        """Give a component the state that the last load found and had no object for, once.
+
+        What nobody asks for is saved again as it was, with a warning. Returns whether there was
+        some: not where the load found no checkpoint, or `load.override` names it.
+
+        Raises:
+            NothingLoadedError: `load` has not been called, or the component is required and the
+                checkpoint holds none of it.
+            StateMismatchError: it was saved with another pattern, or by another group.
+        """
+        return self._last_load.restore_component(component)
 
     def _report_needs(
         self, ctx: CheckpointLoadContext, source: Source | None, control: Coordinator
@@ -458,11 +474,14 @@ class DefaultCheckpointManager:
 
 
 def _app_state(
-    ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator
+    ctx: CheckpointSaveContext | CheckpointLoadContext,
+    control: Coordinator,
+    given: Sequence[StateComponent] | None = None,
 ) -> AppState:
     scheduler, data = ctx.opt_param_scheduler, ctx.train_data_iterator
     place, groups = _place(ctx, control), ctx.pg_collection
-    return AppState(ctx.model, ctx.optimizer, scheduler, data, place, groups)
+    components = components_of(ctx) if given is None else given
+    return AppState(ctx.model, ctx.optimizer, scheduler, data, place, groups, components)
 
 
 def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator) -> Place:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from holdfast.config import CheckpointConfig
+    from holdfast.state.components import StateComponent
 
 
 @dataclass
@@ -181,6 +182,8 @@ class CheckpointSaveContext:
     """Process groups; only `dp`, the data-parallel group, is used. None: the world."""
     module_name: str | None = None
     """Megatron-Bridge's name for one of several co-trained modules; kept for custom managers."""
+    components: Sequence[StateComponent] = ()
+    """Further named state."""
 
 
 @dataclass
@@ -198,6 +201,8 @@ class CheckpointLoadContext:
     pg_collection: Any | None = None
     module_name: str | None = None
     train_data_iterator: Any | None = None
+    components: Sequence[StateComponent] = ()
+    """What further named state is given to; `restore_component` gives it later."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +262,8 @@ class LoadResult(tuple[int, int]):
     sources: tuple[ShardSource, ...]
     """Where this rank's tensors came from: its own files, copies at peers, the persistent tier."""
     restored: Mapping[str, Restored]
-    """By component (`model, optimizer, scheduler, data, rng, train_state`): what was restored on
-    this rank. A component without an entry kept its live state."""
+    """By component (`model, optimizer, scheduler, data, rng, train_state, components.<name>`): what
+    was restored on this rank. A component without an entry kept its live state."""
     is_durable: bool
     """Whether the persistent tier has the loaded commit; a local one may be newer."""
     is_pretrained: bool

@@ -23,14 +23,24 @@ from holdfast.errors import (
     StateMismatchError,
 )
 from holdfast.format.nondense import size_bytes_of
-from holdfast.format.values import DATA, EMPTY, GROUPS, RNG, SCHEDULER, SMALL_STATES, TRAIN_STATE
+from holdfast.format.values import (
+    DATA,
+    EMPTY,
+    GROUPS,
+    RNG,
+    SCHEDULER,
+    SMALL_STATES,
+    TRAIN_STATE,
+    is_component,
+)
 from holdfast.protocol import Restored
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
 from holdfast.state.codec import encode
-from holdfast.state.loaded import LoadedStates
+from holdfast.state.component_load import ComponentLoad, SavedComponents, read_frames
+from holdfast.state.loaded import LoadedStates, Stash
 from holdfast.state.model import run_each
 from holdfast.state.naming import is_root
 from holdfast.state.options import find_option_differences
@@ -94,6 +104,7 @@ def open_selected(
         where = str(contents.checkpoint.path)
         if contents.small:
             _check_small(contents.small, contents.checkpoint.iteration, where)
+            read_frames(contents.small, contents.reader.tensors(), where)
         positions = list(contents.copies.get(DATA, ()))
         if not positions and DATA in contents.reader.own_names:
             positions = [contents.small[DATA]]
@@ -158,7 +169,11 @@ class Restoration:
             tensors = reader.tensors()
             key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
             hollow = opened.small.get(EMPTY, ())
-            held = reader.metadata.state_dict_metadata.keys() - {*SMALL_STATES}
+            held = [
+                name
+                for name in reader.metadata.state_dict_metadata
+                if name not in SMALL_STATES and not is_component(name)
+            ]
             path = str(opened.checkpoint.path)
             records = {name: each for name, each in opened.contents.copies.items() if name != DATA}
             own = {name for name in reader.own_names if name.endswith(GROUPS)}
@@ -177,13 +192,23 @@ class Restoration:
             )
         self._filled: dict[str, Any] = {}
         manifest = opened.checkpoint.manifest
+        where = str(opened.checkpoint.path)
+        reader = opened.contents.reader
+        self._components = ComponentLoad(
+            app.components,
+            SavedComponents.of(opened.small, reader, manifest, where, opened.contents.is_shared),
+            place,
+            None if self.takes_weights_only else overrides.parts_of("components"),
+            with_sharded=with_tensors,
+        )
         self.loaded = LoadedStates(
             opened.small.get(RNG),
             opened.positions,
             SavedRun(manifest.run_id, manifest.iteration, manifest.world_size),
             place,
-            str(opened.checkpoint.path),
+            where,
             overrides,
+            Stash(where, self.takes_weights_only, self._components.waiting),
         )
         """What can be asked for again."""
         self.restored: dict[str, Restored] = {}
@@ -218,6 +243,7 @@ class Restoration:
             saved = self._saved
             if saved is not None:
                 self._app.rehearse()
+            self._components.look()
             if saved is not None and self._given.optimizers:
                 if saved.flat_tensors:
                     self._opened.contents.reader.read_tensors(saved.flat_tensors)
@@ -263,7 +289,8 @@ class Restoration:
             counters = list(read_counters(self._train_state))
             pairs = given.fit(saved).pairs() if saved is not None and optimizers else []
             taken = [each.saved for each in pairs]
-            self._overrides.check(optimizers, given.scheduler, counters, schedule, taken)
+            names = self._components.names()
+            self._overrides.check(optimizers, given.scheduler, counters, schedule, taken, names)
         warnings = self._app.check(
             found,
             path,
@@ -273,6 +300,7 @@ class Restoration:
             strictness=strictness,
             accept_data_restart=accept_data_restart,
         )
+        warnings += self._components.check()
         check_counters(self._train_state, self._counters, path)
         self._tell_foreign_copies(path)
         differences = find_option_differences(
@@ -309,7 +337,11 @@ class Restoration:
                         for name in sharded
                     ],
                 )
-        told = [name for name in manifest.differing or () if name not in (RNG, DATA)]
+        told = [
+            name
+            for name in manifest.differing or ()
+            if name not in (RNG, DATA) and not is_component(name)
+        ]
         if manifest.world_size != place.world_size and place.rank == 0 and told:
             logger.warning(
                 "%s: saved by %d ranks, loaded by %d. Ranks had copies that differ of %s: those of "
@@ -328,16 +360,18 @@ class Restoration:
             CorruptCheckpointError: on every rank; tensors hold wrong values.
             StageFailedError: on every rank; a rank failed, and the checkpoint is not to blame.
         """
-        if (saved := self._saved) is None:
+        saved = self._saved
+        if saved is None and self._components.is_empty:
             return
-
         reader = self._opened.contents.reader
         targets: dict[str, torch.Tensor] = {}
         places: dict[str, Target] = {}
 
         def find_targets() -> None:
-            targets.update(self._app.targets(saved))
-            places.update(self._app.place(targets, saved))
+            if saved is not None:
+                targets.update(self._app.targets(saved))
+                places.update(self._app.place(targets, saved))
+            places.update(self._components.find_targets())
 
         # Before reading: what a hook of the user's raises is not damage of a file.
         coordinator.all_reduce("targets", find_targets, lambda _: None)
@@ -348,7 +382,7 @@ class Restoration:
 
         def read() -> None:
             reading.read(reader, places)
-            self._filled = {**saved.values, **targets}
+            self._filled = {**saved.values, **targets} if saved is not None else {}
 
         read_together("read", read, self._opened.checkpoint, coordinator)
         reading.pass_on(coordinator)
@@ -404,8 +438,10 @@ class Restoration:
             give_tensors,
             give_schedule,
             lambda: live.put_back(rated),
+            self._components.apply,
             give_data,
         )
+        self.restored |= self._components.restored
         if self.loaded.restore_rng():
             self._note("rng", self.loaded.rng)
 

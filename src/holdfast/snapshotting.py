@@ -37,6 +37,7 @@ from holdfast.snapshot.shard import ShardPlan, ShardSaver, StagedShard
 from holdfast.state.app import AppState, Captured
 from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.codec import check_reachable, to_yaml
+from holdfast.state.components import ComponentLeaves
 from holdfast.state.estimate import estimate
 from holdfast.state.kinds import kind_of
 from holdfast.state.model import run_each
@@ -93,6 +94,7 @@ class _Names:
     """Of model and optimizer."""
     small: tuple[str, ...]
     """Names of the small states."""
+    components: ComponentLeaves
     joined: Mapping[str, KeyPath]
     per_rank: frozenset[str]
 
@@ -110,6 +112,7 @@ class Snapshotter:
         self._bindings: Bindings | None = None
         self._shardings = Shardings()
         self._names: _Names | None = None
+        self._digests: dict[str, torch.Tensor] = {}
         self._replicas = Replicas(config.on_replica_mismatch)
         self._guard = StepGuard()
 
@@ -145,7 +148,8 @@ class Snapshotter:
                 lambda: _read_counters(ctx), lambda: app.capture(self._bindings)
             )
             self._bindings = captured.bindings
-            leaves = self._join(captured.leaves, {**captured.small, TRAIN_STATE: counters})
+            small = {**captured.small, TRAIN_STATE: counters}
+            leaves = self._join(captured.leaves, small, captured.components)
             taken.append((captured, leaves, _encode_counters(counters)))
             return self._describe(leaves)
 
@@ -243,7 +247,7 @@ class Snapshotter:
         def describe() -> Inventory:
             captured = app.capture(with_position=False)
             small = {**captured.small, TRAIN_STATE: _counters_of(train_state, 0)}
-            gathered.append(self._join(captured.leaves, small))
+            gathered.append(self._join(captured.leaves, small, captured.components))
             return with_estimate(self._describe(gathered[0]))
 
         def agree() -> Inventory | None:
@@ -274,14 +278,26 @@ class Snapshotter:
         )
         return self._replicas.leave_out(inventory)
 
-    def _join(self, leaves: Leaves, small: Mapping[str, Any]) -> Leaves:
-        """Return model, optimizer and small states together, the last all per rank."""
+    def _join(
+        self, leaves: Leaves, small: Mapping[str, Any], components: ComponentLeaves
+    ) -> Leaves:
+        """Return model, optimizer, components and small states together, the last all per rank."""
         names = self._names
-        if names is None or names.paths is not leaves.paths or names.small != (*small,):
-            paths = {**leaves.paths, **{name: (name,) for name in small}}
-            names = _Names(leaves.paths, (*small,), paths, leaves.per_rank | small.keys())
+        if (
+            names is None
+            or names.paths is not leaves.paths
+            or names.small != (*small,)
+            or not names.components.is_named_like(components)
+        ):
+            paths = {**leaves.paths, **{name: (name,) for name in small}, **components.paths}
+            per_rank = leaves.per_rank | small.keys() | components.per_rank
+            names = _Names(leaves.paths, (*small,), components.without_values(), paths, per_rank)
             self._names = names
-        values = {**leaves.values, **small}
+        for name, digest in components.digests.items():  # memory that stays where it is
+            kept = self._digests.setdefault(name, torch.empty(len(digest), dtype=torch.uint8))
+            kept.copy_(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
+        digests = {name: self._digests[name] for name in components.digests}
+        values = {**leaves.values, **small, **components.values, **digests}
         return replace(leaves, values=values, paths=names.joined, per_rank=names.per_rank)
 
     def _agree_on_shardings(self, leaves: Leaves, control: Coordinator) -> Inventory | None:

@@ -8,8 +8,10 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -60,6 +62,31 @@ def test_the_loop_in_the_readme_runs_and_resumes(
     assert again["state"].train_state.step == 1000
     assert capsys.readouterr().out == "starting from step 0\nresumed from step 1000\n"
     assert torch.equal(again["model"].weight, names["model"].weight)
+
+
+def test_the_components_in_state_md_are_saved_and_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The declarations are valid, and the two calls restore what they have saved."""
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text("{}")
+    (block,) = _blocks(ROOT / "docs/state.md", "python")
+    ids: list[str] = []
+    config = CheckpointConfig.from_mapping({"persistent": {"directory": "store"}})
+    for start in (1, 2):
+        names = _training() | {
+            "manager": holdfast.create_checkpoint_manager(config),
+            "state": holdfast.GlobalState(train_state=holdfast.TrainState(step=start)),
+            "averaged_model": torch.nn.Linear(4, 2),
+            "grad_scaler": torch.amp.GradScaler("cpu"),
+            "numpy_generator": numpy.random.default_rng(start),
+            "logger": SimpleNamespace(get_id=lambda: "run-7", set_id=ids.append),
+            "CheckpointLoadContext": holdfast.CheckpointLoadContext,
+            "CheckpointSaveContext": holdfast.CheckpointSaveContext,
+        }
+        exec(block, names)
+        names["manager"].finalize_async_saves(names["state"], blocking=True, terminate=True)
+    assert ids == ["run-7"]
 
 
 def test_the_manager_in_the_readme_has_the_right_shape(tmp_path: Path) -> None:
@@ -126,7 +153,7 @@ def test_the_public_interface_is_what_its_page_lists() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert listed == sorted(holdfast.__all__)
     assert all(getattr(holdfast, name) is not None for name in listed)
-    for name in ("wait_staged", "progress", "restore_rng", "restore_data"):
+    for name in ("wait_staged", "progress", "restore_rng", "restore_data", "restore_component"):
         assert f"`{name}`" in page
         assert hasattr(holdfast.DefaultCheckpointManager, name)
     events = {value for name, value in vars(event_names).items() if name.startswith("ON_")}

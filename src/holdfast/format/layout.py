@@ -27,8 +27,9 @@ import torch
 
 from holdfast.errors import FormatTooNewError
 from holdfast.format.inventory import TAIL
+from holdfast.format.values import is_component
 from holdfast.storage.digests import round_up
-from holdfast.storage.manifest import FORMAT, PER_RANK, check_format
+from holdfast.storage.manifest import COMPONENTS, FORMAT, PER_RANK, check_format
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,10 @@ def _encode_index(placed: Sequence[tuple[Item, Slot]]) -> bytes:
     described = {
         "type": _TYPE,
         "format": FORMAT,
-        "requires": [PER_RANK] if any(item.per_rank for item, _ in placed) else [],
+        "requires": [
+            *([PER_RANK] if any(item.per_rank for item, _ in placed) else ()),
+            *([COMPONENTS] if any(is_component(item.name) for item, _ in placed) else ()),
+        ],
         "fields": _FIELDS,
         "kinds": [*kinds],
         "items": rows,

@@ -23,6 +23,8 @@ SCHEDULER, RNG, DATA, TRAIN_STATE, EMPTY = (
 SMALL_STATES = (RNG, SCHEDULER, DATA, TRAIN_STATE, EMPTY)
 """Names of the states beside model and optimizer. `empty_mappings` are the nested keys of mappings
 without a leaf, which DCP has no name for."""
+COMPONENTS = "components."
+"""Begin of the names of components (`state.components`): their plain parts are small states."""
 GROUPS = ".param_groups"
 """End of the names of the records of an optimizer's groups."""
 SLOT_ALIGNMENT = 64
@@ -36,6 +38,11 @@ _IN_END_64 = 0xFFFFFFFF
 _MARKS = (b"PK\x06\x06", b"PK\x06\x07", b"PK\x05\x06")
 
 
+def is_component(name: str) -> bool:
+    """Whether a name is of a component."""
+    return name.startswith(COMPONENTS)
+
+
 def is_united(name: str) -> bool:
     """Whether another number of ranks needs the copies of all ranks that saved, not one of them."""
     return name == DATA or name.endswith(GROUPS)
@@ -43,7 +50,9 @@ def is_united(name: str) -> bool:
 
 def split_small(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the values of model and optimizer, and the small states, each by name."""
-    small = {name: value for name, value in values.items() if name in SMALL_STATES}
+    small = {
+        name: value for name, value in values.items() if name in SMALL_STATES or is_component(name)
+    }
     return {name: value for name, value in values.items() if name not in small}, small
 
 

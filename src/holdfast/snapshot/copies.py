@@ -14,6 +14,7 @@ import xxhash
 
 from holdfast.format.items import Source
 from holdfast.format.layout import Layout
+from holdfast.format.values import is_component
 from holdfast.snapshot.copy import bytes_of
 
 _GROUPS = 24
@@ -33,8 +34,9 @@ def digest_copies(layout: Layout, content_of: Callable[[int], Source]) -> dict[s
             content = content_of(numbers[id(slot)])
             described = f"{item.dtype} {item.lengths} {item.kind}".encode()
             digest = xxhash.xxh3_128_hexdigest(described + _digest(content))
-            (values if item.dtype is None else tensors)[item.name] = digest
-    return values | _grouped(tensors)
+            is_alone = item.dtype is None or is_component(item.name)
+            (values if is_alone else tensors)[item.name] = digest
+    return _joined(values) | _grouped(tensors)
 
 
 def find_differing(copies: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
@@ -54,6 +56,15 @@ def _grouped(digests: Mapping[str, str]) -> dict[str, str]:
     size = -(-len(names) // _GROUPS)
     groups = [names[at : at + size] for at in range(0, len(names), max(size, 1))]
     return {_label(group): _join(group, digests) for group in groups}
+
+
+def _joined(digests: Mapping[str, str]) -> dict[str, str]:
+    """Join the digests of each component: whether it differs is asked by its own name."""
+    found = {name: each for name, each in digests.items() if not is_component(name)}
+    parts: dict[str, list[str]] = {}
+    for name in digests.keys() - found.keys():
+        parts.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    return found | {base: _join(sorted(names), digests) for base, names in parts.items()}
 
 
 def _label(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ from holdfast.format.holders import Holders, unpack
 from holdfast.format.items import NO_PLAN, Inventory, Source, choose, pack_record, propose
 from holdfast.format.layout import Item, Layout, lay_out
 from holdfast.format.plan import Decision, decide, holders_of, judge, shard_name
+from holdfast.format.values import is_component
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Progress
 from holdfast.snapshot.arena import Arena, StreamedShard, allocate, image_bytes
@@ -43,6 +44,7 @@ from holdfast.storage.digests import (
     footer_size,
     make_footer,
 )
+from holdfast.storage.manifest import COMPONENTS, PER_RANK
 
 _DIGESTERS = 2
 """Threads that digest an image in memory: one thread reaches half of the memory's read speed."""
@@ -181,6 +183,12 @@ class ShardPlan:
     this rank."""
     all_holders: Holders | None = None
     """On rank 0: the members of these sets."""
+
+    def features(self, *, has_copies: bool) -> tuple[str, ...]:
+        """Return what a reader of the checkpoint must know, on rank 0."""
+        assert self.decision is not None
+        has_components = any(map(is_component, self.decision.catalogue.numbers))
+        return (*((PER_RANK,) if has_copies else ()), *((COMPONENTS,) if has_components else ()))
 
     @cached_property  # asked for by the first save of a plan, off the training thread
     def metadata(self) -> bytes:

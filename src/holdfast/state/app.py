@@ -30,6 +30,7 @@ from holdfast.read.requests import Target
 from holdfast.state.bindings import Bindings, Leaves, find_buffers
 from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import compare_model, describe_left_out
+from holdfast.state.components import ComponentLeaves, StateComponent, capture_components
 from holdfast.state.fitting import OptimizerFit
 from holdfast.state.groups import GROUPS, names_of
 from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
@@ -40,7 +41,14 @@ from holdfast.state.per_rank import names_per_rank
 from holdfast.state.rehearsal import check_values
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
-from holdfast.state.small import Place, apply_data, capture_rng, check_data, position_of
+from holdfast.state.small import (
+    Place,
+    apply_data,
+    capture_rng,
+    check_data,
+    join_iterators,
+    position_of,
+)
 from holdfast.state.strictness import Differences, Strictness
 from holdfast.state.targets import Targets
 
@@ -59,6 +67,7 @@ class Captured:
     the nested state are empty."""
     bindings: Bindings | None
     """Where the leaves live, for the next capture. None: they cannot be looked up."""
+    components: ComponentLeaves
 
 
 class AppState:
@@ -72,8 +81,10 @@ class AppState:
         data: Any | None,
         place: Place,
         pg_collection: Any | None = None,
+        components: Sequence[StateComponent] = (),
     ) -> None:
         self._model = _join_models(model)
+        self.components = components
         if optimizer is None:
             optimizers = []
         elif isinstance(optimizer, Mapping):  # by name, which its parameters have too
@@ -85,7 +96,8 @@ class AppState:
         self.optimizers = optimizers
         self._scheduler = scheduler
         self._given_data = data
-        self._data = data if isinstance(data, Stateful) else None
+        joined = join_iterators(data)
+        self._data = joined if isinstance(joined, Stateful) else None
         self._place = place
         self._pg_collection = pg_collection
         self._kept: frozenset[str] = frozenset()
@@ -104,6 +116,7 @@ class AppState:
             None if "data" in kept else self._given_data,
             self._place,
             self._pg_collection,
+            self.components,
         )
         rest._kept = frozenset(kept)
         return rest
@@ -128,13 +141,16 @@ class AppState:
             UnsupportedStateError: some state could not be read back safely.
         """
         rng = capture_rng()  # before anything that might draw
-        (leaves, bindings), scheduler, data = run_each(
+        (leaves, bindings), scheduler, data, components = run_each(
             lambda: self._find_leaves(bindings),
             lambda: None if self._scheduler is None else self._scheduler.state_dict(),
             lambda: (
                 None
                 if self._data is None
                 else position_of(self._data.state_dict() if with_position else None, self._place)
+            ),
+            lambda: capture_components(
+                self.components, self._place, is_rehearsal=not with_position
             ),
         )
         small: dict[str, Any] = {RNG: rng}
@@ -147,7 +163,7 @@ class AppState:
         for name, value in small.items():
             rank = f"rank {self._place.rank} " if name in (RNG, DATA) else ""
             check_plain(value["position"] if name == DATA else value, f"{rank}{name}")
-        return Captured(leaves, small, bindings)
+        return Captured(leaves, small, bindings, components)
 
     def _find_leaves(self, bindings: Bindings | None) -> tuple[Leaves, Bindings | None]:
         """Return model and optimizers by their bindings, else gathered and bound again."""
@@ -223,6 +239,7 @@ class AppState:
                 leaves |= {f"{root}.{STATE}.{owner}.{key}": each for key, each in entries.items()}
         if self._scheduler is not None:
             leaves["scheduler"] = self._scheduler.state_dict()
+        leaves |= capture_components(self.components, self._place, is_rehearsal=True).values
         check_values(leaves)
 
     def look(self) -> None:

@@ -16,6 +16,7 @@ import dataclasses
 import enum
 import io
 import pickle
+import struct
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +148,23 @@ def decode(content: bytes, name: str) -> Any:
             raise
         summary = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptCheckpointError(name, f"cannot be read: {summary}") from error
+
+
+def canonical(value: Any) -> bytes:
+    """Return bytes that are equal for equal plain values, in whatever order sets and dicts are."""
+    if isinstance(value, Mapping):
+        pairs = sorted((canonical(key), canonical(each)) for key, each in value.items())
+        parts, kind = [part for pair in pairs for part in pair], "mapping"
+    elif isinstance(value, set | frozenset):
+        parts, kind = sorted(map(canonical, value)), "set"
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+        parts, kind = [canonical(each) for each in value], type(value).__name__
+    elif isinstance(value, float):
+        parts, kind = [struct.pack("<d", value)], "float"
+    else:
+        parts, kind = [repr(value).encode()], type(value).__name__
+    sizes = ",".join(str(len(each)) for each in parts)
+    return b"".join([f"{kind}[{sizes}]".encode(), *parts])
 
 
 def _find_foreign(value: Any, place: str) -> tuple[str, Any] | None:

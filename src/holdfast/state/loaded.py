@@ -1,18 +1,133 @@
 """What a load found of the small states, for those who ask for it again later.
 
-Owns `restore_rng` and `restore_data` of a manager: the generators and the position in the data are
-given as they were saved, as often as they are asked for. Refuses to give what no load has found.
+Owns `restore_rng`, `restore_data` and `restore_component` of a manager: the generators and the
+position in the data are given as they were saved, as often as they are asked for, and a component
+once. Refuses to give what no load has found.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.errors import NothingLoadedError, UnsupportedStateError
-from holdfast.protocol import Stateful
+from holdfast.errors import (
+    NothingLoadedError,
+    StateMismatchError,
+    UnsupportedStateError,
+    WrongArgumentError,
+)
+from holdfast.protocol import CheckpointSaveContext, Stateful
+from holdfast.state.component_load import Frame, make_mismatch
+from holdfast.state.components import (
+    ONE_VALUE,
+    SharingPattern,
+    StateComponent,
+    check_components,
+    components_of,
+    full_name,
+)
 from holdfast.state.overrides import Overrides
-from holdfast.state.small import Place, SavedRun, apply_data, apply_generators, check_data
+from holdfast.state.small import (
+    Place,
+    SavedRun,
+    apply_data,
+    apply_generators,
+    check_data,
+    join_iterators,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stash:
+    """Saved components that no object was given for yet."""
+
+    path: str
+    """Of the checkpoint."""
+    is_fresh: bool
+    """Whether the run starts fresh but for the model, so that no component is restored."""
+    waiting: dict[str, tuple[Frame, Any]]
+    """By name of the component."""
+    _has_warned: bool = False
+
+    def restore(self, component: StateComponent, place: Place) -> bool:
+        """Give a component the state that waits for it, once; False: none does.
+
+        Raises:
+            StateMismatchError: it was saved as another pattern, or by another group.
+            NothingLoadedError: none waits, and the component is required.
+        """
+        found = self.waiting.get(component.name)
+        if found is None:
+            if component.required and not self.is_fresh:
+                raise NothingLoadedError(
+                    f"{self.path} holds no {full_name(component.name)} that waits for an object: "
+                    "it was not saved, or was restored already."
+                )
+            return False
+        frame, state = found
+        sharing = component.sharing
+        is_alike = sharing is frame.sharing or {sharing, frame.sharing} <= ONE_VALUE
+        if not is_alike or sharing is SharingPattern.SHARDED:
+            problem = f"was saved as {frame.sharing.name}, and is declared {sharing.name} here"
+            raise self._mismatch(component, problem)
+        members = component.members(place)
+        if members != frame.members:
+            raise self._mismatch(
+                component,
+                f"is of the ranks {list(frame.members or ())}, here {list(members or ())}",
+            )
+        component.give(state)
+        del self.waiting[component.name]
+        return True
+
+    def _mismatch(self, component: StateComponent, problem: str) -> StateMismatchError:
+        name = full_name(component.name)
+        return make_mismatch(self.path, [f"{name} {problem}"])
+
+    def check(self, given: Sequence[StateComponent]) -> None:
+        """Refuse to save over a state that waits.
+
+        Raises:
+            WrongArgumentError: a component is given whose saved state still waits.
+        """
+        if early := [each.name for each in given if each.name in self.waiting]:
+            raise WrongArgumentError(
+                "save",
+                "components",
+                f"has {early[0]}, whose saved state waits for it since the load",
+                "Call manager.restore_component(component) first, or name it in load.override.",
+            )
+
+    def join(self, given: Sequence[StateComponent], rank: int) -> Sequence[StateComponent]:
+        """Return the components of a save with those that still wait, saved as they were."""
+        if not self.waiting:
+            return given
+        if not self._has_warned and rank == 0:
+            logger.warning(
+                "%s held %s, and nothing has asked for it: it is saved again as it was. Give it to "
+                "its object with manager.restore_component, or name it in load.override",
+                self.path,
+                ", ".join(map(full_name, self.waiting)),
+            )
+        self._has_warned = True
+        waiting = [_as_component(*each) for each in self.waiting.values()]
+        return [*given, *waiting]
+
+
+def _as_component(frame: Frame, state: Any) -> StateComponent:
+    """Return a component that is saved as the frame was."""
+    is_group = frame.sharing is SharingPattern.PER_GROUP
+    return StateComponent(
+        frame.name,
+        (lambda: state, lambda _: None),
+        frame.sharing,
+        group=frame.members if is_group else None,
+        required=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -26,6 +141,7 @@ class LoadedStates:
     place: Place
     path: str
     overrides: Overrides
+    components: Stash
 
     def restore_rng(self) -> bool:
         """Give the generators their state, unless the run keeps its own; return whether it did."""
@@ -48,6 +164,7 @@ class LoadedStates:
                 f"{self.path} holds no data position: it was saved without train_data_iterator, or "
                 "with one that has no state_dict and load_state_dict."
             )
+        data = join_iterators(data)
         if not isinstance(data, Stateful):
             raise UnsupportedStateError(
                 f"a {type(data).__name__} has no state_dict and load_state_dict: no data position "
@@ -82,6 +199,26 @@ class LastLoad:
                 "restore_data: the last load found no checkpoint. Ask its result for `found` first."
             )
         self._states.restore_data(iterator, accept_restart)
+
+    def restore_component(self, component: StateComponent) -> bool:
+        """Give a component what waits for it; raises as `DefaultCheckpointManager` says."""
+        self._check("restore_component")
+        states = self._states
+        if states is None or states.overrides.keeps(full_name(component.name)):
+            return False
+        return states.components.restore(component, states.place)
+
+    def check_components(self, ctx: CheckpointSaveContext) -> None:
+        """Check those of a save; raises as its namesake in `components`, and `Stash.check`."""
+        given = check_components("save", ctx)
+        if self._states is not None:
+            self._states.components.check(given)
+
+    def components_to_save(self, ctx: CheckpointSaveContext, rank: int) -> Sequence[StateComponent]:
+        """Return the components of a save, with those that wait for their objects."""
+        to_local = ctx.non_persistent_ckpt
+        given = [each for each in components_of(ctx) if each.in_local_saves or not to_local]
+        return given if self._states is None else self._states.components.join(given, rank)
 
     def _check(self, method: str) -> None:
         if not self._has_loaded:

@@ -10,7 +10,7 @@ are refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,11 +73,12 @@ class Overrides:
         counters: Sequence[str],
         saved_scheduler: Any | None,
         taken: Sequence[Any],
+        components: Collection[str] = (),
     ) -> None:
         """Refuse unknown names, and learning rates that could not be kept.
 
         `counters`: names of the live ones. `taken`: for each group, what was saved of it; None:
-        nothing.
+        nothing. `components`: names of declared and saved ones.
 
         Raises:
             ConfigError: listing unknown and known names, or why the rate cannot be kept.
@@ -88,6 +89,7 @@ class Overrides:
             *COMPONENTS,
             *(f"optimizer.{each}" for each in options),
             *(f"train_state.{each}" for each in sorted(counters) if each != "step"),
+            *(f"components.{each}" for each in sorted(components)),
         ]
         unknown = set(self.names.difference(known))
         if not optimizers:  # a load without one may use the same config as the others

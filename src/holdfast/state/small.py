@@ -124,6 +124,57 @@ def position_of(position: Any, place: Place) -> dict[str, Any]:
     }
 
 
+_BY_NAME = "iterators by name"
+"""The one key of a position that several iterators have together."""
+
+
+class Iterators:
+    """Several data iterators as one, each by its name."""
+
+    def __init__(self, iterators: Mapping[str, Any]) -> None:
+        self.iterators = {name: each for name, each in iterators.items() if is_stateful(each)}
+        """Those whose position can be saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of each."""
+        return {_BY_NAME: {name: each.state_dict() for name, each in self.iterators.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the position of each."""
+        for name, each in self.iterators.items():
+            each.load_state_dict(state[_BY_NAME][name])
+
+
+class ReshardableIterators(Iterators):
+    """Several iterators that all can continue at another data-parallel size."""
+
+    def load_resharded_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore each from its states on all data-parallel ranks of the saved run."""
+        for name, each in self.iterators.items():
+            each.load_resharded_state([state[_BY_NAME][name] for state in states])
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether a position can be saved and restored."""
+    return isinstance(value, Stateful)
+
+
+def join_iterators(data: Any) -> Any:
+    """Return several iterators, given by name, as one; anything else as it is."""
+    if not isinstance(data, Mapping) or is_stateful(data):
+        return data
+    can_reshard = all(isinstance(each, ReshardableData) for each in data.values())
+    joined = (ReshardableIterators if can_reshard else Iterators)(data)
+    return joined if joined.iterators else None
+
+
+def _names_in(position: Any) -> list[str] | None:
+    """Return the names of the iterators that a position is of; None: it is of a single one."""
+    if isinstance(position, Mapping) and position.keys() == {_BY_NAME}:
+        return sorted(position[_BY_NAME])
+    return None
+
+
 def check_data(
     data: Stateful,
     positions: Sequence[Mapping[str, Any]],
@@ -135,7 +186,13 @@ def check_data(
 
     Raises:
         DataReshardError: the data-parallel size differs and the iterator cannot reshard.
+        StateMismatchError: it is of iterators with other names.
     """
+    here = sorted(data.iterators) if isinstance(data, Iterators) else None
+    for each in positions:
+        if (there := _names_in(each["position"])) != here:
+            problem = f"the data position is of {_named(there)}, here {_named(here)}"
+            raise StateMismatchError(path, different=[problem], strict=False)
     if not positions or (saved_data_size := positions[0]["data_size"]) == place.data_size:
         return
     if not isinstance(data, ReshardableData) and not accept_restart:
@@ -151,15 +208,25 @@ def warn_of_lost_position(data: Any | None) -> bool:
     """Warn of an iterator whose position cannot be saved; return whether there is an iterator."""
     if data is None:
         return False
-    missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(data, name)]
-    if missing:
+    is_one = not isinstance(data, Mapping) or is_stateful(data)
+    for name, each in ({"": data} if is_one else data).items():
+        missing = [
+            method for method in ("state_dict", "load_state_dict") if not hasattr(each, method)
+        ]
+        if not missing:
+            continue
         logger.warning(
-            "train_data_iterator is a %s without %s: its position is not saved, and a resumed "
+            "train_data_iterator%s is a %s without %s: its position is not saved, and a resumed "
             "run reads its data from the beginning",
-            type(data).__name__,
+            f"[{name!r}]" if name else "",
+            type(each).__name__,
             " and ".join(missing),
         )
     return True
+
+
+def _named(names: Sequence[str] | None) -> str:
+    return "a single iterator" if names is None else f"the iterators {', '.join(names)}"
 
 
 def apply_data(

@@ -25,7 +25,9 @@ FORMAT = 2
 """Of manifests and of the indexes of shard files. Format 1 was never released, and is not read."""
 PER_RANK = "per_rank"
 """The feature that shard files hold copies which belong to one rank each."""
-FEATURES: frozenset[str] = frozenset({PER_RANK})
+COMPONENTS = "components"
+"""The feature that it holds components, which a reader that knows none would leave out."""
+FEATURES: frozenset[str] = frozenset({PER_RANK, COMPONENTS})
 """Features that this version understands, of those a file may list under `requires`."""
 
 

@@ -37,7 +37,7 @@ from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import Storage, pending_name
 from holdfast.storage.digests import FileRecord
 from holdfast.storage.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
-from holdfast.storage.manifest import PER_RANK, PERSISTENT, Manifest
+from holdfast.storage.manifest import PERSISTENT, Manifest
 from holdfast.storage.store import Checkpoint, Store
 from holdfast.tiers.opening import SurveyedStore
 from holdfast.tiers.select import Commit
@@ -427,7 +427,7 @@ class PersistentTier:
             files=tuple(sorted(records, key=lambda each: each.path)),
             written_by=f"holdfast {__version__}",
             parent=asdict(grant.parent) if grant.parent is not None else None,
-            requires=(PER_RANK,) if any(copies) else (),
+            requires=snapshot.shard.plan.features(has_copies=any(copies)),
             differing=find_differing(copies),
         )
         self.identity.check_newest(grant.attempt)  # the last check before it is visible
