@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from holdfast.state.components import SharingPattern, StateComponent
     from holdfast.state.sharding import declare_sharding
+    from holdfast.state.strategy import LoadStrategy
     from holdfast.tiers.opening import open_tensors
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "DefaultCheckpointManager": "manager",
     "GlobalState": "protocol",
     "LoadResult": "protocol",
+    "LoadStrategy": "state.strategy",
     "SharingPattern": "state.components",
     "StateComponent": "state.components",
     "TrainState": "protocol",
@@ -58,6 +60,7 @@ __all__ = [
     "DefaultCheckpointManager",
     "GlobalState",
     "LoadResult",
+    "LoadStrategy",
     "SharingPattern",
     "StateComponent",
     "TrainState",

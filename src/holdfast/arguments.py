@@ -272,6 +272,8 @@ def settings_of_save(config: CheckpointConfig) -> tuple[str, ...]:
 def describe_load(config: CheckpointConfig, ctx: CheckpointLoadContext) -> tuple[str, ...]:
     """Return the name of a load, and what ranks must have alike in it as `name=value`."""
     load = config.load
+    own = getattr(ctx, "strategy", None)
+    strategy = load.strategy if own is None else own
     name = "the load" if load.step is None else f"the load of step {load.step}"
     return (
         name if load.directory is None else f"{name} from {load.directory}",
@@ -279,6 +281,7 @@ def describe_load(config: CheckpointConfig, ctx: CheckpointLoadContext) -> tuple
         f"checkpoint.load.verify={load.verify}",
         f"checkpoint.load.broadcast={load.broadcast}",
         f"skip_load_to_model_and_opt={bool(ctx.skip_load_to_model_and_opt)}",
+        *([] if strategy is None else [f"checkpoint.load.strategy={strategy}"]),
     )
 
 

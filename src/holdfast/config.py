@@ -136,6 +136,8 @@ class LoadConfig:
     """Whether data that cannot be resharded to another data-parallel size may start over."""
     rng: bool = True
     """Whether random number generators are restored."""
+    strategy: Any = None
+    """Which parts are restored: a mapping of the fields of `holdfast.LoadStrategy`. None: all."""
     override: list[str] = field(default_factory=list)
     """State that keeps its live value: `optimizer.<option>`, `optimizer`, `scheduler`, `data`,
     `rng`, `train_state` (except its step), `train_state.<field>`, `components.<name>`."""

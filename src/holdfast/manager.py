@@ -27,7 +27,7 @@ from holdfast.arguments import (
     settings_of_save,
 )
 from holdfast.caller import Call, Caller, CallerLeftError
-from holdfast.config import CheckpointConfig, read_config
+from holdfast.config import CheckpointConfig, LoadConfig, read_config
 from holdfast.errors import (
     CorruptCheckpointError,
     LoadIncompleteError,
@@ -54,6 +54,7 @@ from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
 from holdfast.state.rehearsal import LazyState
 from holdfast.state.small import Place, warn_of_lost_position
+from holdfast.state.strategy import LoadStrategy
 from holdfast.state.strictness import Strictness
 from holdfast.tiers.routing import Tiers
 from holdfast.tiers.search import Search, Selected
@@ -89,6 +90,7 @@ class DefaultCheckpointManager:
         """
         checkpoint_config = read_config(checkpoint_config)
         checkpoint_config.validate()
+        LoadStrategy.of(checkpoint_config.load.strategy)  # a wrong one is told now
         self.checkpoint_config = checkpoint_config
         self._base = str(Path.cwd())
         """What relative paths of the configuration are relative to."""
@@ -268,6 +270,7 @@ class DefaultCheckpointManager:
         try:
             check_load(ctx, overlaps=self._overlaps)
             check_components("load", ctx)
+            _strategy(self.checkpoint_config.load, ctx)
         except Exception as refusal:  # noqa: BLE001  # raised there
             self._refuse("arrive", refusal)
         return self._caller.run(
@@ -398,6 +401,7 @@ class DefaultCheckpointManager:
             _place(ctx, control),
             with_tensors=not ctx.skip_load_to_model_and_opt,
             overrides=None if takes_weights_only else Overrides.of(load.override, rng=load.rng),
+            strategy=_strategy(load, ctx),
             broadcast=load.broadcast and opened.contents.is_shared,
         )
         restoration.agree_on_shardings(control)
@@ -410,9 +414,9 @@ class DefaultCheckpointManager:
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
         search.resume_from(selected, checkpoint)
-        goes_on = not restoration.takes_weights_only
+        goes_on = restoration.goes_on
         # A checkpoint that plain torch wrote has no counters: those of the loop stay as they are.
-        has_counters = goes_on and bool(checkpoint.manifest.run_id)
+        has_counters = not restoration.takes_weights_only and bool(checkpoint.manifest.run_id)
         self._steps.note_load(checkpoint.iteration if has_counters else None)
         is_safe = selected.is_durable and selected.is_own
         self._alarm.begin(checkpoint.iteration if is_safe else None)
@@ -482,6 +486,11 @@ def _app_state(
     place, groups = _place(ctx, control), ctx.pg_collection
     components = components_of(ctx) if given is None else given
     return AppState(ctx.model, ctx.optimizer, scheduler, data, place, groups, components)
+
+
+def _strategy(load: LoadConfig, ctx: CheckpointLoadContext) -> LoadStrategy:
+    own = getattr(ctx, "strategy", None)
+    return LoadStrategy.of(load.strategy if own is None else own)
 
 
 def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator) -> Place:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from holdfast.config import CheckpointConfig
     from holdfast.state.components import StateComponent
+    from holdfast.state.strategy import LoadStrategy
 
 
 @dataclass
@@ -203,6 +204,8 @@ class CheckpointLoadContext:
     train_data_iterator: Any | None = None
     components: Sequence[StateComponent] = ()
     """What further named state is given to; `restore_component` gives it later."""
+    strategy: LoadStrategy | Mapping[str, Any] | None = None
+    """Which parts are restored, and under which names; None: as the config says."""
 
 
 @dataclass(frozen=True)

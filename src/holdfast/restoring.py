@@ -26,7 +26,6 @@ from holdfast.format.nondense import size_bytes_of
 from holdfast.format.values import (
     DATA,
     EMPTY,
-    GROUPS,
     RNG,
     SCHEDULER,
     SMALL_STATES,
@@ -38,7 +37,7 @@ from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
-from holdfast.state.codec import encode
+from holdfast.state.codec import count_tensors, encode
 from holdfast.state.component_load import ComponentLoad, SavedComponents, read_frames
 from holdfast.state.loaded import LoadedStates, Stash
 from holdfast.state.model import run_each
@@ -55,6 +54,7 @@ from holdfast.state.small import (
     restore_counters,
     without_fields,
 )
+from holdfast.state.strategy import LoadStrategy, Renaming, find_unused, make_unused_error
 from holdfast.state.strictness import Differences, Strictness
 from holdfast.state.union import ALL_FOUND, NONE, Leftover, find_unexpected, gather_records, judge
 from holdfast.storage.store import Checkpoint
@@ -146,59 +146,45 @@ class Restoration:
         *,
         with_tensors: bool,
         overrides: Overrides | None,
+        strategy: LoadStrategy,
         broadcast: bool = False,
     ) -> None:
         """Touch nothing yet.
 
         `train_state`: the live counters. `overrides`: what keeps its live value; None: all but the
-        model, for a run that takes over weights and starts fresh. `broadcast`: what every rank
-        needs in full is read by one rank and sent to the others.
+        model, for a run that takes over weights and starts fresh. `strategy`: which parts and names
+        are restored. `broadcast`: what every rank needs in full is read by one rank and sent to the
+        others.
         """
         self._opened = opened
         self.takes_weights_only = overrides is None
         """Whether the run starts fresh but for the model."""
         self._overrides = overrides = overrides or Overrides(frozenset(COMPONENTS))
         self._train_state = train_state
+        self._strategy = strategy
+        names = strategy.kept(overrides.names)
+        self._overrides = overrides = Overrides(overrides.names | (names & {*COMPONENTS}))
         kept = {each for each in COMPONENTS if overrides.keeps(each)}
         self._given = app if opened.small else app.of_tensors_alone()
         self._app = self._given.without(kept)
         self._broadcast = broadcast
         self._saved: SavedTensors | None = None
-        if with_tensors:
-            reader, values = opened.contents.reader, opened.contents.values
-            tensors = reader.tensors()
-            key_paths = {name: reader.key_path(name) for name in (*tensors, *values)}
-            hollow = opened.small.get(EMPTY, ())
-            held = [
-                name
-                for name in reader.metadata.state_dict_metadata
-                if name not in SMALL_STATES and not is_component(name)
-            ]
-            path = str(opened.checkpoint.path)
-            records = {name: each for name, each in opened.contents.copies.items() if name != DATA}
-            own = {name for name in reader.own_names if name.endswith(GROUPS)}
-            kinds = {name: kind for name in tensors if (kind := reader.kind(name))}
-            self._saved = SavedTensors(
-                tensors,
-                values,
-                key_paths,
-                hollow,
-                held,
-                path,
-                records,
-                own_records=own if opened.checkpoint.manifest.world_size > 1 else (),
-                are_united=bool(records) or not own,
-                kinds=kinds,
-            )
-        self._filled: dict[str, Any] = {}
+        self._renaming: Renaming | None = None
+        self._old_names: dict[str, str] = {}
+        """By new name, as the checkpoint has them."""
+        with_tensors = with_tensors and "model" not in names
         manifest = opened.checkpoint.manifest
-        where = str(opened.checkpoint.path)
-        reader = opened.contents.reader
+        where, contents = str(opened.checkpoint.path), opened.contents
+        reader, size = contents.reader, manifest.world_size
+        if with_tensors:
+            held = contents.values, contents.small, contents.copies
+            self._saved = SavedTensors.of(reader, *held, where, size)
+        self._filled: dict[str, Any] = {}
         self._components = ComponentLoad(
             app.components,
-            SavedComponents.of(opened.small, reader, manifest, where, opened.contents.is_shared),
+            SavedComponents.of(opened.small, reader, manifest, where, contents.is_shared),
             place,
-            None if self.takes_weights_only else overrides.parts_of("components"),
+            self._keeps_component,
             with_sharded=with_tensors,
         )
         self.loaded = LoadedStates(
@@ -208,11 +194,30 @@ class Restoration:
             place,
             where,
             overrides,
-            Stash(where, self.takes_weights_only, self._components.waiting),
+            Stash(where, self._keeps_component, self._components.waiting),
         )
         """What can be asked for again."""
         self.restored: dict[str, Restored] = {}
         """By component, what this rank got back so far."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run has the counters of the checkpoint from here on."""
+        return not self.takes_weights_only and self._strategy.iteration
+
+    def _keeps_component(self, name: str) -> bool:
+        full = f"components.{name}"
+        kept = self._strategy.ignores(full) or full in self._strategy.kept(())
+        return kept or self.takes_weights_only or self._overrides.keeps(full)
+
+    def _rename(self) -> None:
+        """Give saved names of the model their new names, once."""
+        if self._saved is None or self._renaming is not None:
+            return
+        found = Renaming.find(self._strategy, self._saved, self._app.model)
+        self._renaming, before = found, self._saved
+        self._saved = found.apply(before)
+        self._old_names = {found.name(n, path): n for n, path in before.key_paths.items()}
 
     def agree_on_shardings(self, coordinator: Coordinator) -> None:
         """Agree with all ranks on how live tensors are sharded; raises as `AppState`'s."""
@@ -240,6 +245,7 @@ class Restoration:
 
         def compare_own() -> tuple[bool, Leftover]:
             nonlocal found, known
+            self._rename()
             saved = self._saved
             if saved is not None:
                 self._app.rehearse()
@@ -251,6 +257,8 @@ class Restoration:
                     return True, Leftover.of((), ())
             small, positions = self._opened.small, self._opened.positions
             found = self._app.compare(self.loaded.path, saved, small, positions)
+            if saved is not None and self._strategy.ignore_keys:
+                found.leave_out(self._strategy.ignores, self._app.live_names())
             known = saved.shared_names() if saved is not None else set()
             return False, Leftover.of(found.unexpected, known)
 
@@ -265,6 +273,8 @@ class Restoration:
             return wants_records, leftover
 
         verdict = coordinator.all_reduce("compare", compare_and_check, join)
+        if self._strategy.ignore_keys and self._saved is not None:
+            self._check_globs(coordinator)
         if verdict is None:
             assert self._saved is not None
             self._saved = gather_records(self._saved, coordinator)
@@ -315,6 +325,19 @@ class Restoration:
             warnings.append(f"{path}: {differences.sentence()}")
         return warnings
 
+    def _check_globs(self, coordinator: Coordinator) -> None:
+        """Refuse globs that match no name of the checkpoint and of any rank.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+        assert self._saved is not None
+        names = {*self._saved.key_paths, *self._opened.small} | self._app.live_names()
+        names |= {f"components.{name}" for name in self._components.names()}
+        parts = coordinator.all_gather("names", lambda: find_unused(self._strategy, names))
+        if unused := sorted(set.intersection(*map(set, parts))):
+            raise make_unused_error(unused, names)
+
     def _tell_foreign_copies(self, path: str) -> None:
         """Refuse, or warn of, copies that another rank saved and this one is to use.
 
@@ -326,7 +349,9 @@ class Restoration:
         foreign = reader.per_rank_names - reader.own_names - {*SMALL_STATES}
         if saved is not None and self._app.optimizers:
             sharded = sorted(
-                name for name in foreign & saved.tensors.keys() if is_root(saved.key_paths[name][0])
+                name
+                for name in saved.tensors
+                if self._old_names.get(name, name) in foreign and is_root(saved.key_paths[name][0])
             )
             if sharded:
                 raise StateMismatchError(
@@ -370,7 +395,8 @@ class Restoration:
         def find_targets() -> None:
             if saved is not None:
                 targets.update(self._app.targets(saved))
-                places.update(self._app.place(targets, saved))
+                found = self._app.place(targets, saved)
+                places.update({self._old_names.get(n, n): each for n, each in found.items()})
             places.update(self._components.find_targets())
 
         # Before reading: what a hook of the user's raises is not damage of a file.
@@ -398,7 +424,7 @@ class Restoration:
     @property
     def _counters(self) -> dict[str, Any]:
         """The saved counters that are to be restored; empty: there are none."""
-        if self.takes_weights_only:
+        if not self.goes_on:
             return {}
         contents = self._opened.contents
         own = contents.small if TRAIN_STATE in contents.reader.own_names else {}
@@ -459,16 +485,8 @@ class Restoration:
 
     def _note(self, component: str, state: Any) -> None:
         """Note small state that a live object was given."""
-        self.restored[component] = Restored(_tensors_in(state), len(encode(state)))
+        self.restored[component] = Restored(count_tensors(state), len(encode(state)))
 
 
 def _component_of(key: Any) -> Any:
     return "optimizer" if is_root(key) else key
-
-
-def _tensors_in(state: Any) -> int:
-    if isinstance(state, Mapping):
-        return sum(map(_tensors_in, state.values()))
-    if isinstance(state, list | tuple):
-        return sum(map(_tensors_in, state))
-    return int(isinstance(state, torch.Tensor))

@@ -12,7 +12,8 @@ Knows nothing about checkpoints.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -365,3 +366,23 @@ PICKLED: Mapping[tuple[str, str], Any] = {
     ("torch._C", "Size"): torch.Size,
 }
 """What the private names in a `.metadata` file stand for."""
+
+
+def load_pre_hooks(root: nn.Module, prefix: str = "") -> Iterator[tuple[Callable[..., Any], str]]:
+    """Yield the user's hooks that run before a state dict is loaded, each with its names' prefix.
+
+    Prefixes are those of torch's getters. A wrapper of an unknown kind hides what is inside it.
+    """
+    for hook in getattr(root, _LOAD_HOOKS[0], {}).values():
+        if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+            yield hook, prefix
+    left_out = child_left_out(root)
+    if left_out is not None:
+        for name, child in root.named_children():
+            yield from load_pre_hooks(child, prefix if name == left_out else f"{prefix}{name}.")
+
+
+def copy_versions(source: Any, target: Any) -> None:
+    """Copy the versions of modules that a state dict has beside its entries, if it has some."""
+    with suppress(AttributeError):
+        target._metadata = source._metadata

@@ -162,7 +162,10 @@ def _on_two(root: Path) -> dict[str, Any]:
     rank = distributed.get_rank()
     _nodes_of_two(rank)
     group = _group(rank, [0, 1])
-    return {name: _load(root, _empty([name]), group, load={"step": 3}) for name in PATTERNS}
+    found = {name: _load(root, _empty([name]), group, load={"step": 3}) for name in PATTERNS}
+    left_alone = {"ignore_keys": ["components.own", "model.weight"]}
+    config = {"step": 3, "strategy": left_alone}
+    return found | {"left alone": _load(root, _empty(["own"]), group, load=config)}
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +224,7 @@ def test_per_rank_is_each_ranks_own(four: list[Any], two: list[Any]) -> None:
     for each in two:
         assert "components.own has a value for each of 4 ranks, which differ" in each["own"]
         assert each["own_equal"] == {"own_equal": _of(7)}
+        assert each["left alone"] == {"own": None}
 
 
 def test_per_group_is_the_value_of_the_lowest_member(four: list[Any], two: list[Any]) -> None:

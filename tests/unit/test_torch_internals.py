@@ -81,6 +81,7 @@ NAMES: dict[str, Any] = {
     "_save_to_state_dict": lambda: nn.Module._save_to_state_dict,
     "_load_from_state_dict": lambda: nn.Module._load_from_state_dict,
     "_extra_state": lambda: nn.modules.module._EXTRA_STATE_KEY_SUFFIX == "_extra_state",
+    "_metadata": lambda: "_metadata" in vars(nn.Linear(1, 1).state_dict()),
     "_orig_mod": lambda: _compiled()._orig_mod,
     "torch._dynamo.eval_frame": lambda: torch._dynamo.eval_frame.OptimizedModule,
     "torch._dynamo.": lambda: torch._dynamo.eval_frame.OptimizedModule,

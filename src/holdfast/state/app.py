@@ -33,7 +33,14 @@ from holdfast.state.compare import compare_model, describe_left_out
 from holdfast.state.components import ComponentLeaves, StateComponent, capture_components
 from holdfast.state.fitting import OptimizerFit
 from holdfast.state.groups import GROUPS, names_of
-from holdfast.state.model import MODEL, ModelWalk, model_state, restore_model, run_each
+from holdfast.state.model import (
+    MODEL,
+    ModelWalk,
+    join_models,
+    model_state,
+    restore_model,
+    run_each,
+)
 from holdfast.state.naming import PARAMETERS, STATE
 from holdfast.state.optimizer import LiveOptimizers, look_up
 from holdfast.state.options import check_schedule
@@ -83,7 +90,7 @@ class AppState:
         pg_collection: Any | None = None,
         components: Sequence[StateComponent] = (),
     ) -> None:
-        self._model = _join_models(model)
+        self._model = join_models(model)
         self.components = components
         if optimizer is None:
             optimizers = []
@@ -124,6 +131,11 @@ class AppState:
     def of_tensors_alone(self) -> AppState:
         """Return model and optimizers without scheduler and data."""
         return self.without({"scheduler", "data"} | self._kept)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; several are under one root."""
+        return self._model
 
     @property
     def scheduler(self) -> Any | None:
@@ -301,7 +313,7 @@ class AppState:
         """
         schedule = small.get(SCHEDULER)
         found.refuse(path, strictness)
-        self._skipped = frozenset(found.shapes)
+        self._skipped = frozenset(found.shapes) | found.kept
         fit = self.fit(saved) if saved is not None and self.optimizers else None
         told = []
         if fit is not None:
@@ -482,15 +494,3 @@ class AppState:
     @cached_property
     def _walk(self) -> ModelWalk | None:
         return ModelWalk.find_unhooked(self._model)
-
-
-def _join_models(
-    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
-) -> nn.Module:
-    """Return one root: named models under their names, and several chunks under 0, 1, ..."""
-    if isinstance(model, nn.Module):
-        return model
-    if isinstance(model, Mapping):
-        return nn.ModuleDict(dict(model))
-    models = list(model)
-    return models[0] if len(models) == 1 else nn.ModuleList(models)

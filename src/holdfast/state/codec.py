@@ -131,6 +131,15 @@ def encode(value: Any) -> bytes:
     return stream.getvalue()
 
 
+def count_tensors(state: Any) -> int:
+    """Return how many tensors a nested state has."""
+    if isinstance(state, Mapping):
+        return sum(map(count_tensors, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(count_tensors, state))
+    return int(isinstance(state, torch.Tensor))
+
+
 def decode(content: bytes, name: str) -> Any:
     """Return what `encode` wrote, running no code.
 

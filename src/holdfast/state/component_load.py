@@ -10,7 +10,7 @@ is sharded cannot wait: only an object says which part a rank needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -227,13 +227,13 @@ class ComponentLoad:
         components: Sequence[StateComponent],
         saved: SavedComponents,
         place: Place,
-        keeps: Collection[str] | None,
+        keeps: Callable[[str], bool],
         *,
         with_sharded: bool,
     ) -> None:
         """Touch nothing yet.
 
-        `keeps`: names of those that keep their live values; None: all do. `with_sharded`: whether
+        `keeps`: whether one of this name keeps its live value. `with_sharded`: whether
         model and optimizer are restored, and so what is divided like them.
         """
         self._components = components
@@ -252,7 +252,7 @@ class ComponentLoad:
     @property
     def is_empty(self) -> bool:
         """Whether no rank of this load has anything to do with components."""
-        return self._keeps is None or not self._saved.frames
+        return all(map(self._keeps, self._saved.frames))
 
     def names(self) -> set[str]:
         """Return the names of components of both sides."""
@@ -270,7 +270,7 @@ class ComponentLoad:
             self._live = {each.name: one for each, one in zip(asked, states, strict=True)}
 
     def _takes(self, component: StateComponent) -> bool:
-        if self._keeps is None or component.name in self._keeps:
+        if self._keeps(component.name):
             return False
         return component.sharing is not SharingPattern.SHARDED or self._with_sharded
 
@@ -282,8 +282,6 @@ class ComponentLoad:
             UnsupportedStateError: a group that this rank is not in.
         """
         self._matches = []
-        if self._keeps is None:
-            return []
         problems: list[str] = []
         warnings: list[str] = []
         for component in self._components:
@@ -291,7 +289,7 @@ class ComponentLoad:
                 self._check_one(component, problems, warnings)
         given = {each.name for each in self._components}
         for name, frames in self._saved.frames.items():
-            if name not in given and name not in self._keeps:
+            if name not in given and not self._keeps(name):
                 warnings += self._put_aside(name, frames)
         if problems:
             raise make_mismatch(self._saved.path, problems)

@@ -18,7 +18,6 @@ import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from holdfast.protocol import Stateful
 from holdfast.state.codec import canonical, check_plain
 from holdfast.state.model import run_each
 from holdfast.state.small import Place
+from holdfast.torch_internals import copy_versions
 
 logger = logging.getLogger(__name__)
 
@@ -362,8 +362,7 @@ def rebuild(state: Any, leaf_of: Callable[[Keys, Any], Any], keys: Keys = ()) ->
         made: Any = kind()
         for key, each in state.items():
             made[key] = rebuild(each, leaf_of, (*keys, key))
-        with suppress(AttributeError):  # versions of modules, beside a state dict
-            made._metadata = state._metadata
+        copy_versions(state, made)
         return made
     if kind in _SEQUENCES:
         if _SCALARS.issuperset(map(type, state)):  # the state of a generator has many

@@ -8,7 +8,7 @@ once. Refuses to give what no load has found.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,8 @@ class Stash:
 
     path: str
     """Of the checkpoint."""
-    is_fresh: bool
-    """Whether the run starts fresh but for the model, so that no component is restored."""
+    keeps: Callable[[str], bool]
+    """Whether a component of this name keeps its live state."""
     waiting: dict[str, tuple[Frame, Any]]
     """By name of the component."""
     _has_warned: bool = False
@@ -62,7 +62,7 @@ class Stash:
         """
         found = self.waiting.get(component.name)
         if found is None:
-            if component.required and not self.is_fresh:
+            if component.required and not self.keeps(component.name):
                 raise NothingLoadedError(
                     f"{self.path} holds no {full_name(component.name)} that waits for an object: "
                     "it was not saved, or was restored already."
@@ -204,9 +204,7 @@ class LastLoad:
         """Give a component what waits for it; raises as `DefaultCheckpointManager` says."""
         self._check("restore_component")
         states = self._states
-        if states is None or states.overrides.keeps(full_name(component.name)):
-            return False
-        return states.components.restore(component, states.place)
+        return states is not None and states.components.restore(component, states.place)
 
     def check_components(self, ctx: CheckpointSaveContext) -> None:
         """Check those of a save; raises as its namesake in `components`, and `Stash.check`."""

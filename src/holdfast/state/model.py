@@ -32,6 +32,7 @@ from holdfast.torch_internals import (
     child_left_out,
     has_default_loading,
     is_plain_module,
+    load_pre_hooks,
     local_of,
     only_shard,
     parts_of,
@@ -335,3 +336,39 @@ def is_live(leaf: Any, live: Any) -> bool:
         and one.data_ptr() == other.data_ptr()
         and one.stride() == other.stride()
     )
+
+
+def join_models(
+    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+) -> nn.Module:
+    """Return one root: named models under their names, and several chunks under 0, 1, ..."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Mapping):
+        return nn.ModuleDict(dict(model))
+    models = list(model)
+    return models[0] if len(models) == 1 else nn.ModuleList(models)
+
+
+def migrate_names(
+    root: nn.Module, saved: Mapping[str, tuple[torch.Size, torch.dtype]]
+) -> dict[str, str]:
+    """Return the names that hooks of the model give to saved ones before they are loaded.
+
+    `saved`: size and type by name. The hooks are given tensors without values.
+
+    Raises:
+        Exception: whatever a hook raised.
+    """
+    hooks = list(load_pre_hooks(root))
+    if not hooks:
+        return {}
+    given = {
+        name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in saved.items()
+    }
+    names = {id(each): name for name, each in given.items()}
+    state = dict(given)
+    for hook, prefix in hooks:
+        hook(state, prefix, {}, True, [], [], [])
+    found = {names[id(each)]: name for name, each in state.items() if id(each) in names}
+    return {old: new for old, new in found.items() if old != new}

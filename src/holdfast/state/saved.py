@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from holdfast.errors import CorruptCheckpointError
 from holdfast.format.dcp import put
+from holdfast.format.values import DATA, EMPTY, SMALL_STATES, is_component
+from holdfast.read.reader import ShardReader
 from holdfast.state.groups import GROUPS, Group, names_of, read_record, unite
 from holdfast.state.naming import is_root
 
@@ -45,6 +47,37 @@ class SavedTensors:
     """Whether `records` has what other ranks saved, where ranks have records of their own."""
     kinds: Mapping[str, str] = field(default_factory=dict)
     """The kind of each tensor as it was recorded (`state.kinds`); without one it is left out."""
+
+    @classmethod
+    def of(
+        cls,
+        reader: ShardReader,
+        values: Mapping[str, Any],
+        small: Mapping[str, Any],
+        copies: Mapping[str, Sequence[Any]],
+        path: str,
+        world_size: int,
+    ) -> SavedTensors:
+        """Return what an opened checkpoint holds; `values`, `small`, `copies`: as `Contents`."""
+        tensors = reader.tensors()
+        records = {name: each for name, each in copies.items() if name != DATA}
+        own = {name for name in reader.own_names if name.endswith(f".{GROUPS}")}
+        return cls(
+            tensors,
+            values,
+            {name: reader.key_path(name) for name in (*tensors, *values)},
+            small.get(EMPTY, ()),
+            [
+                name
+                for name in reader.metadata.state_dict_metadata
+                if name not in SMALL_STATES and not is_component(name)
+            ],
+            path,
+            records,
+            own_records=own if world_size > 1 else (),
+            are_united=bool(records) or not own,
+            kinds={name: kind for name in tensors if (kind := reader.kind(name))},
+        )
 
     def model_names(self) -> set[str]:
         """Return the names of the model's state; a nested extra state counts as one."""

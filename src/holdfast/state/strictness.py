@@ -8,7 +8,7 @@ is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from holdfast.config import IGNORE, RAISE, WARN
@@ -58,6 +58,19 @@ class Differences:
     """Components of which nothing was saved."""
     kinds: list[str] = field(default_factory=list)
     """What cannot be given back as the kind of value that it was: never allowed."""
+
+    kept: set[str] = field(default_factory=set)
+    """Live names of the model that keep their values whatever the checkpoint has."""
+
+    def leave_out(self, ignores: Callable[[str], bool], live: Iterable[str]) -> None:
+        """Keep what a predicate names as it is, and report nothing of it."""
+        self.kept = {name for name in live if ignores(name)}
+        self.missing = [name for name in self.missing if not ignores(name)]
+        self.unexpected = [name for name in self.unexpected if not ignores(name)]
+        for found in (self.shapes, self.dtypes):
+            for name in [each for each in found if ignores(each)]:
+                del found[name]
+        self.kinds = [each for each in self.kinds if not ignores(each.split(" ")[0])]
 
     def refuse(self, path: str, strictness: Strictness) -> None:
         """Raise what does not fit.
