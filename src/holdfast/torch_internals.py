@@ -62,6 +62,8 @@ Without the names: by its public methods, which take longer.
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor that has one, otherwise the tensor."""
+    if type(tensor) in (torch.Tensor, nn.Parameter):
+        return tensor  # quicker than to ask for what it does not have
     local: torch.Tensor | None = getattr(tensor, "_local_tensor", None)
     if local is not None:
         return local

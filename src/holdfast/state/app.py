@@ -388,7 +388,7 @@ class AppState:
             self._fit = OptimizerFit(self.optimizers, self._live, saved)
         return self._fit
 
-    @property
+    @cached_property
     def _roots(self) -> list[str]:
         return list(dict.fromkeys(self._live.roots)) if self.optimizers else []
 
@@ -407,15 +407,19 @@ class AppState:
 
         Those that are parts of global tensors are local: `place` says which part each is.
         """
-        self._targets = self._find_targets(saved)
-        return self._targets.make()
+        return self._find_targets(saved).make()
 
     def _find_targets(self, saved: SavedTensors) -> Targets:
-        live, at = self._live_model, self._shardings.size_at
-        optimizers = self._live if self.optimizers else None
-        return Targets(
-            live, optimizers, saved, self._takes, lambda path, each: at(path, live, each)
-        )
+        if self._targets is None or self._targets.saved is not saved:
+            live = self._live_model
+            self._targets = Targets(
+                live,
+                self._live if self.optimizers else None,
+                saved,
+                self._takes,
+                lambda path, each: self._shardings.size_at(path, live, each),
+            )
+        return self._targets
 
     def place(self, targets: Mapping[str, torch.Tensor], saved: SavedTensors) -> dict[str, Target]:
         """Return the targets, those that are parts of global tensors with their places there."""

@@ -27,7 +27,13 @@ from omegaconf.errors import GrammarParseError
 
 from holdfast.blame import is_process_failure
 from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
-from holdfast.format.nondense import expanded_dims, find_problem, is_dense, is_lazy
+from holdfast.format.nondense import (
+    PLAIN_TENSORS,
+    expanded_dims,
+    find_problem,
+    is_dense,
+    is_lazy,
+)
 from holdfast.torch_internals import local_of
 
 _PLAIN = frozenset(
@@ -110,11 +116,13 @@ def check_reachable(state: Mapping[str, Any], *, written_to: bool = False) -> No
 
 
 def _why_not(value: torch.Tensor, written_to: bool) -> str | None:
-    if type(value).__name__ == "ShardedTensor":  # by name: its module is torch's own, and may move
-        return _SHARDED
-    if is_lazy(value):
-        return find_problem(value)
-    tensor = local_of(value)
+    tensor = value
+    if type(value) not in PLAIN_TENSORS:
+        if type(value).__name__ == "ShardedTensor":  # by name: its module is torch's, and may move
+            return _SHARDED
+        if is_lazy(value):
+            return find_problem(value)
+        tensor = local_of(value)
     if tensor.device.type == "meta":
         return _META
     if not is_dense(tensor):

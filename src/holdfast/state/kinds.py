@@ -57,6 +57,8 @@ class Kind:
         """Return the kind of a live value."""
         if not isinstance(leaf, torch.Tensor):
             return cls(VALUE)
+        if _is_plain(leaf):
+            return _plain(leaf.device.type)
         local = local_of(leaf)
         classes = [name_of(each) for each in classes_in(local)]
         if not classes and type(local) not in PLAIN_TENSORS:
@@ -179,14 +181,24 @@ def kind_of(leaf: Any) -> str:
     """Return the kind of a live value as canonical JSON."""
     if not isinstance(leaf, torch.Tensor):
         return _VALUE
-    if type(leaf) in PLAIN_TENSORS and is_dense(leaf) and not expanded_dims(leaf):
-        return _dense(leaf.device.type)
+    if _is_plain(leaf):
+        return _plain_json(leaf.device.type)
     return Kind.of(leaf).to_json()
 
 
+def _is_plain(leaf: torch.Tensor) -> bool:
+    """Whether only the device is to be said of it, as of most: loads ask for thousands."""
+    return is_dense(leaf) and not expanded_dims(leaf)
+
+
 @lru_cache(maxsize=64)
-def _dense(device: str) -> str:
-    return Kind(TENSOR, device).to_json()
+def _plain(device: str) -> Kind:
+    return Kind(TENSOR, device)
+
+
+@lru_cache(maxsize=64)
+def _plain_json(device: str) -> str:
+    return _plain(device).to_json()
 
 
 def find_model_difference(live: Any, kind: Kind | None) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -135,8 +135,8 @@ class StateEntry:
             isinstance(present, torch.Tensor)
             and self.size_of(present) == size
             and present.dtype == dtype
-            and not Kind.of(present).expanded
-            and self._is_as_wanted(Kind.of(present), kind)
+            and not (here := Kind.of(present)).expanded
+            and self._is_as_wanted(here, kind)
         ):
             return Target(present)
         if kind.expanded:
@@ -175,10 +175,10 @@ class StateEntry:
                 )
         if parameter is None or self.parameter_kind is None:
             return
-        here = Kind.of(parameter)
-        if self.parameter_kind.is_laid_out_like(here):
+        if self._is_laid_out_as_saved:
             self._placed(kind)
             return
+        here = Kind.of(parameter)
         if self.is_of_shard:
             raise KindMismatchError(
                 "is plain state of one shard of its parameter, which was "
@@ -257,10 +257,11 @@ class StateEntry:
         """Whether a live entry is what is to be restored: as recorded, or as the run has it now."""
         if here.class_names or not here.is_dense:
             return False
-        if self._is_laid_out_as_saved():
+        if self._is_laid_out_as_saved:
             return kind.is_laid_out_like(here)
         return True
 
+    @cached_property
     def _is_laid_out_as_saved(self) -> bool:
         parameter, saved = self.parameter, self.parameter_kind
         return parameter is None or saved is None or saved.is_laid_out_like(Kind.of(parameter))
@@ -283,7 +284,7 @@ class StateEntry:
             KindMismatchError: its placements cannot be made here.
         """
         parameter = self.parameter
-        if self._is_laid_out_as_saved():
+        if self._is_laid_out_as_saved:
             if kind.type != DTENSOR:
                 return None, ()
             for like in (parameter, self.present):
@@ -372,16 +373,17 @@ class Targets:
         """
         self._model = model
         self._optimizers = optimizers
-        self._saved = saved
+        self.saved = saved
         self._takes = takes
         self._size_at = size_at
         self._finish: dict[str, Callable[[], torch.Tensor]] = {}
+        self._entries: dict[str, StateEntry | None] = {}
 
     def differences(self) -> list[str]:
         """Return what cannot be given back as it was, with its name; touches nothing."""
         found = []
-        for name, source in self._saved.tensors.items():
-            path = self._saved.key_paths[name]
+        for name, source in self.saved.tensors.items():
+            path = self.saved.key_paths[name]
             if not self._takes(path) or is_extra(name):
                 continue
             problem = None
@@ -403,8 +405,8 @@ class Targets:
         """Return the tensors to fill, by flat name: live ones where they fit, else new ones."""
         found = {}
         self._finish = {}
-        for name, source in self._saved.tensors.items():
-            path = self._saved.key_paths[name]
+        for name, source in self.saved.tensors.items():
+            path = self.saved.key_paths[name]
             if not self._takes(path):  # as the comparison has said
                 continue
             target = self._target(name, path, source)
@@ -436,6 +438,13 @@ class Targets:
     def _entry(
         self, name: str, path: Sequence[Any], source: TensorStorageMetadata
     ) -> StateEntry | None:
+        if name not in self._entries:
+            self._entries[name] = self._find_entry(name, path, source)
+        return self._entries[name]
+
+    def _find_entry(
+        self, name: str, path: Sequence[Any], source: TensorStorageMetadata
+    ) -> StateEntry | None:
         if self._optimizers is None or path[1] != STATE or len(path) != 4:
             return None
         root, _, owner, key = path
@@ -445,7 +454,7 @@ class Targets:
         kind, of_parameter = self._kind(name), self._kind(place)
         if isinstance(self._optimizers, FlattenedOptimizers):
             kind = None  # torch's setters take it as the parameter is shown, and convert it
-        was = self._saved.tensors.get(place)
+        was = self.saved.tensors.get(place)
         if (
             isinstance(parameter, torch.Tensor)
             and was is not None
@@ -468,7 +477,7 @@ class Targets:
         return {} if self._optimizers is None else self._optimizers.outside(root)
 
     def _kind(self, name: str) -> Kind | None:
-        return Kind.parse(self._saved.kinds.get(name, ""))
+        return Kind.parse(self.saved.kinds.get(name, ""))
 
 
 def is_of_shard(kind: Kind | None, parameter: Kind | None, size: Sequence[int]) -> bool:
