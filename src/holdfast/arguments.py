@@ -264,6 +264,7 @@ def settings_of_save(config: CheckpointConfig) -> tuple[str, ...]:
     return (
         f"checkpoint.async_save={config.async_save}",
         f"checkpoint.on_replica_mismatch={config.on_replica_mismatch}",
+        f"checkpoint.replicas.audit_fraction={config.replicas.audit_fraction}",
         f"checkpoint.local.directory={'null' if config.local.directory is None else 'set'}",
         f"checkpoint.persistent.from_local={config.persistent.from_local}",
     )

@@ -12,16 +12,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from holdfast import __version__
 from holdfast.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import name_tensors
 from holdfast.messages import describe_size
+from holdfast.policies.keeping import Candidate, find_agreement
 from holdfast.storage import open_storage
 from holdfast.storage.identity import RunIdentity
 from holdfast.storage.store import Checkpoint, Listing, Store, parse_checkpoint_name
@@ -44,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ls.set_defaults(command=_ls)
     verify = commands.add_parser("verify", help="read every file and compare it with the manifest")
     verify.set_defaults(command=_verify)
+    verify.add_argument(
+        "--lineage",
+        action="store_true",
+        help="print also from where each was trained, and whether its replicas agreed",
+    )
     for each in (ls, verify):
         each.add_argument("directory", type=Path, help="a store, or one iter_* directory of it")
         each.add_argument("--json", action="store_true", help="print one JSON document")
@@ -141,8 +148,10 @@ def _verify(parsed: argparse.Namespace) -> int:
         raise CheckpointNotFoundError(
             f"{parsed.directory} holds no checkpoint.{_suggest(target.store.root)}"
         )
+    lineage = _lineage(target.store) if parsed.lineage else {}
     results = [
         {"path": str(each.path), "size_bytes": each.manifest.size_bytes,
+         **lineage.get(each.manifest.sequence, {}),
          "damages": [
              str(damage)
              for damage in name_tensors(
@@ -166,11 +175,47 @@ def _verify(parsed: argparse.Namespace) -> int:
         print(f"{result['path']}: {'DAMAGED' if damages else 'sound'}")
         for damage in damages:
             print(f"  {damage.removeprefix(str(result['path']) + ': ')}")
+        if "replicas" in result:
+            print(f"  {_describe_lineage(result)}")
     for new in listing.too_new:
         print(f"{new.path}: NOT READ, it {new.error.summary}")
     plural = "" if len(results) == 1 else "s"
     print(f"{len(results)} checkpoint{plural} read, {damaged} damaged")
     return _exit_code(damaged > 0, listing)
+
+
+def _lineage(store: Store) -> dict[int, dict[str, object]]:
+    """Return where each checkpoint came from, and what is known of its replicas, by sequence."""
+    attempts = RunIdentity(store.storage).attempts()
+    resumed_from = {each.number: each.resumed_from for each in attempts}
+    manifests = [each.manifest for each in store.listing().checkpoints]
+    agreement = find_agreement([*map(Candidate.of, manifests)])
+    return {
+        each.sequence: {
+            "attempt": each.attempt,
+            "resumed_from": resumed_from.get(each.attempt),
+            "replicas": {
+                "compared": agreement[each.sequence].compared,
+                "shares": agreement[each.sequence].shares,
+                "agree": agreement[each.sequence].is_whole,
+            },
+        }
+        for each in manifests
+    }
+
+
+def _describe_lineage(result: Mapping[str, Any]) -> str:
+    start = result["resumed_from"]
+    begun = "from the start" if start is None else f"resumed from iteration {start}"
+    replicas = result["replicas"]
+    if not replicas["shares"]:
+        agreement = "replicas were not compared, or there are none"
+    elif replicas["agree"]:
+        agreement = "replicas agree"
+    else:
+        done = f"{replicas['compared']} of {replicas['shares']} shares"
+        agreement = f"replicas agree as far as compared since, {done}"
+    return f"attempt {result['attempt']}, {begun}; {agreement}"
 
 
 def _find_target(directory: Path) -> _Target:

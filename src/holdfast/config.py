@@ -113,6 +113,15 @@ class PretrainedConfig:
 
 
 @dataclass
+class ReplicasConfig:
+    """How what several ranks hold alike is compared."""
+
+    audit_fraction: float = 1 / 32
+    """The share of all blocks that each save compares, in rotation, once a value has changed since
+    it was first compared. 0: no rotation; 1: everything in every save."""
+
+
+@dataclass
 class LoadConfig:
     """Which checkpoint a load takes and how strictly."""
 
@@ -181,6 +190,7 @@ class CheckpointConfig:
     """How long ranks wait for each other in a stage."""
     persistent: PersistentConfig = field(default_factory=PersistentConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
 
     @classmethod
@@ -228,6 +238,12 @@ class CheckpointConfig:
         require_choice(self.staging, "staging", STAGINGS)
         require_choice(self.on_save_failure, "on_save_failure", FAILURE_POLICIES)
         require_choice(self.on_replica_mismatch, "on_replica_mismatch", MISMATCH_POLICIES)
+        fraction = self.replicas.audit_fraction
+        require(
+            fraction == 0 or 1 / 4096 <= fraction <= 1,
+            "replicas.audit_fraction",
+            f"is {fraction}; it must be 0, or from 1/4096 to 1",
+        )
         require_choice(self.permissions, "permissions", PERMISSIONS)
         require_positive(self.save_failure_limit, "save_failure_limit")
         require_positive(self.alarm_after_seconds, "alarm_after_seconds")

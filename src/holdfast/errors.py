@@ -49,7 +49,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.messages import describe_size, list_first, name_first
+from holdfast.messages import describe_mismatch, describe_size, list_first, name_first, suspects_of
 
 
 class CheckpointError(Exception):
@@ -268,32 +268,27 @@ class ReplicaMismatchError(CheckpointError, ValueError):
         sides: Sequence[Sequence[int]],
         block: int,
         index: tuple[int, ...] | None,
-        values: tuple[str, str],
+        values: tuple[str, str] | None,
         others: int = 0,
+        agreed: int | None = None,
     ) -> None:
         self.name = name
-        """Of the first such tensor, as in the checkpoint."""
+        """Of the first such tensor, as in the checkpoint; it begins with its component."""
         self.sides = tuple(map(tuple, sides))
         """Ranks that hold the same value together; at least two sides."""
+        self.suspects = suspects_of(self.sides)
+        """Ranks that are not on the largest side; every rank where no side is the largest."""
         self.block = block
         """The number of the first block of 8 MiB that differs."""
         self.index = index
-        """Of the first such element in the whole tensor; None: it is no dense tensor."""
+        """Of the first such element in the whole tensor; None: not known, or no dense tensor."""
         self.values = values
-        """That element on the first rank of the first two sides."""
+        """That element on the first rank of the first two sides; None: it has changed since."""
         self.others = others
         """How many more names, or chunks of a name, differ."""
-        one, other = (each[0] for each in self.sides[:2])
-        first = " and ".join(f"rank(s) {name_first([*map(str, each)])}" for each in self.sides[:2])
-        at = "" if index is None else f" at {list(index)}"
-        more = f" (and {others} more)" if others else ""
-        super().__init__(
-            f"{name}{more} differs between {first}, first{at}: {values[0]} on rank {one}, "
-            f"{values[1]} on rank {other}. Nothing was saved.\n"
-            "Parts of one tensor need a DTensor, pg_collection.tp with Megatron's attributes, or "
-            "holdfast.declare_sharding.\nOtherwise find out why replicas differ, or set "
-            "checkpoint.on_replica_mismatch: per_rank saves each rank's own, rank0 the lowest's."
-        )
+        self.agreed = agreed
+        """The last iteration at which all replicas agreed; None: none is known."""
+        super().__init__(describe_mismatch(name, sides, block, index, values, others, agreed))
 
 
 class DataReshardError(CheckpointError, ValueError):

@@ -1,4 +1,4 @@
-"""How messages state sizes and long lists, and which setting an unknown one was meant to be.
+"""How messages state sizes, long lists and differences, and which setting was meant.
 
 Owns the units of sizes (binary, with a decimal or two, so that what is needed and what is free can
 be compared at a glance), and the comparison of a mistyped setting with the dotted paths of a tree
@@ -41,6 +41,45 @@ def list_first(items: Sequence[object], kind: str, most: int = 3) -> str:
 def name_first(names: Sequence[str]) -> str:
     """Return the first names, and three dots if there are more."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def suspects_of(sides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the ranks outside the one largest side; all of them where no side is the largest."""
+    ordered = sorted(sides, key=len)
+    if len(ordered[-1]) > len(ordered[-2]):
+        ordered = ordered[:-1]
+    return tuple(sorted(rank for side in ordered for rank in side))
+
+
+def describe_mismatch(
+    name: str,
+    sides: Sequence[Sequence[int]],
+    block: int,
+    index: Sequence[int] | None,
+    values: tuple[str, str] | None,
+    others: int,
+    agreed: int | None,
+) -> str:
+    """Say what ranks hold differently under one name, and what to do about it."""
+    one, other = (each[0] for each in sides[:2])
+    first = " and ".join(f"rank(s) {name_first([*map(str, each)])}" for each in sides[:2])
+    more = f" (and {others} more)" if others else ""
+    place = f"in block {block}" if index is None else f"at {[*index]}"
+    if values is None:
+        shown = f"{place}, whose values have changed since"
+    else:
+        shown = f"{place}: {values[0]} on rank {one}, {values[1]} on rank {other}"
+    suspects = suspects_of(sides)
+    if sum(map(len, sides)) > len(suspects):
+        shown += f". The minority is suspect: {name_first([*map(str, suspects)])}"
+    if agreed is not None:
+        shown += f". All replicas last agreed at iteration {agreed}"
+    return (
+        f"{name}{more} differs between {first}, first {shown}. Nothing was saved.\n"
+        "Parts of one tensor need a DTensor, pg_collection.tp with Megatron's attributes, or "
+        "holdfast.declare_sharding.\nOtherwise find out why replicas differ, or set "
+        "checkpoint.on_replica_mismatch: per_rank saves each rank's own, rank0 the lowest's."
+    )
 
 
 def list_settings(kind: type[Any]) -> list[str]:

@@ -23,6 +23,7 @@ from holdfast.caller import Call, Gate
 from holdfast.config import CheckpointConfig
 from holdfast.errors import (
     CheckpointError,
+    ReplicaMismatchError,
     SaveAbandonedError,
     SaveGivenUpError,
     StageFailedError,
@@ -87,6 +88,7 @@ class Saver:
     def agree_first(self, reason: str) -> None:
         """Let the next save be agreed on; `reason`: of this rank, as others are told it."""
         self._why_agree = reason
+        self._snapshotter.compare_all(is_loaded=True)
 
     def note_commit(self, iteration: int, tier: str) -> None:
         """Nothing: what follows from a commit is noted where its copies are known."""
@@ -94,6 +96,7 @@ class Saver:
     def note_failure(self, iteration: int, tier: str, error: BaseException) -> None:
         """Let the next save be agreed on, as after any failure."""
         self._why_agree = "the save before failed"
+        self._snapshotter.compare_all()
 
     def take_given_up(self, iteration: int) -> tuple[CheckpointSaveContext, Save] | None:
         """Return the last save if it was given up, and training has not gone on since; once."""
@@ -152,7 +155,7 @@ class Saver:
             given_up = decided
             self._start(request, lambda: _raise(given_up))
             return
-        except StageFailedError as error:
+        except (StageFailedError, ReplicaMismatchError) as error:
             if error is request.refusal:
                 raise
             self._flight.fail(save, error, control.rank)

@@ -113,7 +113,7 @@ class Snapshotter:
         self._shardings = Shardings()
         self._names: _Names | None = None
         self._digests: dict[str, torch.Tensor] = {}
-        self._replicas = Replicas(config.on_replica_mismatch)
+        self._replicas = Replicas(config.on_replica_mismatch, config.replicas.audit_fraction)
         self._guard = StepGuard()
 
     @property
@@ -153,7 +153,9 @@ class Snapshotter:
             taken.append((captured, leaves, _encode_counters(counters)))
             return self._describe(leaves)
 
-        plan, inventory = self._agree_on_plan(capture, lambda: taken[0][1], control, plans=plans)
+        plan, inventory = self._agree_on_plan(
+            capture, lambda: taken[0][1], iteration, control, plans=plans
+        )
         pinned = _is_on_gpu(inventory)
         reserved = self._memory.reserve(
             plan.staged.layout,
@@ -164,13 +166,19 @@ class Snapshotter:
         )
 
         def stage() -> Snapshot:
-            ((captured, _, counters),) = taken
+            ((captured, leaves, counters),) = taken
+            shard = self._stage_shard(captured, plan, inventory, reserved, pinned=pinned)
+            audit = self._replicas.audited()
+            if not plans:
+                buffers = leaves.buffers.__contains__
+                audit = self._replicas.audit(plan, inventory, shard, buffers, iteration)
             snapshot = Snapshot(
                 iteration,
-                self._stage_shard(captured, plan, inventory, reserved, pinned=pinned),
+                shard,
                 counters,
                 to_yaml(ctx.state.cfg),
                 confirm,
+                audit,
             )
             copying = snapshot.shard.copying
             if copying is not None and self._overlaps:
@@ -188,6 +196,7 @@ class Snapshotter:
         self,
         take: Callable[[], Inventory],
         leaves: Callable[[], Leaves],
+        iteration: int,
         control: Coordinator,
         *,
         plans: bool,
@@ -206,8 +215,8 @@ class Snapshotter:
             )
             if not plans:  # this rank is alone: the others are not asked
                 return plan, inventory
-            buffers = leaves().buffers
-            if not self._replicas.compare(plan, inventory, buffers.__contains__, control):
+            buffers = leaves().buffers.__contains__
+            if not self._replicas.compare(plan, inventory, buffers, iteration, control):
                 return plan, inventory
 
             def take() -> Inventory:
@@ -217,6 +226,10 @@ class Snapshotter:
         """Complete the pending copy, unless it runs in the background during training."""
         if snapshot.shard.copying is not None and not self._overlaps:
             snapshot.shard.copying.finish()
+
+    def compare_all(self, *, is_loaded: bool = False) -> None:
+        """Compare all replicas in the next save; `is_loaded`: other values were loaded."""
+        self._replicas.restart(is_loaded=is_loaded)
 
     def estimate(
         self,
@@ -265,6 +278,7 @@ class Snapshotter:
         """Free memory, remove hooks, and drop references to live objects."""
         self._guard.leave()
         self._shards.release()
+        self._replicas.release()
         self._bindings = None
 
     def _describe(self, leaves: Leaves) -> Inventory:

@@ -1,9 +1,10 @@
-"""Digests of live tensors, to compare what several ranks hold.
+"""Digests of tensors, to compare what several ranks hold.
 
-Owns how the bytes of a tensor become 16 bytes: in host memory by xxh3 on a few threads, on another
-device by an exact integer hash that is computed there, so that only digests are copied to the host.
-Equal bits have equal digests, NaNs and negative zeros included, on the same kind of device. Digests
-of host and device differ: `host_digests` is for both.
+Owns how the bytes of a tensor become digests of its blocks of 8 MiB, and these become 16 bytes: in
+host memory by xxh3 on a few threads, on another device by an exact integer hash that is computed
+there, so that only digests are copied to the host, and only when they are asked for. Equal bits
+have equal digests, NaNs and negative zeros included, on the same kind of device. Digests of host
+and device differ: `host_digests` is for both.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch
 import xxhash
 
 from holdfast.format.items import Source
-from holdfast.snapshot.copy import bytes_of
+from holdfast.snapshot.copy import bytes_of, mark_streams
 from holdfast.storage.digests import BLOCK_BYTES
+
+Wanted = tuple[Source, Sequence[int] | None]
+"""A source and the numbers of its blocks; None: all."""
 
 _WORKERS = 2
 """Threads that digest: one thread reaches half of the memory's read speed."""
@@ -31,38 +35,79 @@ _LANES = (0x7FEB352D9E3779B1, 0x3C6EF372FE94F82B)
 
 def fingerprints(sources: Sequence[Source]) -> list[bytes]:
     """Return 16 bytes for each source; views of the same memory are digested once."""
-    found: list[bytes] = [b""] * len(sources)
-    places: dict[Any, int] = {}
-    repeated: list[tuple[int, int]] = []
-    large: list[int] = []
-    remote: list[int] = []
-    for number, source in enumerate(sources):
-        if isinstance(source, torch.Tensor) and source.numel():
-            place = _place_of(source)
-            first = places.setdefault(place, number)
-            if first != number:
-                repeated.append((number, first))
-                continue
-            if source.device.type != "cpu":
-                remote.append(number)
-                continue
-            if source.nbytes >= _LARGE_BYTES:
-                large.append(number)
-                continue
-        found[number] = _digest(source)
-    hashed = _hash_on_devices([sources[number] for number in remote])
-    if large:
-        with ThreadPoolExecutor(_WORKERS, thread_name_prefix="holdfast-compare") as pool:
-            digests = pool.map(lambda number: _digest(sources[number]), large)
-            found = _put(found, large, digests)
-    found = _put(found, remote, hashed)
-    for number, first in repeated:
-        found[number] = found[first]
-    return found
+    digests = BlockDigests([(source, None) for source in sources])
+    return [fingerprint(each) for each in digests.result()]
 
 
-def host_digests(source: Source) -> list[bytes]:
-    """Return the digests of a source's blocks of 8 MiB, the same on every kind of device."""
+def fingerprint(digests: Sequence[bytes]) -> bytes:
+    """Return 16 bytes for some blocks of one source."""
+    return digests[0] if len(digests) == 1 else xxhash.xxh3_128_digest(b"".join(digests))
+
+
+class BlockDigests:
+    """Digests of blocks as they are now: of host memory at once, of a device when awaited."""
+
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        self._found: list[list[bytes]] = [[] for _ in wanted]
+        self._repeated: list[tuple[int, int]] = []
+        self._hashed: list[tuple[list[int], list[int], torch.Tensor]] = []
+        """For each device: what was wanted of it, by number, their counts of blocks, the hashes."""
+        self._computed: list[Any] = []
+        places: dict[Any, int] = {}
+        large: list[int] = []
+        remote: dict[torch.device, list[int]] = {}
+        for number, (source, blocks) in enumerate(wanted):
+            if isinstance(source, torch.Tensor) and source.numel():
+                place = _place_of(source), None if blocks is None else tuple(blocks)
+                first = places.setdefault(place, number)
+                if first != number:
+                    self._repeated.append((number, first))
+                    continue
+                if source.device.type != "cpu":
+                    remote.setdefault(source.device, []).append(number)
+                    continue
+                if source.nbytes >= _LARGE_BYTES:
+                    large.append(number)
+                    continue
+            self._found[number] = host_digests(source, blocks)
+        for numbers in remote.values():  # first: a device computes while the host does
+            self._hash([wanted[number] for number in numbers], numbers)
+        if large:
+            with ThreadPoolExecutor(_WORKERS, thread_name_prefix="holdfast-compare") as pool:
+                digests = pool.map(lambda number: host_digests(*wanted[number]), large)
+                for number, each in zip(large, digests, strict=True):
+                    self._found[number] = each
+
+    @torch.no_grad()
+    def _hash(self, wanted: Sequence[Any], numbers: list[int]) -> None:
+        hashes: list[torch.Tensor] = []
+        counts: list[int] = []
+        for source, blocks in wanted:
+            own = [hash_on_device(each) for each in _blocks_on_device(source, blocks)]
+            hashes += own
+            counts.append(len(own))
+        stacked = torch.stack(hashes)
+        self._computed += [each for events in mark_streams([stacked]).values() for each in events]
+        self._hashed.append((numbers, counts, stacked))
+
+    def result(self) -> list[list[bytes]]:
+        """Return the digests of each, waiting for devices; on any thread."""
+        for each in self._computed:  # another thread's stream would not wait for them
+            each.synchronize()
+        for numbers, counts, stacked in self._hashed:
+            hashes = iter(stacked.cpu())
+            for number, count in zip(numbers, counts, strict=True):
+                self._found[number] = [next(hashes).numpy().tobytes() for _ in range(count)]
+        for number, first in self._repeated:
+            self._found[number] = self._found[first]
+        self._hashed, self._computed, self._repeated = [], [], []
+        return self._found
+
+
+def host_digests(source: Source, blocks: Sequence[int] | None = None) -> list[bytes]:
+    """Return digests of a source's blocks of 8 MiB, the same on every kind of device."""
+    if blocks is not None:
+        return [xxhash.xxh3_128_digest(block_of(source, number)) for number in blocks]
     found: list[bytes] = []
     digest = xxhash.xxh3_128()
     filled = 0
@@ -79,6 +124,18 @@ def host_digests(source: Source) -> list[bytes]:
     return [*found, digest.digest()] if filled else found
 
 
+def block_of(source: Source, number: int) -> memoryview:
+    """Return the bytes of a block: a view of them where the source is plain memory of the host."""
+    start, end = number * BLOCK_BYTES, (number + 1) * BLOCK_BYTES
+    if isinstance(source, bytes):
+        return memoryview(source)[start:end]
+    if source.device.type == "cpu" and source.is_contiguous():
+        parts = list(bytes_of(source))
+        if len(parts) == 1:
+            return parts[0][start:end]
+    return memoryview(bytes_between(source, start, end))
+
+
 def bytes_between(source: Source, start: int, end: int) -> bytes:
     """Return some of the row-major bytes of a source."""
     found = bytearray()
@@ -91,26 +148,11 @@ def bytes_between(source: Source, start: int, end: int) -> bytes:
     return bytes(found)
 
 
-def _digest(source: Source) -> bytes:
-    if isinstance(source, torch.Tensor) and source.nbytes <= BLOCK_BYTES:
-        digest = xxhash.xxh3_128()
-        for part in bytes_of(source):
-            digest.update(part)
-        return digest.digest()
-    return xxhash.xxh3_128_digest(b"".join(host_digests(source)))
-
-
 def _bytes_of(source: Source) -> Iterator[memoryview]:
     if isinstance(source, bytes):
         yield memoryview(source)
     elif source.numel():
         yield from bytes_of(source)
-
-
-def _put(found: list[bytes], numbers: Sequence[int], digests: Any) -> list[bytes]:
-    for number, digest in zip(numbers, digests, strict=True):
-        found[number] = digest
-    return found
 
 
 def _place_of(tensor: torch.Tensor) -> Any:
@@ -125,18 +167,12 @@ def _place_of(tensor: torch.Tensor) -> Any:
     )
 
 
-@torch.no_grad()
-def _hash_on_devices(tensors: Sequence[Any]) -> list[bytes]:
-    """Hash tensors where they are; the results are copied to the host once per device."""
-    by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
-    for number, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append((number, hash_on_device(tensor)))
-    found = [b""] * len(tensors)
-    for hashed in by_device.values():
-        values = torch.stack([each for _, each in hashed]).cpu()
-        for (number, _), value in zip(hashed, values, strict=True):
-            found[number] = value.numpy().tobytes()
-    return found
+def _blocks_on_device(tensor: torch.Tensor, blocks: Sequence[int] | None) -> Iterator[torch.Tensor]:
+    """Yield blocks of a tensor on its device, flat."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    size = BLOCK_BYTES // flat.element_size()
+    for number in range(-(-flat.numel() // size)) if blocks is None else blocks:
+        yield flat[number * size : (number + 1) * size]
 
 
 @torch.no_grad()

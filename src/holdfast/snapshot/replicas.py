@@ -1,61 +1,64 @@
 """Compare what several ranks hold under one name, before one of them writes it for all.
 
-Owns the comparison: each rank sends one digest per set of holders, and only where these differ are
-tensors, blocks and elements compared, down to the first difference. Everything is compared after
-each new plan, and each item until its value has changed since it was first compared (equal zeros
-prove nothing), in every save that all ranks agree on before it: not in those that send nothing.
-Promises that a difference is found before any byte is staged, that it is the same verdict on every
-rank, and that NaNs are compared as bits. What differs is refused, or set aside as
-`on_replica_mismatch` says: saved per rank, or as the lowest rank has it. Values that are per rank
-by kind are not compared.
+Owns what is compared in which save. Everything is compared in the first save of a plan, and each
+item in full until its value has changed since then (equal zeros prove nothing), in a few saves at
+most where a rotation covers it afterwards; of the others a rotating share of all blocks. In saves
+that all ranks agree on, this is done before any byte is staged: each rank sends one digest per set
+of holders, and only where these differ are tensors, blocks and elements compared. In saves by the
+last plan `audit` does it while they are written. Promises the same verdict on every rank, and that
+NaNs are compared as bits. What differs is refused, or set aside as `on_replica_mismatch` says:
+saved per rank, or as the lowest rank has it. Values that are per rank by kind are not compared.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
 import xxhash
 
-from holdfast.errors import ReplicaMismatchError
-from holdfast.format.holders import ALONE
-from holdfast.format.items import Inventory, Source, structure_of
+from holdfast.format.items import Inventory, structure_of
 from holdfast.format.layout import Item
 from holdfast.messages import name_first
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.snapshot.fingerprints import bytes_between, fingerprints, host_digests
-from holdfast.snapshot.shard import ShardPlan
-from holdfast.storage.digests import BLOCK_BYTES
+from holdfast.snapshot.audit import (
+    Audit,
+    Audited,
+    Part,
+    Place,
+    Report,
+    Rules,
+    Scratch,
+    Share,
+    Unlike,
+    combine,
+    deal,
+    find_places,
+    find_unlike,
+)
+from holdfast.snapshot.differences import Difference, ask, find_sides, first_unlike, refuse
+from holdfast.snapshot.fingerprints import (
+    BlockDigests,
+    bytes_between,
+    fingerprint,
+    host_digests,
+)
+from holdfast.snapshot.shard import ShardPlan, StagedShard
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Key = tuple[str, tuple[int, ...]]
 """Name and offsets of an item."""
 
-_PAGE_BYTES = 4096
-"""Bytes that are compared one by one once digests have found where to look."""
-
-
-_Record = tuple[list[tuple[int, bytes]], bool]
-"""What a rank reports: a digest for each set of holders, and whether nothing will be left."""
-
-
-class _Held(NamedTuple):
-    """One item that other ranks hold as well."""
-
-    number: int
-    """Of the set of its holders."""
-    item: Item
-    source: Source
+_WHOLE_SAVES = 4
+"""So many saves of a plan compare what has not changed in full, where there is a rotation."""
 
 
 @dataclass(frozen=True)
-class _Difference:
+class _Unequal:
     """Items of one set of holders that are not alike."""
 
     ranks: tuple[int, ...]
@@ -68,20 +71,49 @@ class _Difference:
 class Replicas:
     """What was compared of one state, and what has been set aside since it differed."""
 
-    def __init__(self, on_mismatch: str) -> None:
-        """`on_mismatch`: as `checkpoint.on_replica_mismatch`."""
+    def __init__(self, on_mismatch: str, audit_fraction: float = 0.0) -> None:
+        """The settings `checkpoint.on_replica_mismatch` and `checkpoint.replicas.audit_fraction`.
+
+        With a fraction of 0 nothing is compared again once it has changed.
+        """
         self._on_mismatch = on_mismatch
+        self._count = math.ceil(1 / audit_fraction - 1e-9) if audit_fraction else 0
+        """Of shares."""
         self._plan = b""
-        self._first: dict[Key, bytes] = {}
-        """Of items whose value has not changed since they were first compared."""
-        self._changed: set[Key] = set()
-        self._is_done = True
-        """Whether no rank has anything left to compare under this plan."""
+        self._places: Sequence[Place] = ()
+        self._shares: Sequence[Share] = ()
+        self._first: dict[int, bytes] = {}
+        """By place: of items whose value has not changed since they were first compared."""
+        self._left: set[int] = set()
+        """Places that are compared in full."""
+        self._done = 0
+        """Comparisons of this plan."""
+        self._turn = 0
+        """The share that is compared next."""
+        self._compared: list[int] = []
+        """The iteration at which each share was compared last."""
+        self._has_any = False
+        """Whether any rank has anything to compare."""
+        self._agreed: int | None = None
+        """The newest iteration that a later comparison of every block covers."""
+        self._on_host: frozenset[int] = frozenset()
+        """Sets with holders on different kinds of devices."""
+        self._scratch = Scratch()
         self.per_rank: frozenset[str] = frozenset()
         """Names of which every rank is to save its own copy, since copies differed."""
         self._left_out: frozenset[Key] = frozenset()
         """Items that a lower rank has otherwise, and saves."""
         self._last: tuple[Any, Any, Inventory] | None = None
+
+    def restart(self, *, is_loaded: bool = False) -> None:
+        """Compare everything again in the next save; `is_loaded`: what was compared is gone."""
+        self._plan = b""
+        if is_loaded:
+            self._agreed = None
+
+    def release(self) -> None:
+        """Free the memory for copies."""
+        self._scratch.release()
 
     def leave_out(self, inventory: Inventory) -> Inventory:
         """Return the items that this rank may save: without those that a lower rank saves."""
@@ -102,9 +134,10 @@ class Replicas:
         plan: ShardPlan,
         inventory: Inventory,
         is_state_of_rank: Callable[[str], bool],
+        iteration: int,
         coordinator: Coordinator,
     ) -> bool:
-        """Compare the copies of all items that are still to be compared; a collective call.
+        """Compare the copies of what is due in this save; a collective call.
 
         `is_state_of_rank`: whether a name may differ between ranks rightly, as buffers may: where
         it does, each rank saves its own. Returns whether items were set aside: describe the state
@@ -115,63 +148,118 @@ class Replicas:
         """
         if coordinator.world_size == 1:
             return False
-        if plan.identity != self._plan:
-            self._plan = plan.identity
-            self._first.clear()
-            self._changed.clear()
-            self._is_done = False
-        if self._is_done:
-            return False
-        held: list[_Held] = []
+        parts: list[Part] = []
         digests: list[bytes] = []
 
-        def digest() -> _Record:
-            held.extend(self._select(plan, inventory))
-            digests.extend(fingerprints([each.source for each in held]))
-            same = (
-                self._first.get(_key(each.item), digest) == digest
-                for each, digest in zip(held, digests, strict=True)
-            )
-            return _combine(held, digests), not any(same)
+        def digest() -> Report:
+            self._begin(plan, inventory)
+            parts[:] = self._select(inventory)
+            found = BlockDigests([(each.source, each.blocks) for each in parts]).result()
+            digests[:] = [fingerprint(each) for each in found]
+            return Report((self._done, self._turn), combine(parts, found))
 
-        def judge(records: Sequence[_Record]) -> tuple[list[int], bool]:
-            assert plan.all_holders is not None
-            unlike = _find_unlike([each for each, _ in records], plan.all_holders.ranks)
-            return unlike, all(is_done for _, is_done in records)
+        def judge(reports: Sequence[Report]) -> tuple[Unlike, bool] | None:
+            if len({each.order for each in reports}) > 1:
+                return None
+            return find_unlike(reports, plan), any(each.digests for each in reports)
 
-        unlike, is_done = coordinator.all_reduce("replicas", digest, judge)
-        if unlike and self._set_aside(unlike, plan, held, is_state_of_rank, coordinator):
-            return True
-        self._note(held, digests)
-        self._is_done = is_done
+        while (verdict := coordinator.all_reduce("replicas", digest, judge)) is None:
+            self.restart()
+            self._turn = 0
+        unlike, has_any = verdict
+        self._has_any |= has_any
+        if unlike:
+            if self._set_aside(unlike, plan, parts, is_state_of_rank, coordinator):
+                return True
+            self._on_host |= frozenset(unlike)
+        self._note(parts, digests, iteration)
         return False
 
-    def _select(self, plan: ShardPlan, inventory: Inventory) -> list[_Held]:
-        """Return what is to be compared, in an order that all holders of a set have alike."""
-        held = [
-            _Held(number, item, source)
-            for number, item, source in zip(
-                plan.holders, inventory.items, inventory.sources, strict=True
-            )
-            if number != ALONE and _key(item) not in self._changed and _is_comparable(item)
-        ]
-        return sorted(held, key=lambda each: (each.number, *_key(each.item)))
+    def audited(self) -> Audited:
+        """Return what the comparison before staging has found, for the commit's record."""
+        return Audited(self._record(self._compared))
 
-    def _note(self, held: Sequence[_Held], digests: Sequence[bytes]) -> None:
+    def audit(
+        self,
+        plan: ShardPlan,
+        inventory: Inventory,
+        shard: StagedShard,
+        is_state_of_rank: Callable[[str], bool],
+        iteration: int,
+    ) -> Audit:
+        """Return the comparison that a save by the last plan makes while it is written."""
+        self._begin(plan, inventory)
+        after = self._compared_after(iteration)
+        rules = Rules(
+            lambda item: self._can_be_set_aside(item, is_state_of_rank),
+            self._agreed,
+            iteration,
+            (self._done, self._turn),
+            self._on_host,
+        )
+
+        def note(parts: Sequence[Part], digests: Sequence[bytes]) -> None:
+            self._note(parts, digests, iteration)
+
+        parts = self._select(inventory)
+        return Audit(parts, shard, self._scratch, self._record(after), rules, note)
+
+    def _begin(self, plan: ShardPlan, inventory: Inventory) -> None:
+        if plan.identity == self._plan:
+            return
+        self._plan, self._done, self._compared = plan.identity, 0, []
+        self._has_any = False
+        self._places = find_places(plan, inventory.items)
+        self._shares = deal(self._places, self._count)
+        self._first, self._left = {}, {*range(len(self._places))}
+        self._on_host = frozenset()
+
+    def _select(self, inventory: Inventory) -> list[Part]:
+        """Return what is to be compared, in an order that all holders of a set have alike."""
+        chosen: Share = dict.fromkeys(self._left)
+        if self._shares:
+            due = self._shares[self._turn]
+            chosen.update((index, due[index]) for index in due.keys() - self._left)
+        return [
+            Part(index, place, inventory.sources[place.position], chosen[index])
+            for index, place in ((index, self._places[index]) for index in sorted(chosen))
+        ]
+
+    def _note(self, parts: Sequence[Part], digests: Sequence[bytes], iteration: int) -> None:
         """Remember values that were found alike on all ranks."""
-        for each, digest in zip(held, digests, strict=True):
-            key = _key(each.item)
-            if self._first.setdefault(key, digest) != digest:
-                del self._first[key]
-                self._changed.add(key)
+        for part, digest in zip(parts, digests, strict=True):
+            index = part.at
+            if index in self._left and self._first.setdefault(index, digest) != digest:
+                del self._first[index]
+                self._left.remove(index)
+        self._compared = self._compared_after(iteration)
+        self._agreed = min(self._compared)
+        if self._count and self._done:
+            self._turn = (self._turn + 1) % self._count
+        self._done += 1
+        if self._count and self._done >= _WHOLE_SAVES:
+            self._left.clear()
+            self._first.clear()
+
+    def _compared_after(self, iteration: int) -> list[int]:
+        """Return when each share was compared last, once this iteration is."""
+        if not self._compared:
+            return [iteration] * max(self._count, 1)
+        found = [min(each, iteration) for each in self._compared]  # training may have gone back
+        if self._count:
+            found[self._turn] = iteration
+        return found
+
+    def _record(self, compared: Sequence[int]) -> dict[str, Any] | None:
+        return {"compared": [*compared]} if compared and self._has_any else None
 
     # -- what differs ----------------------------------------------------------------------------
 
     def _set_aside(
         self,
-        unlike: Sequence[int],
+        unlike: Unlike,
         plan: ShardPlan,
-        held: Sequence[_Held],
+        parts: Sequence[Part],
         is_state_of_rank: Callable[[str], bool],
         coordinator: Coordinator,
     ) -> bool:
@@ -180,10 +268,10 @@ class Replicas:
         Raises:
             ReplicaMismatchError: some of it cannot be set aside.
         """
-        own: dict[int, list[_Held]] = {number: [] for number in unlike}
-        for each in held:
-            if each.number in own:
-                own[each.number].append(each)
+        own: dict[int, list[Part]] = {number: [] for number in unlike}
+        for each in parts:
+            if each.place.number in own:
+                own[each.place.number].append(each)
         own = {number: items for number, items in own.items() if items}
 
         def describe() -> dict[int, list[tuple[bytes, bool]]]:
@@ -196,23 +284,23 @@ class Replicas:
                 for number, items in own.items()
             }
 
-        def find(records: Sequence[dict[int, list[tuple[bytes, bool]]]]) -> dict[int, _Difference]:
+        def find(records: Sequence[dict[int, list[tuple[bytes, bool]]]]) -> dict[int, _Unequal]:
             assert plan.all_holders is not None
             found = {}
             for number in unlike:
                 ranks = plan.all_holders.ranks(number)
-                if difference := _differ(ranks, [records[rank].get(number, []) for rank in ranks]):
-                    found[number] = difference
+                if unequal := _differ(ranks, [records[rank].get(number, []) for rank in ranks]):
+                    found[number] = unequal
             return found
 
-        found: dict[int, _Difference] = coordinator.all_reduce("replicas", describe, find)
-        for number, difference in found.items():
-            if difference.refused:
-                _refuse(own.get(number, []), number, found, coordinator)
-        for number, difference in found.items():
+        found: dict[int, _Unequal] = coordinator.all_reduce("replicas", describe, find)
+        for number, unequal in found.items():
+            if unequal.refused:
+                _refuse(own.get(number, []), number, found, self._agreed, coordinator)
+        for number, unequal in found.items():
             if number in own:
-                items = [own[number][position].item for position in difference.positions]
-                self._move(items, difference.ranks, is_state_of_rank, coordinator.rank)
+                items = [own[number][position].item for position in unequal.positions]
+                self._move(items, unequal.ranks, is_state_of_rank, coordinator.rank)
         return bool(found)
 
     def _can_be_set_aside(self, item: Item, is_state_of_rank: Callable[[str], bool]) -> bool:
@@ -251,43 +339,13 @@ class Replicas:
             logger.info("ranks %s hold different values of %s: each saves its own", ranks, names)
 
 
-def _is_comparable(item: Item) -> bool:
-    """Whether equal values have equal bytes: tensors do, and values of an optimizer's state."""
-    return not item.per_rank and (item.dtype is not None or item.path[1:2] == ("state",))
-
-
 def _key(item: Item) -> Key:
     return item.name, item.offsets
 
 
-def _combine(held: Sequence[_Held], digests: Sequence[bytes]) -> list[tuple[int, bytes]]:
-    """Return one digest for each set of holders."""
-    combined: dict[int, Any] = {}
-    for each, digest in zip(held, digests, strict=True):
-        if each.number not in combined:
-            combined[each.number] = xxhash.xxh3_128()
-        combined[each.number].update(f"{each.item.name} {each.item.offsets} ".encode() + digest)
-    return [(number, each.digest()) for number, each in combined.items()]
-
-
-def _find_unlike(
-    records: Sequence[Sequence[tuple[int, bytes]]], ranks_of: Callable[[int], Sequence[int]]
-) -> list[int]:
-    """Return the sets whose holders do not all report the same."""
-    reported: dict[int, list[bytes]] = {}
-    for record in records:
-        for number, digest in record:
-            reported.setdefault(number, []).append(digest)
-    return sorted(
-        number
-        for number, digests in reported.items()
-        if len(set(digests)) > 1 or len(digests) != len(ranks_of(number))
-    )
-
-
 def _differ(
     ranks: tuple[int, ...], records: Sequence[Sequence[tuple[bytes, bool]]]
-) -> _Difference | None:
+) -> _Unequal | None:
     """Return which of the items of one set are not alike; None: all are."""
     columns = zip(*records, strict=True)  # all holders have compared the same items until now
     positions = [
@@ -298,20 +356,18 @@ def _differ(
     if not positions:
         return None
     refused = [position for position, can_be_set_aside in positions if not can_be_set_aside]
-    return _Difference(ranks, [position for position, _ in positions], refused)
+    return _Unequal(ranks, [position for position, _ in positions], refused)
 
 
-def _whole_digest(held: _Held) -> bytes:
-    return xxhash.xxh3_128_digest(b"".join(host_digests(held.source)))
-
-
-# -- the first difference ----------------------------------------------------------------------
+def _whole_digest(part: Part) -> bytes:
+    return xxhash.xxh3_128_digest(b"".join(host_digests(part.source)))
 
 
 def _refuse(
-    own: Sequence[_Held],
+    own: Sequence[Part],
     number: int,
-    found: Mapping[int, _Difference],
+    found: Mapping[int, _Unequal],
+    agreed: int | None,
     coordinator: Coordinator,
 ) -> None:
     """Find the first element that differs, together with all ranks, and raise it.
@@ -319,85 +375,33 @@ def _refuse(
     Raises:
         ReplicaMismatchError: on every rank.
     """
-    difference = found[number]
-    ranks, position = difference.ranks, difference.refused[0]
-    held = own[position] if own else None
+    unequal = found[number]
+    position = unequal.refused[0]
+    part = own[position] if own else None
     others = sum(len(each.refused) for each in found.values()) - 1
 
-    def ask(stage: str, of: Iterable[int], work: Callable[[_Held], T]) -> Mapping[int, T]:
-        """Return what some holders answer."""
-        asked = set(of)
+    def digest() -> bytes:
+        assert part is not None
+        return _whole_digest(part)
 
-        def answer() -> list[T]:
-            return [work(held)] if held is not None and coordinator.rank in asked else []
+    def digest_blocks() -> list[bytes]:
+        assert part is not None
+        return host_digests(part.source)
 
-        return coordinator.all_reduce(
-            stage,
-            answer,
-            lambda found: {rank: found[rank][0] for rank in sorted(asked)},
-        )
-
-    wholes = ask("replica sides", ranks, _whole_digest)
-    sides: dict[bytes, list[int]] = {}
-    for rank, digest in wholes.items():
-        sides.setdefault(digest, []).append(rank)
-    one, other = [side[0] for side in sides.values()][:2]
-    pair = (one, other)
-    blocks = ask("replica blocks", pair, lambda each: host_digests(each.source))
-    block = _first_unlike(blocks[one], blocks[other])
-    start = block * BLOCK_BYTES
-    pages = ask("replica pages", pair, lambda each: _pages_of(each.source, start))
-    start += _first_unlike(pages[one], pages[other]) * _PAGE_BYTES
-    described = ask(
-        "replica values",
-        pair,
-        lambda each: (each.item, bytes_between(each.source, start, start + _PAGE_BYTES)),
+    sides = find_sides(ask("replica sides", unequal.ranks, digest, coordinator))
+    one, other = sides[0][0], sides[1][0]
+    blocks = ask("replica blocks", (one, other), digest_blocks, coordinator)
+    block = first_unlike(blocks[one], blocks[other])
+    difference = Difference(sides, block, others, agreed)
+    if part is None:
+        refuse(difference, None, None, coordinator)
+    source = part.source
+    refuse(
+        difference,
+        part.item,
+        lambda start, end: bytes_between(source, start, end),
+        coordinator,
     )
-    item = described[one][0]
-    index, values = _first_element(item, start, [described[each][1] for each in pair])
-    raise ReplicaMismatchError(
-        item.name, [tuple(each) for each in sides.values()], block, index, values, others
-    )
-
-
-def _pages_of(source: Source, start: int) -> list[int]:
-    content = bytes_between(source, start, start + BLOCK_BYTES)
-    return [
-        xxhash.xxh3_64_intdigest(content[at : at + _PAGE_BYTES])
-        for at in range(0, len(content), _PAGE_BYTES)
-    ]
-
-
-def _first_unlike(one: Sequence[Any], other: Sequence[Any]) -> int:
-    pairs = zip(one, other, strict=False)
-    common = min(len(one), len(other))
-    return next((at for at, (first, second) in enumerate(pairs) if first != second), common)
-
-
-def _first_element(
-    item: Item, start: int, contents: Sequence[bytes]
-) -> tuple[tuple[int, ...] | None, tuple[str, str]]:
-    """Return the index of the first element that differs, in the global tensor, and both values.
-
-    The index is None for what is no dense tensor.
-    """
-    first, second = contents
-    if item.dtype is None or item.capacity_bytes:
-        at = _first_unlike(first, second)
-        return None, (repr(first[at : at + 16]), repr(second[at : at + 16]))
-    size = item.dtype.itemsize
-    at = _first_unlike(first, second) // size
-    place = np.unravel_index(start // size + at, item.lengths)
-    index = tuple(int(own) + low for own, low in zip(place, item.offsets, strict=True))
-    one, other = (each[at * size : (at + 1) * size] for each in contents)
-    shown = _show(one, item.dtype), _show(other, item.dtype)
-    if shown[0] == shown[1]:  # two NaNs, say
-        shown = f"{shown[0]} (bits {one[::-1].hex()})", f"{shown[1]} (bits {other[::-1].hex()})"
-    return index, shown
-
-
-def _show(content: bytes, dtype: torch.dtype) -> str:
-    return str(torch.frombuffer(bytearray(content), dtype=dtype)[0].item())
 
 
 def _few(ranks: Sequence[int]) -> str:

@@ -65,6 +65,14 @@ class Manifest:
         """Total bytes of all files, without the manifest."""
         return sum(each.size_bytes for each in self.files)
 
+    @property
+    def compared(self) -> tuple[int, ...]:
+        """The iteration at which each share of the replicas was compared last; empty: not known."""
+        found = (self.audit or {}).get("compared")
+        if not isinstance(found, list | tuple) or not all(type(each) is int for each in found):
+            return ()
+        return tuple(found)
+
     def to_bytes(self) -> bytes:
         """Return the content of manifest.json."""
         values = asdict(self)

@@ -13,7 +13,7 @@ import errno
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -33,6 +33,7 @@ from holdfast.policies.keeping import Candidate, retain
 from holdfast.ranks.coordinator import Coordinator, SingleProcess
 from holdfast.ranks.job import Committed
 from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.audit import Report, Unlike
 from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import Storage, pending_name
 from holdfast.storage.digests import FileRecord
@@ -53,6 +54,7 @@ from holdfast.tiers.tier import (
 
 logger = logging.getLogger(__name__)
 
+_Written = tuple[list[FileRecord], dict[str, str], Report | None]
 SEQUENCE_STRIDE = 1_000_000_000
 """More commits than one attempt can make."""
 _SHARD = re.compile(r"__[0-9]+_[0-9]+\.distcp")
@@ -327,7 +329,9 @@ class PersistentTier:
             pending = coordinator.broadcast("begin", lambda: self.begin(snapshot.iteration))
         rank0 = SingleProcess()  # its own part of the stage, under a name of its own
 
-        def commit(written: list[tuple[list[FileRecord], dict[str, str]]]) -> _Ended:
+        def commit(written: list[_Written]) -> _Ended | Unlike:
+            if unlike := snapshot.audit.judge([report for _, _, report in written]):
+                return unlike
             checkpoint = rank0.broadcast(
                 "commit",
                 lambda: self._commit(pending, snapshot, written, coordinator, identify()),
@@ -342,10 +346,12 @@ class PersistentTier:
                 commit,
                 then="commit",
             )
+            snapshot.audit.settle({} if isinstance(ended, _Ended) else ended, coordinator)
         except CheckpointError:
             if coordinator.rank == 0:
                 self.abandon(pending)
             raise
+        assert isinstance(ended, _Ended)
         rank, ranks = coordinator.rank, coordinator.world_size
         return Committed(
             ended.path,
@@ -369,10 +375,8 @@ class PersistentTier:
         self.store.sweep(lambda: self.identity.check_newest(attempt))
         return self.store.begin(iteration)
 
-    def _write_shard(
-        self, pending: str, snapshot: Snapshot
-    ) -> tuple[list[FileRecord], dict[str, str]]:
-        """Write this rank's file; return its record, and the digests of what is per rank."""
+    def _write_shard(self, pending: str, snapshot: Snapshot) -> _Written:
+        """Write this rank's file; return what rank 0 needs of it."""
         records: list[FileRecord] = []
         copies: dict[str, str] = {}
         with self._naming_successor():
@@ -385,7 +389,7 @@ class PersistentTier:
                 records.append(snapshot.shard.write(files, self._bytes_per_second))
                 copies = snapshot.shard.digest_copies()
             snapshot.confirm()
-        return records, copies
+        return records, copies, snapshot.audit.report()
 
     @contextmanager
     def _naming_successor(self) -> Iterator[None]:
@@ -401,14 +405,14 @@ class PersistentTier:
         self,
         pending: str,
         snapshot: Snapshot,
-        written: Sequence[tuple[Sequence[FileRecord], Mapping[str, str]]],
+        written: Sequence[_Written],
         coordinator: Coordinator,
         identity: CommitIdentity,
     ) -> Checkpoint:
         assert self._grant is not None
         store, grant = self.store, self._grant
-        records = [record for part, _ in written for record in part]
-        copies = [each for _, each in written]
+        records = [record for part, _, _ in written for record in part]
+        copies = [each for _, each, _ in written]
         with self._naming_successor():
             for name, content in (
                 (METADATA_NAME, snapshot.shard.plan.metadata),
@@ -429,6 +433,7 @@ class PersistentTier:
             parent=asdict(grant.parent) if grant.parent is not None else None,
             requires=snapshot.shard.plan.features(has_copies=any(copies)),
             differing=find_differing(copies),
+            audit=snapshot.audit.record,
         )
         self.identity.check_newest(grant.attempt)  # the last check before it is visible
         return store.commit(pending, manifest)
@@ -440,9 +445,7 @@ class PersistentTier:
         removed = []
         try:
             checkpoints = {each.iteration: each for each in self.store.listing().checkpoints}
-            candidates = [
-                Candidate(each.iteration, each.manifest.sequence) for each in checkpoints.values()
-            ]
+            candidates = [Candidate.of(each.manifest) for each in checkpoints.values()]
             tracker_iteration, _ = self.store.read_tracker()
             for verdict in retain(candidates, self._keep_last, tracker_iteration):
                 if not verdict.keep:

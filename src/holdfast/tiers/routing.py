@@ -20,6 +20,8 @@ from holdfast.config import CheckpointConfig
 from holdfast.errors import (
     CheckpointError,
     ConfigError,
+    ReplicaMismatchError,
+    SaveGivenUpError,
     StageFailedError,
     StageTimeoutError,
     StoreIdentityError,
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from holdfast.tiers.local.tier import LocalTier
 
 logger = logging.getLogger(__name__)
+
+_NOT_OF_ONE_TIER = StageTimeoutError, StoreIdentityError, ReplicaMismatchError, SaveGivenUpError
+"""Errors that would repeat in the other tier."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +314,7 @@ class Tiers:
                 assert self.local is not None
                 try:
                     committed = self.local.write(snapshot, identify, coordinator)
-                except (StageTimeoutError, StoreIdentityError):
+                except _NOT_OF_ONE_TIER:
                     raise
                 except CheckpointError as error:
                     if not route.to_persistent:

@@ -29,6 +29,7 @@ from holdfast.ranks.job import Committed
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Target
 from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.audit import NOTHING_LEFT, Audited
 from holdfast.snapshot.shard import StagedShard
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.store import Checkpoint
@@ -52,6 +53,8 @@ class Snapshot:
     confirm: Callable[[], None] = lambda: None
     """Called when all of it has been read, before the commit. Returns if training cannot have
     changed the state until then; otherwise raises."""
+    audit: Audited = NOTHING_LEFT
+    """What is compared while it is written."""
 
 
 class Recorded(Protocol):

@@ -437,6 +437,7 @@ def _trailer_of(
         digest=written.digest,
         written_by=f"holdfast {__version__}",
         copies=digest_copies(arena.layout, arena.content),
+        audit=snapshot.audit.record,
     )
     parts = {
         "train_state": snapshot.train_state,

@@ -33,6 +33,7 @@ from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
 from holdfast.snapshot.arena import Arena, image_bytes
+from holdfast.snapshot.audit import Report, Unlike
 from holdfast.storage.identity import CommitIdentity
 from holdfast.storage.manifest import LOCAL
 from holdfast.tiers.local.availability import Availability
@@ -199,16 +200,18 @@ class LocalTier:
         assert arena is not None
         snapshot.shard.wait()
         snapshot.confirm()
-        size = image_bytes(arena.layout)
-        file, sealed = self._file, []
+        size, file, sealed = image_bytes(arena.layout), self._file, []
         try:
             identity = coordinator.broadcast("local identity", identify)
 
-            def seal_own() -> tuple[int, int]:
+            def seal_own() -> tuple[int, int, Report | None]:
                 sealed.append(seal(snapshot, identity, self.files, file))
-                return snapshot.iteration, size
+                return snapshot.iteration, size, snapshot.audit.report()
 
-            total = coordinator.all_reduce("local seal", seal_own, _agree_on_iteration)
+            total, unlike = coordinator.all_reduce(
+                "local seal", seal_own, lambda all_sealed: _judge(all_sealed, snapshot)
+            )
+            snapshot.audit.settle(unlike, coordinator)
             ((pending, trailer),) = sealed
             if self.replication is not None and self.replication.sends_anything:
                 # All ranks have sealed their shards, so all take part.
@@ -479,19 +482,19 @@ def _nothing(_: object) -> None:
     return None
 
 
-def _agree_on_iteration(sealed: list[tuple[int, int]]) -> int:
-    """Return the bytes of all shards together.
+def _judge(sealed: list[tuple[int, int, Report | None]], snapshot: Snapshot) -> tuple[int, Unlike]:
+    """Return the bytes of all shards together, and which replicas differ.
 
     Raises:
         StageFailedError: ranks save different iterations.
     """
+    first = sealed[0][0]
     failures = [
-        RankFailure(
-            rank, "Disagreement", f"saves at step {iteration}, rank 0 at step {sealed[0][0]}"
-        )
-        for rank, (iteration, _) in enumerate(sealed)
-        if iteration != sealed[0][0]
+        RankFailure(rank, "Disagreement", f"saves at step {iteration}, rank 0 at step {first}")
+        for rank, (iteration, _, _) in enumerate(sealed)
+        if iteration != first
     ]
     if failures:
         raise StageFailedError("local seal", failures)
-    return sum(size for _, size in sealed)
+    unlike = snapshot.audit.judge([report for _, _, report in sealed])
+    return sum(size for _, size, _ in sealed), unlike
