@@ -102,6 +102,44 @@ def test_a_wrapper_that_rounds_what_it_is_given_is_refused(tmp_path: Path) -> No
         other.load(manager_of(tmp_path))
 
 
+def _odd_state() -> dict[str, Any]:
+    return {
+        "string": "fast",
+        "strings": ["a", ("b", {"c": "d"}), {"e"}],
+        "nested": {"wide": torch.tensor([1 / 3], dtype=torch.float64), "list": [torch.tensor(7)]},
+        "quantised": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "bits": [torch.arange(4, dtype=torch.uint8).view(torch.bits8)],
+        "plain": [1, None, True, 0.1, b"x"],
+    }
+
+
+def _typed(value: Any) -> Any:
+    """A value with its types, for a comparison that does not take 1 for True."""
+    if isinstance(value, torch.Tensor):
+        return type(value), value.dtype, bytes(value.untyped_storage())
+    if isinstance(value, dict):
+        return {key: _typed(each) for key, each in value.items()}
+    return (type(value), list(map(_typed, value)) if isinstance(value, list | tuple) else value)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # torch names what replaces it
+@pytest.mark.parametrize("kind", [_Wrapper, lambda optimizer: optimizer])
+def test_what_torch_cannot_cast_comes_back_as_it_was(tmp_path: Path, kind: Any) -> None:
+    """Strings, tensors of another dtype at any depth, and dtypes without a conversion."""
+    live = _build(kind, torch.bfloat16)
+    manager = manager_of(tmp_path)
+    live.load(manager)
+    step(live)
+    for entries in live.optimizer.state.values():
+        entries.update(_odd_state())
+    live.save(manager, 1)
+    other = _build(kind, torch.bfloat16)
+    other.load(manager_of(tmp_path))
+    odd = _odd_state()
+    for entries in other.optimizer.state.values():
+        assert _typed({key: entries[key] for key in odd}) == _typed(odd)
+
+
 @pytest.mark.parametrize("kind", [_Wrapper, _Derived])
 def test_overlapped_staging_refuses_a_wrapper_at_the_load(tmp_path: Path, kind: Any) -> None:
     """By class, with the way out, though it may have inherited the method."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,11 @@ from holdfast.state.groups import Group, kind_of, options_of
 from holdfast.state.kinds import find_changed
 from holdfast.state.model import ModelWalk, are_in_place, ask_torch
 from holdfast.state.naming import ROOT, Named, name_optimizers, parameter_names
-from holdfast.torch_internals import is_plain_optimizer, optimizer_has_default_loading
+from holdfast.torch_internals import (
+    is_plain_optimizer,
+    local_of,
+    optimizer_has_default_loading,
+)
 
 Entries = Mapping[str, Any]
 """The state of one parameter, by key."""
@@ -265,22 +270,56 @@ def _load(named: Named, given: Mapping[str, Entries], taken: Sequence[Group | No
         }
         for group, saved, names in zip(optimizer.param_groups, taken, named.groups, strict=True)
     ]
-    state = {numbers[name]: dict(entries) for name, entries in given.items()}
+    state = {numbers[name]: _without_uncastable(dict(entries)) for name, entries in given.items()}
     parameters = named.by_name()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    # torch casts state to its parameter's dtype: 32-bit moments of a 16-bit parameter would come
-    # back rounded.
     for name, entries in given.items():
         live = optimizer.state.get(parameters[name], {})
         for key, value in entries.items():
-            cast = live.get(key)
-            if (
-                isinstance(cast, torch.Tensor)
-                and isinstance(value, torch.Tensor)
-                and cast.dtype != value.dtype
-            ):
-                live[key] = value.to(cast.device)
+            if key in live:
+                live[key] = _undo_cast(live[key], value)
     _check_restored(named, given)
+
+
+def _undo_cast(cast: Any, value: Any) -> Any:
+    """Return what torch has cast as it was given, on the device that torch has chosen.
+
+    torch casts state to its parameter's dtype, at any depth: 32-bit moments of a 16-bit parameter
+    would come back rounded. It takes strings for containers of letters.
+    """
+    if isinstance(value, torch.Tensor):
+        if not isinstance(cast, torch.Tensor):
+            return value if cast is None else cast  # None: it was kept from torch
+        return cast if cast.dtype == value.dtype else value.to(cast.device)
+    if type(cast) is not type(value):
+        return cast
+    if isinstance(value, str | set):
+        return value
+    if type(value) is dict and cast.keys() == value.keys():
+        return {key: _undo_cast(cast[key], each) for key, each in value.items()}
+    if type(value) in (list, tuple) and len(cast) == len(value):
+        return type(value)(map(_undo_cast, cast, value))
+    return cast
+
+
+def _without_uncastable(value: Any) -> Any:
+    """Return state with None in place of the tensors that torch could not cast, at any depth."""
+    if isinstance(value, torch.Tensor):
+        return value if _is_castable(local_of(value).dtype) else None
+    if type(value) is dict:
+        return {key: _without_uncastable(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_uncastable, value))
+    return value
+
+
+@cache
+def _is_castable(dtype: torch.dtype) -> bool:
+    try:
+        torch.empty(1, dtype=dtype).to(torch.float32)
+    except (RuntimeError, TypeError):  # quantised ones, and those that only hold bits
+        return False
+    return True
 
 
 def _check_restored(named: Named, given: Mapping[str, Entries]) -> None:
@@ -335,9 +374,8 @@ class OptimizerView:
             for parameter, name in zip(group["params"], saved["params"], strict=True):
                 live = self.optimizer.state[parameter] if name in state_dict["state"] else {}
                 for key, value in state_dict["state"].get(name, {}).items():
-                    cast = live.get(key)
-                    if isinstance(cast, torch.Tensor) and cast.dtype != value.dtype:
-                        live[key] = value.to(cast.device)
+                    if key in live:
+                        live[key] = _undo_cast(live[key], value)
 
 
 class FlattenedOptimizers:
