@@ -40,6 +40,17 @@ class _Rows(torch.optim.Optimizer):
             value.sub_(gradient / (row.sqrt() + 1e-8), alpha=0.1)
 
 
+class _Listed(torch.optim.SGD):
+    """Keeps a list of DTensors for each parameter, as optimizers of whole matrices do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            (mean,) = state.setdefault("means", [torch.zeros_like(parameter)])
+            parameter.sub_(mean.lerp_(parameter.grad, 0.1), alpha=0.1)
+
+
 class _Scaled(nn.Module):
     """One replicated scale of no dimension."""
 
@@ -62,6 +73,8 @@ def _build(kind: str) -> Live:
     fully_shard(model)
     if kind == "subclass":
         return Live(model, CodedMomentum(model.parameters()))
+    if kind == "listed":
+        return Live(model, _Listed(model.parameters()))
     return Live(model, _Rows(model.parameters(), plain=kind == "plain"))
 
 
@@ -87,6 +100,8 @@ def _facts(live: Live) -> dict[str, Any]:
 
 
 def _fact(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(map(_fact, value))
     if not isinstance(value, torch.Tensor):
         return value
     layout = None
@@ -98,7 +113,7 @@ def _fact(value: Any) -> Any:
     return type(value) in (torch.Tensor, nn.Parameter), layout, value.tolist()
 
 
-KINDS = ("rows", "plain", "subclass", "scale")
+KINDS = ("rows", "plain", "subclass", "scale", "listed")
 
 
 def _resume(root: Path) -> dict[str, list[Any]]:

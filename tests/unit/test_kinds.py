@@ -158,6 +158,102 @@ def test_a_class_that_is_not_loaded_is_named(
         live.load(manager_of(tmp_path))
 
 
+class _Keeper(nn.Module):
+    """A module whose extra state is whatever it was given."""
+
+    def __init__(self, kept: Any = None) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def get_extra_state(self) -> Any:
+        return self.kept
+
+    def set_extra_state(self, state: Any) -> None:
+        self.kept = state
+
+
+def _unusual_values(seed: int) -> dict[str, Any]:
+    expanded = torch.full((1,), float(seed)).expand(3)
+    return {**unusual(seed), "expanded": expanded, "plain": torch.ones(2)}
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_extra_state_of_any_kind_comes_back(tmp_path: Path, is_nested: bool) -> None:
+    """Tensors that are not dense, alone and in containers."""
+    values = _unusual_values(1)
+
+    def build(kept: Any) -> Live:
+        each = [{"in": [kept]}] if is_nested else list(kept.values())
+        model = nn.ModuleList(map(_Keeper, each))
+        model.append(nn.Linear(2, 2))
+        return Live(model, None)
+
+    live = build(values)
+    manager = manager_of(tmp_path)
+    live.load(manager)
+    live.save(manager, 1)
+    other = build(dict.fromkeys(values))
+    other.load(manager_of(tmp_path))
+    models: Any = other.model
+    found = models[0].kept["in"][0] if is_nested else dict(zip(values, models, strict=False))
+    for kind, value in values.items():
+        back = found[kind] if is_nested else found[kind].kept
+        assert parts(back) == parts(value), kind
+        assert kind != "expanded" or back.stride() == value.stride()
+
+
+def test_nested_optimizer_state_of_any_kind_comes_back(tmp_path: Path) -> None:
+    """Into an optimizer that has no state yet."""
+    values = _unusual_values(2)
+
+    def build() -> Live:
+        model = nn.Linear(2, 2)
+        return Live(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    live = build()
+    manager = manager_of(tmp_path)
+    live.load(manager)
+    live.optimizer.state[live.model.weight] = {"in": [values]}  # type: ignore[union-attr]
+    live.save(manager, 1)
+    other = build()
+    other.load(manager_of(tmp_path))
+    found = other.optimizer.state[other.model.weight]["in"][0]  # type: ignore[union-attr]
+    assert {kind: parts(each) for kind, each in found.items()} == {
+        kind: parts(each) for kind, each in values.items()
+    }
+
+
+class _Marked(nn.Parameter):
+    """A parameter with attributes, as trainers define them."""
+
+
+def test_a_subclass_of_parameter_is_saved_as_one(tmp_path: Path) -> None:
+    """At every save, the ones that follow the first included."""
+    live, other = linear(), linear()
+    manager = manager_of(tmp_path)
+    for each in (live, other):
+        assert isinstance(each.model, nn.Module)
+        each.model.marked = _Marked(torch.zeros(3))
+        each.optimizer = torch.optim.SGD(each.model.parameters(), lr=0.1)
+    live.load(manager)
+    for step in (1, 2):
+        live.model.marked.data.fill_(step)  # type: ignore[union-attr]
+        live.save(manager, step)
+    other.load(manager_of(tmp_path))
+    assert other.model.marked.tolist() == [2.0] * 3  # type: ignore[union-attr]
+
+
+def test_a_model_without_tensors_is_saved_and_loaded(tmp_path: Path) -> None:
+    """As a stage of a pipeline without a layer, or a stub."""
+    for found in (False, True):
+        live = Live(nn.Sequential(nn.ReLU()), None)
+        manager = manager_of(tmp_path)
+        live.load(manager)
+        assert live.state.train_state.step == int(found)
+        if not found:
+            live.save(manager, 1)
+
+
 def test_a_class_is_found_among_loaded_modules_alone() -> None:
     """By its module and its name there; nothing else than a tensor class is found."""
     assert find_class(name_of(Coded)) is Coded

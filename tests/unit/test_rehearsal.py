@@ -36,6 +36,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "opaque": lambda: torch.ones(2).as_subclass(Opaque),
     "meta": lambda: torch.empty(2, device="meta"),
     "object": object,
+    "bits": lambda: torch.ones(2, dtype=torch.uint8).view(torch.uint4),
     "not read back": lambda: Coded.of(torch.ones(2), note=object()),
 }
 
@@ -97,6 +98,18 @@ def test_optimizer_state_is_looked_at_as_soon_as_it_appears(tmp_path: Path, kind
     manager.finalize_async_saves(live.state)
     with pytest.raises(UnsupportedStateError, match=r"optimizer\.state\.weight\.odd"):
         live.save(manager, 2)
+
+
+def test_a_key_that_is_no_string_is_refused_as_soon_as_it_appears(tmp_path: Path) -> None:
+    """A save would refuse it; training has not gone on for long."""
+    model = nn.Linear(4, 2)
+    live = Live(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    manager = manager_of(tmp_path)
+    live.load(manager)
+    step(live)
+    live.optimizer.state[model.bias][0] = torch.ones(2)
+    with pytest.raises(UnsupportedStateError, match=r"the key 0 of optimizer\.state\.bias"):
+        manager.finalize_async_saves(live.state)
 
 
 def test_a_load_draws_no_number_and_makes_no_optimizer_state(tmp_path: Path) -> None:

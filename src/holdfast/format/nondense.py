@@ -319,8 +319,10 @@ def pickle_tensor(tensor: torch.Tensor, name: str, *, is_first: bool) -> bytes:
     if is_first:
         cause: Exception | None = None
         try:
-            is_back = is_same(unpickle_tensor(content, classes_in(host), "", name), host)
-        except CorruptCheckpointError as error:
+            read = unpickle_tensor(content, classes_in(host), "", name)
+            is_back = is_same(read, host)
+            overwrite(read, host)  # as a live buffer is, by a load
+        except (CorruptCheckpointError, UnsupportedStateError) as error:
             is_back, cause = False, error
         if not is_back:
             raise UnsupportedStateError(

@@ -450,7 +450,7 @@ class AppState:
         """
         nested: dict[str, Any] = {"model": {}, **{root: {STATE: {}} for root in self._roots}}
         parts: list[tuple[Sequence[Any], Any]]
-        parts = [(path, {}) for path in saved.hollow if path[2:] or path[0] == "model"]
+        parts = [(path, {}) for path in saved.hollow if path[2:] or list(path[:-1]) == ["model"]]
         if self._targets is not None:
             filled = self._targets.finish(filled)
         parts += [(saved.key_paths[name], value) for name, value in filled.items()]

@@ -18,12 +18,14 @@ import io
 import pickle
 import struct
 from collections.abc import Mapping
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
+from torch.distributed.tensor import DTensor
 
 from holdfast.blame import is_process_failure
 from holdfast.errors import CorruptCheckpointError, UnsupportedStateError
@@ -44,6 +46,8 @@ _MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 _SHOWN = 5
 """Names that one message lists."""
 _META = "on the meta device, with no memory to hold values"
+_PARTIAL = "a DTensor of partial sums, which no rank has the value of"
+_VIEW = "Keep it as bytes: register its .view(torch.uint8)."
 _SHARDED = "a ShardedTensor, as FSDP1 makes without a device mesh"
 _OVERLAPPING = "of elements that share memory (expanded)"
 _REMEDIES = {
@@ -51,6 +55,7 @@ _REMEDIES = {
     "optimizer from its parameters, then load or save.",
     _SHARDED: "Pass device_mesh= to FullyShardedDataParallel, or use fully_shard: their parameters "
     "are DTensors, which can be saved.",
+    _PARTIAL: "Redistribute it first: tensor.redistribute(placements=[Replicate()]).",
     _OVERLAPPING: "Give it memory of its own, with .clone() or .contiguous(), before loading.",
 }
 
@@ -122,14 +127,30 @@ def _why_not(value: torch.Tensor, written_to: bool) -> str | None:
             return _SHARDED
         if is_lazy(value):
             return find_problem(value)
-        tensor = local_of(value)
+        # Detached, a parameter of a class that only adds attributes is a plain tensor.
+    tensor = local_of(value.detach() if isinstance(value, torch.nn.Parameter) else value)
     if tensor.device.type == "meta":
         return _META
+    if isinstance(value, DTensor) and any(each.is_partial() for each in value.placements):
+        return _PARTIAL
+    if not _is_saved_by_torch(tensor.dtype):
+        return f"of the dtype {tensor.dtype}, which torch.save does not write.\n{_VIEW}"
     if not is_dense(tensor):
         return find_problem(tensor)
     if written_to and expanded_dims(tensor):
         return _OVERLAPPING
     return None
+
+
+@cache
+def _is_saved_by_torch(dtype: torch.dtype) -> bool:
+    try:
+        torch.save(torch.empty(0, dtype=dtype), io.BytesIO())
+    except KeyError:  # integers of less than a byte
+        return False
+    except RuntimeError:  # quantised ones, which are not made this way
+        return True
+    return True
 
 
 def encode(value: Any) -> bytes:

@@ -248,6 +248,17 @@ def names_of_shards(
     )
 
 
+def is_of_shard(kind: Kind | None, parameter: Kind | None, size: Sequence[int]) -> bool:
+    """Whether plain optimizer state holds values of one shard of its parameter alone."""
+    return (
+        kind is not None
+        and parameter is not None
+        and kind.type in (TENSOR, SUBCLASS)
+        and len(size) > 0
+        and parameter.is_sharded
+    )
+
+
 def find_changed(given: Mapping[str, Any], live: Mapping[str, Any]) -> str | None:
     """Return the first name whose live value is of another kind than what was given, and how.
 

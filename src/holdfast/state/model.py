@@ -272,8 +272,8 @@ def read_model(walk: ModelWalk | None) -> dict[str, Any] | None:
         return None
     walk.run_hooks()
     values = walk.values()
-    if not values or not _TENSORS.issuperset(map(type, values.values())):
-        return None  # of an empty state torch complains, in its words
+    if not _TENSORS.issuperset(map(type, values.values())):
+        return None
     return {name.removeprefix(MODEL): value for name, value in values.items()}
 
 
@@ -306,7 +306,7 @@ def restore_model(root: nn.Module, live: Mapping[str, Any], restored: dict[str, 
     that is restored was read into the live tensors, and nothing overrides or hooks loading.
     """
     named = {MODEL + name: value for name, value in restored.items()}
-    if not (all(map(has_default_loading, root.modules())) and are_in_place(named, live)):
+    if named and not (all(map(has_default_loading, root.modules())) and are_in_place(named, live)):
         # Not strict: the names were compared before.
         set_model_state_dict(root, restored, options=StateDictOptions(strict=False))
 
@@ -329,7 +329,7 @@ def is_live(leaf: Any, live: Any) -> bool:
         return False
     one, other = local_of(leaf), local_of(live)
     return (
-        type(leaf) in (type(live), torch.Tensor)
+        (type(leaf) is type(live) or (type(leaf) is torch.Tensor and type(live) in _TENSORS))
         and one.layout is other.layout is torch.strided
         and one.device == other.device
         and one.shape == other.shape

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from holdfast.format.nondense import is_dense, pickle_tensor
-from holdfast.state.codec import check_plain, check_reachable
+from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.naming import ROOT, STATE
 from holdfast.torch_internals import local_of
 
@@ -71,6 +71,7 @@ class LazyState:
                 owner = names.get(id(parameter), "(a parameter outside the model)")
                 if isinstance(entries, Mapping):
                     place = f"{ROOT}.{STATE}.{owner}"
+                    check_keys(entries, place)
                     check_values({f"{place}.{key}": value for key, value in entries.items()})
 
     def _count(self) -> int:

@@ -174,3 +174,13 @@ class SavedTensors:
             for name in self.flat_options(root)
             if name in self.tensors
         }
+
+
+def look_up(value: Any, keys: Sequence[Any]) -> Any:
+    """Return what nested containers hold at these keys; None: nothing."""
+    for key in keys:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value

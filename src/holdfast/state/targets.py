@@ -21,6 +21,7 @@ from torch.distributed import tensor as distributed_tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from holdfast.errors import UnsupportedStateError
 from holdfast.format.nondense import (
     PLAIN_TENSORS,
     ReadWhole,
@@ -30,20 +31,21 @@ from holdfast.format.nondense import (
     is_dense,
     move,
     overwrite,
+    recorded_classes,
 )
 from holdfast.state.compare import is_extra
 from holdfast.state.kinds import (
     DTENSOR,
-    SUBCLASS,
     TENSOR,
     VALUE,
     Kind,
     find_model_difference,
+    is_of_shard,
 )
 from holdfast.state.model import MODEL
 from holdfast.state.naming import PARAMETERS, STATE
 from holdfast.state.optimizer import FlattenedOptimizers, LiveOptimizers
-from holdfast.state.saved import SavedTensors
+from holdfast.state.saved import SavedTensors, look_up
 from holdfast.torch_internals import chunks_of, local_of
 
 
@@ -101,8 +103,8 @@ def _read_whole(
 class StateEntry:
     """One saved tensor of an optimizer's state, and what is known here of its place."""
 
-    key: str
-    """In the state of its parameter."""
+    key: str | int
+    """In the state of its parameter, or the last one in what is nested there."""
     source: TensorStorageMetadata
     kind: Kind | None
     """None: the checkpoint records none."""
@@ -224,13 +226,8 @@ class StateEntry:
                 placements=placements,
             )
         target = _read_whole(like, self.source, classes)
-        stride = parameter.stride() if parameter is not None else like.stride()
-        if (
-            len(stride) != len(self.source.size)
-            or parameter is None
-            or (parameter.size() != self.source.size)
-        ):
-            stride = like.stride()
+        is_fit = parameter is not None and parameter.size() == self.source.size
+        stride = (parameter if is_fit and parameter is not None else like).stride()
         return Target(
             target,
             lambda: DTensor.from_local(
@@ -418,15 +415,22 @@ class Targets:
     def finish(self, filled: Mapping[str, Any]) -> dict[str, Any]:
         """Return what live objects are given, once the targets are filled."""
         return {
-            name: self._finish[name]() if name in self._finish else each
+            name: self._finished(name) if name in self._finish else each
             for name, each in filled.items()
         }
 
+    def _finished(self, name: str) -> torch.Tensor:
+        try:
+            return self._finish[name]()
+        except UnsupportedStateError as error:
+            raise UnsupportedStateError(f"{name}: {error}") from error
+
     def _target(self, name: str, path: Sequence[Any], source: TensorStorageMetadata) -> Target:
         live: Any = None
+        if path[0] == "model" and is_extra(path[1]):
+            return self._extra_target(name, source)
         if path[0] == "model":
-            # A part of a module's extra state is given to the module, which may copy it.
-            live = None if is_extra(name) else self._model[MODEL + path[1]]
+            live = self._model[MODEL + path[1]]
         elif path[1] == PARAMETERS:
             live = self._outside(path[0])[path[2]]
         elif (entry := self._entry(name, path, source)) is not None:
@@ -434,6 +438,16 @@ class Targets:
         if isinstance(live, torch.Tensor):
             return model_target(live, source)
         return Target(torch.empty(source.size, dtype=source.properties.dtype, device="cpu"))
+
+    def _extra_target(self, name: str, source: TensorStorageMetadata) -> Target:
+        """Return a new tensor for a part of a module's extra state, which the module may copy."""
+        kind = self._kind(name) or Kind(TENSOR)
+        if kind.type != DTENSOR and not kind.is_dense:
+            classes = recorded_classes(self.saved.kinds[name], name)
+            whole = _read_whole(torch.empty(0), source, classes)
+            return Target(whole, partial(_on_device, whole, torch.device("cpu")))
+        dense = torch.empty(source.size, dtype=source.properties.dtype, device="cpu")
+        return Target(dense, partial(_expand, dense, kind.expanded) if kind.expanded else None)
 
     def _entry(
         self, name: str, path: Sequence[Any], source: TensorStorageMetadata
@@ -445,9 +459,9 @@ class Targets:
     def _find_entry(
         self, name: str, path: Sequence[Any], source: TensorStorageMetadata
     ) -> StateEntry | None:
-        if self._optimizers is None or path[1] != STATE or len(path) != 4:
+        if self._optimizers is None or path[1] != STATE or len(path) < 4:
             return None
-        root, _, owner, key = path
+        root, _, owner, *keys = path
         outside = self._outside(root)
         place = f"{root}.{PARAMETERS}.{owner}" if owner in outside else MODEL + owner
         parameter = self._model.get(MODEL + owner, outside.get(owner))
@@ -463,12 +477,12 @@ class Targets:
             properties = replace(source.properties, dtype=parameter.dtype)
             source = replace(source, properties=properties)
         return StateEntry(
-            key,
+            keys[-1],
             source,
             kind,
             parameter if isinstance(parameter, torch.Tensor) else None,
             of_parameter,
-            self._optimizers.state(root).get(owner, {}).get(key),
+            look_up(self._optimizers.state(root).get(owner), keys),
             is_of_shard(kind, of_parameter, source.size),
             partial(self._size_at, path),
         )
@@ -478,14 +492,3 @@ class Targets:
 
     def _kind(self, name: str) -> Kind | None:
         return Kind.parse(self.saved.kinds.get(name, ""))
-
-
-def is_of_shard(kind: Kind | None, parameter: Kind | None, size: Sequence[int]) -> bool:
-    """Whether plain optimizer state holds values of one shard of its parameter alone."""
-    return (
-        kind is not None
-        and parameter is not None
-        and kind.type in (TENSOR, SUBCLASS)
-        and len(size) > 0
-        and parameter.is_sharded
-    )
