@@ -237,10 +237,10 @@ def test_a_subclass_of_parameter_is_saved_as_one(tmp_path: Path) -> None:
         each.optimizer = torch.optim.SGD(each.model.parameters(), lr=0.1)
     live.load(manager)
     for step in (1, 2):
-        live.model.marked.data.fill_(step)  # type: ignore[union-attr]
+        live.model.marked.data.fill_(step)  # type: ignore[union-attr, operator]
         live.save(manager, step)
     other.load(manager_of(tmp_path))
-    assert other.model.marked.tolist() == [2.0] * 3  # type: ignore[union-attr]
+    assert other.model.marked.tolist() == [2.0] * 3  # type: ignore[union-attr, operator]
 
 
 def test_a_model_without_tensors_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "opaque": lambda: torch.ones(2).as_subclass(Opaque),
     "meta": lambda: torch.empty(2, device="meta"),
     "object": object,
-    "bits": lambda: torch.ones(2, dtype=torch.uint8).view(torch.uint4),
+    "bits": lambda: torch.ones(2, dtype=torch.uint8).view(torch.uint4),  # type: ignore[attr-defined]
     "not read back": lambda: Coded.of(torch.ones(2), note=object()),
 }
 

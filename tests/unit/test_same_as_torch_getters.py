@@ -177,14 +177,13 @@ OTHERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "a tensor of another type": _of_another_type,
     "activation checkpointing": checkpoint_wrapper,
     "FSDP1": lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu")),
-    "nothing": lambda net: nn.Identity(),
 }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", OTHERS)
 def test_torch_is_asked_where_it_must_be(kind: str) -> None:
-    """Hooks, overrides, wrappers of their own and an empty state are left to torch."""
+    """Hooks, overrides and wrappers of their own are left to torch."""
     assert read_model(ModelWalk.find_unhooked(OTHERS[kind](_Net()))) is None
 
 
