@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,11 +181,14 @@ class Restoration:
             held = contents.values, contents.small, contents.copies
             self._saved = SavedTensors.of(reader, *held, where, size)
         self._filled: dict[str, Any] = {}
+        # Nothing of this object: what waits for components outlives the load.
+        own = frozenset({"components"}) if self.takes_weights_only else overrides.names
+        keeps = partial(strategy.keeps_component, own)
         self._components = ComponentLoad(
             app.components,
             SavedComponents.of(opened.small, reader, manifest, where, contents.is_shared),
             place,
-            self._keeps_component,
+            keeps,
             with_sharded=with_tensors,
         )
         self.loaded = LoadedStates(
@@ -194,7 +198,7 @@ class Restoration:
             place,
             where,
             overrides,
-            Stash(where, self._keeps_component, self._components.waiting),
+            Stash(where, keeps, self._components.waiting),
         )
         """What can be asked for again."""
         self.restored: dict[str, Restored] = {}
@@ -204,11 +208,6 @@ class Restoration:
     def goes_on(self) -> bool:
         """Whether the run has the counters of the checkpoint from here on."""
         return not self.takes_weights_only and self._strategy.iteration
-
-    def _keeps_component(self, name: str) -> bool:
-        full = f"components.{name}"
-        kept = self._strategy.ignores(full) or full in self._strategy.kept(())
-        return kept or self.takes_weights_only or self._overrides.keeps(full)
 
     def _rename(self) -> None:
         """Give saved names of the model their new names, once."""

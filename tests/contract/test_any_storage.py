@@ -80,6 +80,8 @@ MAY_CALL = {
     "tiers.local.shard_file": "files of a node's own directory, renamed into and out of the pool",
     "tiers.local.shards": "the same",
     "tiers.local.tier": "the same",
+    "state.components": "writes a file that is a component where there is none",
+    "state.strategy": "`rename` is a field of LoadStrategy",
     "tiers.places": "what a path names that a user typed",
     "cli": "what a path names that a user typed",
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import gc
 import json
 import logging
 import random
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +181,7 @@ def test_a_state_need_be_no_dict(tmp_path: Path, state: Any) -> None:
     assert digest(given[0]) == digest(state)
 
 
-@pytest.mark.parametrize("sharing", [SHARDED, REPLICATED])
+@pytest.mark.parametrize("sharing", SharingPattern)
 def test_an_averaged_model_goes_on(tmp_path: Path, sharing: SharingPattern) -> None:
     """Its tensors are filled in place, its count of updates too."""
 
@@ -193,12 +195,13 @@ def test_an_averaged_model_goes_on(tmp_path: Path, sharing: SharingPattern) -> N
     for number in range(3):
         step(live, number)
         average.update_parameters(live.model)  # type: ignore[arg-type]
+    group = [0] if sharing is SharingPattern.PER_GROUP else None
     manager = manager_of(tmp_path)
     live.load(manager)
-    live.save(manager, 1, components=[StateComponent("ema", average, sharing)])
+    live.save(manager, 1, components=[StateComponent("ema", average, sharing, group)])
     again, other = averaged(2)
     places = {name: each.data_ptr() for name, each in other.state_dict().items()}
-    again.load(manager_of(tmp_path), components=[StateComponent("ema", other, sharing)])
+    again.load(manager_of(tmp_path), components=[StateComponent("ema", other, sharing, group)])
     assert digest(other.state_dict()) == digest(average.state_dict())
     assert {name: each.data_ptr() for name, each in other.state_dict().items()} == places
 
@@ -523,3 +526,34 @@ def test_a_malformed_record_is_damage_of_the_checkpoint(
     assert found.tensors == {("x",): "components.box.x"}
     with pytest.raises(CorruptCheckpointError, match=re.escape(words)):
         read_frames({"components.box": frame | changes}, tensors, "there")
+
+
+def test_a_damaged_component_is_damage_though_it_is_optional(tmp_path: Path) -> None:
+    """Forgather logged a truncated optional file, and trained on without it."""
+    mark = b"state of an optional component"
+    live, manager, box = linear(), manager_of(tmp_path), Box()
+    component = StateComponent("box", box, GLOBAL, required=False)
+    live.load(manager, components=[component])
+    for number in (1, 2):
+        box.state = {"mark": mark, "number": number}
+        live.save(manager, number, components=[component])
+    shard = tmp_path / "iter_0000002/__0_0.distcp"
+    content = shard.read_bytes()
+    assert content.count(mark) == 1
+    shard.chmod(0o600)
+    shard.write_bytes(content.replace(mark, mark[::-1]))
+    result = linear(1).load(manager_of(tmp_path), components=[component])
+    assert (result.iteration, box.state["number"]) == (1, 1)
+    assert "does not match its digest" in result.skipped[0].reason
+
+
+def test_what_waits_keeps_no_live_object_alive(tmp_path: Path) -> None:
+    """A manager lives as long as the run; the model that a load was given need not."""
+    _saved(tmp_path, StateComponent("box", Box(1), GLOBAL))
+    live, manager = linear(1), manager_of(tmp_path)
+    live.load(manager)
+    model = weakref.ref(live.model)
+    del live
+    gc.collect()
+    assert model() is None
+    assert manager.restore_component(StateComponent("box", Box(), GLOBAL))

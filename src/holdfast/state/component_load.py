@@ -376,7 +376,7 @@ class ComponentLoad:
                 yield f"{name} {error}"
 
     def _live_tensors(self, match: _Match) -> dict[str, torch.Tensor]:
-        base = full_name(match.frame.name)
+        base = match.frame.base
         return {name_of_tensor(base, keys): each for keys, each in take_apart(match.live)[1]}
 
     def _kind_of(self, name: str) -> Kind | None:

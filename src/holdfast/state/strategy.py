@@ -92,6 +92,12 @@ class LoadStrategy:
         names = (name, MODEL + rest) if is_root(root) else (name,)
         return any(fnmatch.fnmatchcase(one, each) for one in names for each in self.ignore_keys)
 
+    def keeps_component(self, override: Collection[str], name: str) -> bool:
+        """Whether a component keeps its live value; `components` in `override`: all do."""
+        full = f"components.{name}"
+        is_part = full in self.kept(()) or self.ignores(full)
+        return is_part or full in override or "components" in override
+
     def kept(self, override: Collection[str], **given: bool) -> set[str]:
         """Return the components that keep their live values; `given`: as of `decide`."""
         decisions = decide(self, override, **given)
