@@ -103,8 +103,7 @@ class AppState:
         self.optimizers = optimizers
         self._scheduler = scheduler
         self._given_data = data
-        joined = join_iterators(data)
-        self._data = joined if isinstance(joined, Stateful) else None
+        self._data = one if isinstance(one := join_iterators(data), Stateful) else None
         self._place = place
         self._pg_collection = pg_collection
         self._kept: frozenset[str] = frozenset()
