@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from holdfast.state.sharding import declare_sharding
     from holdfast.state.strategy import LoadStrategy
     from holdfast.tiers.opening import open_tensors
+    from holdfast.weights import build_model_from_checkpoint, load_model_weights
 
 __version__ = "0.1.0"
 
@@ -44,8 +45,10 @@ _HOMES = {
     "SharingPattern": "state.components",
     "StateComponent": "state.components",
     "TrainState": "protocol",
+    "build_model_from_checkpoint": "weights",
     "create_checkpoint_manager": "factory",
     "declare_sharding": "state.sharding",
+    "load_model_weights": "weights",
     "open_tensors": "tiers.opening",
 }
 
@@ -64,8 +67,10 @@ __all__ = [
     "SharingPattern",
     "StateComponent",
     "TrainState",
+    "build_model_from_checkpoint",
     "create_checkpoint_manager",
     "declare_sharding",
+    "load_model_weights",
     "open_tensors",
 ]
 

@@ -120,12 +120,13 @@ def _check_context(
         found = f"is {_describe(ctx)}, which has no {', '.join(lacking[:3])}"
         raise WrongArgumentError(method, "ctx", found, advice)
     check_state(method, ctx.state)
-    _check_model(method, ctx.model)
+    check_model(method, ctx.model)
     _check_optimizer(method, ctx.optimizer)
     _check_scheduler(method, ctx.opt_param_scheduler)
 
 
-def _check_model(method: str, model: Any) -> None:
+def check_model(method: str, model: Any) -> None:
+    """Check that a model is a module, a list of them or a dict of them; raises as `check_save`."""
     if isinstance(model, nn.Module):
         return
     found, advice = f"is {_describe(model)}", _MODEL_ADVICE

@@ -30,6 +30,7 @@ TRANSPORTS = ("gloo", "nccl")
 PRETRAINED_PARTS = ("weights", "everything")
 STRICT_SUBJECTS = ("names", "shapes", "dtypes", "groups", "options", "components")
 STRICT_ACTIONS = RAISE, WARN, IGNORE = ("raise", "warn", "ignore")
+FILTER_WORDS = ("trainable", "adapters")
 _PATH_FIELDS = (
     "persistent.directory",
     "local.directory",
@@ -135,6 +136,9 @@ class LoadConfig:
     strict: Any = True
     """Whether names and types must be the same; or a table: `raise`, `warn` or `ignore` for any of
     `names`, `shapes`, `dtypes`, `groups`, `options`, `components`."""
+    guard: str | None = None
+    """What must agree before any tensor is read: `model_config`, the `model` part of the run's
+    config, or `package.module.function` of the facts of both sides. None: nothing."""
     verify: str = "while_reading"
     """`while_reading`: in the pass that fills the tensors, if possible; `first`: before it."""
     broadcast: bool = False
@@ -184,6 +188,9 @@ class CheckpointConfig:
     intervals. None: three measured save intervals, at least a minute; infinite: never."""
     alarm_stops: bool = False
     """Whether the next save after that limit raises on all ranks."""
+    save_filter: str | None = None
+    """What is saved of the model: `trainable`, `adapters`, or `package.module.function` of name,
+    shape and requires_grad; the rest is in the checkpoint that the run began from. None: all."""
     permissions: str = "private"
     """Who may read created files: `private`, only the owner; `umask`, as the umask allows."""
     timeout_seconds: float = 600.0
@@ -245,9 +252,24 @@ class CheckpointConfig:
             f"is {fraction}; it must be 0, or from 1/4096 to 1",
         )
         require_choice(self.permissions, "permissions", PERMISSIONS)
+        require(
+            self.save_filter in (None, *FILTER_WORDS) or is_dotted_path(self.save_filter),
+            "save_filter",
+            f"is {self.save_filter!r}; use {', '.join(FILTER_WORDS)} or package.module.function",
+        )
+        require(
+            self.save_filter is None or self.local.directory is None,
+            "save_filter",
+            "is set beside local.directory: the local tier saves whole models",
+        )
         require_positive(self.save_failure_limit, "save_failure_limit")
         require_positive(self.alarm_after_seconds, "alarm_after_seconds")
         require_choice(self.load.verify, "load.verify", VERIFY_MODES)
+        require(
+            self.load.guard in (None, "model_config") or is_dotted_path(self.load.guard),
+            "load.guard",
+            f"is {self.load.guard!r}; use model_config or package.module.function",
+        )
         found += find_strict_problems(self.load.strict, "checkpoint.load.strict")
         require_choice(self.load.on_missing, "load.on_missing", MISSING_POLICIES)
         require(
@@ -427,6 +449,12 @@ def _read_field(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
     return config
+
+
+def is_dotted_path(value: str) -> bool:
+    """Whether a value has the form `package.module.name`."""
+    parts = value.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)
 
 
 def _is_run_id(value: str) -> bool:

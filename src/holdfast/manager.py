@@ -28,10 +28,7 @@ from holdfast.arguments import (
 )
 from holdfast.caller import Call, Caller, CallerLeftError
 from holdfast.config import CheckpointConfig, LoadConfig, read_config
-from holdfast.errors import (
-    CorruptCheckpointError,
-    LoadIncompleteError,
-)
+from holdfast.errors import CorruptCheckpointError, LoadIncompleteError
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.policies.guards import Alarm, StepOrder
 from holdfast.protocol import (
@@ -46,9 +43,12 @@ from holdfast.ranks.entry import Entry
 from holdfast.ranks.job import FailureRule, Flight, Progress, Save, Watcher
 from holdfast.restoring import Opened, Restoration, open_selected
 from holdfast.saving import Request, Saver
-from holdfast.snapshotting import Snapshotter, collection_put_off
+from holdfast.snapshotting import LoadedBase, Snapshotter, collection_put_off
 from holdfast.state.app import AppState
+from holdfast.state.codec import to_yaml
 from holdfast.state.components import StateComponent, check_components, components_of
+from holdfast.state.filters import SaveFilter
+from holdfast.state.guard import Guard
 from holdfast.state.loaded import LastLoad
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
@@ -56,6 +56,7 @@ from holdfast.state.rehearsal import LazyState
 from holdfast.state.small import Place, warn_of_lost_position
 from holdfast.state.strategy import LoadStrategy
 from holdfast.state.strictness import Strictness
+from holdfast.tiers.bases import Bases, base_of, names_in_base, require_base
 from holdfast.tiers.routing import Tiers
 from holdfast.tiers.search import Search, Selected
 from holdfast.tiers.survey import warn_of_living_attempt
@@ -97,7 +98,10 @@ class DefaultCheckpointManager:
         config = self._config = checkpoint_config.with_expanded_paths(self._base)
         self._filesystem = filesystem or LocalFilesystem(private=config.permissions == "private")
         self._tiers = Tiers(config, self._filesystem)
-        self._snapshotter = Snapshotter(config, self._tiers)
+        self._filter = SaveFilter(config.save_filter) if config.save_filter else None
+        if config.load.guard is not None:
+            Guard(config.load.guard)  # a wrong path is told now
+        self._snapshotter = Snapshotter(config, self._tiers, self._filter)
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
@@ -304,6 +308,7 @@ class DefaultCheckpointManager:
                         control,
                         _place(ctx, control),
                         verify_first=self._config.load.verify == "first",
+                        bases=self._bases(),
                     )
                     restoration = self._compare(ctx, selected, opened, control)
                     touched = self._is_torn = True
@@ -319,6 +324,7 @@ class DefaultCheckpointManager:
             result = self._finish_load(selected, opened, restoration, search)
             self._end_load(call)
             return result
+        self._expect_base(None)
         self._report_needs(ctx, None, control)
         control.all_reduce("capture", _app_state(ctx, control).rehearse, lambda _: None)
         self._lazy_state.watch(ctx.model, ctx.optimizer)
@@ -392,6 +398,7 @@ class DefaultCheckpointManager:
         control: Coordinator,
     ) -> Restoration:
         """Compare a checkpoint with the live state, on every rank, touching nothing."""
+        self._expect_base(opened)
         load = self._config.load
         takes_weights_only = selected.is_parent and load.pretrained.what == "weights"
         restoration = Restoration(
@@ -405,15 +412,36 @@ class DefaultCheckpointManager:
             broadcast=load.broadcast and opened.contents.is_shared,
         )
         restoration.agree_on_shardings(control)
+        if load.guard is not None:
+            restoration.ask(Guard(load.guard), to_yaml(ctx.state.cfg), control)
         strict = load.strict if ctx.strict is None else ctx.strict
-        restoration.compare(control, Strictness.of(strict), load.accept_data_restart)
+        restoration.compare(
+            control,
+            Strictness.of(strict),
+            load.accept_data_restart,
+            self._filter if selected.is_parent else None,
+        )
         return restoration
+
+    def _expect_base(self, opened: Opened | None) -> None:
+        self._snapshotter.base = None
+        if self._filter is not None:
+            require_base(None if opened is None else opened.contents, self._tiers.root)
+
+    def _bases(self) -> Bases:
+        directory = self._config.load.pretrained.directory
+        places = [] if directory is None else [Path(directory)]
+        return Bases(places, self._filesystem)
 
     def _finish_load(
         self, selected: Selected, opened: Opened, restoration: Restoration, search: Search
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
         search.resume_from(selected, checkpoint)
+        base = base_of(opened.contents, self._tiers.root) if self._filter is not None else None
+        if base is not None:
+            names = names_in_base(opened.contents) & restoration.filled_names
+            self._snapshotter.base = LoadedBase(base, names)
         goes_on = restoration.goes_on
         # A checkpoint that plain torch wrote has no counters: those of the loop stay as they are.
         has_counters = not restoration.takes_weights_only and bool(checkpoint.manifest.run_id)

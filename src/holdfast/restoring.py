@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from holdfast.format.values import (
     TRAIN_STATE,
     is_component,
 )
+from holdfast.messages import name_first
 from holdfast.protocol import Restored
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
@@ -40,6 +41,8 @@ from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.state.app import AppState
 from holdfast.state.codec import count_tensors, encode
 from holdfast.state.component_load import ComponentLoad, SavedComponents, read_frames
+from holdfast.state.filters import SaveFilter
+from holdfast.state.guard import Guard, facts_of_checkpoint
 from holdfast.state.loaded import LoadedStates, Stash
 from holdfast.state.model import run_each
 from holdfast.state.naming import is_root
@@ -59,6 +62,7 @@ from holdfast.state.strategy import LoadStrategy, Renaming, find_unused, make_un
 from holdfast.state.strictness import Differences, Strictness
 from holdfast.state.union import ALL_FOUND, NONE, Leftover, find_unexpected, gather_records, judge
 from holdfast.storage.store import Checkpoint
+from holdfast.tiers.bases import Bases
 from holdfast.tiers.opening import read_together
 from holdfast.tiers.select import Commit
 from holdfast.tiers.tier import Contents, Source, Wanted
@@ -89,9 +93,20 @@ class Opened:
 
 
 def open_selected(
-    source: Source, commit: Commit, coordinator: Coordinator, place: Place, *, verify_first: bool
+    source: Source,
+    commit: Commit,
+    coordinator: Coordinator,
+    place: Place,
+    *,
+    verify_first: bool,
+    bases: Bases,
+    model_only: bool = False,
 ) -> Opened:
-    """Open a commit on all ranks and check its small state; raises as `Source.open`."""
+    """Open a commit on all ranks and check its small state; raises as `Source.open`.
+
+    `bases`: where what it lacks of the model is looked for, if it is a part. `model_only`: nothing
+    but the model will be restored.
+    """
     opened: list[Opened] = []
 
     def suffices(contents: Contents) -> bool:
@@ -103,6 +118,9 @@ def open_selected(
 
     def accept(contents: Contents) -> None:
         where = str(contents.checkpoint.path)
+        if model_only:
+            opened.append(Opened(contents, []))
+            return
         if contents.small:
             _check_small(contents.small, contents.checkpoint.iteration, where)
             read_frames(contents.small, contents.reader.tensors(), where)
@@ -113,8 +131,9 @@ def open_selected(
             raise CorruptCheckpointError(where, "holds no data position where one should be")
         opened.append(Opened(contents, positions))
 
-    source.open(commit, coordinator, Wanted(suffices, accept, verify_first))
-    return opened[0]
+    source.open(commit, coordinator, Wanted(suffices, accept, verify_first, model_only))
+    contents = bases.join(opened[0].contents, coordinator, verify_first=verify_first)
+    return replace(opened[0], contents=contents)
 
 
 def _check_small(small: Mapping[str, Any], iteration: int, where: str) -> None:
@@ -223,10 +242,35 @@ class Restoration:
         if self._saved is not None:
             self._app.agree_on_shardings(coordinator)
 
+    def ask(self, guard: Guard, config: bytes, coordinator: Coordinator) -> None:
+        """Ask a guard on all ranks, before any tensor is read; `config`: of this run, as YAML.
+
+        Raises:
+            StateMismatchError: on every rank: the guard objects on one.
+        """
+        found = coordinator.all_reduce(
+            "run config",
+            lambda: self._opened.contents.run_config,
+            lambda configs: next(filter(None, configs), b""),
+        )
+
+        def check() -> None:
+            saved = facts_of_checkpoint(found, self._saved)
+            # Of all objects that were given, those that keep their live state included.
+            guard.check(self.loaded.path, saved, self._given.facts(config))
+
+        coordinator.all_reduce("guard", check, lambda _: None)
+
     def compare(
-        self, coordinator: Coordinator, strictness: Strictness, accept_data_restart: bool
+        self,
+        coordinator: Coordinator,
+        strictness: Strictness,
+        accept_data_restart: bool,
+        adapting: SaveFilter | None = None,
     ) -> None:
         """Compare with the live state of all ranks, and refuse what does not fit; touch nothing.
+
+        `adapting`: of a run that begins with what this filter keeps, which need not be there.
 
         Raises:
             StateMismatchError, DataReshardError: it is sound, but not for this run as built.
@@ -258,6 +302,12 @@ class Restoration:
             found = self._app.compare(self.loaded.path, saved, small, positions)
             if saved is not None and self._strategy.ignore_keys:
                 found.leave_out(self._strategy.ignores, self._app.live_names())
+            if adapting is not None and saved is not None:
+                begun = self._app.names_that_begin(adapting).intersection(found.missing)
+                found.missing = [name for name in found.missing if name not in begun]
+                if begun and self.loaded.place.rank == 0:
+                    shown = name_first(sorted(begun))
+                    logger.warning("%s lacks, and fresh values begin: %s", self.loaded.path, shown)
             known = saved.shared_names() if saved is not None else set()
             return False, Leftover.of(found.unexpected, known)
 
@@ -300,6 +350,9 @@ class Restoration:
             taken = [each.saved for each in pairs]
             names = self._components.names()
             self._overrides.check(optimizers, given.scheduler, counters, schedule, taken, names)
+        is_same_world = opened.checkpoint.manifest.world_size == self.loaded.place.world_size
+        has_own = DATA in opened.contents.reader.own_names
+        self._app.expects_position = has_own or not is_same_world
         warnings = self._app.check(
             found,
             path,
@@ -411,6 +464,11 @@ class Restoration:
 
         read_together("read", read, self._opened.checkpoint, coordinator)
         reading.pass_on(coordinator)
+
+    @property
+    def filled_names(self) -> frozenset[str]:
+        """The names that this rank was given of the checkpoint."""
+        return frozenset(self._filled)
 
     @in_normal_mode  # likewise
     def apply(self) -> None:

@@ -39,10 +39,13 @@ from holdfast.state.bindings import Bindings, Leaves
 from holdfast.state.codec import check_reachable, to_yaml
 from holdfast.state.components import ComponentLeaves
 from holdfast.state.estimate import estimate
+from holdfast.state.filters import SaveFilter
 from holdfast.state.kinds import kind_of
 from holdfast.state.model import run_each
 from holdfast.state.sharding import Shardings
 from holdfast.state.small import read_counters
+from holdfast.storage.manifest import Base
+from holdfast.storage.store import checkpoint_name
 from holdfast.tiers.tier import MemoryProvider, Reserved, Snapshot
 
 
@@ -99,11 +102,27 @@ class _Names:
     per_rank: frozenset[str]
 
 
+@dataclass(frozen=True)
+class LoadedBase:
+    """What a save of a part of the model leaves to the checkpoint that was loaded."""
+
+    record: Base
+    names: frozenset[str]
+    """Of the model, as that checkpoint gave them to this rank."""
+
+
 class Snapshotter:
     """Takes snapshots; each overwrites the previous one, unless a tier keeps it."""
 
-    def __init__(self, config: CheckpointConfig, memory: MemoryProvider) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        memory: MemoryProvider,
+        save_filter: SaveFilter | None = None,
+    ) -> None:
+        """`save_filter`: what is written of the model; None: all of it."""
         self._config = config
+        self._filter = save_filter
         self._is_async = config.async_save
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._memory = memory
@@ -115,6 +134,8 @@ class Snapshotter:
         self._digests: dict[str, torch.Tensor] = {}
         self._replicas = Replicas(config.on_replica_mismatch, config.replicas.audit_fraction)
         self._guard = StepGuard()
+        self.base: LoadedBase | None = None
+        """What a filtered save leaves to; None: nothing was loaded that could be one."""
 
     @property
     def progress(self) -> Progress:
@@ -149,7 +170,8 @@ class Snapshotter:
             )
             self._bindings = captured.bindings
             small = {**captured.small, TRAIN_STATE: counters}
-            leaves = self._join(captured.leaves, small, captured.components)
+            part = self._leave_out(captured.leaves, app, iteration)
+            leaves = self._join(part, small, captured.components)
             taken.append((captured, leaves, _encode_counters(counters)))
             return self._describe(leaves)
 
@@ -179,6 +201,7 @@ class Snapshotter:
                 to_yaml(ctx.state.cfg),
                 confirm,
                 audit,
+                self.base.record if self._filter is not None and self.base is not None else None,
             )
             copying = snapshot.shard.copying
             if copying is not None and self._overlaps:
@@ -221,6 +244,28 @@ class Snapshotter:
 
             def take() -> Inventory:
                 return self._describe(leaves())
+
+    def _leave_out(self, leaves: Leaves, app: AppState, iteration: int) -> Leaves:
+        """Leave out what the base has, where a filter says so.
+
+        Raises:
+            UnsupportedStateError: there is no base, or it would be replaced, or lacks something.
+        """
+        if self._filter is None:
+            return leaves
+        if self.base is None:
+            raise UnsupportedStateError(
+                "checkpoint.save_filter saves a part of the model, and no checkpoint was loaded "
+                "that has the rest.\n"
+                "Name one with load.pretrained.directory, or save without a filter."
+            )
+        record, names = self.base.record, self.base.names
+        if record.relative_path == checkpoint_name(iteration):
+            raise UnsupportedStateError(
+                f"checkpoint.save_filter: a save of iteration {iteration} would replace "
+                f"{record.path}, which is its own base.\nSave at a later step."
+            )
+        return self._filter.apply(leaves, app.model, names, record.path)
 
     def finish(self, snapshot: Snapshot) -> None:
         """Complete the pending copy, unless it runs in the background during training."""

@@ -1,8 +1,8 @@
 """Retention: which committed checkpoints stay, and whose replicas are known to have agreed.
 
 Owns the rules of retention as one pure function, `retain`, in which a rule is added. Promises that
-the newest checkpoint and the tracker's target always stay, that "newest" means committed last, so
-that a save after a rollback outlives the larger iterations it supersedes, and that the last
+the newest checkpoint and the tracker's target always stay, that the base of what stays does, that
+"newest" means committed last, so that a save after a rollback outlives the larger iterations it supersedes, and that the last
 checkpoint whose replicas agreed stays. Each save compares a share of them only: a checkpoint's
 agreed once every share was compared at its iteration or later (`find_agreement`). The one that is
 next to be proved so stays too, or there would never be another. Removes nothing: the persistent
@@ -13,7 +13,7 @@ tier acts on the verdicts (`PersistentTier._retain`, which is given the settings
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 
@@ -39,6 +39,8 @@ class Candidate:
     attempt: int = 1
     compared: tuple[int, ...] = ()
     """The iteration at which each share of the replicas was compared last; empty: not known."""
+    base: int | None = None
+    """The iteration of this store that has the rest of its model; None: it needs none of them."""
 
     @classmethod
     def of(cls, record: Recorded) -> Candidate:
@@ -114,7 +116,18 @@ def retain(
         else:
             verdict = Verdict(each.iteration, False, f"older than the last {last}")
         verdicts.append(verdict)
-    return verdicts
+    kept = {each.iteration for each in verdicts if each.keep}
+    needed_by = {
+        each.base: each.iteration
+        for each in reversed(newest_first)
+        if each.base is not None and each.iteration in kept
+    }
+    return [
+        replace(each, keep=True, reason=f"the base of iteration {needed_by[each.iteration]}")
+        if not each.keep and each.iteration in needed_by
+        else each
+        for each in verdicts
+    ]
 
 
 def _find_last_agreed(

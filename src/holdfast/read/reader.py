@@ -166,15 +166,16 @@ class ShardReader:
         path: tuple[str | int, ...] = self.metadata.planner_data[name]
         return path
 
-    def read_values(self) -> dict[str, Any]:
-        """Return all non-tensor values by flat name, verified before they are decoded.
+    def read_values(self, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return non-tensor values by flat name, verified before they are decoded; None: all.
 
         Raises:
             CorruptCheckpointError: a block that holds a value does not match its digest, or a
                 value requires running code.
         """
         values: dict[str, Any] = {}
-        for name, content in self.read_contents(self.value_names()).items():
+        names = self.value_names() if names is None else names
+        for name, content in self.read_contents(names).items():
             where = self.files.where(self.place_of_value(name).relative_path)
             values[name] = decode_value(content, where, name)
         return values
@@ -352,9 +353,9 @@ class ForeignReader(ShardReader):
             return len(path) > 3
         return path[0] == "model" and len(path) > 1
 
-    def read_values(self) -> dict[str, Any]:
-        """Return all non-tensor values by flat name."""
-        planner = ValuePlanner(self.value_names(), self.metadata)
+    def read_values(self, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """See the base class; nothing is verified."""
+        planner = ValuePlanner(self.value_names() if names is None else names, self.metadata)
         files: dict[str, list[ReadItem]] = {}
         for item in planner.items:
             files.setdefault(self.place_of(item.storage_index).relative_path, []).append(item)

@@ -27,12 +27,14 @@ from holdfast.format.values import DATA, EMPTY, RNG, SCHEDULER
 from holdfast.protocol import Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
-from holdfast.state.bindings import Bindings, Leaves, find_buffers
+from holdfast.state.bindings import Bindings, Leaves, find_buffers, names_in_memory
 from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import compare_model, describe_left_out
 from holdfast.state.components import ComponentLeaves, StateComponent, capture_components
+from holdfast.state.filters import SaveFilter
 from holdfast.state.fitting import OptimizerFit
 from holdfast.state.groups import GROUPS, names_of
+from holdfast.state.guard import RunFacts
 from holdfast.state.model import (
     MODEL,
     ModelWalk,
@@ -112,6 +114,8 @@ class AppState:
         self._targets: Targets | None = None
         self._skipped: frozenset[str] = frozenset()
         """Names of tensors of another shape, which keep their value."""
+        self.expects_position = True
+        """Whether a data position that is saved is this rank's to restore, so that it is missed."""
 
     def without(self, kept: Collection[str]) -> AppState:
         """Return the same state but for components that are to keep their live values."""
@@ -344,7 +348,8 @@ class AppState:
             "data": self._data is not None,
         }
         absent = {name for name, is_here in here.items() if not is_here} - self._kept
-        held = {name for name, each in ((SCHEDULER, schedule), (DATA, positions)) if each}
+        expected = positions if self.expects_position else ()
+        held = {name for name, each in ((SCHEDULER, schedule), (DATA, expected)) if each}
         return describe_left_out(absent, saved, held, self._given_data)
 
     def wants_records(self, saved: SavedTensors) -> bool:
@@ -353,6 +358,18 @@ class AppState:
             self._names.get(root, frozenset()) != saved.parameter_names(root)
             for root in dict.fromkeys((*self._roots, *saved.roots))
         )
+
+    def facts(self, config: bytes) -> RunFacts:
+        """Return the facts of the live side, for a guard; `config`: of the run, as YAML."""
+        live = {n: t for n, t in self._live_model.items() if isinstance(t, torch.Tensor)}
+        shapes = {name: (each.shape, each.dtype) for name, each in live.items()}
+        return RunFacts.of(config, shapes, {each for n in self._names.values() for each in n})
+
+    def names_that_begin(self, save_filter: SaveFilter) -> set[str]:
+        """Return the names of trained tensors that a filter keeps: the base need not have them."""
+        live = self._live_model
+        trained = names_in_memory((p for p in self._model.parameters() if p.requires_grad), live)
+        return {n for n in trained if save_filter.keeps(n, live[n], True, is_buffer=False)}
 
     def live_names(self) -> set[str]:
         """Return the names of the model's state and of all parameters of the optimizers."""

@@ -9,7 +9,7 @@ since requires a full capture. The groups of one root are one leaf, made anew ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -299,6 +299,15 @@ def find_buffers(root: nn.Module, values: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of a model's buffers, by their memory: torch's getters return copies."""
     places = {_address(each) for each in root.buffers()}
     places -= {_address(each) for each in root.parameters()}
+    return _names_at(places, values)
+
+
+def names_in_memory(tensors: Iterable[torch.Tensor], values: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of a model's state that are these tensors, likewise."""
+    return _names_at({_address(each) for each in tensors if each.numel()}, values)
+
+
+def _names_at(places: Collection[Any], values: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(
         name
         for name, value in values.items()

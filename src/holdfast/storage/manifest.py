@@ -27,8 +27,24 @@ PER_RANK = "per_rank"
 """The feature that shard files hold copies which belong to one rank each."""
 COMPONENTS = "components"
 """The feature that it holds components, which a reader that knows none would leave out."""
-FEATURES: frozenset[str] = frozenset({PER_RANK, COMPONENTS})
+BASE = "base"
+"""The feature that a checkpoint holds a part of a model, and its base has the rest."""
+FEATURES: frozenset[str] = frozenset({PER_RANK, COMPONENTS, BASE})
 """Features that this version understands, of those a file may list under `requires`."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The full checkpoint that has what a part of a model lacks."""
+
+    path: str
+    """Where it was when the part was saved."""
+    relative_path: str
+    """The same, from the store of the part: both may be moved together."""
+    run_id: str
+    iteration: int
+    digest: str
+    """Of the digests of all its files."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ class Manifest:
     """Names, or groups of names, of which ranks saved copies that differ; None: not compared."""
     audit: dict[str, Any] | None = None
     """What was compared of the replicas of tensors; None: nothing."""
+    base: dict[str, Any] | None = None
+    """As `Base`: what has the rest of the model; None: the checkpoint is complete by itself."""
     format: int = FORMAT
 
     @property
@@ -73,10 +91,21 @@ class Manifest:
             return ()
         return tuple(found)
 
+    @property
+    def base_record(self) -> Base | None:
+        """The base, if there is one; unknown fields are left out."""
+        return None if self.base is None else Base(**known_fields(Base, self.base))
+
+    @property
+    def content_digest(self) -> str:
+        """Hexadecimal digest of the names, sizes and digests of all files."""
+        lines = sorted(f"{each.path} {each.size_bytes} {each.digest}\n" for each in self.files)
+        return xxhash.xxh3_128_hexdigest("".join(lines).encode())
+
     def to_bytes(self) -> bytes:
         """Return the content of manifest.json."""
         values = asdict(self)
-        for name in ("parent", "differing", "audit"):
+        for name in ("parent", "differing", "audit", "base"):
             if values[name] is None:
                 del values[name]
         return seal(json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
@@ -200,9 +229,13 @@ def _check_types(manifest: Manifest) -> None:
     for file in manifest.files:
         for digest in (file.digest, *(file.blocks or ())):
             bytes.fromhex(digest)
-    for name in ("parent", "audit"):
+    for name in ("parent", "audit", "base"):
         if not isinstance(getattr(manifest, name), dict | None):
             raise TypeError(f"{name} is no mapping")
+    if (base := manifest.base_record) is not None:
+        for each in fields(base):
+            if type(getattr(base, each.name)) is not _FIELD_TYPES[str(each.type)]:
+                raise TypeError(f"{each.name} of the base is no {each.type}")
     if manifest.world_size < 1:
         raise ValueError(f"world_size is {manifest.world_size}")
 

@@ -63,6 +63,12 @@ class Checkpoint:
         """The training step it belongs to."""
         return self.manifest.iteration
 
+    @property
+    def base_here(self) -> int | None:
+        """The iteration of the same store that has the rest of its model, if it is one."""
+        base = self.manifest.base_record
+        return None if base is None else parse_checkpoint_name(base.relative_path)
+
 
 @dataclass(frozen=True)
 class Broken:

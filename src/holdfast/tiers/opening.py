@@ -31,7 +31,7 @@ from holdfast.errors import (
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
 from holdfast.format.plan import shard_name
-from holdfast.format.values import is_united, split_small
+from holdfast.format.values import EMPTY, is_united, split_small
 from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.copies import decode_copies, join_copies, read_copies
@@ -59,6 +59,9 @@ from holdfast.tiers.tier import (
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_NO_COUNTERS: dict[str, Any] = {"train_state": {}, "num_floating_point_operations_so_far": 0}
+"""Of a checkpoint that has none; they change nothing."""
 
 
 class SurveyedStore:
@@ -116,9 +119,10 @@ def open_together(
     same_ranks = coordinator.world_size == checkpoint.manifest.world_size
 
     def read() -> bool:
-        contents = open_contents(checkpoint, files, coordinator)
+        contents = open_contents(checkpoint, files, coordinator, model_only=wanted.model_only)
         opened.append(contents)
         is_enough = not contents.small or (same_ranks and wanted.suffices(contents))
+        is_enough = is_enough or wanted.model_only
         if is_enough:
             wanted.accept(contents)
             accepted.append(contents)
@@ -210,24 +214,36 @@ def read_together(
     return joined  # type: ignore[no-any-return]  # what `join` has returned
 
 
-def open_contents(checkpoint: Checkpoint, files: Storage, coordinator: Coordinator) -> Contents:
-    """Read the small state of a checkpoint, on this rank.
+def open_contents(
+    checkpoint: Checkpoint, files: Storage, coordinator: Coordinator, *, model_only: bool = False
+) -> Contents:
+    """Read the small state of a checkpoint, on this rank; `model_only`: see `Wanted`.
 
     Raises:
         CorruptCheckpointError: a file is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
         foreign = open_shards(checkpoint, files)
-        unchanged = {"train_state": {}, "num_floating_point_operations_so_far": 0}
-        return Contents(checkpoint, foreign, foreign.read_values(), {}, unchanged, {})
+        values = foreign.read_values(_model_names(foreign) if model_only else None)
+        return Contents(checkpoint, foreign, values, {}, _NO_COUNTERS, {})
     content = _read_checked(checkpoint, TRAIN_STATE_NAME, files)
     counters = check_counters(content, checkpoint.iteration, files.where(TRAIN_STATE_NAME))
-    _read_checked(checkpoint, RUN_CONFIG_NAME, files)  # only to check its digest
+    run_config = _read_checked(checkpoint, RUN_CONFIG_NAME, files)
     same_ranks = coordinator.world_size == checkpoint.manifest.world_size
     own_file = shard_name(coordinator.rank) if same_ranks else None
     reader = open_shards(checkpoint, files, own_file)
-    values, small = split_small(reader.read_values())
-    return Contents(checkpoint, reader, values, small, counters, {})
+    names = _model_names(reader) if model_only else None
+    values, small = split_small(reader.read_values(names))
+    return Contents(checkpoint, reader, values, small, counters, {}, run_config=run_config)
+
+
+def _model_names(reader: ShardReader) -> list[str]:
+    """Return the names of the values that a model needs: its own, and which mappings are empty."""
+    return [
+        name
+        for name in reader.value_names()
+        if name == EMPTY or reader.key_path(name)[0] == "model"
+    ]
 
 
 def open_shards(checkpoint: Checkpoint, files: Storage, own_file: str | None = None) -> ShardReader:

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import Storage, pending_name
 from holdfast.storage.digests import FileRecord
 from holdfast.storage.identity import RUN_NAME, Attempt, CommitIdentity, Parent, RunIdentity
-from holdfast.storage.manifest import PERSISTENT, Manifest
+from holdfast.storage.manifest import BASE, PERSISTENT, Manifest
 from holdfast.storage.store import Checkpoint, Store
 from holdfast.tiers.opening import SurveyedStore
 from holdfast.tiers.select import Commit
@@ -431,7 +431,9 @@ class PersistentTier:
             files=tuple(sorted(records, key=lambda each: each.path)),
             written_by=f"holdfast {__version__}",
             parent=asdict(grant.parent) if grant.parent is not None else None,
-            requires=snapshot.shard.plan.features(has_copies=any(copies)),
+            requires=snapshot.shard.plan.features(has_copies=any(copies))
+            + ((BASE,) if snapshot.base is not None else ()),
+            base=asdict(snapshot.base) if snapshot.base is not None else None,
             differing=find_differing(copies),
             audit=snapshot.audit.record,
         )
@@ -445,7 +447,10 @@ class PersistentTier:
         removed = []
         try:
             checkpoints = {each.iteration: each for each in self.store.listing().checkpoints}
-            candidates = [Candidate.of(each.manifest) for each in checkpoints.values()]
+            candidates = [
+                replace(Candidate.of(each.manifest), base=each.base_here)
+                for each in checkpoints.values()
+            ]
             tracker_iteration, _ = self.store.read_tracker()
             for verdict in retain(candidates, self._keep_last, tracker_iteration):
                 if not verdict.keep:

@@ -163,12 +163,17 @@ def survey_checkpoint(place: Place, filesystem: Filesystem) -> Survey:
 
 
 def make_refusal(
-    choice: Choice, survey: Survey, field_name: str | None, filesystem: Filesystem
+    choice: Choice,
+    survey: Survey,
+    field_name: str | None,
+    filesystem: Filesystem,
+    *,
+    caller: str = "open_tensors",
 ) -> CheckpointError:
     """Return the error of a load that is refused because of the contents of one place.
 
     `field_name`: the setting that names the place, for example `load.directory`. None: the caller
-    of `open_tensors` named it.
+    of a function named it, which is `caller`.
     """
     refusal, commits = choice.refusal, survey.commits
     if refusal in (Refusal.TOO_NEW, Refusal.DAMAGED):
@@ -179,7 +184,7 @@ def make_refusal(
             return commits[0].error
         return NoLoadableCheckpointError(str(survey.root), list_reasons(commits))
     if not commits:
-        place = "open_tensors" if field_name is None else f"checkpoint.{field_name}"
+        place = caller if field_name is None else f"checkpoint.{field_name}"
         return CheckpointNotFoundError(f"{place}: {describe(survey.root, filesystem)}")
     if survey.is_one and field_name is not None:
         found = f"iteration {commits[0].iteration}: {commits[0].path}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.audit import NOTHING_LEFT, Audited
 from holdfast.snapshot.shard import StagedShard
 from holdfast.storage.identity import CommitIdentity
+from holdfast.storage.manifest import Base
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.select import Commit
 
@@ -55,6 +56,8 @@ class Snapshot:
     changed the state until then; otherwise raises."""
     audit: Audited = NOTHING_LEFT
     """What is compared while it is written."""
+    base: Base | None = None
+    """What has the tensors of the model that this one leaves out; None: it leaves out none."""
 
 
 class Recorded(Protocol):
@@ -86,6 +89,8 @@ class Contents:
     copies: Mapping[str, Sequence[Any]]
     """The distinct copies of all ranks that saved, lowest first, of names that `is_united` names;
     empty where this rank's own suffice."""
+    run_config: bytes = field(default=b"", kw_only=True)
+    """The config of the run as YAML; empty: it was not read."""
 
     @property
     def is_shared(self) -> bool:
@@ -125,6 +130,8 @@ class Wanted:
     checkpoint, and is reported on every rank."""
     verify_first: bool = False
     """Whether every byte is to be verified before anything is used."""
+    model_only: bool = False
+    """Whether nothing but the model is needed: a source may leave all other state unread."""
 
 
 class Source(Protocol):

@@ -451,7 +451,18 @@ class Opening:
         )
         checkpoint = Checkpoint(self._files.run.root, manifest)
         values, small = split_small(reader.read_values())
-        return LocalContents(checkpoint, reader, values, small, counters, copies, fetch)
+        here = self._here.get(self._files.rank) or next(iter(self._here.values()), None)
+        return LocalContents(
+            checkpoint,
+            reader,
+            values,
+            small,
+            counters,
+            copies,
+            fetch,
+            # A rank whose node has no file gets it from the others, if it is asked for.
+            run_config=self._trailer_of(here).parts["run_config"] if here else b"",
+        )
 
 
 def _choose_providers(candidate: Candidate) -> dict[int, Copy]:
