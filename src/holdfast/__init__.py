@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from holdfast.state.components import SharingPattern, StateComponent
     from holdfast.state.sharding import declare_sharding
     from holdfast.state.strategy import LoadStrategy
+    from holdfast.storage.annotations import annotate, read_annotations
     from holdfast.tiers.opening import open_tensors
     from holdfast.weights import build_model_from_checkpoint, load_model_weights
 
@@ -45,11 +46,13 @@ _HOMES = {
     "SharingPattern": "state.components",
     "StateComponent": "state.components",
     "TrainState": "protocol",
+    "annotate": "storage.annotations",
     "build_model_from_checkpoint": "weights",
     "create_checkpoint_manager": "factory",
     "declare_sharding": "state.sharding",
     "load_model_weights": "weights",
     "open_tensors": "tiers.opening",
+    "read_annotations": "storage.annotations",
 }
 
 __all__ = [
@@ -67,11 +70,13 @@ __all__ = [
     "SharingPattern",
     "StateComponent",
     "TrainState",
+    "annotate",
     "build_model_from_checkpoint",
     "create_checkpoint_manager",
     "declare_sharding",
     "load_model_weights",
     "open_tensors",
+    "read_annotations",
 ]
 
 

@@ -25,6 +25,7 @@ from holdfast.format.inventory import name_tensors
 from holdfast.messages import describe_size
 from holdfast.policies.keeping import Candidate, find_agreement
 from holdfast.storage import open_storage
+from holdfast.storage.annotations import annotations_of
 from holdfast.storage.identity import RunIdentity
 from holdfast.storage.store import Checkpoint, Listing, Store, parse_checkpoint_name
 
@@ -81,6 +82,7 @@ def _ls(parsed: argparse.Namespace) -> int:
     tracker, problem = target.store.read_tracker()
     run_id = RunIdentity(target.store.storage).read_run_id()
     found = listing.checkpoints or listing.broken or listing.too_new
+    noted, problems = _read_annotations(target.store, listing)
     if not found and run_id is None:
         raise CheckpointNotFoundError(
             f"{parsed.directory} holds no checkpoint.{_suggest(target.store.root)}"
@@ -97,6 +99,7 @@ def _ls(parsed: argparse.Namespace) -> int:
                 "size_bytes": each.manifest.size_bytes,
                 "files": len(each.manifest.files),
                 "saved_at": each.manifest.saved_at,
+                "annotations": noted.get(each.iteration),
             }
             for each in listing.checkpoints
         ]
@@ -113,12 +116,12 @@ def _ls(parsed: argparse.Namespace) -> int:
                 "too_new": too_new,
             }
         )
-        return _exit_code(bool(listing.broken), listing)
+        return _exit_code(bool(listing.broken or problems), listing)
     print(f"{target.store.root}  run {run_id or 'unknown'}")
     rows: list[tuple[str, ...]] = [
-        ("iteration", "saved at", "ranks", "files", "size", "attempt", "")
+        ("iteration", "saved at", "ranks", "files", "size", "attempt", "", "")
     ]
-    rows += [_row(each, tracker) for each in listing.checkpoints]
+    rows += [_row(each, tracker, noted) for each in listing.checkpoints]
     if listing.checkpoints:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
@@ -129,9 +132,11 @@ def _ls(parsed: argparse.Namespace) -> int:
         print(f"  unknown: {new.path} {new.error.summary}")
     for each in listing.broken:
         print(f"  broken: {each.reason}")
+    for each_problem in problems:
+        print(f"  annotations: {each_problem}")
     if problem and listing.checkpoints:
         print(f"  tracker: {problem}")
-    return _exit_code(bool(listing.broken), listing)
+    return _exit_code(bool(listing.broken or problems), listing)
 
 
 def _exit_code(is_damaged: bool, listing: Listing) -> int:
@@ -249,7 +254,23 @@ def _selected(target: _Target) -> Listing:
     )
 
 
-def _row(checkpoint: Checkpoint, tracker: int | None) -> tuple[str, ...]:
+def _read_annotations(
+    store: Store, listing: Listing
+) -> tuple[dict[int, dict[str, Any]], list[CheckpointError]]:
+    """Return what is recorded of each checkpoint, and the records that cannot be read."""
+    found: dict[int, dict[str, Any]] = {}
+    problems: list[CheckpointError] = []
+    for each in listing.checkpoints:
+        try:
+            found[each.iteration] = annotations_of(store.files_of(each))
+        except CheckpointError as error:
+            problems.append(error)
+    return found, problems
+
+
+def _row(
+    checkpoint: Checkpoint, tracker: int | None, noted: Mapping[int, Mapping[str, Any]]
+) -> tuple[str, ...]:
     manifest = checkpoint.manifest
     return (
         str(checkpoint.iteration),
@@ -259,6 +280,10 @@ def _row(checkpoint: Checkpoint, tracker: int | None) -> tuple[str, ...]:
         describe_size(manifest.size_bytes),
         str(manifest.attempt),
         "<- tracker" if checkpoint.iteration == tracker else "",
+        " ".join(
+            f"{name}={json.dumps(value)}"
+            for name, value in sorted(noted.get(checkpoint.iteration, {}).items())
+        ),
     )
 
 

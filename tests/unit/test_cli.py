@@ -64,7 +64,7 @@ def test_ls_prints_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["checkpoints"][1] == {
         "iteration": 10, "path": str(root / "iter_0000010"), "sequence": 10, "attempt": 1,
         "run_id": "run", "world_size": 1, "size_bytes": 11, "files": 2,
-        "saved_at": "2026-01-01T00:00:00+00:00",
+        "saved_at": "2026-01-01T00:00:00+00:00", "annotations": {},
     }  # fmt: skip
 
 
