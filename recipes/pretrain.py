@@ -10,6 +10,8 @@ and `training.train` does the rest.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 from entry import run_program  # isort: skip  # first: it sets what torch reads
@@ -22,12 +24,17 @@ from display import Display
 from holdfast import hydra_schema
 from run_config import RunConfig
 
+CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 
-def compose() -> list[RunConfig]:
-    """Let Hydra read the command line; `--cfg job` asks for no run, `--multirun` for several."""
+
+def compose(name: str = "pretrain") -> list[RunConfig]:
+    """Let Hydra read the command line; `--cfg job` asks for no run, `--multirun` for several.
+
+    `name`: of the file under configs/ that says what there is to set.
+    """
     composed: list[DictConfig] = []
 
-    @hydra.main(config_path="../configs", config_name="pretrain", version_base="1.3")
+    @hydra.main(config_path=CONFIGS, config_name=name, version_base="1.3")
     def keep(config: DictConfig) -> None:
         composed.append(config)
 
@@ -35,8 +42,11 @@ def compose() -> list[RunConfig]:
     return [cast(RunConfig, OmegaConf.to_object(config)) for config in composed]
 
 
-def run(config: RunConfig) -> None:
-    """Train as configured, together with the other processes of this launch."""
+def run(config: RunConfig, adapt: Callable[[object], None] | None = None) -> None:
+    """Train as configured, together with the other processes of this launch.
+
+    `adapt`: changes the model in place before it is divided among them.
+    """
     config.validate()
     # torch is imported here and not above: a bad setting is reported without waiting for it.
     from parallel import open_processes
@@ -44,7 +54,7 @@ def run(config: RunConfig) -> None:
 
     processes = open_processes(config.parallel)
     with Display(processes.rank, config.steps, config.log_interval) as display:
-        train(config, processes, display)
+        train(config, processes, display, adapt)
     processes.close()
 
 

@@ -10,6 +10,7 @@ of processes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +37,22 @@ from saving import MeasuredSaves
 from text_data import ShardedLoader, Text, count_samples, cut_sample, read_text
 
 
-def train(config: RunConfig, processes: Processes, display: Display) -> None:
+def train(
+    config: RunConfig,
+    processes: Processes,
+    display: Display,
+    adapt: Callable[[nn.Module], None] | None = None,
+) -> None:
     """Train up to `config.steps`, going on from the newest checkpoint if there is one.
+
+    `adapt`: changes the model in place before it is divided; what it freezes is not trained.
 
     Raises:
         RecipeError: text, batch or run directory do not suit.
         CheckpointError: whatever the manager reports.
     """
     run_dir, store = Path(config.run_dir), config.checkpoint.persistent.directory
-    job = _build(config, processes, display)
+    job = _build(config, processes, display, adapt)
     progress = job.state.train_state
     manager = create_checkpoint_manager(config.checkpoint)
     result = manager.load(job.load_context())
@@ -136,7 +144,12 @@ class _Job:
         return self.config.batch_size * self.config.model.context
 
 
-def _build(config: RunConfig, processes: Processes, display: Display) -> _Job:
+def _build(
+    config: RunConfig,
+    processes: Processes,
+    display: Display,
+    adapt: Callable[[nn.Module], None] | None,
+) -> _Job:
     text = read_text(config.data)
     loader = ShardedLoader(
         text,
@@ -149,6 +162,8 @@ def _build(config: RunConfig, processes: Processes, display: Display) -> _Job:
     held_out = _ValidationSet(text, config, processes)
     torch.manual_seed(config.seed)  # the same weights in every process, sharded or not
     bare_model = GPT(config.model)
+    if adapt is not None:
+        adapt(bare_model)
     operations_per_token = floating_point_operations_per_token(bare_model, config.model)
     parameter_count = sum(parameter.numel() for parameter in bare_model.parameters())
     model = processes.distribute(bare_model)
@@ -242,15 +257,16 @@ class _ValidationSet:
 
 
 def _build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    trained = [each for each in model.parameters() if each.requires_grad]
     if config.name == "sgd":
         return SGD(
-            model.parameters(),
+            trained,
             lr=config.learning_rate,
             momentum=config.beta1,
             weight_decay=config.weight_decay,
         )
     return AdamW(
-        model.parameters(),
+        trained,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
