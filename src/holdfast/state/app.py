@@ -27,7 +27,7 @@ from holdfast.format.values import DATA, EMPTY, RNG, SCHEDULER
 from holdfast.protocol import Stateful
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
-from holdfast.state.bindings import Bindings, Leaves, find_buffers, names_in_memory
+from holdfast.state.bindings import Bindings, Leaves, find_buffers
 from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.compare import compare_model, describe_left_out
 from holdfast.state.components import ComponentLeaves, StateComponent, capture_components
@@ -115,7 +115,7 @@ class AppState:
         self._skipped: frozenset[str] = frozenset()
         """Names of tensors of another shape, which keep their value."""
         self.expects_position = True
-        """Whether a data position that is saved is this rank's to restore, so that it is missed."""
+        """Whether a saved data position is this rank's to restore."""
 
     def without(self, kept: Collection[str]) -> AppState:
         """Return the same state but for components that are to keep their live values."""
@@ -348,8 +348,8 @@ class AppState:
             "data": self._data is not None,
         }
         absent = {name for name, is_here in here.items() if not is_here} - self._kept
-        expected = positions if self.expects_position else ()
-        held = {name for name, each in ((SCHEDULER, schedule), (DATA, expected)) if each}
+        wanted = positions if self.expects_position else ()
+        held = {name for name, each in ((SCHEDULER, schedule), (DATA, wanted)) if each}
         return describe_left_out(absent, saved, held, self._given_data)
 
     def wants_records(self, saved: SavedTensors) -> bool:
@@ -361,15 +361,13 @@ class AppState:
 
     def facts(self, config: bytes) -> RunFacts:
         """Return the facts of the live side, for a guard; `config`: of the run, as YAML."""
-        live = {n: t for n, t in self._live_model.items() if isinstance(t, torch.Tensor)}
-        shapes = {name: (each.shape, each.dtype) for name, each in live.items()}
+        live = self._live_model.items()
+        shapes = {n: (t.shape, t.dtype) for n, t in live if isinstance(t, torch.Tensor)}
         return RunFacts.of(config, shapes, {each for n in self._names.values() for each in n})
 
     def names_that_begin(self, save_filter: SaveFilter) -> set[str]:
         """Return the names of trained tensors that a filter keeps: the base need not have them."""
-        live = self._live_model
-        trained = names_in_memory((p for p in self._model.parameters() if p.requires_grad), live)
-        return {n for n in trained if save_filter.keeps(n, live[n], True, is_buffer=False)}
+        return save_filter.names_that_begin(self._model, self._live_model)
 
     def live_names(self) -> set[str]:
         """Return the names of the model's state and of all parameters of the optimizers."""

@@ -75,6 +75,11 @@ class SaveFilter:
         bare = name.removeprefix(MODEL)
         return bool(self._predicate(bare, tuple(tensor.shape), requires_grad))
 
+    def names_that_begin(self, root: nn.Module, live: Mapping[str, Any]) -> set[str]:
+        """Return the names of trained tensors that it keeps; `live`: the state of the model."""
+        trained = names_in_memory((each for each in root.parameters() if each.requires_grad), live)
+        return {name for name in trained if self.keeps(name, live[name], True, is_buffer=False)}
+
     def apply(self, leaves: Leaves, root: nn.Module, in_base: Collection[str], base: str) -> Leaves:
         """Return what is to be saved of a captured state.
 

@@ -185,7 +185,8 @@ def check_data(
     """Check early whether an iterator can restore a saved position, changing nothing.
 
     Raises:
-        DataReshardError: the data-parallel size differs and the iterator cannot reshard.
+        DataReshardError: nobody saved the position of this rank's reader: the data-parallel size
+            differs and the iterator cannot reshard, or no rank had it.
         StateMismatchError: it is of iterators with other names.
     """
     here = sorted(data.iterators) if isinstance(data, Iterators) else None
@@ -193,15 +194,29 @@ def check_data(
         if (there := _names_in(each["position"])) != here:
             problem = f"the data position is of {_named(there)}, here {_named(here)}"
             raise StateMismatchError(path, different=[problem], strict=False)
-    if not positions or (saved_data_size := positions[0]["data_size"]) == place.data_size:
+    if accept_restart or not positions or any(map(place.reads_on_from, positions)):
         return
-    if not isinstance(data, ReshardableData) and not accept_restart:
+    saved_size = positions[0]["data_size"]
+    restart = "set load.accept_data_restart=true to start the data from its beginning."
+    if missing := _find_missing(positions):
+        shown = ", ".join(map(str, missing))
         raise DataReshardError(
-            f"{path} holds data state of {saved_data_size} data-parallel ranks, this run has "
-            f"{place.data_size}, and {type(data).__name__} has no "
-            "load_resharded_state.\nGive it one, or set load.accept_data_restart=true to start "
-            "the data from its beginning."
+            f"{path} holds no data position of data-parallel rank(s) {shown} of {saved_size}: no "
+            "rank had their iterator when it was saved.\n"
+            f"Pass it to every save on some rank, or {restart}"
         )
+    if not isinstance(data, ReshardableData):
+        raise DataReshardError(
+            f"{path} holds data state of {saved_size} data-parallel ranks, this run has "
+            f"{place.data_size}, and {type(data).__name__} has no load_resharded_state.\n"
+            f"Give it one, or {restart}"
+        )
+
+
+def _find_missing(positions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the data-parallel ranks of which nobody saved the position."""
+    found = {each["data_rank"] for each in positions}
+    return sorted(set(range(positions[0]["data_size"])) - found)
 
 
 def warn_of_lost_position(data: Any | None) -> bool:
@@ -268,8 +283,9 @@ def _reshard_data(data: Stateful, positions: Sequence[Mapping[str, Any]], place:
         return False
     by_rank = {each["data_rank"]: each["position"] for each in positions}
     ordered = [by_rank[rank] for rank in sorted(by_rank)]
-    reshards = isinstance(data, ReshardableData)
-    if isinstance(data, ReshardableData):
+    reshards = False
+    if isinstance(data, ReshardableData) and not _find_missing(positions):
+        reshards = True
         data.load_resharded_state(copy.deepcopy(ordered))
     if place.rank == 0:
         logger.warning(
