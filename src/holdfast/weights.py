@@ -37,6 +37,7 @@ from holdfast.restoring import Opened, Restoration, open_selected
 from holdfast.snapshotting import collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.small import Place
+from holdfast.state.strategy import LoadStrategy
 from holdfast.state.strictness import Strictness
 from holdfast.storage import open_storage
 from holdfast.tiers.bases import Bases
@@ -295,6 +296,7 @@ class _Loading:
             place,
             with_tensors=True,
             overrides=None,
+            strategy=LoadStrategy(),
         )
         restoration.agree_on_shardings(control)
         restoration.compare(control, self._strictness, accept_data_restart=True)

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import holdfast
+from holdfast import SharingPattern, StateComponent
 from holdfast.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -182,6 +183,18 @@ def test_named_models_come_back_by_name(tmp_path: Path) -> None:
     models = {"actor": _fresh(3), "critic": _fresh(4)}
     holdfast.load_model_weights(models, tmp_path / "base")
     assert [_digest(each) for each in models.values()] == [_digest(_fresh(1)), _digest(_fresh(2))]
+
+
+def test_further_state_is_left_where_it_is(tmp_path: Path) -> None:
+    """Components, data and scheduler of the run are neither read nor asked for."""
+    averaged = StateComponent("ema", _fresh(7), SharingPattern.SHARDED)
+    extra = StateComponent("extra", (lambda: {"a": torch.ones(3)}, print), SharingPattern.GLOBAL)
+    live = linear(1)
+    live.save(manager_of(tmp_path / "base"), 1, components=[averaged, extra])
+    fresh = _fresh(2)
+    result = holdfast.load_model_weights(fresh, tmp_path / "base")
+    assert set(result.restored) == {"model"}
+    assert _digest(fresh) == _digest(live.model)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
