@@ -2,10 +2,11 @@
 
 Owns the rules of retention as one pure function, `retain`, in which a rule is added. Promises that
 the newest checkpoint and the tracker's target always stay, that the base of what stays does, that
-"newest" means committed last, so that a save after a rollback outlives the larger iterations it supersedes, and that the last
-checkpoint whose replicas agreed stays. Each save compares a share of them only: a checkpoint's
-agreed once every share was compared at its iteration or later (`find_agreement`). The one that is
-next to be proved so stays too, or there would never be another. Removes nothing: the persistent
+"newest" means committed last, so that a save after a rollback outlives the larger iterations it
+supersedes, and that the last checkpoint whose replicas agreed stays. Each save compares a share of
+them only: a checkpoint's agreed once every share was compared at its iteration or later
+(`find_agreement`). The one that is next to be proved so stays too, or there would never be another.
+Removes nothing: the persistent
 tier acts on the verdicts (`PersistentTier._retain`, which is given the settings of `KeepConfig` by
 `tiers.routing`). The local tier has no rules: it keeps as many commits as it has files for.
 """
