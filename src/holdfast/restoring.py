@@ -32,6 +32,7 @@ from holdfast.format.values import (
     SMALL_STATES,
     TRAIN_STATE,
     is_component,
+    is_united,
 )
 from holdfast.messages import name_first
 from holdfast.protocol import Restored
@@ -213,7 +214,7 @@ class Restoration:
         self.loaded = LoadedStates(
             opened.small.get(RNG),
             opened.positions,
-            SavedRun(manifest.run_id, manifest.iteration, manifest.world_size),
+            SavedRun(manifest.run_id, manifest.iteration, manifest.world_size, manifest.differing),
             place,
             where,
             overrides,
@@ -417,7 +418,7 @@ class Restoration:
         told = [
             name
             for name in manifest.differing or ()
-            if name not in (RNG, DATA) and not is_component(name)
+            if name != RNG and not is_united(name) and not is_component(name)
         ]
         if manifest.world_size != place.world_size and place.rank == 0 and told:
             logger.warning(

@@ -252,3 +252,26 @@ def test_generators_are_reseeded_for_another_world(tmp_path: Path) -> None:
     for part in range(3):  # python, numpy and torch, each by itself
         assert len({draws[part] for draws, _ in first}) == 4
     assert [len(messages) for _, messages in first] == [1, 0, 0, 0], "told once, by rank 0"
+
+
+def _save_drawing_alike(root: Path) -> Any:
+    run = Run("ddp", root, data=ReshardableData)
+    run.train(SAVED_AT)
+    seed_rank(4)
+    run.save()
+    run.finalize(blocking=True)
+    return draw()
+
+
+def _draw_on(root: Path) -> Any:
+    run = Run("ddp", root, seed=8, data=ReshardableData)
+    seed_rank(1000 + run.rank)
+    run.load()
+    return draw()
+
+
+def test_ranks_that_drew_alike_do_so_in_another_world(tmp_path: Path) -> None:
+    """One state was saved of all generators: every rank goes on from it."""
+    before, other = run_ranks(_save_drawing_alike, 2, tmp_path)
+    assert before == other
+    assert run_ranks(_draw_on, 3, tmp_path) == [before] * 3

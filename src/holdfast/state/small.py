@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from holdfast.errors import DataReshardError, StateMismatchError, UnsupportedStateError
+from holdfast.format.values import RNG
 from holdfast.protocol import (
     ReshardableData,
     Stateful,
@@ -108,6 +109,13 @@ class SavedRun:
     run_id: str
     iteration: int
     world_size: int
+    differing: tuple[str, ...] | None = None
+    """Names of which its ranks saved copies that differ; None: not compared."""
+
+    @property
+    def drew_alike(self) -> bool:
+        """Whether it had several ranks, and their generators all had one state."""
+        return self.world_size > 1 and self.differing is not None and RNG not in self.differing
 
 
 def is_position(state: Any) -> bool:
@@ -262,9 +270,10 @@ def apply_data(
 def apply_generators(state: dict[str, Any], saved: SavedRun, place: Place) -> bool:
     """Restore every generator; False: the number of ranks differs, so they were reseeded.
 
-    `state`: as this rank saved it, where as many ranks saved.
+    `state`: as this rank saved it, where as many ranks saved, else as the lowest one did. Ranks
+    that all drew alike do so at any other number.
     """
-    if saved.world_size == place.world_size:
+    if saved.world_size == place.world_size or saved.drew_alike:
         for name in apply_rng(state):
             logger.warning("rank %d has no %s: its RNG state was left out", place.rank, name)
         return True
