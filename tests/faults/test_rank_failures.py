@@ -44,6 +44,7 @@ class _FaultyData(Data):
 def _faulty_run(fault: Fault, directory: Path, seed: int = 1, **config: Any) -> Run:
     values = {
         "persistent": {"directory": str(directory), "keep": {"last": 2}},
+        "replicas": {"audit_fraction": 1},  # or a checkpoint before the last ones stays
         "load": {"verify": "first"},  # one stage more in which a rank can fail
         **config,
     }
