@@ -15,7 +15,7 @@ from holdfast.state.fitting import OptimizerFit
 from holdfast.state.groups import Group, match, read_record, show_side_by_side, unite
 from holdfast.state.optimizer import look_up
 from holdfast.state.saved import SavedTensors
-from tests.support.managers import Live, manager_of, step
+from tests.support.managers import Live, linear, manager_of, step
 from tests.support.states import digest
 
 # -- which saved options a group takes -----------------------------------------------------------
@@ -57,6 +57,20 @@ def test_members_that_disagree_are_a_conflict() -> None:
         "optimizer group 0 has parameters of saved groups 0, 1: class AdamW and Adam; "
         "betas None and (0.5, 0.6)"
     )
+
+
+def test_an_option_may_have_any_name() -> None:
+    """Those of the record's own fields included, beside the kind of the optimizer."""
+    options = {"class": "decay", "option:class": 1, "option:": 2, "lr": 3}
+    group = Group(("a",), options, "AdamW")
+    assert read_record([group.entry()]) == [group]
+
+
+def test_what_is_no_number_equals_itself() -> None:
+    """Members that were saved with the same options are one group, of whatever value."""
+    options = {"lr": float("nan"), "of": [torch.tensor([1.0, float("nan")])]}
+    saved = [Group((name,), options, "AdamW") for name in "ab"]
+    assert match([Group(("a", "b"), {}, "AdamW")], saved, "optimizer").conflicts == ()
 
 
 def test_both_structures_are_shown_side_by_side() -> None:
@@ -269,6 +283,27 @@ def test_a_schedule_of_other_groups_is_refused(tmp_path: Path, other: str) -> No
 
 
 # -- frozen parameters, and those outside the model ----------------------------------------------
+
+
+def test_another_schedule_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    """Settings of one in another would be kept in silence."""
+    saved, live = _scheduled("StepLR", 2), _scheduled("CosineAnnealingLR", 9)
+    manager = manager_of(tmp_path)
+    saved.load(manager)
+    saved.save(manager, 1)
+    before = live.digests()
+    with pytest.raises(StateMismatchError, match=r"scheduler has gamma, step_size, which no Cosin"):
+        live.load(manager_of(tmp_path))
+    assert live.digests() == before
+    same = _scheduled("StepLR", 3)
+    same.load(manager_of(tmp_path))
+    assert same.scheduler.step_size == 2
+
+
+def _scheduled(kind: str, setting: int) -> Live:
+    live = linear()
+    live.scheduler = getattr(torch.optim.lr_scheduler, kind)(live.optimizer, setting)
+    return live
 
 
 def test_state_of_a_frozen_parameter_comes_back(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from torch import optim
 GROUPS = "param_groups"
 """The last part of the name of a record."""
 _MEMBERS = "params"
-_KIND = "class"  # a keyword of Python: no option of an optimizer has this name
+_KIND = "class"
+_OPTION = "option:"
+"""What the name of an option begins with in a record, where it has a name of the record's."""
 _FOR_PEOPLE = "param_names"
 _TORCH = "torch.optim"
 _NAMES_SHOWN, _GROUPS_SHOWN, _OPTIONS_SHOWN = 3, 8, 4
@@ -43,7 +45,7 @@ class Group:
         return {
             _MEMBERS: list(self.names),
             **kind,
-            **{k: _plain(v) for k, v in self.options.items()},
+            **{_written(key): _plain(value) for key, value in self.options.items()},
         }
 
 
@@ -86,7 +88,11 @@ def read_record(value: Any) -> list[Group]:
         found.append(
             Group(
                 tuple(names),
-                {key: each for key, each in options_of(entry).items() if key != _KIND},
+                {
+                    key.removeprefix(_OPTION): each
+                    for key, each in options_of(entry).items()
+                    if key != _KIND
+                },
                 kind if isinstance(kind, str) else None,
             )
         )
@@ -177,14 +183,22 @@ def show_side_by_side(saved: Sequence[Group], live: Sequence[Group]) -> str:
 
 
 def comparable(value: Any) -> Any:
-    """Return an option as numbers, strings and tuples of them, which can be compared."""
+    """Return an option as numbers, strings and tuples of them, which can be compared.
+
+    A number that is none is a word, which equals itself.
+    """
     if hasattr(value, "tolist"):  # a torch or numpy value
         return comparable(value.tolist())
     if isinstance(value, list | tuple):
         return tuple(map(comparable, value))
     if isinstance(value, Mapping):
         return {key: comparable(each) for key, each in value.items()}
-    return value
+    is_none = isinstance(value, float | complex) and value != value
+    return "nan" if is_none else value
+
+
+def _written(key: str) -> str:
+    return f"{_OPTION}{key}" if key == _KIND or key.startswith(_OPTION) else key
 
 
 def _plain(value: Any) -> Any:

@@ -81,19 +81,26 @@ def check_kinds(
 def check_schedule(
     scheduler: Any, saved: Mapping[str, Any] | None, matches: Sequence[Match], path: str
 ) -> None:
-    """Refuse the state of a schedule of torch's that has other rates than the groups here.
+    """Refuse the state of another schedule of torch's, or of one with a rate for other groups.
 
     Raises:
-        StateMismatchError: it has a rate per group, for another number or order of groups.
+        StateMismatchError: each side has settings that the other lacks, or it has a rate per group
+            for another number or order of groups.
     """
     if saved is None or not isinstance(scheduler, LRScheduler):
         return
-    problems = list(_find_other_rates(scheduler, scheduler.state_dict(), saved, matches))
+    live = scheduler.state_dict()
+    problems = list(_find_other_rates(scheduler, live, saved, matches))
+    chosen = _arguments(type(scheduler)) & live.keys() - saved.keys()
+    unknown = {each for each in saved.keys() - live.keys() if not each.startswith("_")}
+    if chosen and unknown:
+        has = ", ".join(sorted(unknown))
+        problems = [f"scheduler has {has}, which no {type(scheduler).__name__} has"]
     if problems:
         error = StateMismatchError(path, different=problems, strict=False)
         error.message = (
             f"{path} does not fit the live state: {'; '.join(problems)}.\n"
-            "Make the groups that were saved, or start the schedule afresh: "
+            "Make the groups and the schedule that were saved, or start the schedule afresh: "
             "load.override=[scheduler]."
         )
         raise error
