@@ -81,7 +81,8 @@ def chunks_of(tensor: DTensor) -> list[tuple[torch.Size, torch.Size]]:
     """
     find: Any = getattr(tensor, "__create_chunk_list__", None)
     if find is not None:
-        return [(each.offsets, each.sizes) for each in find()]
+        local = local_of(tensor)  # FSDP2 leaves an empty part of an empty part of another shape
+        return [(each.offsets, each.sizes if local.numel() else local.shape) for each in find()]
     offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None

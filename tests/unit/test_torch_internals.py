@@ -556,3 +556,13 @@ def test_it_imports_without_any_of_the_names(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delattr(owner, name)
     monkeypatch.setattr("torch.distributed.tensor.DTensor", _PublicDTensor)
     assert isinstance(_fresh(), ModuleType)
+
+
+def test_an_empty_part_has_the_shape_that_its_memory_has() -> None:
+    """FSDP2 beside tensor parallelism: what is left of an empty part may be empty otherwise."""
+    offsets = torch.Size((4, 1))
+    listed = SimpleNamespace(offsets=offsets, sizes=torch.Size((4, 0)))
+    part: Any = SimpleNamespace(
+        _local_tensor=torch.empty(0, 0), __create_chunk_list__=lambda: [listed]
+    )
+    assert torch_internals.chunks_of(part) == [(offsets, (0, 0))]
