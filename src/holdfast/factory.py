@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from holdfast.config import CheckpointConfig, read_config
 from holdfast.errors import (
@@ -29,6 +29,9 @@ from holdfast.errors import (
     ManagerShapeError,
 )
 from holdfast.protocol import CheckpointManager
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
 
 DEFAULT_MANAGER = "holdfast.manager.DefaultCheckpointManager"
 
@@ -58,14 +61,17 @@ LOOP_CALLS = {
 }
 
 
-def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
+def create_checkpoint_manager(
+    checkpoint_config: Any, *, store: Store | None = None
+) -> CheckpointManager:
     """Make the manager that a config names and check that a training loop can use it.
 
     The config is a `CheckpointConfig`, which is validated first; a mapping or DictConfig, from
     which one is made; or any object with `custom_manager_class` and, optionally,
     `custom_manager_allowlist`. The manager's constructor gets that object itself, and its
     exceptions reach the caller unchanged. What only a call can show (a method that returns a
-    coroutine, or a `load` that returns no pair) is refused at the first call.
+    coroutine, or a `load` that returns no pair) is refused at the first call. `store`: handed to
+    the constructor under this name if it is given; see `DefaultCheckpointManager`.
 
     Raises:
         ConfigError: the config has problems, or is not a config.
@@ -85,9 +91,10 @@ def create_checkpoint_manager(checkpoint_config: Any) -> CheckpointManager:
         _check_path(path)
         _check_allowed(path, allowlist)
     manager_class = _load_class(path)
-    _check_constructor(path, manager_class)
+    more = {} if store is None else {"store": store}
+    _check_constructor(path, manager_class, tuple(more))
     try:
-        manager = manager_class(checkpoint_config)
+        manager = manager_class(checkpoint_config, **more)
     except Exception as error:
         if path != DEFAULT_MANAGER:
             error.add_note(f"raised by the constructor of {path}")
@@ -173,7 +180,7 @@ def _load_class(path: str) -> Any:
         ) from error
 
 
-def _check_constructor(path: str, manager_class: Any) -> None:
+def _check_constructor(path: str, manager_class: Any, keywords: Sequence[str] = ()) -> None:
     if not isinstance(manager_class, type):
         raise ManagerShapeError(
             f"{FIELD} is {path!r}, which is of type {type(manager_class).__name__}, not a class.\n"
@@ -190,6 +197,11 @@ def _check_constructor(path: str, manager_class: Any) -> None:
             f"{FIELD} is {path!r}, whose constructor {_describe_signature(manager_class)} cannot "
             "be called with the config alone.\n"
             "Make it __init__(self, checkpoint_config); further parameters need defaults."
+        )
+    if not _accepts(manager_class, ("checkpoint_config",), keywords):
+        raise ManagerShapeError(
+            f"{FIELD} is {path!r}, whose constructor {_describe_signature(manager_class)} takes no "
+            f"{', '.join(keywords)}.\nAdd that parameter, with the default None, or pass no store."
         )
 
 

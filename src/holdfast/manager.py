@@ -79,15 +79,18 @@ class DefaultCheckpointManager:
         *,
         filesystem: Filesystem | None = None,
         clock: Callable[[], float] = time.monotonic,
+        store: Any = None,
     ) -> None:
         """Check the configuration and its directories; nothing is created yet.
 
         `filesystem`: the operations that files are written and read by, for tests of faults. None:
         the mounted file systems. `clock`: what the alarm of overdue checkpoints is measured by, in
-        seconds.
+        seconds. `store`: the `torch.distributed.Store` through which the ranks agree; threads use
+        clones of it. None: that of the default process group.
 
         Raises:
             ConfigError: with every problem of the configuration.
+            WrongArgumentError: `store` is none.
         """
         checkpoint_config = read_config(checkpoint_config)
         checkpoint_config.validate()
@@ -108,7 +111,7 @@ class DefaultCheckpointManager:
         rule = FailureRule(config)
         watchers: list[Watcher] = [self._steps, self._alarm]
         self._saving, self._draining = Flight(rule, watchers), Flight(rule, watchers)
-        self._channels = Channels(3, config.timeout_seconds, str(self._tiers.root))
+        self._channels = Channels(3, config.timeout_seconds, str(self._tiers.root), store)
         self._saver = Saver(
             config, self._channels, self._tiers, self._snapshotter, self._saving, self._draining
         )

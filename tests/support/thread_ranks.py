@@ -34,9 +34,14 @@ _STEP_SECONDS = 0.001
 class CountingStore:
     """A rendezvous store that counts requests by the name of the thread that sends them."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, requests: Counter[str] | None = None) -> None:
+        """`requests`: where they are counted. None: in a counter of its own."""
         self._store = store
-        self.requests: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter() if requests is None else requests
+
+    def clone(self) -> CountingStore:
+        """Return another client of the same store, which counts where this one does."""
+        return CountingStore(self._store.clone(), self.requests)
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._store, name)
@@ -54,7 +59,7 @@ class _Given(Channels):
     def __init__(self, store: Any, rank: int, ranks: int, timeout_seconds: float) -> None:
         super().__init__(3, timeout_seconds, "given")
         self._given: list[Coordinator] = [
-            StoreCoordinator(store, rank, ranks, timeout_seconds, f"given/{number}")
+            StoreCoordinator(store.clone(), rank, ranks, timeout_seconds, f"given/{number}")
             for number in range(3)
         ]
 

@@ -10,9 +10,9 @@ was initialised is opened again.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from holdfast.errors import CheckpointError
+from holdfast.errors import CheckpointError, WrongArgumentError
 from holdfast.ranks.background import DecidedError
 from holdfast.ranks.coordinator import Coordinator, SingleProcess, StoreCoordinator
 from holdfast.ranks.entry import Arrival, Entry, attempt
@@ -20,10 +20,13 @@ from holdfast.ranks.entry import Arrival, Entry, attempt
 R = TypeVar("R")
 
 
-def open_channels(count: int, timeout_seconds: float, name: str) -> list[Coordinator]:
+def open_channels(
+    count: int, timeout_seconds: float, name: str, store: Any = None
+) -> list[Coordinator]:
     """Open independent channels, one for each thread that will communicate.
 
-    `name`: the same on all ranks, and of no other channels that are in use.
+    `name`: the same on all ranks, and of no other channels that are in use. `store`: through which
+    the ranks communicate. None: the one of the default process group.
     """
     if not _has_peers():
         return [SingleProcess() for _ in range(count)]
@@ -31,10 +34,10 @@ def open_channels(count: int, timeout_seconds: float, name: str) -> list[Coordin
 
     from holdfast.torch_internals import rendezvous_store
 
-    store = rendezvous_store()
+    given = rendezvous_store() if store is None else store
     return [
         StoreCoordinator(
-            store.clone(),  # a client of its own: a blocking wait holds the client's lock
+            given.clone(),  # a client of its own: a blocking wait holds the client's lock
             distributed.get_rank(),
             distributed.get_world_size(),
             timeout_seconds,
@@ -58,8 +61,15 @@ class Channels:
     torch.distributed may be initialised after the manager is made, and before its first call.
     """
 
-    def __init__(self, count: int, timeout_seconds: float, name: str) -> None:
-        """`name`: see `open_channels`."""
+    def __init__(self, count: int, timeout_seconds: float, name: str, store: Any = None) -> None:
+        """`name`, `store`: see `open_channels`.
+
+        Raises:
+            WrongArgumentError: it is no store.
+        """
+        if store is not None:
+            _check_store(store)
+        self._store = store
         self._count = count
         self._timeout_seconds = timeout_seconds
         self._name = name
@@ -80,7 +90,9 @@ class Channels:
         """Return the channels: first that of calls."""
         if not self._channels or (not self._has_peers and _has_peers()):
             self._has_peers = _has_peers()
-            self._channels = open_channels(self._count, self._timeout_seconds, self._name)
+            self._channels = open_channels(
+                self._count, self._timeout_seconds, self._name, self._store
+            )
         return self._channels
 
     def begin_call(
@@ -132,6 +144,24 @@ class Channels:
         for number, each in enumerate(others, 1):
             if number not in in_use:
                 each.follow(control.call)
+
+
+def _name(found: object) -> str:
+    return (found if isinstance(found, type) else type(found)).__name__
+
+
+def _check_store(store: object) -> None:
+    from torch import distributed
+
+    kind: Any = getattr(distributed, "Store", None)
+    if kind is None or not isinstance(store, kind):
+        raise WrongArgumentError(
+            "DefaultCheckpointManager",
+            "store",
+            f"is {'the class ' if isinstance(store, type) else 'of type '}{_name(store)}",
+            "Pass a torch.distributed.Store that all ranks share, or None for that of the "
+            "default process group.",
+        )
 
 
 def _raiser(error: BaseException) -> Callable[[], NoReturn]:
