@@ -27,7 +27,8 @@ from holdfast.arguments import (
     settings_of_save,
 )
 from holdfast.caller import Call, Caller, CallerLeftError
-from holdfast.config import CheckpointConfig, LoadConfig, read_config
+from holdfast.config import CheckpointConfig, read_config
+from holdfast.contexts import app_state_of, place_of, strategy_of
 from holdfast.errors import CorruptCheckpointError, LoadIncompleteError
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.policies.guards import Alarm, StepOrder
@@ -43,20 +44,19 @@ from holdfast.ranks.entry import Entry
 from holdfast.ranks.job import FailureRule, Flight, Progress, Save, Watcher
 from holdfast.restoring import Opened, Restoration, open_selected
 from holdfast.saving import Request, Saver
-from holdfast.snapshotting import LoadedBase, Snapshotter, collection_put_off
+from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.codec import to_yaml
-from holdfast.state.components import StateComponent, check_components, components_of
-from holdfast.state.filters import SaveFilter
+from holdfast.state.components import StateComponent, check_components
 from holdfast.state.guard import Guard
 from holdfast.state.loaded import LastLoad
 from holdfast.state.model import run_each
 from holdfast.state.overrides import Overrides
 from holdfast.state.rehearsal import LazyState
-from holdfast.state.small import Place, warn_of_lost_position
+from holdfast.state.small import warn_of_lost_position
 from holdfast.state.strategy import LoadStrategy
 from holdfast.state.strictness import Strictness
-from holdfast.tiers.bases import Bases, base_of, names_in_base, require_base
+from holdfast.tiers.bases import Bases
 from holdfast.tiers.routing import Tiers
 from holdfast.tiers.search import Search, Selected
 from holdfast.tiers.survey import warn_of_living_attempt
@@ -101,10 +101,9 @@ class DefaultCheckpointManager:
         config = self._config = checkpoint_config.with_expanded_paths(self._base)
         self._filesystem = filesystem or LocalFilesystem(private=config.permissions == "private")
         self._tiers = Tiers(config, self._filesystem)
-        self._filter = SaveFilter(config.save_filter) if config.save_filter else None
         if config.load.guard is not None:
             Guard(config.load.guard)  # a wrong path is told now
-        self._snapshotter = Snapshotter(config, self._tiers, self._filter)
+        self._snapshotter = Snapshotter(config, self._tiers)
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._steps = StepOrder(allow_rewind=config.allow_rewind)
         self._alarm = Alarm(config.alarm_after_seconds, stops=config.alarm_stops, clock=clock)
@@ -162,7 +161,7 @@ class DefaultCheckpointManager:
 
         def capture() -> AppState:
             given = self._last_load.components_to_save(ctx, control.rank)
-            return _app_state(ctx, control, given)
+            return app_state_of(ctx, control, given)
 
         def check_own() -> Entry:
             if self._is_torn:
@@ -277,7 +276,7 @@ class DefaultCheckpointManager:
         try:
             check_load(ctx, overlaps=self._overlaps)
             check_components("load", ctx)
-            _strategy(self.checkpoint_config.load, ctx)
+            strategy_of(self.checkpoint_config.load, ctx)
         except Exception as refusal:  # noqa: BLE001  # raised there
             self._refuse("arrive", refusal)
         return self._caller.run(
@@ -309,9 +308,9 @@ class DefaultCheckpointManager:
                         selected.source,
                         selected.commit,
                         control,
-                        _place(ctx, control),
+                        place_of(ctx, control),
                         verify_first=self._config.load.verify == "first",
-                        bases=self._bases(),
+                        bases=Bases.of(self._config, self._filesystem),
                     )
                     restoration = self._compare(ctx, selected, opened, control)
                     touched = self._is_torn = True
@@ -327,9 +326,9 @@ class DefaultCheckpointManager:
             result = self._finish_load(selected, opened, restoration, search)
             self._end_load(call)
             return result
-        self._expect_base(None)
+        self._snapshotter.expect_base(None, self._tiers.root)
         self._report_needs(ctx, None, control)
-        control.all_reduce("capture", _app_state(ctx, control).rehearse, lambda _: None)
+        control.all_reduce("capture", app_state_of(ctx, control).rehearse, lambda _: None)
         self._lazy_state.watch(ctx.model, ctx.optimizer)
         self._last_load.note(None)
         # Now, and not at the first save hours away.
@@ -387,7 +386,7 @@ class DefaultCheckpointManager:
             return
 
         def estimate(nodes: Sequence[int]) -> tuple[int, list[str]]:
-            app, counters = _app_state(ctx, control), ctx.state.train_state
+            app, counters = app_state_of(ctx, control), ctx.state.train_state
             return self._snapshotter.estimate(app, counters, nodes, control)
 
         with collection_put_off():
@@ -401,17 +400,17 @@ class DefaultCheckpointManager:
         control: Coordinator,
     ) -> Restoration:
         """Compare a checkpoint with the live state, on every rank, touching nothing."""
-        self._expect_base(opened)
+        self._snapshotter.expect_base(opened.contents, self._tiers.root)
         load = self._config.load
         takes_weights_only = selected.is_parent and load.pretrained.what == "weights"
         restoration = Restoration(
             opened,
-            _app_state(ctx, control),
+            app_state_of(ctx, control),
             ctx.state.train_state,
-            _place(ctx, control),
+            place_of(ctx, control),
             with_tensors=not ctx.skip_load_to_model_and_opt,
             overrides=None if takes_weights_only else Overrides.of(load.override, rng=load.rng),
-            strategy=_strategy(load, ctx),
+            strategy=strategy_of(load, ctx),
             broadcast=load.broadcast and opened.contents.is_shared,
         )
         restoration.agree_on_shardings(control)
@@ -422,29 +421,16 @@ class DefaultCheckpointManager:
             control,
             Strictness.of(strict),
             load.accept_data_restart,
-            self._filter if selected.is_parent else None,
+            self._snapshotter.filter if selected.is_parent else None,
         )
         return restoration
-
-    def _expect_base(self, opened: Opened | None) -> None:
-        self._snapshotter.base = None
-        if self._filter is not None:
-            require_base(None if opened is None else opened.contents, self._tiers.root)
-
-    def _bases(self) -> Bases:
-        directory = self._config.load.pretrained.directory
-        places = [] if directory is None else [Path(directory)]
-        return Bases(places, self._filesystem)
 
     def _finish_load(
         self, selected: Selected, opened: Opened, restoration: Restoration, search: Search
     ) -> LoadResult:
         checkpoint, counters = opened.checkpoint, opened.contents.counters
         search.resume_from(selected, checkpoint)
-        base = base_of(opened.contents, self._tiers.root) if self._filter is not None else None
-        if base is not None:
-            names = names_in_base(opened.contents) & restoration.filled_names
-            self._snapshotter.base = LoadedBase(base, names)
+        self._snapshotter.take_base(opened.contents, restoration.filled_names, self._tiers.root)
         goes_on = restoration.goes_on
         # A checkpoint that plain torch wrote has no counters: those of the loop stay as they are.
         has_counters = not restoration.takes_weights_only and bool(checkpoint.manifest.run_id)
@@ -506,23 +492,3 @@ class DefaultCheckpointManager:
 
             self._caller.run("a refused call", enter, patience_seconds=0.0)
         raise refusal
-
-
-def _app_state(
-    ctx: CheckpointSaveContext | CheckpointLoadContext,
-    control: Coordinator,
-    given: Sequence[StateComponent] | None = None,
-) -> AppState:
-    scheduler, data = ctx.opt_param_scheduler, ctx.train_data_iterator
-    place, groups = _place(ctx, control), ctx.pg_collection
-    components = components_of(ctx) if given is None else given
-    return AppState(ctx.model, ctx.optimizer, scheduler, data, place, groups, components)
-
-
-def _strategy(load: LoadConfig, ctx: CheckpointLoadContext) -> LoadStrategy:
-    own = getattr(ctx, "strategy", None)
-    return LoadStrategy.of(load.strategy if own is None else own)
-
-
-def _place(ctx: CheckpointSaveContext | CheckpointLoadContext, control: Coordinator) -> Place:
-    return Place.of(control.rank, control.world_size, ctx.pg_collection)

@@ -15,9 +15,10 @@ import gc
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -44,9 +45,9 @@ from holdfast.state.kinds import kind_of
 from holdfast.state.model import run_each
 from holdfast.state.sharding import Shardings
 from holdfast.state.small import read_counters
-from holdfast.storage.manifest import Base
 from holdfast.storage.store import checkpoint_name
-from holdfast.tiers.tier import MemoryProvider, Reserved, Snapshot
+from holdfast.tiers.bases import LoadedBase, require_base
+from holdfast.tiers.tier import Contents, MemoryProvider, Reserved, Snapshot
 
 
 class StepGuard:
@@ -102,27 +103,13 @@ class _Names:
     per_rank: frozenset[str]
 
 
-@dataclass(frozen=True)
-class LoadedBase:
-    """What a save of a part of the model leaves to the checkpoint that was loaded."""
-
-    record: Base
-    names: frozenset[str]
-    """Of the model, as that checkpoint gave them to this rank."""
-
-
 class Snapshotter:
     """Takes snapshots; each overwrites the previous one, unless a tier keeps it."""
 
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        memory: MemoryProvider,
-        save_filter: SaveFilter | None = None,
-    ) -> None:
-        """`save_filter`: what is written of the model; None: all of it."""
+    def __init__(self, config: CheckpointConfig, memory: MemoryProvider) -> None:
         self._config = config
-        self._filter = save_filter
+        self.filter = SaveFilter(config.save_filter) if config.save_filter else None
+        """What is written of the model; None: all of it."""
         self._is_async = config.async_save
         self._overlaps = config.async_save and config.staging == "overlapped"
         self._memory = memory
@@ -134,7 +121,7 @@ class Snapshotter:
         self._digests: dict[str, torch.Tensor] = {}
         self._replicas = Replicas(config.on_replica_mismatch, config.replicas.audit_fraction)
         self._guard = StepGuard()
-        self.base: LoadedBase | None = None
+        self._base: LoadedBase | None = None
         """What a filtered save leaves to; None: nothing was loaded that could be one."""
 
     @property
@@ -201,7 +188,7 @@ class Snapshotter:
                 to_yaml(ctx.state.cfg),
                 confirm,
                 audit,
-                self.base.record if self._filter is not None and self.base is not None else None,
+                self._base.record if self.filter is not None and self._base is not None else None,
             )
             copying = snapshot.shard.copying
             if copying is not None and self._overlaps:
@@ -245,27 +232,46 @@ class Snapshotter:
             def take() -> Inventory:
                 return self._describe(leaves())
 
+    def expect_base(self, contents: Contents | None, store: Path) -> None:
+        """Refuse to load where nothing would have what filtered saves leave out.
+
+        `contents`: of what is to be loaded; None: the run begins without a checkpoint.
+
+        Raises:
+            ConfigError: alike on every rank.
+        """
+        self._base = None
+        if self.filter is not None:
+            require_base(contents, store)
+
+    def take_base(self, contents: Contents, filled: Collection[str], store: Path) -> None:
+        """Let filtered saves leave to a checkpoint what this rank was given of it.
+
+        `filled`: the names. `store`: that is saved to.
+        """
+        self._base = None if self.filter is None else LoadedBase.of(contents, filled, store)
+
     def _leave_out(self, leaves: Leaves, app: AppState, iteration: int) -> Leaves:
         """Leave out what the base has, where a filter says so.
 
         Raises:
             UnsupportedStateError: there is no base, or it would be replaced, or lacks something.
         """
-        if self._filter is None:
+        if self.filter is None:
             return leaves
-        if self.base is None:
+        if self._base is None:
             raise UnsupportedStateError(
                 "checkpoint.save_filter saves a part of the model, and no checkpoint was loaded "
                 "that has the rest.\n"
                 "Name one with load.pretrained.directory, or save without a filter."
             )
-        record, names = self.base.record, self.base.names
+        record, names = self._base.record, self._base.names
         if record.relative_path == checkpoint_name(iteration):
             raise UnsupportedStateError(
                 f"checkpoint.save_filter: a save of iteration {iteration} would replace "
                 f"{record.path}, which is its own base.\nSave at a later step."
             )
-        return self._filter.apply(leaves, app.model, names, record.path)
+        return self.filter.apply(leaves, app.model, names, record.path)
 
     def finish(self, snapshot: Snapshot) -> None:
         """Complete the pending copy, unless it runs in the background during training."""

@@ -47,7 +47,7 @@ from holdfast.state.naming import PARAMETERS, STATE
 from holdfast.state.optimizer import LiveOptimizers, look_up
 from holdfast.state.options import check_schedule
 from holdfast.state.per_rank import names_per_rank
-from holdfast.state.rehearsal import check_values
+from holdfast.state.rehearsal import check_values, listed
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import (
@@ -94,15 +94,7 @@ class AppState:
     ) -> None:
         self._model = join_models(model)
         self.components = components
-        if optimizer is None:
-            optimizers = []
-        elif isinstance(optimizer, Mapping):  # by name, which its parameters have too
-            optimizers = list(optimizer.values())
-        elif isinstance(optimizer, Sequence):
-            optimizers = list(optimizer)
-        else:
-            optimizers = [optimizer]
-        self.optimizers = optimizers
+        self.optimizers = listed(optimizer)
         self._scheduler = scheduler
         self._given_data = data
         self._data = one if isinstance(one := join_iterators(data), Stateful) else None
@@ -375,26 +367,17 @@ class AppState:
         return parameters | self._live_model.keys()
 
     def _check_reachable(self, live: Mapping[str, Any], saved: SavedTensors) -> None:
-        """Refuse live tensors that no value could be restored into.
+        """Refuse live tensors that no value could be restored into, beside what `rehearse` did.
 
         Raises:
             UnsupportedStateError: naming them.
         """
-        check_reachable(live)
         unknown = saved.tensors.keys() - saved.kinds.keys()  # expanded, then or not
         check_reachable(
             {name: each for name, each in live.items() if name in unknown}, written_to=True
         )
         # Those that an optimizer was given before the model was materialised are in no model.
         check_reachable(self._optimized)
-        for root in self._roots:
-            check_reachable(
-                {
-                    f"{root}.{STATE}.{owner}.{key}": value
-                    for owner, entries in self._live.state(root).items()
-                    for key, value in entries.items()
-                }
-            )
 
     def fit(self, saved: SavedTensors) -> OptimizerFit:
         """Return what the optimizers are given of a checkpoint's state."""

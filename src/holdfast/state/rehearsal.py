@@ -47,8 +47,8 @@ class LazyState:
 
     def watch(self, model: Any, optimizer: Any) -> None:
         """Look at these from now on: what a load or a save was given, whose state was checked."""
-        self._models = [weakref.ref(each) for each in _listed(model)]
-        self._optimizers = [weakref.ref(each) for each in _listed(optimizer)]
+        self._models = [weakref.ref(each) for each in listed(model)]
+        self._optimizers = [weakref.ref(each) for each in listed(optimizer)]
         self._seen = self._count()
 
     def check(self) -> None:
@@ -83,9 +83,10 @@ def _state_of(optimizer: Any) -> Mapping[Any, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _listed(given: Any) -> Sequence[Any]:
+def listed(given: Any) -> list[Any]:
+    """Return one object, a mapping or a sequence of them, or None, as a list."""
     if given is None:
         return []
     if isinstance(given, Mapping):
         return [*given.values()]
-    return given if isinstance(given, list | tuple) else [given]
+    return [*given] if isinstance(given, Sequence) else [given]

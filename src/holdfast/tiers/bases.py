@@ -10,13 +10,14 @@ is read. Writes nothing; what is left out of a save is decided in `state.filters
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from holdfast.filesystem import Filesystem, LocalFilesystem
 from holdfast.format.values import EMPTY
@@ -116,6 +117,12 @@ class Bases:
     """What the settings name: stores or checkpoints."""
     filesystem: Filesystem = field(default_factory=LocalFilesystem)
 
+    @classmethod
+    def of(cls, config: CheckpointConfig, filesystem: Filesystem) -> Self:
+        """Return the places that the settings of a load name."""
+        directory = config.load.pretrained.directory
+        return cls([] if directory is None else [Path(directory)], filesystem)
+
     def join(
         self, contents: Contents, coordinator: Coordinator, *, verify_first: bool = False
     ) -> Contents:
@@ -191,6 +198,24 @@ class Bases:
             f"Looked at: {'; '.join(dict.fromkeys(told))}.\n"
             "Put it back, or name where it is with load.pretrained.directory. Nothing was touched."
         )
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """What a save of a part of the model leaves to the checkpoint that was loaded."""
+
+    record: Base
+    names: frozenset[str]
+    """Of the model, as that checkpoint gave them to this rank."""
+
+    @classmethod
+    def of(cls, contents: Contents, filled: Collection[str], store: Path) -> Self | None:
+        """Return it; None: nothing vouches for what was loaded.
+
+        `filled`: the names that this rank was given. `store`: that the part will be saved to.
+        """
+        record = base_of(contents, store)
+        return None if record is None else cls(record, names_in_base(contents).intersection(filled))
 
 
 def base_of(contents: Contents, store: Path) -> Base | None:

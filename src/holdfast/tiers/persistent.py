@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +26,6 @@ from holdfast.errors import (
 )
 from holdfast.format.inventory import METADATA_NAME
 from holdfast.format.layout import Layout
-from holdfast.format.plan import shard_name
 from holdfast.policies.keeping import Candidate, retain
 from holdfast.ranks.coordinator import Coordinator, SingleProcess
 from holdfast.ranks.job import Committed
@@ -41,6 +38,7 @@ from holdfast.storage.identity import RUN_NAME, Attempt, CommitIdentity, Parent,
 from holdfast.storage.manifest import BASE, PERSISTENT, Manifest
 from holdfast.storage.store import Checkpoint, Store
 from holdfast.tiers.opening import SurveyedStore
+from holdfast.tiers.removal import Removed, remove_share
 from holdfast.tiers.select import Commit
 from holdfast.tiers.survey import Survey, survey_store
 from holdfast.tiers.tier import (
@@ -57,9 +55,6 @@ logger = logging.getLogger(__name__)
 _Written = tuple[list[FileRecord], dict[str, str], Report | None]
 SEQUENCE_STRIDE = 1_000_000_000
 """More commits than one attempt can make."""
-_SHARD = re.compile(r"__[0-9]+_[0-9]+\.distcp")
-_SHARES_SECONDS = 10.0
-"""How long rank 0 leaves the other ranks their share of what is to be removed."""
 _NOT_SHARED = (
     "rank 0 has created this directory, but it is not here; "
     "checkpoint.persistent.directory must be on a file system that all ranks share"
@@ -104,23 +99,12 @@ class _Grant:
 
 
 @dataclass(frozen=True)
-class _Removed:
-    """A checkpoint that retention took off the list."""
-
-    iteration: int
-    left: str
-    """The name under which its files still are."""
-    world_size: int
-    """Of the job that wrote it."""
-
-
-@dataclass(frozen=True)
 class _Ended:
     """What every rank is told of a commit."""
 
     path: Path
     size_bytes: int
-    removed: tuple[_Removed, ...]
+    removed: tuple[Removed, ...]
 
 
 class PersistentTier:
@@ -357,7 +341,7 @@ class PersistentTier:
             ended.path,
             ended.size_bytes,
             tuple(each.iteration for each in ended.removed),
-            afterwards=lambda: self._remove(ended.removed, rank, ranks),
+            afterwards=lambda: remove_share(self._storage, ended.removed, rank, ranks),
         )
 
     def begin(self, iteration: int) -> str:
@@ -440,7 +424,7 @@ class PersistentTier:
         self.identity.check_newest(grant.attempt)  # the last check before it is visible
         return store.commit(pending, manifest)
 
-    def _retain(self) -> tuple[_Removed, ...]:
+    def _retain(self) -> tuple[Removed, ...]:
         """Take what retention does not keep off the list; a failure does not undo the commit."""
         if self._keep_last is None:
             return ()
@@ -460,41 +444,10 @@ class PersistentTier:
                     manifest = checkpoint.manifest
                     # Each rank wrote a file at least: a larger number was not written by a save.
                     world_size = min(manifest.world_size, len(manifest.files))
-                    removed.append(_Removed(verdict.iteration, left, world_size))
+                    removed.append(Removed(verdict.iteration, left, world_size))
         except OSError as error:
             logger.warning("retention stopped, the next save continues it: %s", error)
         return tuple(removed)
-
-    def _remove(self, removed: Sequence[_Removed], rank: int, ranks: int) -> None:
-        """Delete this rank's share of what was taken off the list; a sweep takes the rest.
-
-        Rank 0 deletes what nobody else does, once the others are done or slow.
-        """
-        for each in removed:
-            files = self._storage.under(each.left)
-            try:
-                if self._storage.has_group(each.left):
-                    for number in range(rank, each.world_size, ranks):
-                        files.delete(shard_name(number))
-                    if rank == 0:
-                        self._remove_rest(each.left)
-                elif rank == 0:  # only the name of a checkpoint that was moved to an archive
-                    self._storage.delete(each.left)
-            except OSError as error:
-                where = self._storage.where(each.left)
-                logger.warning("%s is left behind for the next save to sweep: %s", where, error)
-
-    def _remove_rest(self, left: str) -> None:
-        until = time.monotonic() + _SHARES_SECONDS
-        files = self._storage.under(left)
-        while time.monotonic() < until and any(
-            _SHARD.fullmatch(each.name) for each in files.list()
-        ):
-            time.sleep(0.02)
-        try:
-            self._storage.delete(left)
-        except FileNotFoundError:  # another rank was faster
-            self._storage.delete(left)
 
     def abandon(self, pending: str) -> None:
         """Remove a pending checkpoint that will not be committed, on rank 0."""
