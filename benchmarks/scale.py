@@ -2,10 +2,11 @@
 
 Owns the runs, the table and the fit. N simulated ranks (`benchmarks.simulated`) run whole managers
 over one real TCPStore server. Requests and bytes are counted at the server's door, by a proxy that
-parses the store's framing (`benchmarks.store_proxy`). Seconds are of a run of its own without that
-proxy, or with `--delay` through one that holds each request, those of different clients at the same
-time. Whole managers of thousands of ranks would take the cores of this one machine for minutes:
-above `--whole` ranks only their exchanges are done, with the values of the largest smaller job.
+parses the store's framing (`benchmarks.store_proxy`). Opened files are counted by node. Seconds are
+of a run of its own without that proxy, or with `--delay` through one that holds each request, those
+of different clients at the same time. Whole managers of thousands of ranks would take the cores of
+this one machine for minutes: above `--whole` ranks only their exchanges are done, with the values
+of the largest smaller job.
 Beside them `--real` counts the requests of a real gloo job of so many processes from outside,
 with strace.
 
@@ -24,9 +25,10 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ _PHASES: list[tuple[str, list[tuple[str, dict[str, Any]]], bool]] = [
     ("end again", [("end", {})], False),
 ]
 """Name, what each rank does, and whether its exchanges are measured again without work."""
+_ELASTIC: list[tuple[str, list[tuple[str, dict[str, Any]]], bool]] = [
+    ("connect half", [("start", {})], False),
+    ("start by half", [("load", {})], False),
+]
+"""Likewise, by half as many ranks, from the persistent tier."""
 
 
 @dataclass
@@ -67,6 +74,10 @@ class Figure:
     kinds: dict[str, float] = field(default_factory=dict)
     agreeing_seconds: float = math.nan
     """Of the same exchanges without work between them."""
+    metadata_opens: float = math.nan
+    """The most that the ranks of one node opened a `.metadata`."""
+    shard_opens: float = math.nan
+    """Likewise of any shard file, by ranks that read its index or tensors."""
 
 
 def serve_store(pipe: Any) -> None:
@@ -135,6 +146,12 @@ class Cluster:
             each.send(("notes", {}))
         return [each.recv() for each in self._workers[:2]]
 
+    def opened(self) -> Counter[tuple[str, str]]:
+        """Return how often each node has opened each file of a checkpoint since the last look."""
+        for each in self._workers:
+            each.send(("opened", {}))
+        return sum((Counter(each.recv()) for each in self._workers), Counter())
+
     def counts(self) -> list[Count]:
         """Return what passed since the last look: rank 0's, and the others' together."""
         for each in self._proxies:
@@ -166,10 +183,16 @@ def measure(
         opened.callback(remove, world.directory)
         cluster = Cluster(world, processes, proxied=proxied, delay_seconds=delay_seconds)
         opened.callback(cluster.close)
-        for phase, steps, again in _PHASES:
-            if phase not in ("connect", "restart"):
+        for phase, steps, again in _PHASES + _ELASTIC * (world.ranks % 2 == 0):
+            if phase == "connect half":
+                cluster.close()
+                world = replace(world, ranks=world.ranks // 2, rows=2 * world.rows, local=False)
+                cluster = Cluster(world, processes, proxied=proxied, delay_seconds=delay_seconds)
+                opened.callback(cluster.close)
+            if phase not in ("connect", "restart", "connect half"):
                 cluster.run("forget")
             cluster.counts()
+            cluster.opened()
             reports = [report for step in steps for report in cluster.run(step[0], **step[1])]
             figure = Figure(
                 world.ranks,
@@ -181,6 +204,10 @@ def measure(
             )
             if counts := cluster.counts():
                 _note_counts(figure, counts, world.ranks)
+            for (_, name), times in cluster.opened().items():
+                kind = "metadata_opens" if name == ".metadata" else "shard_opens"
+                if name == ".metadata" or name.endswith(".distcp"):
+                    setattr(figure, kind, max(times, getattr(figure, kind)))
             if again:
                 notes[phase] = cluster.notes()
                 figure.agreeing_seconds = _replay(cluster)
@@ -250,6 +277,8 @@ def print_table(figures: Sequence[Figure]) -> None:
         ("B sent", lambda each: each.sent_per_rank, "9.0f"),
         ("B received", lambda each: each.received_per_rank, "11.0f"),
         ("B rcvd 0", lambda each: each.rank0_received, "11.0f"),
+        (".metadata", lambda each: each.metadata_opens, "10.0f"),
+        ("shards", lambda each: each.shard_opens, "7.0f"),
         ("agreeing s", lambda each: each.agreeing_seconds, "11.3f"),
         ("whole s", lambda each: each.seconds, "9.2f"),
         ("CPU s", lambda each: each.cpu_seconds, "8.2f"),

@@ -18,6 +18,7 @@ import pickle
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -37,6 +38,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from holdfast.config import CheckpointConfig
 from holdfast.events import CallbackManager
+from holdfast.filesystem import LocalFilesystem
 from holdfast.manager import DefaultCheckpointManager
 from holdfast.protocol import CheckpointLoadContext, CheckpointSaveContext, GlobalState, TrainState
 from holdfast.ranks.channels import Channels
@@ -46,7 +48,7 @@ from holdfast.ranks.entry import Arrival, Entry, Ruling
 R = TypeVar("R")
 
 _NODE: ContextVar[str] = ContextVar("node", default="node")
-_ROWS, _COLUMNS = 4, 16
+_COLUMNS = 16
 _STACK_BYTES = 256 << 10
 _POLL_SECONDS = 0.05
 
@@ -61,6 +63,8 @@ class World:
     directory: str
     local: bool
     timeout_seconds: float = 300.0
+    rows: int = 4
+    """Of each parameter, on each rank."""
 
 
 @dataclass
@@ -326,13 +330,14 @@ class _Mesh(DeviceMesh):
 def make_model(rank: int, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return a model whose parameters are sharded over all ranks, after one optimizer step."""
     mesh = _Mesh("cpu", torch.arange(world.ranks), _init_backend=False, _rank=rank)
-    size = torch.Size((_ROWS * world.ranks, _COLUMNS))
+    size = torch.Size((world.rows * world.ranks, _COLUMNS))
     meta = TensorMeta(size, (_COLUMNS, 1), torch.float32)
     spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=meta)
 
     def shard() -> DTensor:
         make: Any = DTensor
-        made: DTensor = make(torch.full((_ROWS, _COLUMNS), float(rank)), spec, requires_grad=False)
+        local = torch.full((world.rows, _COLUMNS), float(rank))
+        made: DTensor = make(local, spec, requires_grad=False)
         return made
 
     model = nn.Module()
@@ -346,16 +351,32 @@ def make_model(rank: int, world: World) -> tuple[nn.Module, torch.optim.Optimize
     return model, optimizer
 
 
+_opened: Counter[tuple[str, str]] = Counter()
+"""By node and file of a checkpoint: how often it was opened for reading."""
+
+
 @contextlib.contextmanager
 def simulation() -> Iterator[None]:
     """Replace what a simulated rank cannot have: a host of its own, and a process group."""
-    replaced = [
-        ("budget", "node_name", lambda override=None: override or _NODE.get()),
-        ("tier", "make_replication", lambda *_: None),
+
+    def name_node(override: str | None = None) -> str:
+        return override or _NODE.get()
+
+    def open_and_count(self: LocalFilesystem, path: Path) -> BinaryIO:
+        if path.parent.name.startswith("iter_"):
+            _opened[_NODE.get(), path.name] += 1
+        return open_existing(self, path)
+
+    open_existing = LocalFilesystem.open_existing
+    replaced: list[tuple[str, Any]] = [
+        ("tiers.local.budget.node_name", name_node),
+        ("read.together.node_name", name_node),
+        ("tiers.local.tier.make_replication", lambda *_: None),
+        ("filesystem.LocalFilesystem.open_existing", open_and_count),
     ]
     with contextlib.ExitStack() as undone:
-        for module, name, value in replaced:
-            undone.enter_context(patch(f"holdfast.tiers.local.{module}.{name}", value))
+        for name, value in replaced:
+            undone.enter_context(patch(f"holdfast.{name}", value))
         yield
 
 
@@ -397,6 +418,10 @@ def serve_ranks(ranks: Sequence[int], world: World, port: int, pipe: Connection)
                 order = pipe.recv()
             except EOFError:
                 return
+            if order[0] == "opened":
+                pipe.send(dict(_opened))
+                _opened.clear()
+                continue
             if order[0] == "notes":
                 channels = simulated[0].channels
                 pipe.send([] if channels is None else [each.notes for each in channels.recorders])

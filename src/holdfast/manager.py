@@ -313,6 +313,7 @@ class DefaultCheckpointManager:
                         bases=Bases.of(self._config, self._filesystem),
                     )
                     restoration = self._compare(ctx, selected, opened, control)
+                    restoration.prepare(control)
                     touched = self._is_torn = True
                     restoration.fill(control)
             except CorruptCheckpointError as error:

@@ -39,6 +39,7 @@ from holdfast.protocol import Restored
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
+from holdfast.read.together import read_together
 from holdfast.state.app import AppState
 from holdfast.state.codec import count_tensors, encode
 from holdfast.state.component_load import ComponentLoad, SavedComponents, read_frames
@@ -64,7 +65,6 @@ from holdfast.state.strictness import Differences, Strictness
 from holdfast.state.union import ALL_FOUND, NONE, Leftover, find_unexpected, gather_records, judge
 from holdfast.storage.store import Checkpoint
 from holdfast.tiers.bases import Bases
-from holdfast.tiers.opening import read_together
 from holdfast.tiers.select import Commit
 from holdfast.tiers.tier import Contents, Source, Wanted
 from holdfast.torch_internals import local_of
@@ -204,6 +204,7 @@ class Restoration:
         # Nothing of this object: what waits for components outlives the load.
         own = frozenset({"components"}) if self.takes_weights_only else overrides.names
         keeps = partial(strategy.keeps_component, own)
+        self._targets, self._places = dict[str, torch.Tensor](), dict[str, Target]()
         self._components = ComponentLoad(
             app.components,
             SavedComponents.of(opened.small, reader, manifest, where, contents.is_shared),
@@ -431,6 +432,25 @@ class Restoration:
             )
 
     @in_normal_mode  # optimizers keep tensors that are made here
+    def prepare(self, coordinator: Coordinator) -> None:
+        """Find what is read into which tensors, from where; touch nothing. Raises as `fill`."""
+        saved = self._saved
+        if saved is None and self._components.is_empty:
+            return
+
+        def find_targets() -> None:
+            self._targets, self._places = {}, {}
+            if saved is not None:
+                self._targets = self._app.targets(saved)
+                found = self._app.place(self._targets, saved)
+                self._places.update({self._old_names.get(n, n): each for n, each in found.items()})
+            self._places.update(self._components.find_targets())
+
+        # Before reading: what a hook of the user's raises is not damage of a file.
+        coordinator.all_reduce("targets", find_targets, lambda _: None)
+        self._opened.contents.bring(lambda: self._places, coordinator)
+
+    @in_normal_mode  # likewise
     def fill(self, coordinator: Coordinator) -> None:
         """Read the tensors into place on all ranks: from here on the live state is changed.
 
@@ -438,23 +458,10 @@ class Restoration:
             CorruptCheckpointError: on every rank; tensors hold wrong values.
             StageFailedError: on every rank; a rank failed, and the checkpoint is not to blame.
         """
-        saved = self._saved
+        saved, targets, places = self._saved, self._targets, self._places
         if saved is None and self._components.is_empty:
             return
         reader = self._opened.contents.reader
-        targets: dict[str, torch.Tensor] = {}
-        places: dict[str, Target] = {}
-
-        def find_targets() -> None:
-            if saved is not None:
-                targets.update(self._app.targets(saved))
-                found = self._app.place(targets, saved)
-                places.update({self._old_names.get(n, n): each for n, each in found.items()})
-            places.update(self._components.find_targets())
-
-        # Before reading: what a hook of the user's raises is not damage of a file.
-        coordinator.all_reduce("targets", find_targets, lambda _: None)
-        self._opened.contents.bring(lambda: places, coordinator)
         reading: Reading = ReadAlone()
         if self._broadcast and coordinator.world_size > 1:
             reading = ReadShared.agree(lambda: places, reader, coordinator)

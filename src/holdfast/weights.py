@@ -262,6 +262,7 @@ class _Loading:
                         model_only=True,
                     )
                     restoration = self._compare(find_model, opened, place, pg_collection, control)
+                    restoration.prepare(control)
                     touched = True
                     restoration.fill(control)
             except CorruptCheckpointError as error:

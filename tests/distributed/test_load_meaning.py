@@ -77,7 +77,14 @@ def _run_short(root: Path, odd: int, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("odd", "name"), [(1, "train_state.json"), (0, "manifest.json"), (1, "__0_0.distcp")]
+    ("odd", "name"),
+    # What one rank reads for all, this rank's own shard, and another's.
+    [
+        (0, "manifest.json"),
+        (0, "train_state.json"),
+        (1, "__1_0.distcp"),
+        (1, "__0_0.distcp"),
+    ],
 )
 def test_one_rank_that_fails_is_told_and_nothing_older_is_taken(
     odd: int, name: str, tmp_path: Path

@@ -53,7 +53,11 @@ def _adapted(parallel: str) -> Callable[[int], nn.Module]:
 
 
 def _run(root: Path, name: str, parallel: str, seed: int) -> Run:
-    load = {"pretrained": {"directory": str(root / "base")}, "accept_data_restart": True}
+    load: dict[str, Any] = {
+        "pretrained": {"directory": str(root / "base")},
+        "accept_data_restart": True,
+    }
+    load["broadcast"] = parallel == "ddp"  # of what was learned of each part after they were joined
     config: dict[str, Any] = {"async_save": False, "load": load, "save_filter": "adapters"}
     return Run(_adapted(parallel), root / f"tuned-{name}", seed=seed, **config)
 
@@ -80,7 +84,9 @@ def _load(root: Path, layouts: tuple[str, ...]) -> list[Any]:
             run = _run(root, saved, parallel, seed=9)
             result = run.load()
             assert (result.iteration, result.is_pretrained) == (2, False)
-            found.append((saved, run.tensors()))
+            loaded = run.manager._snapshotter._base
+            assert loaded is not None
+            found.append((saved, run.tensors(), loaded.record.digest))
     return found
 
 
@@ -91,12 +97,14 @@ def test_adapters_and_base_come_back_in_any_layout(after: int, tmp_path: Path) -
     for parallel in ("ddp", "fsdp"):
         path = tmp_path / f"tuned-{parallel}/iter_0000002" / MANIFEST_NAME
         manifest = Manifest.from_bytes(path.read_bytes(), "manifest")
-        assert manifest.base is not None
+        assert manifest.base_record is not None
+        digest = manifest.base_record.digest
     layouts = ("plain",) if after == 1 else ("ddp", "fsdp")
     for found in run_ranks(_load, after, tmp_path, layouts):
         assert len(found) == 2 * len(layouts)
-        for source, tensors in found:
+        for source, tensors, base in found:
             assert tensors == saved[source]
+            assert base == digest, "every rank knows what it began from"
     assert saved["fsdp"]["optimizer"], "there was no optimizer state to compare"
 
 

@@ -32,6 +32,14 @@ def test_a_manifest_is_read_back_exactly() -> None:
     assert MANIFEST.size_bytes == 10
 
 
+def test_ranks_that_are_told_no_files_know_the_digest_of_all() -> None:
+    """A base is recorded by it, and each rank is told the records of few files."""
+    told = dataclasses.replace(MANIFEST.without_files(), files=_FILES[:1])
+    assert told.files == _FILES[:1]
+    assert told.content_digest == MANIFEST.content_digest
+    assert dataclasses.replace(MANIFEST, files=_FILES[:1]).content_digest != told.content_digest
+
+
 def test_the_last_line_is_the_digest_of_all_before() -> None:
     """A manifest is JSON for people and one more line: xxh3-128 of the bytes before that line."""
     body, last = MANIFEST.to_bytes().rstrip(b"\n").rsplit(b"\n", 1)

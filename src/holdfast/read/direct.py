@@ -64,9 +64,9 @@ def read_verified(
     also = blocks_of(ranges)
     with storage.open(name) as source:
         expected = read_expected(source, storage.where(name), record)
-    for layer in _layers(parts) or [[]]:
-        _Pass(storage, name, expected, layer).run(also)
-        also = set()  # verified by the first pass
+        for layer in _layers(parts) or [[]]:
+            _Pass(storage, name, expected, layer).run(also, source)
+            also = set()  # verified by the first pass
 
 
 def read_expected(source: ObjectReader, where: str, record: FileRecord) -> Blocks:
@@ -117,7 +117,8 @@ class _Pass:
         self._parts = parts
         self._offsets = [each.offset for each in parts]
 
-    def run(self, also: set[int]) -> None:
+    def run(self, also: set[int], source: ObjectReader) -> None:
+        """Read the blocks of the parts and these; `source`: the open file, for this thread."""
         numbers = sorted(also | blocks_of(range(each.offset, each.end) for each in self._parts))
         if numbers and numbers[-1] >= len(self._expected.digests):
             raise CorruptCheckpointError(
@@ -126,7 +127,7 @@ class _Pass:
             )
         workers = min(THREADS, len(numbers))
         if workers <= 1:
-            self._read_blocks(deque(numbers))
+            self._read_blocks(deque(numbers), source)
             return
         # Each thread reads a contiguous range: sequential reads from a cold disk get the kernel's
         # readahead, which interleaving blocks between threads would prevent.
@@ -136,22 +137,25 @@ class _Pass:
         ]
         with ThreadPoolExecutor(workers, thread_name_prefix="holdfast-reader") as pool:
             try:
-                for done in [pool.submit(self._read_blocks, share) for share in shares]:
+                for done in [pool.submit(self._open_and_read, share) for share in shares]:
                     done.result()
             finally:
                 for share in shares:
                     share.clear()  # after an error, the rest is not needed
 
-    def _read_blocks(self, waiting: deque[int]) -> None:
+    def _open_and_read(self, waiting: deque[int]) -> None:
+        with self._storage.open(self._name) as source:
+            self._read_blocks(waiting, source)
+
+    def _read_blocks(self, waiting: deque[int], source: ObjectReader) -> None:
         """Read the waiting blocks in file order until none is left."""
         scratch = _Scratch()
-        with self._storage.open(self._name) as source:
-            while True:
-                try:
-                    number = waiting.popleft()
-                except IndexError:
-                    return
-                self._read_block(source, number, scratch)
+        while True:
+            try:
+                number = waiting.popleft()
+            except IndexError:
+                return
+            self._read_block(source, number, scratch)
 
     def _read_block(self, source: ObjectReader, number: int, scratch: _Scratch) -> None:
         place = self._expected.place(number)

@@ -1,14 +1,19 @@
-"""The index of a shard file, read from the file itself.
+"""What says where names are: the index of a shard file, read from the file itself, and `.metadata`.
 
-Promises that every block which holds a part of it matched its digest, and that it was not changed
-while it was read.
+Promises of an index that every block which holds a part of it matched its digest, and that it was
+not changed while it was read; of `.metadata`, whose bytes the caller has verified, that nothing in
+it runs code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from holdfast.errors import CorruptCheckpointError, FormatTooNewError
+from torch.distributed.checkpoint.metadata import Metadata
+
+from holdfast.blame import is_process_failure
+from holdfast.errors import CheckpointError, CorruptCheckpointError, FormatTooNewError
+from holdfast.format.dcp import read_metadata
 from holdfast.format.inventory import TAIL, list_names, names_in_body
 from holdfast.format.layout import Entry, locate_index, parse_index
 from holdfast.read.direct import Part, read_expected, read_verified
@@ -85,3 +90,25 @@ def _body_bytes(source: ObjectReader, where: str, record: FileRecord, blocks: Bl
     if found is None:
         raise CorruptCheckpointError(where, "has no footer, and so no index")
     return found
+
+
+def parse_metadata(content: bytes, where: str, *, derive_keys: bool = False) -> Metadata:
+    """Return what `.metadata` holds; whether the files that it names are listed is not checked.
+
+    Raises:
+        CorruptCheckpointError: it is not metadata, or requires running code.
+    """
+    try:
+        metadata = read_metadata(content, derive_keys=derive_keys)
+    except CheckpointError:  # this torch cannot read it
+        raise
+    except Exception as error:  # a hostile or torn pickle can raise anything
+        if is_process_failure(error):
+            raise
+        raise CorruptCheckpointError(where, f"cannot be read: {error}") from error
+    if metadata is None:
+        raise CorruptCheckpointError(where, "is not the metadata of a checkpoint")
+    assert metadata.planner_data is not None
+    if nameless := sorted(metadata.state_dict_metadata.keys() - metadata.planner_data.keys()):
+        raise CorruptCheckpointError(where, f"has no place for {nameless[0]!r}")
+    return metadata

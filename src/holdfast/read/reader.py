@@ -34,13 +34,12 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from holdfast.blame import is_process_failure
 from holdfast.caller import stop_if_left
-from holdfast.errors import CheckpointError, CorruptCheckpointError
+from holdfast.errors import CorruptCheckpointError
 from holdfast.format.dcp import (
     TensorPlanner,
     ValuePlanner,
     kinds_of,
     per_rank_names,
-    read_metadata,
     read_through_torch,
 )
 from holdfast.format.inventory import METADATA_NAME, list_names, names_at
@@ -48,7 +47,7 @@ from holdfast.format.layout import container_of
 from holdfast.format.merging import prefer_own_copies
 from holdfast.format.nondense import QUANTISED, ReadWhole, recorded_classes, unpickle_tensor
 from holdfast.read.direct import MappedFile, Part, read_verified
-from holdfast.read.index import read_index
+from holdfast.read.index import parse_metadata, read_index
 from holdfast.read.requests import (
     FileRequests,
     ReadRequest,
@@ -76,6 +75,10 @@ class ShardReader:
     """By path: the tensor bytes read so far."""
     own_names: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Names that are read as this rank has saved them, not as another one has."""
+    sent: dict[MetadataIndex, bytes] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Tensors that another rank has read and verified: their bytes, in place of a file's."""
 
     _unlisted: ClassVar[str] = "the manifest does not list"
     _derives_keys: ClassVar[bool] = False
@@ -104,20 +107,8 @@ class ShardReader:
                 the manifest does not list; or that one does not list `own_file`.
         """
         where = files.where(METADATA_NAME)
-        try:
-            metadata = read_metadata(content, derive_keys=cls._derives_keys)
-        except CheckpointError:  # this torch cannot read it
-            raise
-        except Exception as error:  # a hostile or torn pickle can raise anything
-            if is_process_failure(error):
-                raise
-            raise CorruptCheckpointError(where, f"cannot be read: {error}") from error
-        if metadata is None:
-            raise CorruptCheckpointError(where, "is not the metadata of a checkpoint")
-        assert metadata.planner_data is not None
+        metadata = parse_metadata(content, where, derive_keys=cls._derives_keys)
         assert metadata.storage_data is not None
-        if nameless := sorted(metadata.state_dict_metadata.keys() - metadata.planner_data.keys()):
-            raise CorruptCheckpointError(where, f"has no place for {nameless[0]!r}")
         for info in metadata.storage_data.values():
             relative_path = getattr(info, "relative_path", None)
             if relative_path not in records:
@@ -173,9 +164,16 @@ class ShardReader:
             CorruptCheckpointError: a block that holds a value does not match its digest, or a
                 value requires running code.
         """
+        return self.decode(self.read_contents(self.value_names() if names is None else names))
+
+    def decode(self, contents: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values by flat name, of their verified bytes.
+
+        Raises:
+            CorruptCheckpointError: one requires running code, or is torn.
+        """
         values: dict[str, Any] = {}
-        names = self.value_names() if names is None else names
-        for name, content in self.read_contents(names).items():
+        for name, content in contents.items():
             where = self.files.where(self.place_of_value(name).relative_path)
             values[name] = decode_value(content, where, name)
         return values
@@ -226,6 +224,9 @@ class ShardReader:
         files: dict[str, FileRequests] = {}
         try:
             for region in regions_of(targets, self.metadata):
+                if region.chunk in self.sent:
+                    files.setdefault("", FileRequests()).sent.append(region)
+                    continue
                 place = self.place_of(region.chunk)
                 self._sort(region, place, files.setdefault(place.relative_path, FileRequests()))
         except UncoveredError as error:
@@ -238,7 +239,13 @@ class ShardReader:
         Raises:
             CorruptCheckpointError: see `read_tensors`.
         """
+        for region in plan[""].sent if "" in plan else ():
+            content, dtype = bytearray(self.sent[region.chunk]), self._dtype_of(region)
+            source = torch.frombuffer(content, dtype=dtype).view(region.chunk_size)
+            region.target.copy_(part_of(source, region.starts, region.lengths))
         for name, requests in plan.items():
+            if not name:
+                continue
             stop_if_left()
             self._read_from(name, requests)
             self.taken[name] = self.taken.get(name, 0) + requests.size_bytes
@@ -263,16 +270,13 @@ class ShardReader:
     def _first_place(self, name: str) -> tuple[str, int]:
         described = self.metadata.state_dict_metadata[name]
         assert isinstance(described, TensorStorageMetadata)
-        places = [
-            self.place_of(MetadataIndex(name, chunk.offsets)) for chunk in described.chunks[:1]
-        ]
-        return (places[0].relative_path, places[0].offset) if places else ("", 0)
+        places = [self.place_of(MetadataIndex(name, each.offsets)) for each in described.chunks]
+        # The least: ranks may have been told the chunks of one tensor in another order.
+        return min(((each.relative_path, each.offset) for each in places), default=("", 0))
 
     def _sort(self, region: Region, place: Any, requests: FileRequests) -> None:
         """Decide how a region is read: directly if its container allows it, otherwise by torch."""
-        described = self.metadata.state_dict_metadata[region.chunk.fqn]
-        assert isinstance(described, TensorStorageMetadata)
-        dtype = described.properties.dtype
+        dtype = self._dtype_of(region)
         is_whole = type(region.target) is ReadWhole or dtype in QUANTISED
         container = None if is_whole else container_of(dtype, region.chunk_size)
         if container is None or container.size_bytes != place.length:
@@ -280,6 +284,20 @@ class ShardReader:
             requests.through_torch.append((region, _range_of(place)))
         else:
             requests.direct.append(ReadRequest(region, place.offset, container, dtype))
+
+    def is_direct(self, name: str) -> bool:
+        """Whether a tensor that is stored whole is read without torch, from its usual container."""
+        described = self.tensors()[name]
+        dtype, (chunk, *_) = described.properties.dtype, described.chunks
+        if dtype in QUANTISED or chunk.sizes != described.size:
+            return False
+        place = self.place_of(MetadataIndex(name, chunk.offsets))
+        return bool(container_of(dtype, described.size).size_bytes == place.length)
+
+    def _dtype_of(self, region: Region) -> torch.dtype:
+        described = self.metadata.state_dict_metadata[region.chunk.fqn]
+        assert isinstance(described, TensorStorageMetadata)
+        return described.properties.dtype
 
     def _read_from(self, name: str, requests: FileRequests) -> None:
         foreign = [region for region, _ in requests.through_torch]

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from holdfast.format.chunks import Placed
 from holdfast.format.layout import Container
+from holdfast.format.merging import Box
 from holdfast.format.nondense import PLAIN_TENSORS, ReadWhole
 from holdfast.read.direct import Part, blocks_of
 from holdfast.storage.digests import BLOCK_BYTES
@@ -93,6 +94,28 @@ def regions_of(targets: Mapping[str, Target], metadata: Metadata) -> Iterator[Re
             others[name] = target
     if others:
         yield from _by_torch(others, metadata)
+
+
+def boxes_of(targets: Mapping[str, Target]) -> dict[str, list[Box] | None]:
+    """Return which parts of whole tensors these targets hold; None: it is left to torch."""
+    found: dict[str, list[Box] | None] = {}
+    for name, target in targets.items():
+        if isinstance(target, Placed):
+            chunks = target.cut.chunks(target.tensor.detach())
+            boxes: list[Box] = [(offsets, lengths) for offsets, lengths, _ in chunks]
+        elif type(target) is ReadWhole:
+            boxes = [(target.offsets, target.lengths)]
+        elif type(target) in PLAIN_TENSORS:
+            boxes = [((0,) * target.dim(), target.size())]
+        elif type(target) is not DTensor:
+            found[name] = None
+            continue
+        elif target.device_mesh.get_coordinate() is None:
+            continue
+        else:
+            boxes = list(chunks_of(target))
+        found[name] = [each for each in boxes if prod(each[1])]
+    return found
 
 
 def _within(
@@ -268,6 +291,8 @@ class FileRequests:
     direct: list[ReadRequest] = field(default_factory=list)
     through_torch: list[tuple[Region, range]] = field(default_factory=list)
     """Regions that only torch can extract, each with the byte range of its container."""
+    sent: list[Region] = field(default_factory=list)
+    """Regions of tensors whose bytes another rank has sent; they are of no file."""
 
     @property
     def ranges(self) -> list[range]:

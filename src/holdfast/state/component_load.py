@@ -22,6 +22,7 @@ from holdfast.errors import (
     CorruptCheckpointError,
     StateMismatchError,
 )
+from holdfast.format.merging import find_uncovered
 from holdfast.format.nondense import size_bytes_of
 from holdfast.format.values import COMPONENTS
 from holdfast.protocol import Restored
@@ -188,7 +189,8 @@ class SavedComponents:
                 return f"{first.base} and {each.base} differ"
         if not first.tensors or not others:
             return None
-        if not self.reads_all:
+        told = self.reader.metadata
+        if not self.reads_all or find_uncovered(told, dict.fromkeys(first.tensors.values())):
             return _READ_AT_ONCE
         for keys, name in first.tensors.items():
             names = [name, *(each.tensors[keys] for each in others)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -246,6 +247,34 @@ def open_stream(storage: Storage, name: str) -> Iterator[BinaryIO]:
     """Open an object as a seekable stream."""
     with storage.open(name) as source, as_stream(source) as stream:
         yield stream
+
+
+@contextmanager
+def opened_once(storage: Storage, name: str) -> Iterator[Storage]:
+    """Open an object, and yield the storage, in which this thread may open it again for free."""
+    with storage.open(name) as source:
+        kept: Any = _OpenedOnce(storage, name, source)
+        yield kept
+
+
+class _OpenedOnce:
+    """A storage that has one object open, for the thread that opened it."""
+
+    def __init__(self, storage: Storage, name: str, source: ObjectReader) -> None:
+        self._storage = storage
+        self._opened = name, threading.get_ident()
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[ObjectReader]:
+        if (name, threading.get_ident()) == self._opened:
+            yield self._source
+            return
+        with self._storage.open(name) as source:
+            yield source
 
 
 class _Stream(io.RawIOBase):

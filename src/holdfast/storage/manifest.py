@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import xxhash
@@ -102,6 +102,12 @@ class Manifest:
         lines = sorted(f"{each.path} {each.size_bytes} {each.digest}\n" for each in self.files)
         return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
+    def without_files(self) -> Manifest:
+        """Return what other ranks are told, who are given the records they need beside it."""
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        told |= {"files": (), "audit": None}
+        return _PartOfManifest(**told, whole_digest=self.content_digest)
+
     def to_bytes(self) -> bytes:
         """Return the content of manifest.json."""
         values = asdict(self)
@@ -143,6 +149,18 @@ class Manifest:
             if not is_name(each.path):
                 raise CorruptCheckpointError(path, f"lists {each.path!r}, outside the checkpoint")
         return manifest
+
+
+@dataclass(frozen=True)
+class _PartOfManifest(Manifest):
+    """A manifest that lists some of the files alone, and has the digest of all."""
+
+    whole_digest: str = field(kw_only=True)
+
+    @property
+    def content_digest(self) -> str:
+        """Of all files, as the whole manifest has it."""
+        return self.whole_digest
 
 
 def check_format(values: Mapping[str, Any], known: int, path: str, oldest: int = 1) -> None:

@@ -10,12 +10,12 @@ is read. Writes nothing; what is left out of a save is decided in `state.filters
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from holdfast.config import CheckpointConfig
 from holdfast.errors import CheckpointError, CheckpointNotFoundError, ConfigError
@@ -87,26 +87,54 @@ class JoinedReader(ShardReader):
 
     def kind(self, name: str) -> str:
         """See the base class."""
-        return (self.base if name in self.of_base else self.own).kind(name)
+        return self._part(name).kind(name)
+
+    def place_of(self, index: MetadataIndex) -> Any:
+        """See the base class; each part may have learned more places since."""
+        return self._part(index.fqn).place_of(index)
+
+    def _first_place(self, name: str) -> tuple[str, int]:
+        return self._part(name)._first_place(name)
+
+    def _part(self, name: str) -> ShardReader:
+        return self.base if name in self.of_base else self.own
 
     def read_tensors(self, targets: Mapping[str, Target]) -> None:
         """Fill tensors in place, each from where it is; see the base class."""
-        from_base = {name: each for name, each in targets.items() if name in self.of_base}
+        from_own, from_base = self.divide(targets)
         self.base.read_tensors(from_base)
-        self.own.read_tensors({n: each for n, each in targets.items() if n not in from_base})
+        self.own.read_tensors(from_own)
+
+    def divide(self, targets: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, Target]]:
+        """Return what is read from the checkpoint, and what from its base."""
+        from_own = {name: each for name, each in targets.items() if name not in self.of_base}
+        return from_own, {n: each for n, each in targets.items() if n in self.of_base}
 
 
 @dataclass(frozen=True)
 class JoinedContents(Contents):
     """The contents of a checkpoint and of its base."""
 
+    own: Contents = field(kw_only=True)
     base: Contents = field(kw_only=True)
+
+    @property
+    def is_shared(self) -> bool:
+        """As that of the checkpoint alone."""
+        return self.own.is_shared
+
+    def bring(
+        self, find_targets: Callable[[], Mapping[str, Target]], coordinator: Coordinator
+    ) -> None:
+        """Fetch from both what these tensors need; see the base class."""
+        reader = self.reader
+        assert isinstance(reader, JoinedReader)
+        self.own.bring(lambda: reader.divide(find_targets())[0], coordinator)
+        self.base.bring(lambda: reader.divide(find_targets())[1], coordinator)
 
     def sources(self) -> tuple[ShardSource, ...]:
         """Return the files of both that this rank has read tensors from."""
-        assert isinstance(self.reader, JoinedReader)
-        own = Contents.sources(replace(self, reader=self.reader.own))
-        return (*own, *self.base.sources())
+        return (*self.own.sources(), *self.base.sources())
 
 
 @dataclass(frozen=True)
@@ -162,6 +190,7 @@ class Bases:
             contents.counters,
             contents.copies,
             run_config=contents.run_config,
+            own=contents,
             base=below,
         )
 

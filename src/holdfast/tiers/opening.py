@@ -1,41 +1,54 @@
 """Open a checkpoint before anything live is touched: on all ranks for a load, or alone to read it.
 
 Owns how ranks share the work of verifying, or at least of comparing the sizes of all files; which
-small files a rank needs; and the substitutes for what a checkpoint of torch alone lacks: digests,
-and counters, which then change nothing. Promises that every rank receives all damage found on any
-rank, that damage is told from a failure of a process, and that a checkpoint is handed over only
-after all small state was read and matched its digests. Also the way from a path to tensors without
-a job: it opens the checkpoint that a load would try first and falls back to an older one only where
-files are missing or of the wrong size.
+files a rank needs the records of, and which small files it reads; and the substitutes for what a
+checkpoint of torch alone lacks: digests, and counters, which then change nothing. Where as many
+ranks load as saved, each reads the index of its own shard and no rank reads `.metadata`; otherwise
+one rank of each node does. A job of one process reads it, which is as large as its index. Promises
+that every rank receives all damage found on any rank, that damage is told from a failure of a
+process, and that a checkpoint is handed over only after all small state was read and matched its
+digests. Also the way from a path to tensors without a job: it opens the checkpoint that a load
+would try first and falls back to an older one only where files are missing or of the wrong size.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from heapq import heapreplace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from holdfast.blame import is_process_failure
+from torch.distributed.checkpoint.metadata import Metadata
+
 from holdfast.caller import in_normal_mode
 from holdfast.config import expand_path
 from holdfast.errors import (
-    CheckpointError,
     CorruptCheckpointError,
-    RankFailure,
     WrongArgumentError,
 )
 from holdfast.filesystem import LocalFilesystem
 from holdfast.format.inventory import METADATA_NAME, name_tensors
+from holdfast.format.merging import files_in
 from holdfast.format.plan import shard_name
-from holdfast.format.values import EMPTY, is_united, split_small
+from holdfast.format.values import is_united, split_small
 from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.read.copies import decode_copies, join_copies, read_copies
+from holdfast.read.index import parse_metadata
+from holdfast.read.names import SharedNames, names_of_model
 from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
+from holdfast.read.requests import Target
+from holdfast.read.together import (
+    Lookup,
+    decode_copies,
+    join_copies,
+    pick_records,
+    read_copies,
+    read_together,
+    share_of_shards,
+)
 from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.digests import (
@@ -57,9 +70,6 @@ from holdfast.tiers.tier import (
     check_counters,
 )
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 _NO_COUNTERS: dict[str, Any] = {"train_state": {}, "num_floating_point_operations_so_far": 0}
 """Of a checkpoint that has none; they change nothing."""
 
@@ -77,22 +87,35 @@ class SurveyedStore:
 
     def open(self, commit: Commit, coordinator: Coordinator, wanted: Wanted) -> Contents:
         """Read the small state, verified, on all ranks; see `Source.open`."""
-        checkpoint = self._describe(commit, coordinator)
+        checkpoint, share = self._describe(commit, coordinator)
         files = self._storage.under(checkpoint.path.name)
-        return open_together(checkpoint, coordinator, files, wanted)
+        return open_together(checkpoint, share, coordinator, files, wanted)
 
-    def _describe(self, commit: Commit, coordinator: Coordinator) -> Checkpoint:
-        """Send a checkpoint's manifest to the ranks that have not read it, in a compact form."""
+    def _describe(
+        self, commit: Commit, coordinator: Coordinator
+    ) -> tuple[Checkpoint, Sequence[FileRecord]]:
+        """Return a checkpoint, and the files that this rank compares with the manifest.
 
-        def pack() -> tuple[Checkpoint, bytes]:
+        On rank 0 the manifest lists every file, elsewhere those that the rank reads itself.
+        """
+
+        def describe() -> list[tuple[Checkpoint, bytes, bytes]]:
             found = self.survey.checkpoints[commit]
-            bare = replace(found, manifest=replace(found.manifest, files=()))
-            return bare, pack_records(found.manifest.files)
+            bare = replace(found, manifest=found.manifest.without_files())
+            records = {each.path: each for each in found.manifest.files}
+            saved = min(found.manifest.world_size, len(records) + 1)
+            told = []
+            for rank, share in enumerate(_shares(found.manifest.files, coordinator.world_size)):
+                own = [shard_name(each) for each in range(rank, saved, coordinator.world_size)]
+                names = [each for each in (METADATA_NAME, *own) if each in records]
+                told.append((bare, pack_records(share), pack_records([records[n] for n in names])))
+            return told
 
-        bare, records = coordinator.broadcast("describe", pack)
+        bare, share, own = coordinator.scatter("describe", describe)
         if coordinator.rank == 0:
-            return self.survey.checkpoints[commit]
-        return replace(bare, manifest=replace(bare.manifest, files=unpack_records(records)))
+            return self.survey.checkpoints[commit], unpack_records(share)
+        manifest = replace(bare.manifest, files=unpack_records(own))
+        return replace(bare, manifest=manifest), unpack_records(share)
 
     def pass_over(
         self, commit: Commit, coordinator: Coordinator, error: CorruptCheckpointError
@@ -107,22 +130,48 @@ class SurveyedStore:
         """Nothing is left to do."""
 
 
+@dataclass(frozen=True)
+class SharedContents(Contents):
+    """The contents of a checkpoint that all ranks read, of which each was told a part."""
+
+    lookup: Lookup
+
+    def bring(
+        self, find_targets: Callable[[], Mapping[str, Target]], coordinator: Coordinator
+    ) -> None:
+        """Learn where the chunks are that these tensors need; see `Lookup.bring`."""
+        self.lookup.bring(self.reader, find_targets, coordinator)
+
+
 @in_normal_mode  # live objects may keep what is read here
 def open_together(
-    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage, wanted: Wanted
+    checkpoint: Checkpoint,
+    share: Sequence[FileRecord],
+    coordinator: Coordinator,
+    files: Storage,
+    wanted: Wanted,
 ) -> Contents:
-    """Open a checkpoint that every rank can read, on all ranks; see `Source.open`."""
-    _check_together(checkpoint, coordinator, files, verify=wanted.verify_first)
-    opened: list[Contents] = []
+    """Open a checkpoint that every rank can read, on all ranks; see `Source.open`.
 
-    accepted: list[Contents] = []
+    `share`: the files that this rank compares with the manifest.
+    """
+    _check_together(checkpoint, share, coordinator, files, verify=wanted.verify_first)
     same_ranks = coordinator.world_size == checkpoint.manifest.world_size
+    has_copies = False
+    make: Callable[[], Contents] = lambda: open_contents(  # noqa: E731
+        checkpoint, files, model_only=wanted.model_only
+    )
+    if coordinator.world_size > 1 and not isinstance(checkpoint, ForeignCheckpoint):
+        make = _learn_names(checkpoint, files, coordinator, model_only=wanted.model_only)
+        has_copies = not same_ranks
+    opened: list[Contents] = []
+    accepted: list[Contents] = []
 
     def read() -> bool:
-        contents = open_contents(checkpoint, files, coordinator, model_only=wanted.model_only)
+        contents = make()
         opened.append(contents)
         is_enough = not contents.small or (same_ranks and wanted.suffices(contents))
-        is_enough = is_enough or wanted.model_only
+        is_enough = is_enough or has_copies or wanted.model_only
         if is_enough:
             wanted.accept(contents)
             accepted.append(contents)
@@ -133,7 +182,7 @@ def open_together(
     names = frozenset(filter(is_united, opened[0].reader.per_rank_names))
     copies = read_together(
         "open copies",
-        lambda: read_copies(files, _shards_of(checkpoint, coordinator), names),
+        lambda: read_copies(files, share_of_shards(checkpoint, coordinator), names),
         checkpoint,
         coordinator,
         join_copies,
@@ -148,102 +197,69 @@ def open_together(
     return accepted[0]
 
 
-def _shards_of(
-    checkpoint: Checkpoint, coordinator: Coordinator
-) -> dict[int, tuple[str, FileRecord]]:
-    """Return this rank's share of the shard files, by the rank that wrote them.
+def _learn_names(
+    checkpoint: Checkpoint, files: Storage, coordinator: Coordinator, *, model_only: bool
+) -> Callable[[], Contents]:
+    """Exchange with all ranks what the checkpoint holds; return what opens the contents here.
+
+    `model_only`: see `Wanted`.
 
     Raises:
-        CorruptCheckpointError: the manifest does not list one of them.
-    """
-    records = {each.path: each for each in checkpoint.manifest.files}
-    ranks = range(coordinator.rank, checkpoint.manifest.world_size, coordinator.world_size)
-    for rank in ranks:
-        if shard_name(rank) not in records:
-            where = str(checkpoint.path / MANIFEST_NAME)
-            raise CorruptCheckpointError(where, f"does not list the file of rank {rank}")
-    return {rank: (shard_name(rank), records[shard_name(rank)]) for rank in ranks}
-
-
-def _nothing(_: object) -> None:
-    return None
-
-
-def read_together(
-    stage: str,
-    work: Callable[[], T],
-    checkpoint: Checkpoint,
-    coordinator: Coordinator,
-    join: Callable[[list[T]], R] = _nothing,  # type: ignore[assignment]  # R is None then
-) -> R:
-    """Read on every rank; what any of them finds damaged is reported on all, file by file.
-
-    `join`: makes of all results what every rank is given, on rank 0. `work` reads the checkpoint's
-    own files and calls nothing of the user's, so that a file that cannot be read is damage.
-    Anything else that fails is no reason to take an older checkpoint.
-
-    Raises:
-        CorruptCheckpointError: on every rank, the same.
-        StageFailedError: a rank failed or is gone; the checkpoint is not to blame.
+        CorruptCheckpointError: on every rank, naming what is damaged.
     """
 
-    def find_damage() -> tuple[CorruptCheckpointError | None, Any]:
-        try:
-            return None, work()
-        except CorruptCheckpointError as error:
-            return error, None
-        except OSError as error:
-            if isinstance(error, CheckpointError) or is_process_failure(error):
-                raise
-            failure = RankFailure.of(coordinator.rank, error)
-            reason = f"cannot be read on rank {failure.rank}: {failure.reason}"
-            return CorruptCheckpointError(failure.path or str(checkpoint.path), reason), None
+    def read_metadata() -> Metadata:
+        content = _read_checked(checkpoint, METADATA_NAME, files)
+        where = files.where(METADATA_NAME)
+        metadata = parse_metadata(content, where)
+        if coordinator.rank == 0:  # which has the whole manifest
+            records = {each.path: each for each in checkpoint.manifest.files}
+            pick_records(files_in(metadata), records, where)
+        return metadata
 
-    def judge(
-        found: list[tuple[CorruptCheckpointError | None, Any]],
-    ) -> tuple[CorruptCheckpointError | None, Any]:
-        # Ranks that read the same file say the same of it.
-        damages = list({str(each): each for each, _ in found if each is not None}.values())
-        if len(damages) > 1:
-            damages = [CorruptCheckpointError(str(checkpoint.path), list_first(damages, "files"))]
-        return (damages[0], None) if damages else (None, join([each for _, each in found]))
+    lookup = Lookup(checkpoint, read_metadata)
+    names = SharedNames(checkpoint, files, coordinator, lookup, model_only)
+    counters, run_config = names.learn(lambda: _read_first(checkpoint, files))
 
-    damage, joined = coordinator.all_reduce(stage, find_damage, judge)
-    if damage is not None:
-        raise damage
-    return joined  # type: ignore[no-any-return]  # what `join` has returned
+    def make() -> Contents:
+        reader = names.reader()
+        values, small = split_small(names.values(reader))
+        copies = names.copies() or {}
+        held = checkpoint, reader, values, small, counters, copies
+        return SharedContents(*held, lookup, run_config=run_config)
+
+    return make
 
 
-def open_contents(
-    checkpoint: Checkpoint, files: Storage, coordinator: Coordinator, *, model_only: bool = False
-) -> Contents:
-    """Read the small state of a checkpoint, on this rank; `model_only`: see `Wanted`.
+def open_contents(checkpoint: Checkpoint, files: Storage, *, model_only: bool) -> Contents:
+    """Read the small state of a checkpoint alone, without what other ranks know.
+
+    `model_only`: see `Wanted`.
 
     Raises:
         CorruptCheckpointError: a file is missing or damaged.
     """
     if isinstance(checkpoint, ForeignCheckpoint):
         foreign = open_shards(checkpoint, files)
-        values = foreign.read_values(_model_names(foreign) if model_only else None)
+        values = foreign.read_values(names_of_model(foreign) if model_only else None)
         return Contents(checkpoint, foreign, values, {}, _NO_COUNTERS, {})
-    content = _read_checked(checkpoint, TRAIN_STATE_NAME, files)
-    counters = check_counters(content, checkpoint.iteration, files.where(TRAIN_STATE_NAME))
-    run_config = _read_checked(checkpoint, RUN_CONFIG_NAME, files)
-    same_ranks = coordinator.world_size == checkpoint.manifest.world_size
-    own_file = shard_name(coordinator.rank) if same_ranks else None
+    counters, run_config = _read_first(checkpoint, files)
+    own_file = shard_name(0) if checkpoint.manifest.world_size == 1 else None
     reader = open_shards(checkpoint, files, own_file)
-    names = _model_names(reader) if model_only else None
+    names = names_of_model(reader) if model_only else None
     values, small = split_small(reader.read_values(names))
     return Contents(checkpoint, reader, values, small, counters, {}, run_config=run_config)
 
 
-def _model_names(reader: ShardReader) -> list[str]:
-    """Return the names of the values that a model needs: its own, and which mappings are empty."""
-    return [
-        name
-        for name in reader.value_names()
-        if name == EMPTY or reader.key_path(name)[0] == "model"
-    ]
+def _read_first(checkpoint: Checkpoint, files: Storage) -> tuple[dict[str, Any], bytes]:
+    """Read what one rank reads for all: the counters of rank 0, and the config of the run.
+
+    Raises:
+        CorruptCheckpointError: a file is missing or damaged.
+    """
+    content = _read_checked(checkpoint, TRAIN_STATE_NAME, files)
+    counters = check_counters(content, checkpoint.iteration, files.where(TRAIN_STATE_NAME))
+    return counters, _read_checked(checkpoint, RUN_CONFIG_NAME, files)
 
 
 def open_shards(checkpoint: Checkpoint, files: Storage, own_file: str | None = None) -> ShardReader:
@@ -280,14 +296,18 @@ def _open_foreign(files: Storage) -> ForeignReader:
 
 
 def _check_together(
-    checkpoint: Checkpoint, coordinator: Coordinator, files: Storage, *, verify: bool
+    checkpoint: Checkpoint,
+    share: Sequence[FileRecord],
+    coordinator: Coordinator,
+    files: Storage,
+    *,
+    verify: bool,
 ) -> None:
     """Compare every file with the manifest, each rank its share: in full, or the size alone.
 
     Raises:
         CorruptCheckpointError: on every rank: files are missing or differ.
     """
-    share = _shares(checkpoint.manifest.files, coordinator.world_size)[coordinator.rank]
 
     def check() -> list[Damage]:
         if verify:

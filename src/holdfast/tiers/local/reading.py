@@ -24,10 +24,10 @@ from holdfast.format.merging import merge_shards
 from holdfast.format.values import is_united, split_small
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.read.copies import decode_copies, join_copies
 from holdfast.read.index import Index, read_index
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Target
+from holdfast.read.together import decode_copies, join_copies
 from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest
@@ -157,16 +157,17 @@ class Opening:
         self._files = self.available.files
         self._here = self._find_here()
         self._providers = _choose_providers(self.candidate)
-        node_shards = self._node_shards()
-        if node_shards is not None:
-            held = self._held_by_place()
+        nodes, topology = self.candidate.record.nodes, self._files.topology
+        # Where ranks are placed as they were, each node still holds all that its ranks saved.
+        if self.candidate.record.world_size == topology.world_size:
+            shards, held = _members(nodes), self._held_by_place()
             remote = {
                 owner
-                for place, owners in zip(self._files.topology.places, node_shards, strict=True)
-                for owner in owners - held[place]
+                for place, node in set(zip(topology.places, nodes, strict=True))
+                for owner in shards[node] - held[place]
             }
             if remote <= self._providers.keys():
-                own = sorted(node_shards[self._files.rank])
+                own = sorted(shards[nodes[self._files.rank]])
                 if (contents := self._open_own_node(own, remote, suffices)) is not None:
                     return contents
         return self._open_anywhere()
@@ -189,19 +190,6 @@ class Opening:
             for each in copies:
                 held[places[each.rank]].add(owner)
         return held
-
-    def _node_shards(self) -> list[set[int]] | None:
-        """Return by rank the shards its node held at the save; None: another world size saved.
-
-        Where ranks are placed as they were, each node still holds all that its ranks saved.
-        """
-        record = self.candidate.record
-        if record.world_size != self._files.topology.world_size:
-            return None
-        mates: dict[int, set[int]] = {}
-        for owner, node in enumerate(record.nodes):
-            mates.setdefault(node, set()).add(owner)
-        return [mates[node] for node in record.nodes]
 
     def _open_own_node(
         self,
@@ -463,6 +451,14 @@ class Opening:
             # A rank whose node has no file gets it from the others, if it is asked for.
             run_config=self._trailer_of(here).parts["run_config"] if here else b"",
         )
+
+
+def _members(nodes: Sequence[int]) -> dict[int, set[int]]:
+    """Return the ranks of each node."""
+    members: dict[int, set[int]] = {}
+    for rank, node in enumerate(nodes):
+        members.setdefault(node, set()).add(rank)
+    return members
 
 
 def _choose_providers(candidate: Candidate) -> dict[int, Copy]:

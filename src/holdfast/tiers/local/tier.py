@@ -32,6 +32,7 @@ from holdfast.filesystem import Filesystem, is_memory
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
+from holdfast.read.together import read_together
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.audit import Report, Unlike
 from holdfast.storage.identity import CommitIdentity
@@ -56,7 +57,6 @@ from holdfast.tiers.local.shards import (
     seal,
     shard_to_send,
 )
-from holdfast.tiers.opening import read_together
 from holdfast.tiers.select import Commit, Condition
 from holdfast.tiers.tier import Objection, Snapshot, Wanted
 
