@@ -31,6 +31,7 @@ from holdfast.config import CheckpointConfig, read_config
 from holdfast.contexts import app_state_of, place_of, strategy_of
 from holdfast.errors import CorruptCheckpointError, LoadIncompleteError
 from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.opened import Opened, open_selected
 from holdfast.policies.guards import Alarm, StepOrder
 from holdfast.protocol import (
     CheckpointLoadContext,
@@ -42,7 +43,7 @@ from holdfast.ranks.channels import Channels
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.entry import Entry
 from holdfast.ranks.job import FailureRule, Flight, Progress, Save, Watcher
-from holdfast.restoring import Opened, Restoration, open_selected
+from holdfast.restoring import Restoration
 from holdfast.saving import Request, Saver
 from holdfast.snapshotting import Snapshotter, collection_put_off
 from holdfast.state.app import AppState

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +18,11 @@ import torch
 from holdfast.caller import in_normal_mode
 from holdfast.config import RAISE, WARN
 from holdfast.errors import (
-    CorruptCheckpointError,
     StateMismatchError,
 )
 from holdfast.format.nondense import size_bytes_of
 from holdfast.format.values import (
     DATA,
-    EMPTY,
     RNG,
     SCHEDULER,
     SMALL_STATES,
@@ -35,6 +31,7 @@ from holdfast.format.values import (
     is_united,
 )
 from holdfast.messages import name_first
+from holdfast.opened import Opened
 from holdfast.protocol import Restored
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.read.requests import Target
@@ -42,7 +39,7 @@ from holdfast.read.shared import ReadAlone, Reading, ReadShared
 from holdfast.read.together import read_together
 from holdfast.state.app import AppState
 from holdfast.state.codec import count_tensors, encode
-from holdfast.state.component_load import ComponentLoad, SavedComponents, read_frames
+from holdfast.state.component_load import ComponentLoad, SavedComponents
 from holdfast.state.filters import SaveFilter
 from holdfast.state.guard import Guard, facts_of_checkpoint
 from holdfast.state.loaded import LoadedStates, Stash
@@ -55,7 +52,6 @@ from holdfast.state.small import (
     Place,
     SavedRun,
     check_counters,
-    is_position,
     read_counters,
     restore_counters,
     without_fields,
@@ -63,96 +59,9 @@ from holdfast.state.small import (
 from holdfast.state.strategy import LoadStrategy, Renaming, find_unused, make_unused_error
 from holdfast.state.strictness import Differences, Strictness
 from holdfast.state.union import ALL_FOUND, NONE, Leftover, find_unexpected, gather_records, judge
-from holdfast.storage.store import Checkpoint
-from holdfast.tiers.bases import Bases
-from holdfast.tiers.select import Commit
-from holdfast.tiers.tier import Contents, Source, Wanted
 from holdfast.torch_internals import local_of
 
 logger = logging.getLogger(__name__)
-
-_RNG_KEYS = frozenset({"python", "numpy", "torch", "cuda"})
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint whose small state was read, every byte of it verified."""
-
-    contents: Contents
-    positions: list[dict[str, Any]]
-    """Positions in the data: this rank's own alone, or the distinct ones of all that saved."""
-
-    @property
-    def small(self) -> Mapping[str, Any]:
-        """The small states; empty: the checkpoint holds nothing but model and optimizer."""
-        return self.contents.small
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint itself."""
-        return self.contents.checkpoint
-
-
-def open_selected(
-    source: Source,
-    commit: Commit,
-    coordinator: Coordinator,
-    place: Place,
-    *,
-    verify_first: bool,
-    bases: Bases,
-    model_only: bool = False,
-) -> Opened:
-    """Open a commit on all ranks and check its small state; raises as `Source.open`.
-
-    `bases`: where what it lacks of the model is looked for, if it is a part. `model_only`: nothing
-    but the model will be restored.
-    """
-    opened: list[Opened] = []
-
-    def suffices(contents: Contents) -> bool:
-        if DATA not in contents.reader.per_rank_names:
-            return True  # no rank saved a position
-        is_own = DATA in contents.reader.own_names
-        position = contents.small.get(DATA)
-        return is_own and is_position(position) and place.reads_on_from(position or {})
-
-    def accept(contents: Contents) -> None:
-        where = str(contents.checkpoint.path)
-        if model_only:
-            opened.append(Opened(contents, []))
-            return
-        if contents.small:
-            _check_small(contents.small, contents.checkpoint.iteration, where)
-            read_frames(contents.small, contents.reader.tensors(), where)
-        positions = list(contents.copies.get(DATA, ()))
-        if not positions and DATA in contents.reader.own_names:
-            positions = [contents.small[DATA]]
-        if not all(map(is_position, positions)):
-            raise CorruptCheckpointError(where, "holds no data position where one should be")
-        opened.append(Opened(contents, positions))
-
-    source.open(commit, coordinator, Wanted(suffices, accept, verify_first, model_only))
-    contents = bases.join(opened[0].contents, coordinator, verify_first=verify_first)
-    return replace(opened[0], contents=contents)
-
-
-def _check_small(small: Mapping[str, Any], iteration: int, where: str) -> None:
-    """Refuse small states that are none of ours, though they matched their digests.
-
-    Raises:
-        CorruptCheckpointError: naming the first.
-    """
-    counters = small.get(TRAIN_STATE)
-    counters = counters.get("train_state") if isinstance(counters, dict) else None
-    sound = {
-        RNG: isinstance(small.get(RNG), dict) and small[RNG].keys() >= _RNG_KEYS,
-        TRAIN_STATE: isinstance(counters, dict) and counters.get("step") == iteration,
-        EMPTY: isinstance(small.get(EMPTY, []), list),
-    }
-    for name, is_sound in sound.items():
-        if not is_sound:
-            raise CorruptCheckpointError(where, f"holds no state where {name} should be")
 
 
 class Restoration:

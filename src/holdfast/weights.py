@@ -30,10 +30,11 @@ from holdfast.errors import (
     WrongArgumentError,
 )
 from holdfast.filesystem import Filesystem, LocalFilesystem
+from holdfast.opened import Opened, open_selected
 from holdfast.protocol import LoadResult, SkippedCheckpoint
 from holdfast.ranks.channels import Channels
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.restoring import Opened, Restoration, open_selected
+from holdfast.restoring import Restoration
 from holdfast.snapshotting import collection_put_off
 from holdfast.state.app import AppState
 from holdfast.state.small import Place
