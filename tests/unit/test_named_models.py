@@ -58,6 +58,25 @@ def test_models_by_name_come_back(tmp_path: Path, asynchronous: bool) -> None:
         assert name in names
 
 
+def test_optimizers_of_one_parameter_are_known_by_their_keys(tmp_path: Path) -> None:
+    """Whichever is given first: each gets its own state, and not the other's."""
+    model = nn.Linear(3, 2)
+    optimizers = {"slow": torch.optim.AdamW(model.parameters(), lr=0.1)}
+    optimizers["fast"] = torch.optim.AdamW(model.parameters(), lr=0.1)
+    _step({"model": model}, {"fast": optimizers["fast"]})
+    _step({"model": model}, optimizers)
+    state = GlobalState()
+    state.train_state.step = 1
+    manager_of(tmp_path, async_save=False).save(
+        CheckpointSaveContext(state, model, optimizers, None)
+    )
+    live = nn.Linear(3, 2)
+    fresh = {key: torch.optim.AdamW(live.parameters(), lr=0.1) for key in ("fast", "slow")}
+    manager_of(tmp_path).load(CheckpointLoadContext(GlobalState(), live, fresh, None))
+    for key, steps in (("fast", 2), ("slow", 1)):
+        assert [float(each["step"]) for each in fresh[key].state.values()] == [steps] * 2
+
+
 def test_a_teacher_needs_no_optimizer(tmp_path: Path) -> None:
     """The student's alone is given, and both models come back."""
     models, optimizers = _pair(1)

@@ -84,9 +84,12 @@ def _state_of(optimizer: Any) -> Mapping[Any, Any]:
 
 
 def listed(given: Any) -> list[Any]:
-    """Return one object, a mapping or a sequence of them, or None, as a list."""
+    """Return what was given as a list: one object, a sequence, None, or a mapping by its keys.
+
+    Two optimizers may hold one parameter: which is the second must not depend on their making.
+    """
     if given is None:
         return []
     if isinstance(given, Mapping):
-        return [*given.values()]
+        return [given[key] for key in sorted(given, key=str)]
     return [*given] if isinstance(given, Sequence) else [given]
