@@ -11,6 +11,7 @@ from torch import nn
 
 from holdfast.errors import UnsupportedStateError
 from tests.support.managers import Live, manager_of, step
+from tests.support.states import digest
 
 
 class _Wrapper:
@@ -169,3 +170,41 @@ def test_many_optimizers_of_one_parameter_each_resume(tmp_path: Path) -> None:
     assert {name for name in mine if mine[name] != theirs[name]} <= {
         name for name in mine if name.startswith("gradient")
     }
+
+
+class _Lookahead(torch.optim.Optimizer):
+    """Steps with an inner optimizer, and keeps state of its own beside that one's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+        for group in self.param_groups:
+            for each in group["params"]:
+                slow = self.state[each].setdefault("slow", each.detach().clone())
+                slow.lerp_(each.detach(), 0.5)
+
+
+def _look_ahead() -> tuple[torch.nn.Module, _Lookahead]:
+    torch.manual_seed(3)
+    model = torch.nn.Linear(3, 2)
+    outer = _Lookahead(torch.optim.Adam(model.parameters(), lr=0.1))
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+    return model, outer
+
+
+def test_an_inner_optimizer_with_state_of_its_own_is_not_lost(tmp_path: Path) -> None:
+    """Refused by name at the load; both given, both come back."""
+    model, outer = _look_ahead()
+    with pytest.raises(UnsupportedStateError, match=r"_Lookahead\.optimizer .*\(Adam\)"):
+        Live(model, outer).load(manager_of(tmp_path / "one"))
+    outer.step()
+    manager = manager_of(tmp_path / "both", async_save=False)
+    Live(model, [outer, outer.optimizer]).save(manager, 1)
+    live, fresh = _look_ahead()
+    Live(live, [fresh, fresh.optimizer]).load(manager_of(tmp_path / "both"))
+    for one, other in ((outer, fresh), (outer.optimizer, fresh.optimizer)):
+        assert digest(one.state_dict()) == digest(other.state_dict())

@@ -47,7 +47,7 @@ from holdfast.state.naming import PARAMETERS, STATE
 from holdfast.state.optimizer import LiveOptimizers, look_up
 from holdfast.state.options import check_schedule
 from holdfast.state.per_rank import names_per_rank
-from holdfast.state.rehearsal import check_values, listed
+from holdfast.state.rehearsal import check_inner, check_values, listed
 from holdfast.state.saved import SavedTensors
 from holdfast.state.sharding import Claims, Shardings, find_claims, named_tensors
 from holdfast.state.small import (
@@ -194,7 +194,8 @@ class AppState:
 
     def _gather(self, walk: ModelWalk | None) -> Leaves:
         root, optimizers = self._model, self.optimizers
-        _, model, live = run_each(
+        _, _, model, live = run_each(
+            lambda: check_inner(optimizers),
             lambda: check_reachable(self._optimized),
             lambda: model_state(root, walk),
             lambda: look_up(root, optimizers, walk) if optimizers else None,
@@ -238,6 +239,7 @@ class AppState:
             UnsupportedStateError: a save would refuse some state.
         """
         self.look()
+        check_inner(self.optimizers)
         leaves = dict(self._live_model)
         for root in self._roots:
             leaves[f"{root}.{GROUPS}"] = [each.entry() for each in self._live.groups(root)]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.errors import UnsupportedStateError
 from holdfast.format.nondense import is_dense, pickle_tensor
 from holdfast.state.codec import check_keys, check_plain, check_reachable
 from holdfast.state.naming import ROOT, STATE
@@ -35,6 +36,38 @@ def check_values(leaves: Mapping[str, Any]) -> None:
         elif not is_dense(local := local_of(value)) and type(local) not in tried:
             tried.add(type(local))
             pickle_tensor(local.detach(), name, is_first=True)
+
+
+def check_inner(optimizers: Sequence[Any]) -> None:
+    """Refuse an optimizer that steps with another one, whose state is no part of its own.
+
+    Wrappers whose `state` is the inner one's are whole; so is a pair of which both are given.
+
+    Raises:
+        UnsupportedStateError: naming both classes and the attribute.
+    """
+    given = {id(each) for each in optimizers}
+    for optimizer in optimizers:
+        own = getattr(optimizer, "__dict__", {})
+        if STATE not in own:
+            continue
+        for name, inner in own.items():
+            if (
+                isinstance(inner, torch.optim.Optimizer)
+                and id(inner) not in given
+                and inner.state is not own[STATE]
+                and not _parameters_of(inner).isdisjoint(_parameters_of(optimizer))
+            ):
+                raise UnsupportedStateError(
+                    f"{type(optimizer).__name__}.{name} is an optimizer ({type(inner).__name__}) "
+                    f"with state of its own, which {type(optimizer).__name__}.state does not "
+                    "hold: it would be lost.\n"
+                    "Pass both to save and load, as a list or dict of optimizers."
+                )
+
+
+def _parameters_of(optimizer: Any) -> set[int]:
+    return {id(each) for group in optimizer.param_groups for each in group["params"]}
 
 
 class LazyState:
