@@ -34,9 +34,9 @@ from holdfast.messages import name_first
 from holdfast.opened import Opened
 from holdfast.protocol import Restored
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.gathered import read_together
 from holdfast.read.requests import Target
 from holdfast.read.shared import ReadAlone, Reading, ReadShared
-from holdfast.read.together import read_together
 from holdfast.state.app import AppState
 from holdfast.state.codec import count_tensors, encode
 from holdfast.state.component_load import ComponentLoad, SavedComponents

@@ -36,10 +36,7 @@ from holdfast.format.merging import (
 from holdfast.format.plan import shard_name
 from holdfast.format.values import EMPTY, is_united
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.read.index import read_index
-from holdfast.read.reader import ShardReader
-from holdfast.read.requests import bytes_of
-from holdfast.read.together import (
+from holdfast.read.gathered import (
     Copies,
     Lookup,
     decode_copies,
@@ -48,6 +45,9 @@ from holdfast.read.together import (
     read_together,
     share_of_shards,
 )
+from holdfast.read.index import read_index
+from holdfast.read.reader import ShardReader
+from holdfast.read.requests import bytes_of
 from holdfast.storage.backend import Storage, opened_once
 from holdfast.storage.digests import FileRecord, pack_records, unpack_records
 from holdfast.storage.manifest import MANIFEST_NAME

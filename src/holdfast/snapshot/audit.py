@@ -175,7 +175,7 @@ class Audited:
         """Return, on rank 0, the sets whose holders differ, from the reports of all ranks."""
         return {}
 
-    def settle(self, unlike: Unlike, coordinator: Coordinator) -> None:
+    def conclude(self, unlike: Unlike, coordinator: Coordinator) -> None:
         """Note that all copies are alike, or find out what differs; every rank calls it.
 
         Raises:
@@ -275,7 +275,7 @@ class Audit(Audited):
             )
         return find_unlike(found, self._plan)
 
-    def settle(self, unlike: Unlike, coordinator: Coordinator) -> None:
+    def conclude(self, unlike: Unlike, coordinator: Coordinator) -> None:
         if self._is_settled:
             return
         if unlike:

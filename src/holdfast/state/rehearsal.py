@@ -1,9 +1,11 @@
 """Refuse state that cannot be given back as soon as it exists, not at the first save.
 
-Owns what a load looks at although nothing is saved yet (`check_values`), and the look at the state
-that optimizers make at their first step, once, by the first `finalize_async_saves` after it has
-appeared. Promises that nothing is copied or changed, that no other rank is needed, and that a step
-without new entries costs one count for each optimizer. Keeps no live object alive.
+Owns what a load looks at although nothing is saved yet (`check_values`; `check_inner` for
+optimizers inside optimizers), the order of optimizers that were given by name (`listed`), and the
+look at the state that optimizers make at their first step, once, by the first
+`finalize_async_saves` after it has appeared. Promises that nothing is copied or changed, that no
+other rank is needed, and that a step without new entries costs one count for each optimizer. Keeps
+no live object alive.
 """
 
 from __future__ import annotations

@@ -36,11 +36,7 @@ from holdfast.format.plan import shard_name
 from holdfast.format.values import is_united, split_small
 from holdfast.messages import list_first
 from holdfast.ranks.coordinator import Coordinator
-from holdfast.read.index import parse_metadata
-from holdfast.read.names import SharedNames, names_of_model
-from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
-from holdfast.read.requests import Target
-from holdfast.read.together import (
+from holdfast.read.gathered import (
     Lookup,
     decode_copies,
     join_copies,
@@ -49,6 +45,10 @@ from holdfast.read.together import (
     read_together,
     share_of_shards,
 )
+from holdfast.read.index import parse_metadata
+from holdfast.read.names import SharedNames, names_of_model
+from holdfast.read.reader import ForeignReader, LazyTensors, ShardReader
+from holdfast.read.requests import Target
 from holdfast.storage import open_storage
 from holdfast.storage.backend import Storage
 from holdfast.storage.digests import (

@@ -330,7 +330,7 @@ class PersistentTier:
                 commit,
                 then="commit",
             )
-            snapshot.audit.settle({} if isinstance(ended, _Ended) else ended, coordinator)
+            snapshot.audit.conclude({} if isinstance(ended, _Ended) else ended, coordinator)
         except CheckpointError:
             if coordinator.rank == 0:
                 self.abandon(pending)

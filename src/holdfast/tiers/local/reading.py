@@ -24,10 +24,10 @@ from holdfast.format.merging import merge_shards
 from holdfast.format.values import is_united, split_small
 from holdfast.protocol import ShardSource
 from holdfast.ranks.coordinator import Coordinator
+from holdfast.read.gathered import decode_copies, join_copies
 from holdfast.read.index import Index, read_index
 from holdfast.read.reader import ShardReader
 from holdfast.read.requests import Target
-from holdfast.read.together import decode_copies, join_copies
 from holdfast.snapshot.copies import find_differing
 from holdfast.storage.backend import PENDING_MARK, Storage
 from holdfast.storage.manifest import LOCAL, Manifest

@@ -32,7 +32,7 @@ from holdfast.filesystem import Filesystem, is_memory
 from holdfast.format.layout import Layout
 from holdfast.ranks.coordinator import Coordinator
 from holdfast.ranks.job import Committed
-from holdfast.read.together import read_together
+from holdfast.read.gathered import read_together
 from holdfast.snapshot.arena import Arena, image_bytes
 from holdfast.snapshot.audit import Report, Unlike
 from holdfast.storage.identity import CommitIdentity
@@ -211,7 +211,7 @@ class LocalTier:
             total, unlike = coordinator.all_reduce(
                 "local seal", seal_own, lambda all_sealed: _judge(all_sealed, snapshot)
             )
-            snapshot.audit.settle(unlike, coordinator)
+            snapshot.audit.conclude(unlike, coordinator)
             ((pending, trailer),) = sealed
             if self.replication is not None and self.replication.sends_anything:
                 # All ranks have sealed their shards, so all take part.
